@@ -1,0 +1,163 @@
+"""One schema for every setting: YAML file < LEYDEN_* environment < command-line flag.
+
+`EngineConfig` is what the engine reads (also the keyword arguments of `LLM`), `ServerConfig` what HTTP reads, `Settings`
+both of them with the layering. A field's description is its `--help` text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+LinearBackendName = Literal["auto", "minimax", "seg_la"]
+ENV_PREFIX = "LEYDEN_"
+DEMO_MODEL = "demo"
+
+
+class SettingsError(Exception):
+    """A setting is unknown or has a value that is not allowed. The message names it and what is allowed."""
+
+
+class EngineConfig(BaseModel):
+    """Settings of the engine: model, numbers, memory, scheduling."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    model: str = Field(DEMO_MODEL, description="checkpoint folder, hub id, or 'demo' for the embedded model")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    linear_backend: LinearBackendName = Field("auto", description="lightning attention implementation")
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="auto = triton on CUDA, torch elsewhere"
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights and activations; auto = the checkpoint's on CUDA, float32 on CPU"
+    )
+    state_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="recurrent state; less than float32 drifts over thousands of tokens"
+    )
+    max_num_seqs: int = Field(64, ge=1, le=65536, description="sequences running at once (= state slots)")
+    max_num_batched_tokens: int = Field(2048, ge=1, le=1 << 20, description="tokens in one step, prompt chunks included")
+    max_model_len: int | None = Field(None, ge=1, description="context length; default: the checkpoint's")
+    max_waiting: int = Field(1024, ge=1, le=1 << 20, description="requests that may queue before 429")
+    block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")
+    memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory to use")
+    cpu_memory_gb: float = Field(2.0, gt=0, description="memory for state and KV cache on a CPU, in GB")
+    num_kv_blocks: int | None = Field(None, ge=1, description="fix the KV cache's size instead of measuring")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: torch's choice")
+    seed: int = Field(0, ge=0, description="seed of requests that bring none")
+
+    @field_validator("max_num_batched_tokens")
+    @classmethod
+    def _budget_fits_every_row(cls, value: int, info: Any) -> int:
+        rows = info.data.get("max_num_seqs")
+        if rows is not None and value < rows:
+            raise ValueError(f"must be at least max_num_seqs ({rows}), so that every running sequence gets its token")
+        return value
+
+
+class ServerConfig(BaseModel):
+    """Settings of the HTTP layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    host: str = Field("127.0.0.1", description="address to bind; 0.0.0.0 = all interfaces")
+    port: int = Field(8000, ge=0, le=65535, description="0 = any free port")
+    served_model_name: str | None = Field(None, description="name in the API; default: the model's folder name")
+    api_key: list[str] = Field(default_factory=list, description="keys that may call; prefer api_key_file")
+    api_key_file: Path | None = Field(None, description="file with one key per line")
+    generation_defaults: bool = Field(
+        True, description="take sampling defaults from the checkpoint's generation_config.json"
+    )
+    max_body_bytes: int = Field(2_000_000, ge=1024, description="largest request body")
+    max_n: int = Field(16, ge=1, le=128, description="largest n of a request")
+    max_prompts: int = Field(64, ge=1, le=4096, description="most prompts in one completion request")
+    max_connections: int = Field(1024, ge=1, description="open connections before 503")
+    drain_seconds: float = Field(30.0, ge=0, description="time for open requests after SIGTERM")
+    metrics_prefix: str = Field("leyden", pattern=r"^[a-zA-Z_]\w*$", description="'vllm' fits existing dashboards")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
+    stats_interval: float = Field(5.0, ge=0, description="seconds between throughput lines while busy; 0 = never")
+
+
+class Settings(EngineConfig, ServerConfig):
+    """Every setting."""
+
+    def engine(self) -> EngineConfig:
+        return EngineConfig(**self.model_dump(include=set(EngineConfig.model_fields)))
+
+
+def load_settings(
+    flags: dict[str, Any], yaml_path: Path | None = None, environ: dict[str, str] | None = None
+) -> Settings:
+    """Merge the three sources and validate. Raises `SettingsError` naming the source, the key and what is allowed."""
+    environ = dict(os.environ) if environ is None else environ
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, values in (
+        (f"{yaml_path}", _read_yaml(yaml_path) if yaml_path else {}),
+        ("environment", _read_environment(environ)),
+        ("command line", flags),
+    ):
+        for key, value in values.items():
+            _check_known(key, source)
+            merged[key] = value
+            sources[key] = source
+    try:
+        return Settings(**merged)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_describe(e, sources) for e in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not valid YAML: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise SettingsError(f"{path} must hold one mapping of settings, got a {type(loaded).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+
+
+def _read_environment(environ: dict[str, str]) -> dict[str, Any]:
+    """LEYDEN_MAX_NUM_SEQS=8 -> max_num_seqs. Values go through YAML, so that lists and null can be written."""
+    found = {}
+    for name, text in environ.items():
+        if name.startswith(ENV_PREFIX):
+            key = name.removeprefix(ENV_PREFIX).lower()
+            found[key] = _as_list(text) if key == "api_key" else text
+    return found
+
+
+def _as_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _check_known(key: str, source: str) -> None:
+    if key in Settings.model_fields:
+        return
+    near = difflib.get_close_matches(key, Settings.model_fields, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(Settings.model_fields))}"
+    raise SettingsError(f"unknown setting {key!r} ({source}); {hint}")
+
+
+def _describe(error: Any, sources: dict[str, str]) -> str:
+    key = str(error["loc"][0]) if error["loc"] else "?"
+    allowed = _allowed_values(key)
+    tail = f"; allowed: {allowed}" if allowed else ""
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key} = {error['input']!r} ({sources.get(key, 'default')}): {message}{tail}"
+
+
+def _allowed_values(key: str) -> str:
+    field = Settings.model_fields.get(key)
+    values = get_args(field.annotation) if field else ()
+    return ", ".join(map(str, values)) if values and all(isinstance(v, str) for v in values) else ""

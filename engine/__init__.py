@@ -1,0 +1,1 @@
+"""Sequences, memory and steps: continuous batching over the models, with no word of HTTP."""

@@ -1,0 +1,53 @@
+"""Every error a user can cause, as one tree. Each message names the field, the bound, the value and the remedy.
+
+LeydenError
+├── ConfigError            a setting is wrong                        exit code 2
+├── CheckpointError        a model folder is wrong                   exit code 2
+│   (raised in `models.errors`, which this module re-exports)
+├── RequestError           a request cannot be served                HTTP 400
+│   └── ContextLengthError     prompt and answer do not fit          HTTP 400, code context_length_exceeded
+├── QueueFullError         too many requests wait                    HTTP 429
+└── EngineDeadError        the engine is gone                        HTTP 500 / 503
+"""
+
+from __future__ import annotations
+
+from ..models.errors import CheckpointError, LeydenError
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ContextLengthError",
+    "EngineDeadError",
+    "LeydenError",
+    "QueueFullError",
+    "RequestError",
+]
+
+
+class ConfigError(LeydenError):
+    """A setting is wrong or does not fit the machine."""
+
+
+class RequestError(LeydenError):
+    """A request that can never be served as it is. `param` names the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(RequestError):
+    """Prompt and requested answer do not fit the context."""
+
+
+class QueueFullError(LeydenError):
+    """The waiting queue is at its bound; `retry_after` is a hint in seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineDeadError(LeydenError):
+    """The engine stopped; nothing can be served until the process is started again."""

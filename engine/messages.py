@@ -1,0 +1,86 @@
+"""The messages between a client and the engine: plain msgspec structs, the same in one process or two."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .outputs import StepOutput
+from .sampling_params import SamplingParams
+
+
+class AddRequest(msgspec.Struct, tag="add", kw_only=True):
+    """Start a sequence. A lower `priority` runs earlier; ties run in order of arrival."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    priority: int = 0
+
+
+class AbortRequest(msgspec.Struct, tag="abort"):
+    """Forget a sequence, whatever it is doing. Unknown ids are ignored: it may just have finished."""
+
+    request_id: str
+
+
+class Shutdown(msgspec.Struct, tag="shutdown"):
+    """Finish nothing, free everything, leave."""
+
+
+class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
+    """What the engine turned out to be, once the model is loaded and memory is sized."""
+
+    model_path: str
+    architecture: str
+    num_parameters: int
+    num_linear_layers: int
+    num_full_layers: int
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    device: str
+    device_name: str
+    dtype: str
+    state_dtype: str
+    linear_backend: str
+    kernels: str
+    num_state_slots: int
+    num_kv_blocks: int
+    block_size: int
+    weight_bytes: int
+    state_bytes_per_slot: int
+    kv_bytes_per_token: int
+    notes: list[str] = []  # what was clamped, and why
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """A snapshot of the engine after a step. Counters only grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    state_slots_used: int = 0
+    kv_blocks_used: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0
+    step_seconds_total: float = 0.0
+    schedule_seconds_total: float = 0.0
+
+
+class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True):
+    """All outputs of one step, with the numbers behind it."""
+
+    outputs: list[StepOutput]
+    stats: EngineStats
+
+
+class EngineFailed(msgspec.Struct, tag="failed"):
+    """The last message of an engine that cannot go on. `is_user_error` = a setting or checkpoint is wrong."""
+
+    message: str
+    is_user_error: bool = False
+
+
+ToEngine = AddRequest | AbortRequest | Shutdown
+FromEngine = EngineInfo | StepOutputs | EngineFailed

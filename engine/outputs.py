@@ -1,0 +1,51 @@
+"""What travels up from the engine: ids, log-probabilities and reasons, then, beyond the tokenizer, text."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities at one position, from one float32 log-softmax of the raw logits.
+
+    `top` holds the most likely tokens in descending order, and the chosen token too when it is not among them.
+    """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class StepOutput(msgspec.Struct, kw_only=True):
+    """What one engine step adds to one request."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the first output; [0] is None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the id that ended it, when a stop token did (also last in token_ids)
+    error: str | None = None  # the message of finish_reason "error"
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """What one step adds to one answer, as text. All fields but the counters are deltas.
+
+    `text` never ends in half a character or in what may become a stop string; the last delta releases what was held
+    back.
+    """
+
+    request_id: str
+    text: str = ""
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop string or stop token id that ended it
+    error: str | None = None
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0

@@ -1,0 +1,97 @@
+"""How one sequence is continued. Names and meanings are those of the OpenAI API and of vLLM."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from .errors import RequestError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+SEED_BOUND = 2**63
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Sampling settings of one sequence. Immutable; `RequestError` names a field that is out of bounds.
+
+    temperature 0 is greedy. top_k 0 or -1, top_p 1, min_p 0, penalties 0 (repetition 1) switch a filter off. `seed`
+    makes the drawn tokens a function of the sequence alone, whatever else is in the batch. `logprobs` is the number of
+    alternatives to report per token (0 = the chosen token alone, None = off); `prompt_logprobs` the same for the
+    prompt. max_tokens 0 computes the prompt and stops; None means up to the context length.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_range("top_k", self.top_k, -1, 2**31 - 1)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.max_tokens is not None:
+            _check_range("max_tokens", self.max_tokens, 0, 2**31 - 1)
+        _check_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", "min_tokens"
+            )
+        if self.seed is not None:
+            _check_range("seed", self.seed, -SEED_BOUND, SEED_BOUND - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), 0, MAX_LOGPROBS)
+        self._check_stop()
+        self._check_logit_bias()
+
+    def _check_stop(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", "stop")
+        for text in self.stop:
+            if not 0 < len(text) <= MAX_STOP_CHARS:
+                raise RequestError(
+                    f"each stop string must have 1 to {MAX_STOP_CHARS} characters, got {len(text)}", "stop"
+                )
+
+    def _check_logit_bias(self) -> None:
+        if not self.logit_bias:
+            return
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise RequestError(
+                f"logit_bias takes at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}", "logit_bias"
+            )
+        for bias in self.logit_bias.values():
+            _check_range("logit_bias", bias, -100.0, 100.0)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def _check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    above = value > low if open_low else value >= low
+    if not (above and value <= high) or math.isnan(value):
+        bracket = "(" if open_low else "["
+        raise RequestError(f"{name} must be in {bracket}{low}, {high}], got {value}", name)

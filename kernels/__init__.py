@@ -1,0 +1,166 @@
+"""Tensors in, tensors out: the operations of a hybrid linear-attention model.
+
+`Kernels` is the contract. Two modules satisfy it: `torch_ops` (plain PyTorch, any device, what a CPU serves with)
+and `triton_ops` (Triton kernels: CUDA, or CPU tensors under `TRITON_INTERPRET=1`). A model receives one of them and
+never asks which. Nothing here knows of layers, requests or configuration.
+
+Shapes use the letters of the field: T tokens on the flat axis, B rows (one per sequence in the step), H heads,
+K and V the head dims of keys and values, D the head dim of softmax attention, d the hidden size, F the MLP width,
+E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+KernelName = Literal["torch", "triton"]
+
+
+class Kernels(Protocol):
+    """What every implementation offers. Last dims are contiguous; leading strides are free unless said otherwise.
+
+    No function reads a device value on the host, so none synchronises; sizes that a launch needs
+    (`max_query_len`) come in as ints.
+    """
+
+    # -- lightning attention: S_t = e^{-s} S_{t-1} + k_t v_t^T,  o_t = scale * q_t S_t ---------------------------
+
+    def lightning_prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: Tensor,
+        state_indices: Tensor,
+        has_initial_state: Tensor,
+        query_start_loc: Tensor,
+        max_query_len: int,
+        out: Tensor,
+    ) -> Tensor:
+        """Block-parallel varlen lightning attention (`minimax`).
+
+        q, k: [T, H, K]; v, out: [T, H, V]; float32, bfloat16 or float16, strided views allowed; slopes: [H] float32,
+        positive; state: [num_slots, H, K, V], updated in place for the B slots named, others untouched bit for bit;
+        state_indices: [B] int32, -1 = padding row (writes zeros to its output, nothing to the pool);
+        has_initial_state: [B] bool, False = the slot's content is ignored; query_start_loc: [B + 1] int32, row b
+        owns tokens query_start_loc[b] up to query_start_loc[b + 1]; max_query_len: longest row. Returns `out`.
+        """
+
+    def lightning_decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: Tensor,
+        state_indices: Tensor,
+        has_initial_state: Tensor,
+        out: Tensor,
+    ) -> Tensor:
+        """One token per row: q, k [B, H, K], v, out [B, H, V]; the rest as in `lightning_prefill`."""
+
+    def lightning_segments(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: Tensor,
+        state_indices: Tensor,
+        has_initial_state: Tensor,
+        query_start_loc: Tensor,
+        max_query_len: int,
+        out: Tensor,
+    ) -> Tensor:
+        """Fused segment walk (`seg_la`): prefill and decode rows in one launch. Same contract as
+        `lightning_prefill`."""
+
+    # -- softmax attention over a paged KV cache ---------------------------------------------------------------
+
+    def store_kv(
+        self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Scatter key, value [T, H_kv, D] into the caches [num_blocks, block_size, H_kv, D], in place.
+
+        slot_mapping: [T] int64, block * block_size + offset; -1 = padding, nothing is written.
+        """
+
+    def attention_prefill(
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        block_table: Tensor,
+        query_start_loc: Tensor,
+        context_lens: Tensor,
+        max_query_len: int,
+        scale: float,
+        out: Tensor,
+    ) -> Tensor:
+        """Causal GQA attention of rows of queries over their own history, which is already in the cache.
+
+        q, out: [T, H, D], H a multiple of H_kv; caches as in `store_kv` (they hold this step's keys too);
+        block_table: [B, M] int32; context_lens: [B] int32, tokens before this step: token i of row b sees
+        context_lens[b] + i + 1 positions. Returns `out`.
+        """
+
+    def attention_decode(
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        block_table: Tensor,
+        context_lens: Tensor,
+        scale: float,
+        out: Tensor,
+    ) -> Tensor:
+        """One query per row: q, out [B, H, D]; row b sees context_lens[b] + 1 positions."""
+
+    # -- around attention --------------------------------------------------------------------------------------
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., d] / sqrt(mean(x^2) + eps) * weight [d], statistics in float32, in x's dtype."""
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, alpha: float, beta: float
+    ) -> tuple[Tensor, Tensor]:
+        """h = alpha * residual + beta * x; returns (rms_norm(h), h). x, residual: [T, d]."""
+
+    def apply_rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+        """Rotate the first R channels of q [T, H, D] and k [T, H_kv, D] in place, NeoX pairs (j, j + R/2).
+
+        positions: [T] int64; cos_sin: [max_positions, R] float32, cosines then sines of the R/2 angles.
+        """
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """x [T, 2F] = [gate | up] -> silu(gate) * up, [T, F]."""
+
+    def moe(self, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Sum over the chosen experts of weight * down(silu(gate x) * up x).
+
+        x: [T, d]; gate_up: [E, 2F, d], gate rows first; down: [E, d, F]; weights: [T, k] float32;
+        experts: [T, k] int64. Returns [T, d] in x's dtype.
+        """
+
+
+def load(name: KernelName) -> Kernels:
+    """The implementation called `name`. Triton is imported only when asked for."""
+    if name == "triton":
+        from . import triton_ops
+
+        return cast(Kernels, triton_ops)
+    from . import torch_ops
+
+    return cast(Kernels, torch_ops)
+
+
+def default_for(device: torch.device) -> KernelName:
+    """Triton where it compiles for the device, PyTorch elsewhere."""
+    return "triton" if device.type == "cuda" else "torch"

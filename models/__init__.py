@@ -1,0 +1,1 @@
+"""nn.Modules that take (input, ForwardBatch) and know nothing of requests."""
