@@ -1,12 +1,12 @@
 """Tensors in, tensors out: the operations of a hybrid linear-attention model.
 
-`Kernels` is the contract. Two modules satisfy it: `torch_ops` (plain PyTorch, any device, what a CPU serves with)
-and `triton_ops` (Triton kernels: CUDA, or CPU tensors under `TRITON_INTERPRET=1`). A model receives one of them and
-never asks which. Nothing here knows of layers, requests or configuration.
+`Kernels` is the contract. Two modules satisfy it: `torch_ops` (plain PyTorch, any device, what a CPU serves
+with) and `triton_ops` (Triton kernels: CUDA, or CPU tensors under `TRITON_INTERPRET=1`). A model receives one
+of them and never asks which. Nothing here knows of layers, requests or configuration.
 
-Shapes use the letters of the field: T tokens on the flat axis, B rows (one per sequence in the step), H heads,
-K and V the head dims of keys and values, D the head dim of softmax attention, d the hidden size, F the MLP width,
-E experts.
+Shapes use the letters of the field: T tokens on the flat axis, B rows (one per sequence in the step), H
+heads, K and V the head dims of keys and values, D the head dim of softmax attention, d the hidden size, F the
+MLP width, E experts.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ KernelName = Literal["torch", "triton"]
 
 
 class Kernels(Protocol):
-    """What every implementation offers. Last dims are contiguous; leading strides are free unless said otherwise.
+    """What every implementation offers. Last dims are contiguous; leading strides are free unless said
+    otherwise.
 
     No function reads a device value on the host, so none synchronises; sizes that a launch needs
     (`max_query_len`) come in as ints.
     """
 
-    # -- lightning attention: S_t = e^{-s} S_{t-1} + k_t v_t^T,  o_t = scale * q_t S_t ---------------------------
+    # -- lightning attention: S_t = e^{-s} S_{t-1} + k_t v_t^T,  o_t = scale * q_t S_t -----------------------
 
     def lightning_prefill(
         self,
@@ -44,11 +45,12 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Block-parallel varlen lightning attention (`minimax`).
 
-        q, k: [T, H, K]; v, out: [T, H, V]; float32, bfloat16 or float16, strided views allowed; slopes: [H] float32,
-        positive; state: [num_slots, H, K, V], updated in place for the B slots named, others untouched bit for bit;
-        state_indices: [B] int32, -1 = padding row (writes zeros to its output, nothing to the pool);
-        has_initial_state: [B] bool, False = the slot's content is ignored; query_start_loc: [B + 1] int32, row b
-        owns tokens query_start_loc[b] up to query_start_loc[b + 1]; max_query_len: longest row. Returns `out`.
+        q, k: [T, H, K]; v, out: [T, H, V]; float32, bfloat16 or float16, strided views allowed; slopes: [H]
+        float32, positive; state: [num_slots, H, K, V], updated in place for the B slots named, others
+        untouched bit for bit; state_indices: [B] int32, -1 = padding row (writes zeros to its output, nothing
+        to the pool); has_initial_state: [B] bool, False = the slot's content is ignored; query_start_loc: [B
+        + 1] int32, row b owns tokens query_start_loc[b] up to query_start_loc[b + 1]; max_query_len: longest
+        row. Returns `out`.
         """
 
     def lightning_decode(
@@ -82,7 +84,7 @@ class Kernels(Protocol):
         """Fused segment walk (`seg_la`): prefill and decode rows in one launch. Same contract as
         `lightning_prefill`."""
 
-    # -- softmax attention over a paged KV cache ---------------------------------------------------------------
+    # -- softmax attention over a paged KV cache -------------------------------------------------------------
 
     def store_kv(
         self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
@@ -123,7 +125,7 @@ class Kernels(Protocol):
     ) -> Tensor:
         """One query per row: q, out [B, H, D]; row b sees context_lens[b] + 1 positions."""
 
-    # -- around attention --------------------------------------------------------------------------------------
+    # -- around attention ------------------------------------------------------------------------------------
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., d] / sqrt(mean(x^2) + eps) * weight [d], statistics in float32, in x's dtype."""

@@ -1,0 +1,139 @@
+"""Softmax attention over a paged KV cache in plain PyTorch: what a CPU serves with, and the tests'
+comparison.
+
+Index tensors are read on the host, which costs nothing where they live on the CPU. Only positions that a row
+sees are ever loaded from the cache: what else a block holds may be stale, or NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LONGEST_PADDED = 256  # tokens of history up to which decode rows are padded to one batch
+
+
+def token_rows(cache: Tensor) -> Tensor:
+    """[num_blocks, block_size, H_kv, D] -> [num_blocks * block_size, H_kv, D], always a view."""
+    return cache.view(-1, *cache.shape[2:])
+
+
+def prefill(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    context_lens: Tensor,
+    max_query_len: int,
+    scale: float,
+    out: Tensor,
+) -> Tensor:
+    """Row by row. Contract: `Kernels.attention_prefill`."""
+    starts = query_start_loc.tolist()
+    for row, context in enumerate(context_lens.tolist()):
+        start, end = starts[row], starts[row + 1]
+        if start == end:
+            continue
+        keys, values = (
+            _history(cache, block_table[row], context + end - start) for cache in (key_cache, value_cache)
+        )
+        mask = None
+        if context:
+            mask = torch.ones(end - start, context + end - start, dtype=torch.bool, device=q.device).tril_(
+                context
+            )
+        # [H, n, D], [H_kv, L, D] -> [H, n, D]; a leading batch of 1 selects the fused kernel
+        rows = F.scaled_dot_product_attention(
+            q[None, start:end].transpose(1, 2),
+            keys[None].transpose(1, 2),
+            values[None].transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=True,
+        )
+        out[start:end] = rows[0].transpose(0, 1)
+    return out
+
+
+def _history(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
+    """The first `length` tokens of one row: [L, H_kv, D]."""
+    block_size = cache.shape[1]
+    return cache.index_select(0, blocks[: -(-length // block_size)]).flatten(0, 1)[:length]
+
+
+def decode(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    out: Tensor,
+) -> Tensor:
+    """Contract: `Kernels.attention_decode`. A row with context_lens = -1 sees nothing and writes zeros.
+
+    Short histories are padded to one batch; long ones go row by row, where a copy of padding would cost more
+    than a call.
+    """
+    lengths = [n + 1 for n in context_lens.tolist()]
+    if len(lengths) > 1 and max(lengths) <= LONGEST_PADDED:
+        return _decode_padded(q, key_cache, value_cache, block_table, context_lens, max(lengths), scale, out)
+    for row, length in enumerate(lengths):
+        if length == 0:
+            out[row].zero_()
+            continue
+        keys, values = (_history(cache, block_table[row], length)[None] for cache in (key_cache, value_cache))
+        out[row] = _attend_once(q[row, None], keys, values, None, scale)[0]
+    return out
+
+
+def _attend_once(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """One query per row, q [B, H, D], keys, values [B, L, H_kv, D], mask [B, 1, 1, L] or None -> [B, H, D].
+
+    The group of query heads that shares a kv head stands where a sequence would, so nothing is repeated.
+    """
+    num_kv_heads, head_dim = keys.shape[2:]
+    grouped = q.reshape(len(q), num_kv_heads, -1, head_dim)
+    # [B, H_kv, G, D], [B, H_kv, L, D] -> [B, H_kv, G, D]
+    rows = F.scaled_dot_product_attention(
+        grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=scale
+    )
+    return rows.reshape(q.shape)
+
+
+def _decode_padded(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    longest: int,
+    scale: float,
+    out: Tensor,
+) -> Tensor:
+    if longest == 0:
+        return out.zero_()
+    tokens, mask = _visible_tokens(block_table, context_lens, key_cache.shape[1], longest)
+    keys, values = (
+        token_rows(cache).index_select(0, tokens).view(len(q), longest, *cache.shape[2:])
+        for cache in (key_cache, value_cache)
+    )
+    out.copy_(_attend_once(q, keys, values, mask, scale))
+    return out.masked_fill_((context_lens < 0)[:, None, None], 0.0)
+
+
+def _visible_tokens(
+    block_table: Tensor, context_lens: Tensor, block_size: int, longest: int
+) -> tuple[Tensor, Tensor]:
+    """Cache rows of positions 0..longest-1 of every row, [B * L], and which of them it sees, [B, 1, 1, L].
+
+    A position that a row does not see stands for its position 0.
+    """
+    position = torch.arange(longest, device=block_table.device)
+    seen = position <= context_lens[:, None]  # [B, L]
+    position = position * seen
+    tokens = block_table.long().gather(1, position // block_size) * block_size + position % block_size
+    return tokens.view(-1), seen[:, None, None, :]

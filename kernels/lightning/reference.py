@@ -1,0 +1,212 @@
+"""Lightning attention in plain PyTorch: the token recurrence that defines it, and the forms that serve on a
+CPU.
+
+Per head with slope s > 0:  S_t = e^{-s} S_{t-1} + k_t v_t^T,  o_t = scale * q_t S_t  (Qin et al. 2024,
+Lightning Attention-2). A block of true length m with incoming S, positions a = 1..m:
+
+    o_a = scale * ( e^{-s a} q_a S + sum_{b<=a} e^{-s(a-b)} (q_a . k_b) v_b ),
+    S'  = e^{-s m} S + sum_b e^{-s(m-b)} k_b v_b^T.
+
+Index tensors are read on the host, which costs nothing where they live on the CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor,
+    query_start_loc: Tensor,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """The definition, token by token in `dtype`; the oracle of the tests. Changes nothing in place.
+
+    Arguments as in `Kernels.lightning_prefill`. Returns out [T, H, V] and the rows' final states [B, H, K,
+    V]; both are zero for padding rows.
+    """
+    decay = torch.exp(-slopes.to(dtype))[:, None, None]
+    out = torch.zeros(v.shape, dtype=dtype, device=v.device)
+    final = torch.zeros(len(state_indices), *state.shape[1:], dtype=dtype, device=v.device)
+    starts = query_start_loc.tolist()
+    for row, slot in enumerate(state_indices.tolist()):
+        if slot < 0:
+            continue
+        s = final[row]
+        if has_initial_state[row]:
+            s.copy_(state[slot])
+        for t in range(starts[row], starts[row + 1]):
+            # [H, K, 1] * [H, 1, V] -> [H, K, V]
+            s.mul_(decay).add_(k[t].to(dtype)[:, :, None] * v[t].to(dtype)[:, None, :])
+            # [H, 1, K] @ [H, K, V] -> [H, 1, V]
+            out[t] = (q[t].to(dtype)[:, None, :] @ s)[:, 0] * scale
+    return out, final
+
+
+def chunked_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    out: Tensor,
+) -> Tensor:
+    """Rows of any length, block by block in float32. Contract: `Kernels.lightning_prefill`."""
+    size = max(1, min(BLOCK, max_query_len))
+    position = torch.arange(1, size + 1, device=q.device, dtype=torch.float32)
+    slope = slopes.float()[:, None, None]
+    lag = position[:, None] - position[None, :]
+    decay_score = torch.exp(-slope * lag.clamp(min=0)).tril_().mul_(scale)  # [H, C, C]
+    decay_in = torch.exp(-slope * position[:, None]).mul_(scale)  # [H, C, 1]
+    decay_out = torch.exp(-slope * (size - position)[:, None])  # [H, C, 1]; a tail of m uses its last m rows
+    starts = query_start_loc.tolist()
+    continues = has_initial_state.tolist()
+    for row, slot in enumerate(state_indices.tolist()):
+        start, end = starts[row], starts[row + 1]
+        if slot < 0 or start == end:
+            out[start:end].zero_()
+            continue
+        s = state[slot].float() if continues[row] else state.new_zeros(state.shape[1:], dtype=torch.float32)
+        for t in range(start, end, size):
+            m = min(size, end - t)
+            # [H, m, K], [H, m, K], [H, m, V]
+            b_q, b_k, b_v = (x[t : t + m].transpose(0, 1).float() for x in (q, k, v))
+            # [H, m, K] @ [H, K, m] -> [H, m, m]
+            score = torch.bmm(b_q, b_k.transpose(1, 2)).mul_(decay_score[:, :m, :m])
+            # [H, m, K] @ [H, K, V] -> [H, m, V]
+            b_o = torch.bmm(b_q, s).mul_(decay_in[:, :m])
+            # [H, m, m] @ [H, m, V] -> [H, m, V]
+            out[t : t + m] = torch.baddbmm(b_o, score, b_v).transpose(0, 1)
+            # [H, K, m] @ [H, m, V] -> [H, K, V]
+            s = torch.baddbmm(s * torch.exp(-slope * m), b_k.transpose(1, 2), b_v * decay_out[:, size - m :])
+        state[slot] = s
+    return out
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """One token per row, all rows in one update of float32 states. Contract: `Kernels.lightning_decode`."""
+    slots = state_indices.tolist()
+    decay = torch.exp(-slopes.float())[:, None, None]
+    if len(slots) == 1 and slots[0] >= 0 and state.dtype == torch.float32:
+        _decode_in_place(q[0], k[0], v[0], decay, scale, state[slots[0]], bool(has_initial_state[0]), out[0])
+        return out
+    if any(slot < 0 for slot in slots):
+        real = (state_indices >= 0).nonzero()[:, 0]
+        part = out.new_empty(len(real), *out.shape[1:])
+        if len(real):
+            decode(
+                q[real],
+                k[real],
+                v[real],
+                slopes,
+                scale,
+                state,
+                state_indices[real],
+                has_initial_state[real],
+                part,
+            )
+        out.zero_()
+        out[real] = part
+        return out
+    s = state.index_select(0, state_indices).float()  # [B, H, K, V]
+    if not all(has_initial_state.tolist()):
+        s.masked_fill_(
+            ~has_initial_state[:, None, None, None], 0.0
+        )  # a dirty slot may hold NaN: never multiply it
+    # [B, H, K, 1] * [B, H, 1, V] -> [B, H, K, V]
+    s.mul_(decay).addcmul_(k.float()[..., None], v.float()[:, :, None, :])
+    # [B, H, 1, K] @ [B, H, K, V] -> [B, H, 1, V]
+    out.copy_(torch.matmul(q.float()[:, :, None, :], s)[:, :, 0]).mul_(scale)
+    state.index_copy_(0, state_indices.long(), s.to(state.dtype))
+    return out
+
+
+def _decode_in_place(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, s: Tensor, continues: bool, out: Tensor
+) -> None:
+    """One row: q, k [H, K], v, out [H, V]; s [H, K, V] float32, a view of the pool, updated in place."""
+    if continues:
+        s.mul_(decay)
+    else:
+        s.zero_()
+    # [H, K, 1] @ [H, 1, V] -> [H, K, V]
+    s.baddbmm_(k.float()[:, :, None], v.float()[:, None, :])
+    # [H, 1, K] @ [H, K, V] -> [H, 1, V]
+    out.copy_(torch.bmm(q.float()[:, None, :], s)[:, 0].mul_(scale))
+
+
+def segments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    scale: float,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    out: Tensor,
+) -> Tensor:
+    """Prefill and decode rows together; trailing rows of one token share one update.
+
+    Contract: `Kernels.lightning_segments`.
+    """
+    starts = query_start_loc.tolist()
+    rows = len(starts) - 1
+    while rows > 0 and starts[rows] - starts[rows - 1] == 1:
+        rows -= 1
+    t = starts[rows]
+    if rows:
+        chunked_prefill(
+            q[:t],
+            k[:t],
+            v[:t],
+            slopes,
+            scale,
+            state,
+            state_indices[:rows],
+            has_initial_state[:rows],
+            query_start_loc[: rows + 1],
+            max_query_len,
+            out[:t],
+        )
+    if rows < len(starts) - 1:
+        end = starts[-1]
+        decode(
+            q[t:end],
+            k[t:end],
+            v[t:end],
+            slopes,
+            scale,
+            state,
+            state_indices[rows:],
+            has_initial_state[rows:],
+            out[t:end],
+        )
+    return out

@@ -1,0 +1,113 @@
+"""The operations in plain PyTorch: any device, no compiler; what a CPU serves with. See `Kernels` for the
+contracts.
+
+Small index tensors are read on the host to choose the cheaper path. On a CPU that is free; on a GPU it would
+synchronise, and `triton_ops` is the module for it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention.reference import decode as attention_decode
+from .attention.reference import prefill as attention_prefill
+from .attention.reference import token_rows
+from .lightning.reference import chunked_prefill as lightning_prefill
+from .lightning.reference import decode as lightning_decode
+from .lightning.reference import segments as lightning_segments
+
+__all__ = [
+    "add_rms_norm",
+    "apply_rope",
+    "attention_decode",
+    "attention_prefill",
+    "lightning_decode",
+    "lightning_prefill",
+    "lightning_segments",
+    "moe",
+    "rms_norm",
+    "silu_and_mul",
+    "store_kv",
+]
+
+
+def store_kv(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Scatter key, value [T, H_kv, D] into the caches, in place. Contract: `Kernels.store_kv`."""
+    if -1 in slot_mapping.tolist():
+        real = (slot_mapping >= 0).nonzero()[:, 0]
+        key, value, slot_mapping = key[real], value[real], slot_mapping[real]
+    token_rows(key_cache).index_copy_(0, slot_mapping, key.to(key_cache.dtype))
+    token_rows(value_cache).index_copy_(0, slot_mapping, value.to(value_cache.dtype))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., d] -> [..., d] (Zhang and Sennrich 2019). Contract: `Kernels.rms_norm`."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(h), h) with h = alpha * residual + beta * x. Contract: `Kernels.add_rms_norm`."""
+    if x.dtype == torch.float32 and alpha == 1.0:
+        h = torch.add(residual, x, alpha=beta)
+    else:
+        h = torch.add(residual.float() * alpha, x.float(), alpha=beta).to(x.dtype)
+    return rms_norm(h, weight, eps), h
+
+
+def apply_rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    """Rotate channel pairs (j, j + R/2) of q [T, H, D] and k [T, H_kv, D] in place (Su et al. 2021).
+
+    Contract: `Kernels.apply_rope`.
+    """
+    half = cos_sin.shape[-1] // 2
+    cos, sin = cos_sin.index_select(0, positions)[:, None, :].chunk(2, dim=-1)  # [T, 1, R/2] each
+    for x in (q, k):
+        first, second = x[..., :half], x[..., half : 2 * half]
+        rotated = torch.addcmul(first * cos, second, sin, value=-1.0)
+        second.copy_(torch.addcmul(second * cos, first, sin))
+        first.copy_(rotated)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """x [T, 2F] = [gate | up] -> silu(gate) * up, [T, F] (SwiGLU, Shazeer 2020)."""
+    gate, up = x.chunk(2, dim=-1)
+    if x.dtype == torch.float32:
+        return F.silu(gate).mul_(up)
+    return F.silu(gate.float()).mul_(up).to(x.dtype)
+
+
+def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Each used expert once, over its tokens. Contract: `Kernels.moe`."""
+    if x.shape[0] == 1:
+        return _moe_one_token(x, gate_up, down, weights, experts)
+    top_k = experts.shape[1]
+    order = experts.flatten().argsort(stable=True)  # [T * k], pairs grouped by expert
+    counts = torch.bincount(experts.flatten(), minlength=gate_up.shape[0]).tolist()
+    inputs = x.index_select(0, order // top_k)  # [T * k, d]
+    outputs = torch.empty_like(inputs)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = slice(start, start + count)
+            # [n, d] @ [d, 2F] -> [n, 2F];  [n, F] @ [F, d] -> [n, d]
+            outputs[rows] = F.linear(silu_and_mul(F.linear(inputs[rows], gate_up[expert])), down[expert])
+            start += count
+    by_token = torch.empty_like(outputs).index_copy_(0, order, outputs).view(*experts.shape, -1)  # [T, k, d]
+    # [T, 1, k] @ [T, k, d] -> [T, 1, d], summed in float32
+    return torch.bmm(weights[:, None, :], by_token.float())[:, 0].to(x.dtype)
+
+
+def _moe_one_token(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """x [1, d]: the chosen experts' matrices are used where they lie."""
+    total = None
+    for expert, weight in zip(experts[0].tolist(), weights[0].tolist(), strict=True):
+        y = F.linear(silu_and_mul(F.linear(x, gate_up[expert])), down[expert]).float()
+        total = y.mul_(weight) if total is None else total.add_(y, alpha=weight)
+    assert total is not None, "top_k is at least 1"
+    return total.to(x.dtype)
