@@ -9,12 +9,16 @@ from .sampling_params import SamplingParams
 
 
 class AddRequest(msgspec.Struct, tag="add", kw_only=True):
-    """Start a sequence. A lower `priority` runs earlier; ties run in order of arrival."""
+    """Start a sequence. A lower `priority` runs earlier; ties run in order of arrival.
+
+    `eos_token_ids` None = those of the checkpoint's config and generation config.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
     priority: int = 0
+    eos_token_ids: list[int] | None = None
 
 
 class AbortRequest(msgspec.Struct, tag="abort"):

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+ErrorCode = Literal["invalid", "context_length", "queue_full", "internal"]
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -30,6 +31,8 @@ class StepOutput(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the id that ended it, when a stop token did (also last in token_ids)
     error: str | None = None  # the message of finish_reason "error"
+    error_code: ErrorCode | None = None
+    error_param: str | None = None  # the request field at fault, when one is
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):

@@ -36,7 +36,7 @@ class ForwardBatch:
     state_indices: Tensor  # [B] int32, slot of each row in the state pool; -1 = padding row
     slot_mapping: Tensor  # [T] int64, where each token's key and value go: block * block_size + offset
     block_table: Tensor  # [B, M] int32, the KV blocks of each row; entries past its length are 0 and never read
-    logits_indices: Tensor  # [N] int64, tokens whose logits are wanted
+    logits_indices: Tensor  # [N] int64, the last token of each row whose next token is wanted
     num_prefills: int
     num_prefill_tokens: int
     num_decodes: int

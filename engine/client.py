@@ -1,0 +1,279 @@
+"""The boundary between requests and sequences: token ids go down, token ids come up.
+
+`InProcessClient` runs the engine in a thread (tests, notebooks), `ProcessClient` in a process of its own (serving), so
+that HTTP and text never slow a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import shutil
+import sys
+import tempfile
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from ..configs.schema import EngineConfig
+from .errors import ConfigError, ContextLengthError, EngineDeadError, QueueFullError, RequestError
+from .messages import (
+    AbortRequest,
+    AddRequest,
+    EngineFailed,
+    EngineInfo,
+    EngineStats,
+    FromEngine,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+)
+from .outputs import StepOutput
+
+
+class EngineClient(Protocol):
+    """What the text layer and the server know of an engine."""
+
+    info: EngineInfo  # once started
+    stats: EngineStats  # after the latest step
+
+    @property
+    def is_healthy(self) -> bool:
+        """Started, and not dead."""
+
+    async def start(self) -> EngineInfo:
+        """Load the model. Raises `ConfigError` (a setting or the checkpoint is wrong) or `EngineDeadError`."""
+
+    def generate(self, request: AddRequest) -> AsyncIterator[StepOutput]:
+        """Outputs of one sequence; the last one has a finish_reason.
+
+        Raises `RequestError`, `QueueFullError` before the first output, `EngineDeadError` at any time. Closing the
+        iterator early aborts the sequence.
+        """
+
+    async def wait_dead(self) -> str:
+        """Returns why, when the engine dies by itself; never otherwise."""
+
+    async def close(self) -> None:
+        """Stop the engine and free what it holds. May be called twice."""
+
+
+class _StreamingClient(ABC):
+    """Sorts the engine's messages to the requests that wait for them."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.info: EngineInfo
+        self.stats = EngineStats()
+        self._streams: dict[str, asyncio.Queue[StepOutput | EngineDeadError]] = {}
+        self._ready: asyncio.Future[EngineInfo]
+        self._death: asyncio.Future[str]
+        self._is_closing = False
+
+    @property
+    def is_healthy(self) -> bool:
+        return hasattr(self, "info") and not self._death.done() and not self._is_closing
+
+    async def start(self) -> EngineInfo:
+        loop = asyncio.get_running_loop()
+        self._ready, self._death = loop.create_future(), loop.create_future()
+        try:
+            await self._launch()
+            self.info = await self._ready
+        except BaseException:
+            await self.close()
+            raise
+        return self.info
+
+    async def generate(self, request: AddRequest) -> AsyncIterator[StepOutput]:
+        if not self.is_healthy:
+            raise EngineDeadError(self._reason())
+        if request.request_id in self._streams:
+            raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
+        stream: asyncio.Queue[StepOutput | EngineDeadError] = asyncio.Queue()
+        self._streams[request.request_id] = stream
+        is_finished = False
+        try:
+            self._send(request)
+            while not is_finished:
+                output = await stream.get()
+                is_finished = isinstance(output, EngineDeadError) or output.finish_reason is not None
+                yield _checked(output)
+        finally:
+            del self._streams[request.request_id]
+            if not is_finished and self.is_healthy:
+                self._send(AbortRequest(request.request_id))
+
+    async def wait_dead(self) -> str:
+        return await asyncio.shield(self._death)
+
+    async def close(self) -> None:
+        if not self._is_closing:
+            self._is_closing = True
+            await self._stop()
+            self._fail_streams("the server is shutting down")
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case StepOutputs():
+                self.stats = message.stats
+                for output in message.outputs:
+                    stream = self._streams.get(output.request_id)
+                    if stream is not None:  # its reader may have left
+                        stream.put_nowait(output)
+            case EngineInfo():
+                self._ready.set_result(message)
+            case EngineFailed():
+                self._die(message.message, is_user_error=message.is_user_error)
+
+    def _die(self, reason: str, *, is_user_error: bool = False) -> None:
+        """The engine is gone: everyone who waits for it is told."""
+        if self._is_closing or self._death.done():
+            return
+        self._death.set_result(reason)
+        if not self._ready.done():
+            self._ready.set_exception(ConfigError(reason) if is_user_error else EngineDeadError(reason))
+        self._fail_streams(reason)
+
+    def _fail_streams(self, reason: str) -> None:
+        for stream in self._streams.values():
+            stream.put_nowait(EngineDeadError(reason))
+
+    def _reason(self) -> str:
+        if hasattr(self, "_death") and self._death.done():
+            return f"the engine is dead: {self._death.result()}"
+        return "the engine is not running"
+
+    @abstractmethod
+    async def _launch(self) -> None:
+        """Begin to start the engine; its `EngineInfo` arrives later."""
+
+    @abstractmethod
+    async def _stop(self) -> None:
+        """End the engine, whatever state it is in."""
+
+    @abstractmethod
+    def _send(self, message: ToEngine) -> None:
+        """Hand a message over without waiting."""
+
+
+class InProcessClient(_StreamingClient):
+    """The engine in a thread of this process."""
+
+    async def _launch(self) -> None:
+        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="leyden-engine", daemon=True)
+        self._thread.start()
+
+    async def _stop(self) -> None:
+        if hasattr(self, "_thread"):
+            self._inbox.put(Shutdown())
+            await asyncio.to_thread(self._thread.join)
+
+    def _send(self, message: ToEngine) -> None:
+        self._inbox.put(message)
+
+    def _run(self) -> None:
+        from .core import EngineCore
+        from .errors import LeydenError
+        from .loop import run_loop
+
+        try:
+            core = EngineCore(self.config, progress=False)
+            self._post(core.info())
+            run_loop(core, self._take, self._post)
+        except LeydenError as error:
+            self._post(EngineFailed(str(error), is_user_error=True))
+        except Exception as error:
+            self._post(EngineFailed(f"{type(error).__name__}: {error}"))
+
+    def _take(self, wait: bool) -> list[ToEngine]:
+        messages = [self._inbox.get()] if wait else []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                messages.append(self._inbox.get_nowait())
+        return messages
+
+    def _post(self, message: FromEngine) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop may have been closed under us
+            self._loop.call_soon_threadsafe(self._receive, message)
+
+
+class ProcessClient(_StreamingClient):
+    """The engine in its own process, over a ZeroMQ ipc socket in a private folder."""
+
+    STOP_SECONDS = 5.0
+
+    async def _launch(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="leyden-")  # mode 0700
+        address = f"ipc://{self._folder}/engine.sock"
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        for option in (zmq.LINGER, zmq.SNDHWM, zmq.RCVHWM):
+            self._socket.setsockopt(option, 0)
+        self._socket.bind(address)
+        # -P: the working directory must not shadow packages (a folder "kernels" would).
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "leyden.engine.process", address, stdin=asyncio.subprocess.PIPE
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(self.config.model_dump_json().encode())
+        self._process.stdin.close()
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+
+    @property
+    def pid(self) -> int:
+        """The engine's process id."""
+        return self._process.pid
+
+    async def _stop(self) -> None:
+        if not hasattr(self, "_process"):
+            return
+        for task in self._tasks:
+            task.cancel()
+        if self._process.returncode is None:
+            self._send(Shutdown())
+            try:
+                await asyncio.wait_for(self._process.wait(), self.STOP_SECONDS)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        self._socket.close()
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _send(self, message: ToEngine) -> None:
+        self._socket.send(msgspec.msgpack.encode(message))
+
+    async def _read(self) -> None:
+        decoder = msgspec.msgpack.Decoder(FromEngine)
+        while True:
+            self._receive(decoder.decode(await self._socket.recv()))
+
+    async def _watch(self) -> None:
+        code = await self._process.wait()
+        await asyncio.sleep(0.1)  # its last words may still be on the way
+        how = f"by signal {-code}" if code < 0 else f"with code {code}"
+        self._die(f"the engine process (pid {self._process.pid}) ended {how}")
+
+
+def _checked(output: StepOutput | EngineDeadError) -> StepOutput:
+    """Raise what the engine answered instead of tokens."""
+    if isinstance(output, EngineDeadError):
+        raise output
+    match output.error_code:
+        case "queue_full":
+            raise QueueFullError(output.error or "the queue is full")
+        case "context_length":
+            raise ContextLengthError(output.error or "the request does not fit the context", output.error_param)
+        case "invalid":
+            raise RequestError(output.error or "the request is invalid", output.error_param)
+    return output
+

@@ -1,0 +1,211 @@
+"""The engine: requests in as token ids, tokens out, one step at a time. No threads, no sockets."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import msgspec
+import torch
+
+from ..configs.schema import EngineConfig
+from .block_manager import BlockManager
+from .errors import ContextLengthError, QueueFullError, RequestError
+from .messages import AddRequest, EngineInfo, EngineStats
+from .model_runner import ModelRunner, StepResult
+from .outputs import ErrorCode, StepOutput, TokenLogprobs
+from .scheduler import Scheduler
+from .sequence import Sequence
+from .slots import SlotManager
+
+logger = logging.getLogger("leyden.engine")
+
+
+class EngineCore:
+    """Scheduler and model runner, and the bookkeeping between them."""
+
+    def __init__(self, config: EngineConfig, *, progress: bool = True) -> None:
+        self.config = config
+        self.runner = ModelRunner(config, progress=progress)
+        plan = self.runner.plan
+        self.max_model_len = plan.max_model_len
+        self.scheduler = Scheduler(
+            BlockManager(plan.num_kv_blocks, config.block_size),
+            SlotManager(plan.num_state_slots),
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_waiting=config.max_waiting,
+        )
+        self._stats = EngineStats()
+        self._arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add_request(self, request: AddRequest) -> None:
+        """Queue a request. Raises `RequestError`, `ContextLengthError` or `QueueFullError`; then nothing is kept."""
+        max_tokens = self._check(request)
+        params = request.sampling_params
+        eos = request.eos_token_ids
+        self._arrivals += 1
+        seed = params.seed if params.seed is not None else (self.config.seed << 32) + self._arrivals
+        self.scheduler.add(
+            Sequence(
+                request_id=request.request_id,
+                prompt_token_ids=request.prompt_token_ids,
+                sampling_params=params,
+                eos_token_ids=frozenset(self.runner.model_config.eos_token_ids if eos is None else eos),
+                max_tokens=max_tokens,
+                priority=request.priority,
+                arrival=self._arrivals,
+                seed=seed,
+            )
+        )
+
+    def abort_request(self, request_id: str) -> None:
+        """Forget a request and free what it holds. An id that is not here has just finished: nothing to do."""
+        self.scheduler.abort(request_id)
+
+    def step(self) -> list[StepOutput]:
+        """Compute one batch. Returns what is new, for the requests that got something."""
+        started = time.perf_counter()
+        batch = self.scheduler.schedule()
+        scheduled = time.perf_counter()
+        if batch.is_empty:
+            return []
+        result = self.runner.execute(batch)
+        _keep_prompt_logprobs(result)
+        self.scheduler.update(batch)
+        outputs = self._collect(result)
+        self._stats.steps_total += 1
+        self._stats.step_seconds_total += time.perf_counter() - started
+        self._stats.schedule_seconds_total += scheduled - started
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """A snapshot of this moment."""
+        scheduler = self.scheduler
+        return msgspec.structs.replace(
+            self._stats,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            state_slots_used=scheduler.slots.num_used,
+            kv_blocks_used=scheduler.blocks.num_used,
+            preemptions_total=scheduler.num_preemptions,
+        )
+
+    def info(self) -> EngineInfo:
+        """What the engine turned out to be."""
+        runner, plan, config = self.runner, self.runner.plan, self.runner.model_config
+        device = runner.device
+        return EngineInfo(
+            model_path=str(runner.folder),
+            architecture=config.architecture,
+            num_parameters=runner.num_parameters,
+            num_linear_layers=len(config.linear_layers),
+            num_full_layers=len(config.full_layers),
+            vocab_size=config.vocab_size,
+            max_model_len=plan.max_model_len,
+            eos_token_ids=list(config.eos_token_ids),
+            device=str(device),
+            device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            dtype=str(runner.dtype).removeprefix("torch."),
+            state_dtype=str(runner.state_dtype).removeprefix("torch."),
+            linear_backend=self.config.linear_backend,
+            kernels=runner.kernel_name,
+            num_state_slots=plan.num_state_slots,
+            num_kv_blocks=plan.num_kv_blocks,
+            block_size=self.config.block_size,
+            weight_bytes=runner.weight_bytes,
+            state_bytes_per_slot=runner.state_bytes_per_slot,
+            kv_bytes_per_token=runner.kv_bytes_per_token,
+            notes=plan.notes,
+        )
+
+    def check_integrity(self) -> None:
+        """Every slot and block has one owner. Raises AssertionError."""
+        self.scheduler.check_integrity()
+
+    def _check(self, request: AddRequest) -> int:
+        """Refuse what can never be served. Returns the answer's bound in tokens."""
+        params, prompt = request.sampling_params, request.prompt_token_ids
+        vocab = self.runner.model_config.vocab_size
+        if request.request_id in self.scheduler:
+            raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
+        if not prompt:
+            raise RequestError("the prompt is empty; send at least one token", "prompt")
+        for name, ids in (
+            ("prompt", prompt),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias or ()),
+        ):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab:
+                wrong = next(i for i in ids if not 0 <= i < vocab)
+                raise RequestError(f"{name} holds token id {wrong}; ids must be in [0, {vocab})", name)
+        room = self.max_model_len - len(prompt)
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        if room < max_tokens or (room == 0 and params.max_tokens is None):
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, but the context holds "
+                f"{self.max_model_len}; shorten the prompt or the answer",
+                "max_tokens" if len(prompt) < self.max_model_len else "prompt",
+            )
+        return max_tokens
+
+    def _collect(self, result: StepResult) -> list[StepOutput]:
+        """Append sampled tokens to their sequences, finish those that end, and say what is new."""
+        if result.sampled is None:
+            return []
+        token_ids = result.sampled.token_ids.tolist()
+        is_valid = result.sampled.is_valid.tolist()
+        return [
+            self._advance(sequence, token_ids[i], is_valid[i], result.sampled.logprobs[i])
+            for i, sequence in enumerate(result.completing)
+        ]
+
+    def _advance(
+        self, sequence: Sequence, token_id: int, is_valid: bool, logprobs: TokenLogprobs | None
+    ) -> StepOutput:
+        output = StepOutput(request_id=sequence.request_id)
+        if sequence.num_output_tokens == 0:
+            self._stats.prompt_tokens_total += sequence.num_prompt_tokens
+            output.prompt_logprobs = sequence.prompt_logprobs or None
+        if not is_valid:
+            logger.error("request %s: the model gave NaN or infinite logits", sequence.request_id)
+            output.finish_reason, output.error_code = "error", "internal"
+            output.error = "the model gave NaN or infinite logits for this request"
+        elif sequence.max_tokens == 0:
+            output.finish_reason = "length"
+        else:
+            sequence.output_token_ids.append(token_id)
+            output.token_ids = [token_id]
+            output.logprobs = None if logprobs is None else [logprobs]
+            output.finish_reason = sequence.finish_reason()
+            output.stop_token_id = token_id if output.finish_reason == "stop" else None
+            self._stats.generation_tokens_total += 1
+        if output.finish_reason is not None:
+            self.scheduler.finish(sequence)
+        return output
+
+
+def _keep_prompt_logprobs(result: StepResult) -> None:
+    """Join a chunk's scores to those of the chunks before; a prompt that starts anew after a preemption overwrites."""
+    for sequence, entries in result.prompt_logprobs.items():
+        before: list[TokenLogprobs | None] = [None, *sequence.prompt_logprobs[1:]]
+        sequence.prompt_logprobs = before[: sequence.num_computed_tokens + 1] + entries
+
+
+def refusal(request_id: str, error: RequestError | QueueFullError) -> StepOutput:
+    """The answer to a request that was not admitted."""
+    code: ErrorCode = "invalid"
+    if isinstance(error, QueueFullError):
+        code = "queue_full"
+    elif isinstance(error, ContextLengthError):
+        code = "context_length"
+    return StepOutput(
+        request_id=request_id,
+        finish_reason="error",
+        error=str(error),
+        error_code=code,
+        error_param=getattr(error, "param", None),
+    )

@@ -1,0 +1,63 @@
+"""How memory is split between recurrent state and KV cache. Torch-free arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Sizes of the two pools. `notes` says what was clamped and why."""
+
+    num_state_slots: int
+    num_kv_blocks: int
+    max_model_len: int
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_memory(
+    budget: int,
+    *,
+    state_bytes_per_slot: int,
+    kv_bytes_per_token: int,
+    block_size: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    num_kv_blocks: int | None = None,
+) -> MemoryPlan:
+    """Split `budget` bytes.
+
+    Slots come first, for max_num_seqs, but take at most half: a slot without room for its KV cache is of no use. What
+    is left goes to blocks, no more than every slot could fill at the full context length. A size that does not fit is
+    clamped and noted; `ConfigError` only when not even one sequence fits.
+    """
+    notes: list[str] = []
+    slots = min(max_num_seqs, max(budget // 2, 0) // state_bytes_per_slot)
+    if slots == 0:
+        raise ConfigError(
+            f"one sequence's recurrent state takes {state_bytes_per_slot:,} bytes and {max(budget, 0):,} bytes are free "
+            "for state and KV cache, half of them for state; raise memory_fraction (or cpu_memory_gb), or use a "
+            "smaller state_dtype"
+        )
+    if slots < max_num_seqs:
+        notes.append(f"max_num_seqs clamped from {max_num_seqs} to {slots}: more states do not fit in half the memory")
+    blocks_per_sequence = -(-max_model_len // block_size)
+    blocks = slots * blocks_per_sequence
+    if kv_bytes_per_token:
+        blocks = min(blocks, (budget - slots * state_bytes_per_slot) // (kv_bytes_per_token * block_size))
+    if num_kv_blocks is not None:
+        if num_kv_blocks > blocks:
+            notes.append(f"num_kv_blocks clamped from {num_kv_blocks} to {blocks}: no more fit or could be used")
+        blocks = min(blocks, num_kv_blocks)
+    if blocks <= 0:
+        raise ConfigError(
+            f"no memory is left for a KV cache beside {slots} states of {state_bytes_per_slot:,} bytes; "
+            "lower max_num_seqs or raise memory_fraction (or cpu_memory_gb)"
+        )
+    if blocks < blocks_per_sequence:
+        notes.append(
+            f"max_model_len clamped from {max_model_len} to {blocks * block_size}: the KV cache holds no longer sequence"
+        )
+    return MemoryPlan(slots, blocks, min(max_model_len, blocks * block_size), notes)

@@ -1,0 +1,88 @@
+"""The engine as a process of its own: `python -m leyden.engine.process SOCKET`, its configuration as JSON on stdin.
+
+Messages are msgspec over one ZeroMQ ipc socket in a folder that only this user can enter; nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+import msgspec
+import zmq
+
+from ..configs.schema import EngineConfig
+from .errors import LeydenError
+from .messages import EngineFailed, FromEngine, ToEngine
+
+logger = logging.getLogger("leyden.engine")
+
+PARENT_POLL_MS = 1000
+
+
+class _Link:
+    """The engine's end of the socket."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.connect(address)
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._parent = os.getppid()
+
+    def send(self, message: FromEngine) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def receive(self, wait: bool) -> list[ToEngine]:
+        """Messages that are there. Leaves the process when the parent is gone: nobody would ever ask again."""
+        while not self._socket.poll(PARENT_POLL_MS if wait else 0):
+            if os.getppid() != self._parent:
+                raise SystemExit("the server is gone")
+            if not wait:
+                return []
+        messages = []
+        while self._socket.poll(0):
+            messages.append(self._decoder.decode(self._socket.recv()))
+        return messages
+
+    def close(self) -> None:
+        self._socket.close()
+        zmq.Context.instance().term()
+
+
+def main() -> int:
+    """Exit code 0 after a shutdown, 2 for a wrong setting or checkpoint, 1 for a failure."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
+    link = _Link(sys.argv[1])
+    try:
+        config = EngineConfig.model_validate_json(sys.stdin.buffer.read())
+        return _serve(config, link)
+    except LeydenError as error:
+        link.send(EngineFailed(str(error), is_user_error=True))
+        return 2
+    except Exception as error:
+        logger.exception("the engine failed")
+        link.send(EngineFailed(f"{type(error).__name__}: {error}"))
+        return 1
+    finally:
+        link.close()
+
+
+def _serve(config: EngineConfig, link: _Link) -> int:
+    from .core import EngineCore
+    from .loop import run_loop
+
+    core = EngineCore(config, progress=sys.stderr.isatty())
+    link.send(core.info())
+    run_loop(core, link.receive, link.send)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

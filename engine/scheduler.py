@@ -1,0 +1,184 @@
+"""The whole scheduling policy, without tensors.
+
+Each step, within `max_num_batched_tokens`:
+1. every running sequence that is one token behind gets it (decoding never waits for a prompt);
+2. running sequences that are further behind continue their prefill, in order;
+3. waiting sequences are admitted in order while a state slot, KV blocks and budget last.
+
+Order is priority, then arrival. When blocks run out, the last in order is preempted: it gives back everything, and is
+computed again from its tokens later.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+from .block_manager import BlockManager
+from .errors import ContextLengthError, QueueFullError
+from .sequence import Sequence, Status
+from .slots import SlotManager
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """The rows of one step: prefill rows first, then decode rows, each with the tokens it brings."""
+
+    sequences: list[Sequence]
+    num_scheduled_tokens: list[int]
+    num_prefills: int
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.sequences
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens)
+
+
+class Scheduler:
+    """Owns the queues and, through them, every block and slot that is not free."""
+
+    def __init__(
+        self, blocks: BlockManager, slots: SlotManager, *, max_num_batched_tokens: int, max_waiting: int
+    ) -> None:
+        self.blocks = blocks
+        self.slots = slots
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_waiting = max_waiting
+        self.waiting: list[Sequence] = []  # kept in order
+        self.running: list[Sequence] = []  # kept in order
+        self.num_preemptions = 0
+        self._by_id: dict[str, Sequence] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._by_id
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises `QueueFullError`, or `ContextLengthError` when it could never fit the cache."""
+        if len(self.waiting) >= self.max_waiting:
+            raise QueueFullError(
+                f"{len(self.waiting)} requests are waiting already (max_waiting = {self.max_waiting}); try again later"
+            )
+        capacity = self.blocks.num_blocks * self.blocks.block_size
+        # The last sampled token is never fed back, so it needs no room.
+        needed = sequence.num_prompt_tokens + max(sequence.max_tokens - 1, 0)
+        if needed > capacity:
+            raise ContextLengthError(
+                f"prompt ({sequence.num_prompt_tokens} tokens) and max_tokens ({sequence.max_tokens}) need "
+                f"{needed} tokens of KV cache, which holds {capacity}; shorten the request",
+                "max_tokens",
+            )
+        assert sequence.request_id not in self._by_id, f"{sequence.request_id} is in the engine already"
+        self._by_id[sequence.request_id] = sequence
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a sequence and free what it holds. False when it is not here (it may just have finished)."""
+        sequence = self._by_id.get(request_id)
+        if sequence is None:
+            return False
+        self.finish(sequence)
+        return True
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, from wherever it is."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._release(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        del self._by_id[sequence.request_id]
+
+    def schedule(self) -> ScheduledBatch:
+        """Choose the next step's rows and give them the blocks and slots they need."""
+        budget = self.max_num_batched_tokens
+        preemptions = self.num_preemptions
+        scheduled: dict[Sequence, int] = {}
+        decoding = [sequence for sequence in self.running if sequence.is_decoding]
+        prefilling = [sequence for sequence in self.running if not sequence.is_decoding]
+        for sequence in decoding + prefilling:
+            if sequence.status is not Status.RUNNING:  # preempted for one before it
+                continue
+            num_new = min(sequence.num_uncomputed_tokens, budget)
+            if num_new and self._make_room(sequence, num_new, scheduled):
+                scheduled[sequence] = num_new
+                budget -= num_new
+        if self.num_preemptions == preemptions:  # who has just been put out is not let in again at once
+            self._admit(scheduled, budget)
+        return _in_batch_order(scheduled)
+
+    def update(self, batch: ScheduledBatch) -> None:
+        """Note that the batch has been computed. Must come before its sampled tokens are appended."""
+        for sequence, num_new in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
+            if sequence.status is Status.RUNNING:
+                sequence.num_computed_tokens += num_new
+
+    def check_integrity(self) -> None:
+        """Ownership is whole and the queues are in order. Raises AssertionError."""
+        self.blocks.check_integrity(self.running)
+        self.slots.check_integrity(self.running)
+        for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
+            assert all(sequence.status is status for sequence in queue)
+            assert queue == sorted(queue, key=lambda s: s.order)
+        for sequence in self.waiting:
+            assert sequence.state_slot is None and not sequence.block_table
+            assert sequence.num_computed_tokens == 0
+        assert len(self._by_id) == len(self.waiting) + len(self.running)
+
+    def _admit(self, scheduled: dict[Sequence, int], budget: int) -> None:
+        while self.waiting and budget > 0 and self.slots.num_free:
+            sequence = self.waiting[0]
+            num_new = min(sequence.num_uncomputed_tokens, budget)
+            # Room for the whole sequence as it is, not for one chunk: else two long prompts admitted together
+            # would starve each other of blocks half-way.
+            if self.blocks.missing(sequence, sequence.num_tokens) > self.blocks.num_free - self._promised():
+                return
+            self.waiting.pop(0)
+            self.slots.take(sequence)
+            self.blocks.grow(sequence, num_new)
+            sequence.status = Status.RUNNING
+            bisect.insort(self.running, sequence, key=lambda s: s.order)
+            scheduled[sequence] = num_new
+            budget -= num_new
+
+    def _promised(self) -> int:
+        """Blocks that running sequences still lack for the tokens they already have."""
+        return sum(self.blocks.missing(sequence, sequence.num_tokens) for sequence in self.running)
+
+    def _make_room(self, sequence: Sequence, num_new: int, scheduled: dict[Sequence, int]) -> bool:
+        """Give `sequence` the blocks for num_new more tokens, preempting from the end. False if it fell itself."""
+        total = sequence.num_computed_tokens + num_new
+        while self.blocks.missing(sequence, total) > self.blocks.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            scheduled.pop(victim, None)
+            if victim is sequence:
+                return False
+        self.blocks.grow(sequence, total)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.status = Status.WAITING
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence)
+        self.slots.release(sequence)
+
+
+def _in_batch_order(scheduled: dict[Sequence, int]) -> ScheduledBatch:
+    prefills = [sequence for sequence in scheduled if not sequence.is_decoding]
+    decodes = [sequence for sequence in scheduled if sequence.is_decoding]
+    rows = prefills + decodes
+    return ScheduledBatch(rows, [scheduled[sequence] for sequence in rows], len(prefills))

@@ -1,0 +1,81 @@
+"""A sequence: its tokens and a few counters. Everything else follows from them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from .outputs import FinishReason, TokenLogprobs
+from .sampling_params import SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One request inside the engine.
+
+    There are no phases: `num_computed_tokens` chases `num_tokens`, and every step feeds what lies between. Chunked
+    prefill, decoding and recomputing after a preemption are all that.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+    max_tokens: int = 16  # of the answer, already cut to the context length
+    priority: int = 0  # lower runs earlier
+    arrival: int = 0  # order of arrival
+    seed: int = 0
+    output_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    status: Status = Status.WAITING
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    state_slot: int | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """One token behind, with a past. A one-token prompt has no past: it is a prefill."""
+        return self.num_computed_tokens > 0 and self.num_uncomputed_tokens == 1
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who runs first: by priority, then by arrival."""
+        return (self.priority, self.arrival)
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens start up to end of prompt and answer together."""
+        split = len(self.prompt_token_ids)
+        if end <= split:
+            return self.prompt_token_ids[start:end]
+        return self.prompt_token_ids[start:split] + self.output_token_ids[max(start - split, 0) : end - split]
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why the sequence ends with its last token, or None to go on."""
+        params = self.sampling_params
+        if self.output_token_ids and self.num_output_tokens >= params.min_tokens:
+            last = self.output_token_ids[-1]
+            if last in params.stop_token_ids or (last in self.eos_token_ids and not params.ignore_eos):
+                return "stop"
+        return "length" if self.num_output_tokens >= self.max_tokens else None

@@ -1,0 +1,66 @@
+"""Find a checkpoint (a folder, a hub id, or the embedded one) and read its JSON files. Runs no code from it, ever."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .config import ModelConfig, token_ids
+from .errors import CheckpointError
+
+DEMO_FOLDER = Path(__file__).parent / "demo"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """The folder of `model`: 'demo', a path, or a hub id, which is downloaded unless HF_HUB_OFFLINE is set.
+
+    Raises `CheckpointError` when there is no such folder and no such model.
+    """
+    if model == "demo":
+        return DEMO_FOLDER
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"{model!r} is neither a folder nor a hub id of the form owner/name")
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises a wide family; all of them mean the same to a user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot get {model!r} from the hub: {reason}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `CheckpointError` when the file is missing, unreadable or something else."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got a {type(loaded).__name__}")
+    return loaded
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model's normal form, with the stop ids of generation_config.json joined in. Raises `CheckpointError`."""
+    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    generation = read_generation_config(folder)
+    eos = dict.fromkeys(config.eos_token_ids + token_ids(generation.get("eos_token_id")))
+    return replace(config, eos_token_ids=tuple(eos))
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json, or nothing when the checkpoint has none."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.exists() else {}
