@@ -1,0 +1,67 @@
+"""The HTTP application over an engine that someone else starts and stops."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .. import __version__
+from ..configs.schema import ServerConfig
+from ..engine.async_llm import AsyncLLM
+from .errors import ApiError, describe
+from .logprobs import TokenNames
+from .metrics import ServerMetrics
+from .middleware import (
+    AuthMiddleware,
+    BodyLimitMiddleware,
+    ConnectionLimitMiddleware,
+    ErrorMiddleware,
+    RequestIdMiddleware,
+    load_keys,
+)
+from .routes import chat, completions, health, models, tokenize
+from .state import ServerState
+
+
+def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str) -> FastAPI:
+    """Routes and layers around `llm`, whose client knows its `info` already.
+
+    `app.state.draining` may be set to True at any time: from then on new work and /health get 503. Raises `ConfigError`
+    when the API keys cannot be read.
+    """
+    metrics = ServerMetrics(llm.client, settings.metrics_prefix, model_name)
+    app = FastAPI(
+        title="Leyden",
+        version=__version__,
+        docs_url=None,  # its pages load scripts from a CDN
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[
+            Middleware(RequestIdMiddleware),
+            Middleware(ErrorMiddleware, metrics=metrics),
+            Middleware(ConnectionLimitMiddleware, bound=settings.max_connections),
+            Middleware(AuthMiddleware, keys=load_keys(settings)),
+            Middleware(BodyLimitMiddleware, bound=settings.max_body_bytes),
+        ],
+        exception_handlers={HTTPException: _pass_on, RequestValidationError: _pass_on},
+    )
+    app.state.draining = False
+    app.state.server = ServerState(
+        llm, settings, model_name, metrics, created=int(time.time()), token_names=TokenNames(llm.tokenizer)
+    )
+    for module in (completions, chat, models, tokenize, health):
+        app.include_router(module.router)
+    return app
+
+
+async def _pass_on(http: Request, error: Exception) -> Response:
+    """FastAPI would answer these in its own shape; `ErrorMiddleware` answers every error in OpenAI's."""
+    if isinstance(error, RequestValidationError):
+        raise ApiError(400, "the request's path or query is malformed") from error
+    raise describe(error)

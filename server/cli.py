@@ -1,0 +1,159 @@
+"""`leyden serve | generate | chat | info`. Every setting is a flag; the flags are made from the schema."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_origin
+
+from pydantic import BaseModel
+
+from .. import __version__
+from ..configs.schema import EngineConfig, Settings, SettingsError, load_settings
+from ..engine.errors import LeydenError
+
+EXIT_USAGE = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that suggests the flag that was meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        wrong = unknown.split("=")[0].split(" ")[0]
+        near = difflib.get_close_matches(wrong, self._option_string_actions, n=1) if wrong.startswith("-") else []
+        hint = f" (did you mean {near[0]}?)" if near else f"; see {self.prog} --help"
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}{hint}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0, 1 for a failure, 2 for a wrong flag, setting or checkpoint."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser, commands = _build_parser()
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:  # let the command's own parser say it, so that the hint knows its flags
+        commands.get(known.command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        return known.run(known)
+    except (LeydenError, SettingsError) as error:
+        print(f"leyden {known.command}: error: {error}", file=sys.stderr)
+        return EXIT_USAGE if not getattr(error, "is_failure", False) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(prog="leyden", description="Serve hybrid linear-attention language models.")
+    parser.add_argument("--version", action="version", version=f"leyden {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    serve = commands.add_parser("serve", help="serve a model over an OpenAI-compatible HTTP API")
+    _add_settings(serve, Settings)
+    serve.set_defaults(run=_serve)
+
+    generate = commands.add_parser("generate", help="continue prompts, without a server")
+    generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="text to continue")
+    generate.add_argument("--chat", action="store_true", help="treat each prompt as a user's message")
+    generate.add_argument("--model", default=argparse.SUPPRESS, help=EngineConfig.model_fields["model"].description)
+    _add_sampling(generate)
+    _add_settings(generate, EngineConfig, positional_model=False)
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk to a running server in the terminal")
+    chat.add_argument("--url", default="http://127.0.0.1:8000", help="address of the server")
+    chat.add_argument("--api-key", default=None, help="key, when the server wants one")
+    chat.add_argument("--model", default=None, help="served model; default: the first one")
+    chat.add_argument("--system", default=None, help="system message")
+    _add_sampling(chat)
+    chat.set_defaults(run=_chat)
+
+    info = commands.add_parser("info", help="show what a model is and how many sequences fit")
+    _add_settings(info, EngineConfig)
+    info.add_argument("--memory-gb", type=float, default=None, help="memory to plan for; default: this machine's")
+    info.set_defaults(run=_info)
+    return parser, {"serve": serve, "generate": generate, "chat": chat, "info": info}
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-tokens", type=int, default=256, help="length of an answer")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 = always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.9, help="smallest set of tokens with this much probability")
+
+
+def _add_settings(parser: argparse.ArgumentParser, schema: type[BaseModel], positional_model: bool = True) -> None:
+    """One flag per field. Values stay text here: the schema parses and bounds them, whatever their source."""
+    if positional_model:
+        parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_help("model", schema))
+    parser.add_argument("--config", type=Path, default=None, metavar="FILE", help="YAML file of settings")
+    for name, field in schema.model_fields.items():
+        if name == "model":
+            continue
+        flag = "--" + name.replace("_", "-")
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(name, schema)}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(field.annotation) is list:
+            options |= {"action": "append", "metavar": "VALUE"}
+        else:
+            options["metavar"] = name.rsplit("_", maxsplit=1)[-1].upper()
+        parser.add_argument(flag, **options)
+
+
+def _help(name: str, schema: type[BaseModel]) -> str:
+    field = schema.model_fields[name]
+    allowed = getattr(field.annotation, "__args__", ())
+    choices = f" [{' | '.join(allowed)}]" if allowed and all(isinstance(a, str) for a in allowed) else ""
+    default = field.get_default(call_default_factory=True, validated_data={})
+    return f"{field.description}{choices}" + (f" (default: {default})" if default not in (None, []) else "")
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    flags = {name: value for name, value in vars(arguments).items() if name in Settings.model_fields}
+    return load_settings(flags, arguments.config)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    from .serve import serve
+
+    return serve(settings)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    config = _settings(arguments).engine()
+    from ..engine.llm import LLM
+    from ..engine.sampling_params import SamplingParams
+
+    params = SamplingParams(max_tokens=arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p)
+    llm = LLM(**config.model_dump())
+    if arguments.chat:
+        answers = llm.chat([[{"role": "user", "content": prompt}] for prompt in arguments.prompts], params)
+    else:
+        answers = llm.generate(arguments.prompts, params)
+    for prompt, answer in zip(arguments.prompts, answers, strict=True):
+        print(answer.text if arguments.chat else prompt + answer.text)
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from .terminal import chat
+
+    return chat(arguments)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    config = _settings(arguments).engine()
+    from .describe import describe_model
+
+    print(describe_model(config, arguments.memory_gb))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

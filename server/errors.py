@@ -1,0 +1,127 @@
+"""Every error as OpenAI's envelope: {"error": {"message", "type", "param", "code"}}. One table, used by all routes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from ..engine.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
+
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "overloaded",
+}
+ERROR_CODES = {404: "unknown_url", 405: "method_not_allowed"}
+RETRY_AFTER_SECONDS = "1"
+MAX_MESSAGE_CHARS = 1000
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(msgspec.Struct, frozen=True):
+    error: ErrorBody
+
+
+class ApiError(Exception):
+    """An error with everything that HTTP needs to tell it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message[:MAX_MESSAGE_CHARS]
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        fallback = "server_error" if self.status >= 500 else "invalid_request_error"
+        return ERROR_TYPES.get(self.status, fallback)
+
+    @property
+    def reason(self) -> str:
+        """One word for the metrics; never made of user input."""
+        return self.code or self.type
+
+    def envelope(self) -> bytes:
+        return msgspec.json.encode(ErrorEnvelope(ErrorBody(printable(self.message), self.type, self.param, self.code)))
+
+
+class UnsupportedParameterError(RequestError):
+    """A documented field that this server does not implement."""
+
+
+class UnknownModelError(RequestError):
+    """The request names a model that is not served here."""
+
+
+def overloaded(message: str) -> ApiError:
+    return ApiError(503, message, headers={"Retry-After": RETRY_AFTER_SECONDS})
+
+
+def describe(error: Exception) -> ApiError:
+    """The table from exception to answer. An exception it does not know tells the client nothing of the inside."""
+    match error:
+        case ApiError():
+            return error
+        case ContextLengthError():
+            return ApiError(400, str(error), param=error.param, code="context_length_exceeded")
+        case UnsupportedParameterError():
+            return ApiError(400, str(error), param=error.param, code="unsupported_parameter")
+        case UnknownModelError():
+            return ApiError(404, str(error), param=error.param, code="model_not_found")
+        case RequestError():
+            return ApiError(400, str(error), param=error.param)
+        case QueueFullError():
+            headers = {"Retry-After": str(error.retry_after)}
+            return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
+        case EngineDeadError():
+            return ApiError(500, "the engine stopped before the answer was complete", code="engine_dead")
+        case HTTPException():
+            return _describe_http(error)
+        case _:
+            return ApiError(500, "an internal error; the server's log has the details", code="internal_error")
+
+
+def error_response(error: ApiError) -> Response:
+    return Response(error.envelope(), error.status, error.headers, media_type="application/json")
+
+
+def printable(text: str) -> str:
+    """Escape control characters (CR, LF, ANSI) that a request may have smuggled into a message or a log line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _describe_http(error: HTTPException) -> ApiError:
+    """What the router raises by itself: unknown route, wrong method."""
+    phrases = {
+        404: "no such route; GET /openapi.json lists them all",
+        405: "this route does not take that method; the Allow header lists those it takes",
+    }
+    message = phrases.get(error.status_code) or HTTPStatus(error.status_code).phrase
+    code = ERROR_CODES.get(error.status_code)
+    return ApiError(error.status_code, message, code=code, headers=error.headers)

@@ -1,0 +1,147 @@
+"""Runs the choices of one request side by side, and stops them all when the client leaves or one of them fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from ..engine.outputs import RequestOutput
+from .errors import ApiError
+from .metrics import SequenceTimer
+from .sampling import Job
+from .state import ServerState
+
+T = TypeVar("T")
+Event = tuple[Job, RequestOutput]
+Events = AsyncGenerator[Event, None]
+
+# Outputs per choice that may wait for a slow reader here before its choices stop pulling from the engine.
+QUEUE_PER_CHOICE = 2
+
+
+async def generate(state: ServerState, jobs: list[Job], answer_id: str) -> Events:
+    """Outputs of all jobs as they come. Closing this aborts whatever still runs.
+
+    All or nothing: as soon as one choice fails, for instance because the queue is full, the rest is aborted and the
+    error is raised, even ahead of outputs that came before it.
+    """
+    if len(jobs) == 1:
+        async with aclosing(_run_job(state, jobs[0], answer_id)) as outputs:
+            async for event in outputs:
+                yield event
+        return
+    queue: asyncio.Queue[Event | None] = asyncio.Queue(maxsize=QUEUE_PER_CHOICE * len(jobs))
+    failures: list[Exception] = []
+
+    async def feed(job: Job) -> None:
+        try:
+            async with aclosing(_run_job(state, job, answer_id)) as outputs:
+                async for event in outputs:
+                    await queue.put(event)
+        except Exception as error:
+            failures.append(error)
+        await queue.put(None)
+
+    tasks = [asyncio.create_task(feed(job)) for job in jobs]
+    num_running = len(tasks)
+    try:
+        while num_running:
+            item = await queue.get()
+            if failures:
+                raise failures[0]
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        await cancel_all(*tasks)
+
+
+async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
+    timer = SequenceTimer(state.metrics)
+    request_id = f"{answer_id}-{job.index}"
+    outputs = state.llm.generate(request_id, job.prompt_token_ids, job.params, job.priority)
+    has_failed = False
+    try:
+        async with aclosing(outputs) as closing:  # type: ignore[type-var]
+            async for output in closing:
+                timer.observe(output)
+                _raise_if_failed(output)
+                yield job, output
+    except Exception:
+        has_failed = True
+        raise
+    finally:
+        timer.close(has_failed=has_failed)
+
+
+def _raise_if_failed(output: RequestOutput) -> None:
+    """Only "stop" and "length" are shown as finish reasons; the others are errors to a client."""
+    if output.finish_reason == "error":
+        raise ApiError(500, output.error or "the engine failed on this request", code="generation_failed")
+    if output.finish_reason == "abort":
+        raise ApiError(500, "the engine aborted this request", code="generation_aborted")
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; `ClientDisconnect`, with `work` cancelled, when the client leaves before it is there."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        await cancel_all(working, leaving)
+
+
+async def first_event(events: Events) -> Event:
+    """Awaited before the response starts, so that an error known at admission keeps its status code."""
+    return await anext(events)
+
+
+async def collect(events: Events) -> list[Event]:
+    """All outputs of each job as one, in the order of the jobs' indices."""
+    parts: dict[int, list[Event]] = {}
+    async for event in events:
+        parts.setdefault(event[0].index, []).append(event)
+    return [_merge(parts[index]) for index in sorted(parts)]
+
+
+def _merge(events: list[Event]) -> Event:
+    job, last = events[-1]
+    outputs = [output for _, output in events]
+    has_logprobs = any(output.logprobs is not None for output in outputs)
+    merged = RequestOutput(
+        request_id=last.request_id,
+        text="".join(output.text for output in outputs),
+        token_ids=[token_id for output in outputs for token_id in output.token_ids],
+        logprobs=[entry for output in outputs for entry in output.logprobs or ()] if has_logprobs else None,
+        prompt_logprobs=outputs[0].prompt_logprobs,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        num_prompt_tokens=last.num_prompt_tokens,
+        num_output_tokens=last.num_output_tokens,
+    )
+    return job, merged
+
+
+async def cancel_all(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel and wait, so that whatever the tasks held is given back when this returns."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

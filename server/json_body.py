@@ -1,0 +1,113 @@
+"""Raw bytes -> one JSON object, or an error that says what is wrong with them. Stricter than `json.loads` alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+from starlette.requests import Request
+
+from ..engine.errors import RequestError
+from .errors import ApiError
+
+MAX_DEPTH = 32
+MAX_BYTES_INLINE = 65_536  # more is parsed in a thread
+MAX_FLOAT_CHARS = 400
+SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\s*(?:;.*)?", re.IGNORECASE)
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body of a request as a JSON object. Raises `RequestError`, or `ApiError` 415 for another content type."""
+    content_type = request.headers.get("content-type", "")
+    if not JSON_TYPE.fullmatch(content_type.strip()):
+        message = f"Content-Type must be application/json, got {content_type[:80]!r}"
+        raise ApiError(415, message, code="unsupported_media_type")
+    raw = await request.body()
+    return parse_object(raw) if len(raw) <= MAX_BYTES_INLINE else await asyncio.to_thread(parse_object, raw)
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """Parse UTF-8 JSON. Refuses NaN, Infinity, numbers out of range, duplicate keys, lone surrogates, deep nesting."""
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            object_pairs_hook=_unique_keys,
+        )
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not valid UTF-8: bad byte at position {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise RequestError(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:  # Python's own bound on the digits of an integer
+        raise RequestError("the body has a number that is out of range") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"the body must be a JSON object, got {json_type(value)}")
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+        _check_depth(value)
+    if SURROGATE_ESCAPE.search(raw):
+        _check_surrogates(value)
+    return value
+
+
+def json_type(value: object) -> str:
+    """What JSON calls the type of `value`, with its article."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list"}
+    return names.get(type(value), "an object")
+
+
+def drop_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    """null always means the default."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise RequestError(f"the body is not valid JSON: {name} is not a JSON number")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits) if len(digits) <= MAX_FLOAT_CHARS else math.inf
+    if not math.isfinite(value):
+        raise RequestError(f"the body has a number that is out of range: {digits[:40]}")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise RequestError(f"the body has the key {key[:80]!r} twice in one object")
+            seen.add(key)
+    return found
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        children = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
+        level = [child for child in children if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> RequestError:
+    return RequestError(f"the body nests deeper than {MAX_DEPTH} levels")
+
+
+def _check_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError(r"the body has a lone surrogate (\ud800 to \udfff) in a string") from None

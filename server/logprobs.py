@@ -1,0 +1,86 @@
+"""Log-probabilities in the two shapes of the API. The same float is used wherever a token's number is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..engine.outputs import TokenLogprobs
+from ..engine.tokenizer import Tokenizer
+from .responses import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
+
+LOWEST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's stand-in
+HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+class TokenNames:
+    """Token id -> how logprobs show it, remembered. Part of a character is shown as its bytes, as OpenAI does."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._names: dict[int, str] = {}  # never more entries than the vocabulary
+
+    def __getitem__(self, token_id: int) -> str:
+        name = self._names.get(token_id)
+        if name is None:
+            name = self._names[token_id] = self._make(token_id)
+        return name
+
+    def _make(self, token_id: int) -> str:
+        text = self._tokenizer.token_text(token_id)
+        if HALF_CHARACTER not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._tokenizer.token_bytes(token_id))
+
+    def raw(self, token_id: int) -> list[int]:
+        return list(self._tokenizer.token_bytes(token_id))
+
+
+class CompletionLogprobsWriter:
+    """The logprobs of one choice, piece by piece; `text_offset` keeps running from 0.
+
+    An offset counts the characters of the tokens before it as they are shown, as vLLM does: it is an index into the
+    joined `tokens`, which is the text itself unless a token is a control token or part of a character.
+    """
+
+    def __init__(self, names: TokenNames) -> None:
+        self._names = names
+        self._offset = 0
+
+    def write(self, entries: Sequence[TokenLogprobs | None], first_token_id: int | None = None) -> CompletionLogprobs:
+        """`entries` in order; None stands for the first token of a prompt, whose id is `first_token_id`."""
+        out = CompletionLogprobs([], [], [], [])
+        for entry in entries:
+            token_id = first_token_id if entry is None else entry.token_id
+            assert token_id is not None, "an entry without logprobs needs the id of the prompt's first token"
+            token = self._names[token_id]
+            out.tokens.append(token)
+            out.token_logprobs.append(None if entry is None else _finite(entry.logprob))
+            out.top_logprobs.append(None if entry is None else self._top(entry))
+            out.text_offset.append(self._offset)
+            self._offset += len(token)
+        return out
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        """Most likely first; of two tokens that look alike, the likelier keeps the key."""
+        top: dict[str, float] = {}
+        for token_id, logprob in entry.top or [(entry.token_id, entry.logprob)]:
+            top.setdefault(self._names[token_id], _finite(logprob))
+        return top
+
+
+def chat_logprobs(entries: Sequence[TokenLogprobs], num_top: int, names: TokenNames) -> ChatLogprobs:
+    """OpenAI's chat shape: exactly the `num_top` most likely tokens, with their bytes."""
+    return ChatLogprobs([_chat_entry(entry, num_top, names) for entry in entries])
+
+
+def _chat_entry(entry: TokenLogprobs, num_top: int, names: TokenNames) -> ChatTokenLogprob:
+    return ChatTokenLogprob(
+        names[entry.token_id],
+        _finite(entry.logprob),
+        names.raw(entry.token_id),
+        [TopLogprob(names[i], _finite(logprob), names.raw(i)) for i, logprob in entry.top[:num_top]],
+    )
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

@@ -1,0 +1,92 @@
+"""Chat messages: any JSON -> the plain dicts that a chat template reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..engine.errors import RequestError
+from .errors import UnsupportedParameterError
+from .json_body import drop_nulls, json_type
+from .parameters import refuse_unless_neutral
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096
+PART_SEPARATOR = "\n"  # vLLM joins text parts so
+
+TEXT_FIELDS = ("name", "tool_call_id")
+# A client that sends an earlier answer back sends these along.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "tool_calls": ([],),
+    "function_call": (),
+    "audio": (),
+    "refusal": ("",),
+    "annotations": ([],),
+}
+
+
+def read_messages(value: Any) -> tuple[list[dict[str, str]], list[str]]:
+    """Messages with string contents, and the names of the fields nobody documents. Raises `RequestError`."""
+    if not isinstance(value, list):
+        raise RequestError(f"messages must be a list of objects, got {json_type(value)}", "messages")
+    if not 0 < len(value) <= MAX_MESSAGES:
+        raise RequestError(f"messages must have 1 to {MAX_MESSAGES} entries, got {len(value)}", "messages")
+    messages: list[dict[str, str]] = []
+    unknown: dict[str, None] = {}
+    for index, entry in enumerate(value):
+        where = f"messages[{index}]"
+        if not isinstance(entry, dict):
+            raise RequestError(f"{where} must be an object, got {json_type(entry)}", where)
+        message, names = _read_message(drop_nulls(entry), where)
+        messages.append(message)
+        unknown.update(dict.fromkeys(f"messages[].{name}" for name in names))
+    return messages, list(unknown)
+
+
+def _read_message(entry: dict[str, Any], where: str) -> tuple[dict[str, str], list[str]]:
+    message = {"role": _read_role(entry, where), "content": _read_content(entry, where)}
+    unknown = []
+    for name, value in entry.items():
+        if name in NEUTRAL_VALUES:
+            refuse_unless_neutral(f"{where}.{name}", value, NEUTRAL_VALUES[name])
+        elif name in TEXT_FIELDS:
+            message[name] = _require_text(value, f"{where}.{name}")
+        elif name not in ("role", "content"):
+            unknown.append(name)
+    return message, unknown
+
+
+def _read_role(entry: dict[str, Any], where: str) -> str:
+    role = entry.get("role")
+    if role not in ROLES:
+        shown = repr(role)[:80] if isinstance(role, str) else json_type(role)
+        raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, got {shown}", f"{where}.role")
+    # OpenAI's newer word for the same thing; templates know the older one.
+    return "system" if role == "developer" else str(role)
+
+
+def _read_content(entry: dict[str, Any], where: str) -> str:
+    content, where = entry.get("content"), f"{where}.content"
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"{where} must be a string or a list of parts, got {json_type(content)}", where)
+    if len(content) > MAX_PARTS:
+        raise RequestError(f"{where} must have at most {MAX_PARTS} parts, got {len(content)}", where)
+    return PART_SEPARATOR.join(_read_part(part, f"{where}[{i}]") for i, part in enumerate(content))
+
+
+def _read_part(part: Any, where: str) -> str:
+    if not isinstance(part, dict):
+        raise RequestError(f"{where} must be an object, got {json_type(part)}", where)
+    kind = part.get("type")
+    if kind != "text":
+        shown = repr(kind)[:80] if isinstance(kind, str) else json_type(kind)
+        raise UnsupportedParameterError(f"{where}.type must be 'text', got {shown}", f"{where}.type")
+    return _require_text(part.get("text"), f"{where}.text")
+
+
+def _require_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{where} must be a string, got {json_type(value)}", where)
+    return value

@@ -1,0 +1,134 @@
+"""Prompts in all their forms -> token ids. Long text is tokenized in a thread, so that streams keep flowing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..engine.errors import ContextLengthError, RequestError
+from ..engine.messages import EngineInfo
+from .errors import UnsupportedParameterError
+from .json_body import json_type
+from .protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from .state import ServerState
+
+MAX_CHARS_INLINE = 2048  # a thread costs more than tokenizing this
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to continue. `text` is what `echo` shows; it is filled in only where it may be asked for."""
+
+    token_ids: list[int]
+    text: str = ""
+
+
+async def read_prompts(request: CompletionRequest, state: ServerState) -> list[Prompt]:
+    """The prompts of a completion request, each within the vocabulary and the context."""
+    items = _as_prompt_list(request.prompt)
+    bound = state.settings.max_prompts
+    if len(items) > bound:
+        raise RequestError(
+            f"prompt must have at most {bound} entries (setting max_prompts), got {len(items)}", "prompt"
+        )
+    info = state.llm.client.info
+    for index, item in enumerate(items):
+        if not isinstance(item, str):
+            check_token_ids(item, info, _where(index, items))
+    num_chars = sum(len(item) for item in items if isinstance(item, str) or request.echo)
+    prompts = await off_loop(num_chars, lambda: [_make_prompt(item, request, state) for item in items])
+    for index, prompt in enumerate(prompts):
+        check_prompt(prompt.token_ids, info, _where(index, items))
+    return prompts
+
+
+def _make_prompt(item: str | list[int], request: CompletionRequest, state: ServerState) -> Prompt:
+    tokenizer = state.llm.tokenizer
+    if isinstance(item, str):
+        return Prompt(tokenizer.encode(item, add_special_tokens=request.add_special_tokens), item)
+    text = tokenizer.decode(item, request.skip_special_tokens) if request.echo else ""
+    return Prompt(item, text)
+
+
+def _where(index: int, items: list[Any]) -> str:
+    return "prompt" if len(items) == 1 else f"prompt[{index}]"
+
+
+def _as_prompt_list(value: Any) -> list[str | list[int]]:
+    """The four forms of `prompt` -> one list of texts and token lists."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise _bad_prompt("an empty list" if value == [] else json_type(value), "prompt")
+    if type(value[0]) is int:
+        return [_as_token_list(value, "prompt")]
+    first = str if isinstance(value[0], str) else list
+    items: list[str | list[int]] = []
+    for index, item in enumerate(value):
+        if not isinstance(item, first):
+            raise _bad_prompt(json_type(item), f"prompt[{index}]")
+        items.append(_as_token_list(item, f"prompt[{index}]") if isinstance(item, list) else item)
+    return items
+
+
+def _as_token_list(value: list[Any], where: str) -> list[int]:
+    for index, item in enumerate(value):
+        if type(item) is not int:
+            raise _bad_prompt(json_type(item), f"{where}[{index}]")
+    return value
+
+
+def _bad_prompt(found: str, where: str) -> RequestError:
+    forms = "a string, a list of strings, a list of token ids or a list of such lists"
+    return RequestError(f"prompt must be {forms}; {where} is {found}", where)
+
+
+async def encode_messages(request: ChatRequest | TokenizeRequest, state: ServerState) -> list[int]:
+    """Token ids of a conversation. `request.messages` have been through `messages.read_messages`."""
+    tokenizer = state.llm.tokenizer
+    if not tokenizer.has_chat_template:
+        raise RequestError("this checkpoint has no chat template; use /v1/completions", "messages")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
+        )
+    add_generation_prompt = request.add_generation_prompt
+    if add_generation_prompt is None:
+        add_generation_prompt = not request.continue_final_message
+    if getattr(request, "add_special_tokens", None):
+        raise UnsupportedParameterError(
+            "add_special_tokens is not supported with messages: the chat template adds them",
+            "add_special_tokens",
+        )
+    return await off_loop(
+        sum(len(message["content"]) for message in request.messages),
+        lambda: tokenizer.encode_chat(
+            request.messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+        ),
+    )
+
+
+async def off_loop(num_chars: int, work: Callable[[], T]) -> T:
+    """Run tokenizer work, in a thread when the text is long."""
+    return work() if num_chars <= MAX_CHARS_INLINE else await asyncio.to_thread(work)
+
+
+def check_token_ids(ids: list[int], info: EngineInfo, where: str) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < info.vocab_size):
+        bad = next(token_id for token_id in ids if not 0 <= token_id < info.vocab_size)
+        raise RequestError(f"{where} must be token ids in [0, {info.vocab_size}), got {bad}", where)
+
+
+def check_prompt(ids: list[int], info: EngineInfo, where: str) -> None:
+    if not ids:
+        raise RequestError(f"{where} must have at least one token", where)
+    if len(ids) > info.max_model_len:
+        raise ContextLengthError(
+            f"{where} has {len(ids)} tokens; the context length is {info.max_model_len}. Shorten it.", where
+        )

@@ -1,0 +1,128 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+
+from fastapi import APIRouter
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ...engine.outputs import RequestOutput
+from ..generation import Event, collect, first_event, generate, unless_disconnected
+from ..logprobs import chat_logprobs
+from ..openapi import json_body
+from ..protocol import ChatRequest
+from ..responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    PublicFinishReason,
+    Usage,
+    chunk_usage,
+    count_usage,
+    json_response,
+)
+from ..state import ServerState, refuse_unless_ready
+from ..streaming import EventStream
+from ..validation import Prepared, prepare_chat
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", openapi_extra=json_body(ChatRequest))
+async def create_chat_completion(http: Request) -> Response:
+    """Answer a conversation, laid out by the checkpoint's own chat template."""
+    refuse_unless_ready(http)
+    prepared = await prepare_chat(http)
+    writer = ChatWriter(ServerState.of(http), prepared)
+    events = generate(writer.state, prepared.jobs, writer.id)
+    if not prepared.request.stream:
+        outputs = await unless_disconnected(http.receive, collect(events))
+        return json_response(writer.whole(outputs), prepared.headers)
+    first = await unless_disconnected(http.receive, first_event(events))
+    return EventStream(first, events, writer.render, writer.render_end, prepared.headers)
+
+
+class ChatWriter:
+    """Engine outputs -> OpenAI's chat completion objects, for one request."""
+
+    def __init__(self, state: ServerState, prepared: Prepared[ChatRequest]) -> None:
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.state = state
+        self.request = prepared.request
+        self.prompt_token_ids = prepared.prompts[0].token_ids
+        self.created = int(time.time())
+        self.num_output_tokens = [0] * len(prepared.jobs)
+        self.is_begun = [False] * len(prepared.jobs)
+
+    def whole(self, outputs: list[Event]) -> ChatCompletion:
+        """The answer in one object, from one merged output per choice."""
+        choices = [self._choice(job.index, output) for job, output in outputs]
+        answer = ChatCompletion(self.id, "chat.completion", self.created, self.state.model_name, choices, self._usage())
+        if self.request.return_token_ids:
+            answer.prompt_token_ids = self.prompt_token_ids
+        return answer
+
+    def render(self, event: Event) -> Iterator[ChatChunk]:
+        """The chunks of one output: the role before anything else, text, and the finish reason by itself."""
+        job, output = event
+        self.num_output_tokens[job.index] = output.num_output_tokens
+        usage = chunk_usage(self.request.stream_options, len(self.prompt_token_ids), output.num_output_tokens)
+        if not self.is_begun[job.index]:
+            self.is_begun[job.index] = True
+            yield self._role_chunk(job.index)
+        content = self._content(job.index, output)
+        if content is not None:
+            yield self._chunk([content], usage)
+        if output.finish_reason is not None:
+            end = ChatChunkChoice(job.index, ChatDelta(), finish_reason=_public(output))
+            yield self._chunk([end], usage)
+
+    def render_end(self) -> Iterator[ChatChunk]:
+        options = self.request.stream_options
+        if options is not None and options.include_usage:
+            yield self._chunk([], self._usage())
+
+    def _role_chunk(self, index: int) -> ChatChunk:
+        usage = chunk_usage(self.request.stream_options, len(self.prompt_token_ids), 0)
+        chunk = self._chunk([ChatChunkChoice(index, ChatDelta(role="assistant", content=""))], usage)
+        if self.request.return_token_ids:
+            chunk.prompt_token_ids = self.prompt_token_ids
+        return chunk
+
+    def _content(self, index: int, output: RequestOutput) -> ChatChunkChoice | None:
+        logprobs = self._logprobs(output) if output.logprobs else None
+        token_ids = output.token_ids if self.request.return_token_ids else UNSET
+        if not (output.text or logprobs or token_ids):
+            return None
+        return ChatChunkChoice(index, ChatDelta(content=output.text), logprobs, token_ids=token_ids)
+
+    def _choice(self, index: int, output: RequestOutput) -> ChatChoice:
+        self.num_output_tokens[index] = output.num_output_tokens
+        choice = ChatChoice(index, ChatMessage(output.text), self._logprobs(output), _public(output))
+        if self.request.return_token_ids:
+            choice.token_ids = output.token_ids
+        return choice
+
+    def _logprobs(self, output: RequestOutput) -> ChatLogprobs | None:
+        if not self.request.logprobs:
+            return None
+        return chat_logprobs(output.logprobs or [], self.request.top_logprobs, self.state.token_names)
+
+    def _usage(self) -> Usage:
+        return count_usage(len(self.prompt_token_ids), sum(self.num_output_tokens))
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
+        return ChatChunk(self.id, "chat.completion.chunk", self.created, self.state.model_name, choices, usage)
+
+
+def _public(output: RequestOutput) -> PublicFinishReason:
+    return "stop" if output.finish_reason == "stop" else "length"

@@ -1,0 +1,110 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+
+from fastapi import APIRouter
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ...engine.outputs import TokenLogprobs
+from ..generation import Event, collect, first_event, generate, unless_disconnected
+from ..logprobs import CompletionLogprobsWriter
+from ..openapi import json_body
+from ..prompts import off_loop
+from ..protocol import CompletionRequest
+from ..responses import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Usage,
+    chunk_usage,
+    count_usage,
+    json_response,
+)
+from ..state import ServerState, refuse_unless_ready
+from ..streaming import EventStream
+from ..validation import Prepared, prepare_completion
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", openapi_extra=json_body(CompletionRequest))
+async def create_completion(http: Request) -> Response:
+    """Continue one prompt or several, in text or as token ids."""
+    refuse_unless_ready(http)
+    prepared = await prepare_completion(http)
+    writer = CompletionWriter(ServerState.of(http), prepared)
+    events = generate(writer.state, prepared.jobs, writer.id)
+    if not prepared.request.stream:
+        outputs = await unless_disconnected(http.receive, collect(events))
+        num_scored = writer.num_scored_tokens(outputs)
+        return await off_loop(num_scored, lambda: json_response(writer.whole(outputs), prepared.headers))
+    first = await unless_disconnected(http.receive, first_event(events))
+    return EventStream(first, events, writer.render, writer.render_end, prepared.headers)
+
+
+class CompletionWriter:
+    """Engine outputs -> OpenAI's completion objects, for one request."""
+
+    def __init__(self, state: ServerState, prepared: Prepared[CompletionRequest]) -> None:
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self.state = state
+        self.request = prepared.request
+        self.prompts = prepared.prompts
+        self.created = int(time.time())
+        self.num_output_tokens = [0] * len(prepared.jobs)
+        self.is_begun = [False] * len(prepared.jobs)
+        self.logprobs = [CompletionLogprobsWriter(state.token_names) for _ in prepared.jobs]
+
+    def render(self, event: Event) -> Iterator[Completion]:
+        """The chunk of one output, if it shows anything."""
+        job, output = event
+        choice = self.choice(event)
+        if choice.text or choice.logprobs or choice.finish_reason or choice.token_ids:
+            usage = chunk_usage(self.request.stream_options, len(job.prompt_token_ids), output.num_output_tokens)
+            yield self.envelope([choice], usage)
+
+    def render_end(self) -> Iterator[Completion]:
+        options = self.request.stream_options
+        if options is not None and options.include_usage:
+            yield self.envelope([], self.usage())
+
+    def whole(self, outputs: list[Event]) -> Completion:
+        """The answer in one object, from one merged output per choice."""
+        return self.envelope([self.choice(output) for output in outputs], self.usage())
+
+    def choice(self, event: Event) -> CompletionChoice:
+        """What one output adds to its choice; the first one begins with the prompt when `echo` asks for it."""
+        job, output = event
+        self.num_output_tokens[job.index] = output.num_output_tokens
+        is_first, self.is_begun[job.index] = not self.is_begun[job.index], True
+        text = output.text
+        entries: list[TokenLogprobs | None] = list(output.logprobs or [])
+        if is_first and self.request.echo:
+            text = self.prompts[job.prompt_index].text + text
+            entries = [*(output.prompt_logprobs or []), *entries]
+        logprobs: CompletionLogprobs | None = None
+        if self.request.logprobs is not None and (entries or not self.request.stream):
+            logprobs = self.logprobs[job.index].write(entries, job.prompt_token_ids[0])
+        reason = output.finish_reason
+        choice = CompletionChoice(job.index, text, logprobs, reason if reason in ("stop", "length") else None)
+        if self.request.return_token_ids:
+            choice.token_ids = output.token_ids
+            choice.prompt_token_ids = job.prompt_token_ids if is_first else UNSET
+        return choice
+
+    def num_scored_tokens(self, outputs: list[Event]) -> int:
+        """How many tokens have logprobs to be written, which is what makes an answer large."""
+        return sum(len(o.prompt_logprobs or ()) + len(o.logprobs or ()) for _, o in outputs)
+
+    def usage(self) -> Usage:
+        """Each prompt counts once, however many choices continue it."""
+        return count_usage(sum(len(p.token_ids) for p in self.prompts), sum(self.num_output_tokens))
+
+    def envelope(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
+        return Completion(self.id, "text_completion", self.created, self.state.model_name, choices, usage)

@@ -1,0 +1,34 @@
+"""GET /health, /version and /metrics: what balancers, dashboards and people ask."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ... import __version__
+from ..responses import Health, Version, json_response
+from ..state import ServerState, refuse_unless_ready
+
+router = APIRouter()
+
+
+@router.head("/health", include_in_schema=False)
+@router.get("/health")
+async def health(http: Request) -> Response:
+    """200 while the engine answers; 503 when it is dead or the server is draining."""
+    refuse_unless_ready(http)
+    return json_response(Health("ok"))
+
+
+@router.get("/version")
+async def version() -> Response:
+    return json_response(Version(__version__))
+
+
+@router.head("/metrics", include_in_schema=False)
+@router.get("/metrics")
+async def metrics(http: Request) -> Response:
+    """Prometheus text."""
+    return Response(ServerState.of(http).metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

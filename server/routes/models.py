@@ -1,0 +1,33 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..errors import UnknownModelError
+from ..responses import ModelCard, ModelList, json_response
+from ..state import ServerState
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(http: Request) -> Response:
+    """The one model that is served."""
+    return json_response(ModelList("list", [_card(ServerState.of(http))]))
+
+
+@router.get("/v1/models/{model_id:path}")  # a path: names may look like "organisation/model"
+async def retrieve_model(http: Request, model_id: str) -> Response:
+    """The model by its name."""
+    state = ServerState.of(http)
+    if model_id != state.model_name:
+        shown = model_id[:80]
+        raise UnknownModelError(f"the model {shown!r} is not served here; this is {state.model_name!r}", "model")
+    return json_response(_card(state))
+
+
+def _card(state: ServerState) -> ModelCard:
+    return ModelCard(state.model_name, "model", state.created, "leyden", state.llm.client.info.max_model_len)

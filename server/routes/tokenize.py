@@ -1,0 +1,37 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..openapi import json_body
+from ..prompts import off_loop
+from ..protocol import DetokenizeRequest, TokenizeRequest
+from ..responses import Detokenized, Tokenized, json_response
+from ..state import ServerState
+from ..validation import prepare_detokenize, prepare_tokenize
+
+router = APIRouter()
+
+
+@router.post("/tokenize", openapi_extra=json_body(TokenizeRequest))
+async def tokenize(http: Request) -> Response:
+    """Token ids of a prompt, or of messages laid out by the chat template."""
+    request, tokens, headers = await prepare_tokenize(http)
+    state = ServerState.of(http)
+    names: list[str] | None = None
+    if request.return_token_strs:
+        names = await off_loop(len(tokens), lambda: [state.token_names[token_id] for token_id in tokens])
+    answer = Tokenized(len(tokens), state.llm.client.info.max_model_len, tokens, names)
+    return json_response(answer, headers)
+
+
+@router.post("/detokenize", openapi_extra=json_body(DetokenizeRequest))
+async def detokenize(http: Request) -> Response:
+    """Text of token ids, control tokens included."""
+    request, headers = await prepare_detokenize(http)
+    decode = ServerState.of(http).llm.tokenizer.decode
+    text = await off_loop(len(request.tokens), lambda: decode(request.tokens, skip_special_tokens=False))
+    return json_response(Detokenized(text), headers)

@@ -1,0 +1,114 @@
+"""Typed requests -> `SamplingParams`, one per choice: request over checkpoint's default over OpenAI's default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.errors import ContextLengthError, RequestError
+from ..engine.messages import EngineInfo
+from ..engine.sampling_params import SEED_BOUND, SamplingParams
+from .prompts import Prompt
+from .protocol import GenerationRequest
+from .state import ServerState
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+MAX_SHOWN_CHARS = 80
+
+
+@dataclass(frozen=True)
+class Job:
+    """One choice to generate. `index` = prompt_index * n + its number among the n."""
+
+    index: int
+    prompt_index: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int
+
+
+def make_jobs(
+    request: GenerationRequest,
+    state: ServerState,
+    prompts: list[Prompt],
+    *,
+    asked: tuple[str, int | None],
+    default_max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> list[Job]:
+    fields = _sampling_fields(request, state)
+    fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+    jobs = []
+    for prompt_index, prompt in enumerate(prompts):
+        num_left = state.llm.client.info.max_model_len - len(prompt.token_ids)
+        fields["max_tokens"] = _fit_context(asked, default_max_tokens, len(prompt.token_ids), num_left)
+        for j in range(request.n):
+            params = SamplingParams(**fields, seed=_seed_of(request.seed, j))
+            index = prompt_index * request.n + j
+            jobs.append(Job(index, prompt_index, prompt.token_ids, params, request.priority))
+    return jobs
+
+
+def _sampling_fields(request: GenerationRequest, state: ServerState) -> dict[str, Any]:
+    """Everything of `SamplingParams` but seed, length and logprobs: request over checkpoint over OpenAI's default."""
+    fields: dict[str, Any] = {
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "logit_bias": _read_logit_bias(request.logit_bias, state.llm.client.info),
+        "min_tokens": request.min_tokens,
+        "stop": tuple(request.stop),
+        "stop_token_ids": tuple(request.stop_token_ids),
+        "include_stop_str_in_output": request.include_stop_str_in_output,
+        "ignore_eos": request.ignore_eos,
+        "skip_special_tokens": request.skip_special_tokens,
+    }
+    defaults = state.llm.tokenizer.default_sampling if state.settings.generation_defaults else {}
+    for name in SAMPLING_DEFAULTS:
+        value = getattr(request, name)
+        value = defaults.get(name) if value is None else value
+        if value is not None:
+            fields[name] = value
+    return fields
+
+
+def _read_logit_bias(bias: dict[str, float] | None, info: EngineInfo) -> dict[int, float] | None:
+    if not bias:
+        return None
+    found = {}
+    for key, value in bias.items():
+        is_id = key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < info.vocab_size
+        if not is_id:
+            raise RequestError(
+                f"logit_bias keys must be token ids in [0, {info.vocab_size}), got {key[:MAX_SHOWN_CHARS]!r}",
+                "logit_bias",
+            )
+        found[int(key)] = value
+    return found
+
+
+def _fit_context(asked: tuple[str, int | None], default: int | None, num_prompt: int, num_left: int) -> int:
+    """How many tokens may follow the prompt. Only an explicit wish that does not fit is an error."""
+    name, value = asked
+    if value is not None and value > num_left:
+        raise ContextLengthError(
+            f"{num_prompt} prompt tokens and {name} {value} exceed the context length of {num_prompt + num_left}; "
+            f"shorten the prompt or ask for at most {num_left} tokens",
+            name,
+        )
+    if value is not None:
+        return value
+    if num_left == 0:
+        raise ContextLengthError(
+            f"{num_prompt} prompt tokens fill the context length of {num_prompt}; no room is left to answer. "
+            "Shorten the prompt",
+            name,
+        )
+    return num_left if default is None else min(default, num_left)
+
+
+def _seed_of(seed: int | None, j: int) -> int | None:
+    """Choices of one request differ, yet each repeats: choice j draws with seed + j, wrapped to 64 bits."""
+    if seed is None:
+        return None
+    return (seed + j + SEED_BOUND) % (2 * SEED_BOUND) - SEED_BOUND

@@ -1,0 +1,196 @@
+"""`leyden serve`: start the engine process, serve HTTP, drain on SIGTERM, and die aloud when the engine does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from ..configs.schema import Settings, SettingsError
+from ..engine.async_llm import AsyncLLM
+from ..engine.client import ProcessClient
+from ..engine.errors import EngineDeadError
+from ..engine.messages import EngineStats
+from ..engine.tokenizer import Tokenizer
+from ..models.checkpoint import resolve
+from .app import create_app
+from .describe import banner
+
+logger = logging.getLogger("leyden.server")
+
+MAX_HEADER_BYTES = 65536
+KEEP_ALIVE_SECONDS = 5
+FLUSH_SECONDS = 2  # for streams to carry the engine's last word to their clients
+
+
+def serve(settings: Settings) -> int:
+    """Serve until told to stop. Returns 0 after a drain, 1 when the engine died.
+
+    Raises `SettingsError`, `ConfigError` or `CheckpointError` before anything is served.
+    """
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    listener = _bind(settings.host, settings.port)
+    try:
+        return asyncio.run(_serve(settings, listener))
+    finally:
+        listener.close()
+
+
+async def _serve(settings: Settings, listener: socket.socket) -> int:
+    client = ProcessClient(settings.engine())
+    starting = asyncio.create_task(client.start())
+    try:
+        # Both take seconds: the engine imports and loads while this process reads the tokenizer.
+        folder = await asyncio.to_thread(resolve, settings.model, settings.revision)
+        tokenizer = await asyncio.to_thread(Tokenizer, folder)
+        info = await _unless_interrupted(starting)
+        if info is None:
+            return 130
+        name = settings.served_model_name or _model_name(settings.model)
+        app = create_app(AsyncLLM(client, tokenizer), settings, model_name=name)
+        host, port = listener.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(banner(info, name=name, address=address, needs_key=_needs_key(settings)), flush=True)
+        return await _Service(settings, client, app).run(listener)
+    except EngineDeadError as error:
+        logger.error("the engine did not start: %s", error)
+        return 1
+    finally:
+        starting.cancel()
+        await client.close()
+
+
+async def _unless_interrupted(starting: asyncio.Task) -> object:
+    """The engine's info, or None when Ctrl-C or SIGTERM came first."""
+    interrupted = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupted.set)
+    waiting = asyncio.create_task(interrupted.wait())
+    await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    return await starting if starting.done() else None
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: a signal drains first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Service:
+    """One run of the HTTP server over a living engine."""
+
+    def __init__(self, settings: Settings, client: ProcessClient, app: FastAPI) -> None:
+        self.settings = settings
+        self.client = client
+        self.app = app
+        self.server = _Server(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=FLUSH_SECONDS,
+            )
+        )
+        self._exit_code = 0
+        self._draining: asyncio.Task | None = None
+
+    async def run(self, listener: socket.socket) -> int:
+        """Serve until drained, interrupted twice, or bereft of the engine."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        watchers = [asyncio.create_task(self._watch_engine()), asyncio.create_task(self._log_throughput())]
+        try:
+            await self.server.serve(sockets=[listener])
+        finally:
+            for task in watchers:
+                task.cancel()
+        return self._exit_code
+
+    def _on_signal(self, name: str) -> None:
+        if self._draining is not None:
+            logger.warning("%s again: stopping at once", name)
+            self.server.should_exit = self.server.force_exit = True
+            return
+        self.app.state.draining = True
+        open_requests = len(self.server.server_state.tasks)
+        if open_requests:
+            logger.info("%s: %d open requests may finish within %g s", name, open_requests, self.settings.drain_seconds)
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """New requests are refused already; leave when the open ones are done or out of time."""
+        deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
+        while self.server.server_state.tasks and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        self.server.should_exit = True
+
+    async def _watch_engine(self) -> None:
+        reason = await self.client.wait_dead()
+        logger.error("%s; stopping", reason)
+        self._exit_code = 1
+        self.server.should_exit = True
+
+    async def _log_throughput(self) -> None:
+        """A line every few seconds while tokens flow."""
+        interval = self.settings.stats_interval
+        before = self.client.stats
+        while interval > 0:
+            await asyncio.sleep(interval)
+            now = self.client.stats
+            if now.steps_total != before.steps_total:
+                logger.info(_throughput(before, now, interval, self.client))
+            before = now
+
+
+def _throughput(before: EngineStats, now: EngineStats, seconds: float, client: ProcessClient) -> str:
+    prompt = (now.prompt_tokens_total - before.prompt_tokens_total) / seconds
+    generation = (now.generation_tokens_total - before.generation_tokens_total) / seconds
+    return (
+        f"running {now.num_running}, waiting {now.num_waiting}; prompt {prompt:.0f} tokens/s, "
+        f"generation {generation:.0f} tokens/s; state slots {now.state_slots_used}/{client.info.num_state_slots}, "
+        f"KV blocks {now.kv_blocks_used}/{client.info.num_kv_blocks}"
+    )
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the port before the model is loaded: a port in use should not cost a minute."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"cannot bind {host}:{port}: {reason}; choose another --host or --port") from None
+    return listener
+
+
+def _model_name(model: str) -> str:
+    """A folder's name, or a hub id as it is."""
+    return model if not Path(model).exists() else Path(model).resolve().name
+
+
+def _needs_key(settings: Settings) -> bool:
+    return bool(settings.api_key or settings.api_key_file)

@@ -1,0 +1,38 @@
+"""What every route needs, put together once per app."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from ..configs.schema import ServerConfig
+from ..engine.async_llm import AsyncLLM
+from .errors import overloaded
+from .logprobs import TokenNames
+from .metrics import ServerMetrics
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The engine, the settings and the counters behind one app. `created` is in seconds since 1970."""
+
+    llm: AsyncLLM
+    settings: ServerConfig
+    model_name: str
+    metrics: ServerMetrics
+    created: int
+    token_names: TokenNames
+
+    @classmethod
+    def of(cls, request: Request) -> ServerState:
+        state: ServerState = request.app.state.server
+        return state
+
+
+def refuse_unless_ready(request: Request) -> None:
+    """New work is taken only while the engine answers and the process is not about to stop."""
+    if request.app.state.draining:
+        raise overloaded("the server is draining and takes no new requests; retry elsewhere or later")
+    if not ServerState.of(request).llm.client.is_healthy:
+        raise overloaded("the engine is not running; retry later")

@@ -1,0 +1,77 @@
+"""Server-sent events. The socket paces the engine's reader: a slow client stalls only its own request."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import aclosing
+
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .errors import describe
+from .generation import Event, Events, unless_disconnected
+
+logger = logging.getLogger("leyden.server")
+
+DONE = b"data: [DONE]\n\n"
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+# One event -> the chunks that it makes, and the chunks that close a stream.
+Render = Callable[[Event], Iterable[msgspec.Struct]]
+RenderEnd = Callable[[], Iterable[msgspec.Struct]]
+
+
+class EventStream(Response):
+    """A stream of chunks that begins with `first`, ends with [DONE], and is aborted when the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, first: Event, rest: Events, render: Render, render_end: RenderEnd, headers: dict[str, str]
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers(STREAM_HEADERS | headers)
+        self._first = first
+        self._rest = rest
+        self._render = render
+        self._render_end = render_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(ClientDisconnect, OSError):
+            await unless_disconnected(receive, self._pump(scope, send))
+
+    async def _pump(self, scope: Scope, send: Send) -> None:
+        async with aclosing(self._rest) as rest:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                await _send_body(send, _encode(self._render(self._first)))
+                async for event in rest:
+                    frames = _encode(self._render(event))
+                    if frames:
+                        await _send_body(send, frames)
+                tail = _encode(self._render_end())
+            except OSError:
+                raise
+            except Exception as error:
+                tail = self._fail(scope, error)
+            await _send_body(send, tail + DONE, more=False)
+
+    def _fail(self, scope: Scope, error: Exception) -> bytes:
+        """The status has been sent, so the error goes the way of the chunks."""
+        answer = describe(error)
+        logger.error("request %s failed in mid-stream", scope["state"]["request_id"], exc_info=error)
+        scope["app"].state.server.metrics.count_refusal(answer.reason)
+        return b"data: " + answer.envelope() + b"\n\n"
+
+
+async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def _encode(chunks: Iterable[msgspec.Struct]) -> bytes:
+    return b"".join(b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks)

@@ -1,0 +1,185 @@
+"""The only door: a request body becomes token ids and `SamplingParams` here, or an error that names the field.
+
+The order is fixed: bytes -> JSON -> fields served, refused or ignored -> strict types -> bounds -> prompts as tokens ->
+fit of the context. Nothing behind this module checks a request again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from ..engine.errors import RequestError
+from ..engine.sampling_params import MAX_LOGPROBS
+from .errors import UnknownModelError
+from .json_body import drop_nulls, json_type, read_json
+from .messages import read_messages
+from .parameters import ignored_header, refuse_unless_neutral, split_fields
+from .prompts import Prompt, check_prompt, check_token_ids, encode_messages, off_loop, read_prompts
+from .protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    RequestModel,
+    TokenizeRequest,
+)
+from .sampling import Job, make_jobs
+from .state import ServerState
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
+MAX_SHOWN_CHARS = 80
+STREAM_OPTION_NEUTRAL = {"include_obfuscation": (False,)}
+
+R = TypeVar("R", bound=RequestModel)
+G = TypeVar("G", bound=GenerationRequest)
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[G]):
+    """A request that can be served."""
+
+    request: G
+    prompts: list[Prompt]
+    jobs: list[Job]
+    headers: dict[str, str]  # x-ignored-parameters, when there are such
+
+
+async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
+    state = ServerState.of(http)
+    request, ignored = await _read_typed(http, CompletionRequest, foreign=ChatRequest)
+    _check_generation(request, state)
+    if request.max_tokens == 0 and not request.echo:
+        raise RequestError("max_tokens must be at least 1 without echo, got 0", "max_tokens")
+    _check_logprobs("logprobs", request.logprobs)
+    prompts = await read_prompts(request, state)
+    prompt_logprobs = request.logprobs if request.echo else None
+    jobs = make_jobs(
+        request,
+        state,
+        prompts,
+        asked=("max_tokens", request.max_tokens),
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        logprobs=request.logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+    return Prepared(request, prompts, jobs, ignored)
+
+
+async def prepare_chat(http: Request) -> Prepared[ChatRequest]:
+    state = ServerState.of(http)
+    request, ignored = await _read_typed(http, ChatRequest, foreign=CompletionRequest)
+    _check_generation(request, state)
+    asked = _read_chat_bound(request)
+    _check_logprobs("top_logprobs", request.top_logprobs)
+    if request.top_logprobs and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
+    prompt = Prompt(await encode_messages(request, state))
+    check_prompt(prompt.token_ids, state.llm.client.info, "messages")
+    logprobs = request.top_logprobs if request.logprobs else None
+    jobs = make_jobs(request, state, [prompt], asked=asked, default_max_tokens=None, logprobs=logprobs)
+    return Prepared(request, [prompt], jobs, ignored)
+
+
+async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], dict[str, str]]:
+    state = ServerState.of(http)
+    request, ignored = await _read_typed(http, TokenizeRequest)
+    if (request.prompt is None) == (request.messages is None):
+        raise RequestError("send exactly one of prompt and messages", "prompt")
+    if request.prompt is None:
+        return request, await encode_messages(request, state), ignored
+    text, add_special_tokens = request.prompt, request.add_special_tokens is not False
+    encode = state.llm.tokenizer.encode
+    tokens = await off_loop(len(text), lambda: encode(text, add_special_tokens=add_special_tokens))
+    return request, tokens, ignored
+
+
+async def prepare_detokenize(http: Request) -> tuple[DetokenizeRequest, dict[str, str]]:
+    request, ignored = await _read_typed(http, DetokenizeRequest)
+    check_token_ids(request.tokens, ServerState.of(http).llm.client.info, "tokens")
+    return request, ignored
+
+
+async def _read_typed(
+    http: Request, model: type[R], foreign: type[RequestModel] | None = None
+) -> tuple[R, dict[str, str]]:
+    """The typed request, and the header that lists what was left out of it."""
+    state = ServerState.of(http)
+    body = drop_nulls(await read_json(http))
+    fields, ignored = split_fields(body, model.model_fields, foreign.model_fields if foreign else ())
+    if "stream_options" in fields:
+        ignored += _clean_stream_options(fields)
+    if "messages" in fields:
+        fields["messages"], unknown = read_messages(fields["messages"])
+        ignored += unknown
+    try:
+        request = model.model_validate(fields)
+    except ValidationError as error:
+        raise _as_request_error(error) from None
+    if request.model is not None and request.model != state.model_name:
+        shown = request.model[:MAX_SHOWN_CHARS]
+        raise UnknownModelError(f"the model {shown!r} is not served here; this is {state.model_name!r}", "model")
+    if ignored:
+        state.metrics.count_ignored()
+    return request, ignored_header(ignored)
+
+
+def _clean_stream_options(fields: dict[str, Any]) -> list[str]:
+    """Replace stream_options by its served part; return what nobody documents."""
+    options = fields["stream_options"]
+    if not isinstance(options, dict):
+        raise RequestError(f"stream_options must be an object, got {json_type(options)}", "stream_options")
+    served, unknown = {}, []
+    for name, value in drop_nulls(options).items():
+        if name in STREAM_OPTION_NEUTRAL:
+            refuse_unless_neutral(f"stream_options.{name}", value, STREAM_OPTION_NEUTRAL[name])
+        elif name in ("include_usage", "continuous_usage_stats"):
+            served[name] = value
+        else:
+            unknown.append(f"stream_options.{name}")
+    fields["stream_options"] = served
+    return unknown
+
+
+def _as_request_error(error: ValidationError) -> RequestError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return RequestError(f"{where} is required", where)
+    message = first["msg"].removeprefix("Value error, ").lower().replace("input should", "must")
+    value = first["input"]
+    shown = json_type(value) if isinstance(value, (dict, list)) else json.dumps(value)[:MAX_SHOWN_CHARS]
+    return RequestError(f"{where}: {message}, got {shown}", where)
+
+
+def _check_generation(request: GenerationRequest, state: ServerState) -> None:
+    max_n = state.settings.max_n
+    if request.n > max_n:
+        raise RequestError(f"n must be at most {max_n} (setting max_n), got {request.n}", "n")
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options needs stream: true", "stream_options")
+    check_token_ids(request.stop_token_ids, state.llm.client.info, "stop_token_ids")
+
+
+def _check_logprobs(name: str, value: int | None) -> None:
+    if value is not None and not 0 <= value <= MAX_LOGPROBS:
+        raise RequestError(f"{name} must be in [0, {MAX_LOGPROBS}], got {value}", name)
+
+
+def _read_chat_bound(request: ChatRequest) -> tuple[str, int | None]:
+    """max_completion_tokens, or its older name max_tokens: (name, value)."""
+    new, old = request.max_completion_tokens, request.max_tokens
+    if new is not None and old is not None and new != old:
+        raise RequestError(
+            f"max_completion_tokens ({new}) and max_tokens ({old}) differ; send one of them",
+            "max_completion_tokens",
+        )
+    name = "max_tokens" if new is None else "max_completion_tokens"
+    value = old if new is None else new
+    if value == 0:
+        raise RequestError(f"{name} must be at least 1, got 0", name)
+    return name, value
