@@ -15,7 +15,6 @@ INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 
 
-
 def _bound_entries(value: Any) -> Any:
     """Before each entry is looked at."""
     if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
@@ -97,16 +96,7 @@ class GenerationRequest(RequestModel):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    min_tokens: 
-
-def _bound_entries(value: Any) -> Any:
-    """Before each entry is looked at."""
-    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
-        raise ValueError(f"must have at most {MAX_LOGIT_BIAS} entries, has {len(value)}")
-    return value
-
-
-NumTokens = 0
+    min_tokens: NumTokens = 0
     ignore_eos: bool = False
     stop_token_ids: TokenIds = Field([], max_length=256)
     skip_special_tokens: bool = True
