@@ -1,7 +1,7 @@
 """One schema for every setting: YAML file < LEYDEN_* environment < command-line flag.
 
-`EngineConfig` is what the engine reads (also the keyword arguments of `LLM`), `ServerConfig` what HTTP reads, `Settings`
-both of them with the layering. A field's description is its `--help` text.
+`EngineConfig` is what the engine reads (also the keyword arguments of `LLM`), `ServerConfig` what HTTP reads,
+`Settings` both of them with the layering. A field's description is its `--help` text.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ class EngineConfig(BaseModel):
     model: str = Field(DEMO_MODEL, description="checkpoint folder, hub id, or 'demo' for the embedded model")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     linear_backend: LinearBackendName = Field("auto", description="lightning attention implementation")
-    kernels: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="auto = triton on CUDA, torch elsewhere"
-    )
+    kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto = triton on CUDA, torch elsewhere")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and activations; auto = the checkpoint's on CUDA, float32 on CPU"
@@ -42,7 +40,9 @@ class EngineConfig(BaseModel):
         "float32", description="recurrent state; less than float32 drifts over thousands of tokens"
     )
     max_num_seqs: int = Field(64, ge=1, le=65536, description="sequences running at once (= state slots)")
-    max_num_batched_tokens: int = Field(2048, ge=1, le=1 << 20, description="tokens in one step, prompt chunks included")
+    max_num_batched_tokens: int = Field(
+        2048, ge=1, le=1 << 20, description="tokens in one step, prompt chunks included"
+    )
     max_model_len: int | None = Field(None, ge=1, description="context length; default: the checkpoint's")
     max_waiting: int = Field(1024, ge=1, le=1 << 20, description="requests that may queue before 429")
     block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")

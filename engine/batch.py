@@ -18,7 +18,9 @@ def build_batch(scheduled: ScheduledBatch, block_size: int, device: torch.device
     ends = [start + count for start, count in zip(starts, counts, strict=True)]
     query_start_loc = np.zeros(len(sequences) + 1, dtype=np.int32)
     np.cumsum(counts, out=query_start_loc[1:])
-    completing = [i for i, (sequence, end) in enumerate(zip(sequences, ends, strict=True)) if end == sequence.num_tokens]
+    completing = [
+        i for i, (sequence, end) in enumerate(zip(sequences, ends, strict=True)) if end == sequence.num_tokens
+    ]
     context_lens = np.array(starts, dtype=np.int32)
     spans = list(zip(sequences, starts, ends, strict=True))
     arrays = {

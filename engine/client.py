@@ -276,4 +276,3 @@ def _checked(output: StepOutput | EngineDeadError) -> StepOutput:
         case "invalid":
             raise RequestError(output.error or "the request is invalid", output.error_param)
     return output
-

@@ -163,9 +163,7 @@ class EngineCore:
             for i, sequence in enumerate(result.completing)
         ]
 
-    def _advance(
-        self, sequence: Sequence, token_id: int, is_valid: bool, logprobs: TokenLogprobs | None
-    ) -> StepOutput:
+    def _advance(self, sequence: Sequence, token_id: int, is_valid: bool, logprobs: TokenLogprobs | None) -> StepOutput:
         output = StepOutput(request_id=sequence.request_id)
         if sequence.num_output_tokens == 0:
             self._stats.prompt_tokens_total += sequence.num_prompt_tokens
@@ -192,7 +190,7 @@ def _keep_prompt_logprobs(result: StepResult) -> None:
     """Join a chunk's scores to those of the chunks before; a prompt that starts anew after a preemption overwrites."""
     for sequence, entries in result.prompt_logprobs.items():
         before: list[TokenLogprobs | None] = [None, *sequence.prompt_logprobs[1:]]
-        sequence.prompt_logprobs = before[: sequence.num_computed_tokens + 1] + entries
+        sequence.prompt_logprobs = [*before[: sequence.num_computed_tokens + 1], *entries]
 
 
 def refusal(request_id: str, error: RequestError | QueueFullError) -> StepOutput:

@@ -29,17 +29,17 @@ def plan_memory(
 ) -> MemoryPlan:
     """Split `budget` bytes.
 
-    Slots come first, for max_num_seqs, but take at most half: a slot without room for its KV cache is of no use. What
-    is left goes to blocks, no more than every slot could fill at the full context length. A size that does not fit is
-    clamped and noted; `ConfigError` only when not even one sequence fits.
+    Slots come first, for max_num_seqs, but take at most half: a slot without room for its KV cache is of no use.
+    What is left goes to blocks, no more than every slot could fill at the full context length. A size that does not
+    fit is clamped and noted; `ConfigError` only when not even one sequence fits.
     """
     notes: list[str] = []
     slots = min(max_num_seqs, max(budget // 2, 0) // state_bytes_per_slot)
     if slots == 0:
         raise ConfigError(
-            f"one sequence's recurrent state takes {state_bytes_per_slot:,} bytes and {max(budget, 0):,} bytes are free "
-            "for state and KV cache, half of them for state; raise memory_fraction (or cpu_memory_gb), or use a "
-            "smaller state_dtype"
+            f"one sequence's recurrent state takes {state_bytes_per_slot:,} bytes and {max(budget, 0):,} bytes are "
+            "free for state and KV cache, half of them for state; raise memory_fraction (or cpu_memory_gb), or use "
+            "a smaller state_dtype"
         )
     if slots < max_num_seqs:
         notes.append(f"max_num_seqs clamped from {max_num_seqs} to {slots}: more states do not fit in half the memory")
@@ -57,7 +57,5 @@ def plan_memory(
             "lower max_num_seqs or raise memory_fraction (or cpu_memory_gb)"
         )
     if blocks < blocks_per_sequence:
-        notes.append(
-            f"max_model_len clamped from {max_model_len} to {blocks * block_size}: the KV cache holds no longer sequence"
-        )
+        notes.append(f"max_model_len clamped from {max_model_len} to {blocks * block_size}: the KV cache holds no more")
     return MemoryPlan(slots, blocks, min(max_model_len, blocks * block_size), notes)

@@ -22,8 +22,8 @@ from .errors import ConfigError
 from .memory import MemoryPlan, plan_memory
 from .outputs import TokenLogprobs
 from .pools import KVPool, StatePool
-from .sampling_params import SamplingParams
 from .sampler import Sampled, sample, token_logprobs
+from .sampling_params import SamplingParams
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
 
@@ -47,8 +47,8 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, *, progress: bool = True) -> None:
         self.folder = resolve(config.model, config.revision)
         self.model_config = read_config(self.folder)
-        self.device = _pick_device(config.device)
-        self.dtype = _pick_dtype(config.dtype, self.model_config, self.device)
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.model_config, self.device)
         self.state_dtype = getattr(torch, config.state_dtype)
         self.kernel_name = default_for(self.device) if config.kernels == "auto" else config.kernels
         self.block_size = config.block_size
@@ -62,9 +62,7 @@ class ModelRunner:
             device=self.device,
             dtype=self.dtype,
         )
-        load_weights(
-            self.folder, self.model.targets(), ignored=self.model.ignored_names(), progress=progress
-        )
+        load_weights(self.folder, self.model.targets(), ignored=self.model.ignored_names(), progress=progress)
         self.plan = self._size_pools(config)
         self.model.reserve_positions(self.plan.max_model_len)
 
@@ -178,7 +176,8 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
         except torch.OutOfMemoryError:
             raise ConfigError(
-                f"a step of max_num_batched_tokens = {tokens} tokens does not fit on the device; lower it or max_num_seqs"
+                f"a step of max_num_batched_tokens = {tokens} tokens does not fit on the device; "
+                "lower it or max_num_seqs"
             ) from None
         peak = torch.cuda.max_memory_allocated(self.device) - self.states.nbytes - self.kv.nbytes
         del self.states, self.kv, self.caches
@@ -186,7 +185,8 @@ class ModelRunner:
         return peak
 
 
-def _pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of a setting; `auto` is CUDA where there is one. Raises `ConfigError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -197,13 +197,18 @@ def _pick_device(name: str) -> torch.device:
     return device
 
 
-def _pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's own dtype on CUDA, and float32 on a CPU, where half precision is slow."""
+def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's own dtype on CUDA, and float32 on a CPU, where half precision is slow.
+
+    Raises `ConfigError`.
+    """
     if name == "auto":
         name = (config.dtype or "bfloat16") if device.type == "cuda" else "float32"
     dtype = getattr(torch, name, None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"the checkpoint's dtype {name!r} is not supported; set dtype to float32, bfloat16 or float16")
+        raise ConfigError(
+            f"the checkpoint's dtype {name!r} is not supported; set dtype to float32, bfloat16 or float16"
+        )
     return dtype
 
 

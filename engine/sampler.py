@@ -107,7 +107,9 @@ def _penalise(row: Tensor, sequence: Sequence) -> None:
     params = sequence.sampling_params
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(
-            list({*sequence.prompt_token_ids, *sequence.output_token_ids}), dtype=torch.int64, device=row.device
+            list({*sequence.prompt_token_ids, *sequence.output_token_ids}),
+            dtype=torch.int64,
+            device=row.device,
         )
         values = row[seen]
         row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)

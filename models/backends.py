@@ -15,7 +15,15 @@ class LinearAttentionBackend(Protocol):
     """Lightning attention for all rows of a batch."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, scale: float, state: Tensor, batch: ForwardBatch, out: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: Tensor,
+        batch: ForwardBatch,
+        out: Tensor,
     ) -> Tensor:
         """q, k [T, H, K], v, out [T, H, V]; state [num_slots, H, K, V], one layer of the pool, updated in place for the
         slots of the batch. Returns `out`."""
@@ -31,7 +39,15 @@ class MinimaxBackend:
         self.kernels = kernels
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, scale: float, state: Tensor, batch: ForwardBatch, out: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: Tensor,
+        batch: ForwardBatch,
+        out: Tensor,
     ) -> Tensor:
         rows, tokens = batch.num_prefills, batch.num_prefill_tokens
         if rows:
@@ -70,7 +86,15 @@ class SegLaBackend:
         self.kernels = kernels
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, scale: float, state: Tensor, batch: ForwardBatch, out: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: Tensor,
+        batch: ForwardBatch,
+        out: Tensor,
     ) -> Tensor:
         return self.kernels.lightning_segments(
             q,
@@ -102,7 +126,15 @@ class AutoBackend:
         self.seg_la = SegLaBackend(kernels)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, scale: float, state: Tensor, batch: ForwardBatch, out: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: Tensor,
+        batch: ForwardBatch,
+        out: Tensor,
     ) -> Tensor:
         starved = batch.num_prefills * q.shape[1] < self.MIN_PARALLEL and batch.max_query_len >= self.LONG_PROMPT
         chosen = self.minimax if starved or batch.num_prefills == 0 else self.seg_la
@@ -123,7 +155,14 @@ class FullAttentionBackend:
         self.kernels = kernels
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], scale: float, batch: ForwardBatch, out: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: tuple[Tensor, Tensor],
+        scale: float,
+        batch: ForwardBatch,
+        out: Tensor,
     ) -> Tensor:
         """q, out [T, H, D]; k, v [T, H_kv, D]; cache: key and value [num_blocks, block_size, H_kv, D], written in place
         at `batch.slot_mapping`. Returns `out`."""

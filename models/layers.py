@@ -23,9 +23,7 @@ class Projection(nn.Module):
     pieces: checkpoint name -> rows, in the order of the output channels.
     """
 
-    def __init__(
-        self, in_features: int, pieces: dict[str, int], *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, in_features: int, pieces: dict[str, int], *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.pieces = pieces
         self.weight = parameter(sum(pieces.values()), in_features, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""MiniMax-Text-01 and M1: lightning attention in most layers, softmax attention in a few, a mixture of experts after each.
+"""MiniMax-Text-01 and M1: lightning attention in most layers, softmax attention in a few, experts after each.
 
     x = norm(h);  h = alpha * (x or h) + beta * attention(x)
     x = norm(h);  h = alpha * (x or h) + beta * mlp(x)
@@ -86,7 +86,10 @@ class SoftmaxAttention(nn.Module):
         self.backend = FullAttentionBackend(kernels)
         q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.qkv_proj = Projection(
-            hidden_size, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}, device=device, dtype=dtype
+            hidden_size,
+            {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width},
+            device=device,
+            dtype=dtype,
         )
         self.o_proj = Projection(q_width, {"o_proj": hidden_size}, device=device, dtype=dtype)
 

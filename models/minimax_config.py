@@ -32,12 +32,12 @@ def parse_hf(config: Mapping[str, Any]) -> ModelConfig:
     """`MiniMaxForCausalLM`. Raises `CheckpointError`."""
     fields = Fields(config)
     num_layers = fields.positive("num_hidden_layers")
-    kinds = config.get("layer_types") or [
-        "linear_attention" if i % 2 else "full_attention" for i in range(num_layers)
-    ]
+    kinds = config.get("layer_types") or ["linear_attention" if i % 2 else "full_attention" for i in range(num_layers)]
     layers = []
     for i, kind in enumerate(_checked_kinds(kinds, num_layers, "layer_types", "linear_attention", "full_attention")):
-        slopes = tuple(b * hf_layer_factor(i, num_layers) for b in geometric_slopes(fields.positive("num_attention_heads")))
+        slopes = tuple(
+            b * hf_layer_factor(i, num_layers) for b in geometric_slopes(fields.positive("num_attention_heads"))
+        )
         prefix = "linear_attn" if kind == "linear_attention" else "full_attn"
         layers.append(
             LayerSpec(
@@ -63,7 +63,9 @@ def parse_original(config: Mapping[str, Any]) -> ModelConfig:
     if not fields.has(name):
         raise CheckpointError("config.json: attn_type_list is missing (0 = lightning, 1 = softmax, one per layer)")
     kinds = _checked_kinds(config[name], num_layers, name, 0, 1)
-    num_experts = fields.sequence("num_local_experts", num_layers) if fields.has("num_local_experts") else [1] * num_layers
+    num_experts = (
+        fields.sequence("num_local_experts", num_layers) if fields.has("num_local_experts") else [1] * num_layers
+    )
     shared = (
         fields.sequence("shared_intermediate_size", num_layers)
         if fields.has("shared_intermediate_size")
@@ -147,7 +149,9 @@ def _softmax(fields: Fields, config: Mapping[str, Any]) -> SoftmaxSpec:
     partial = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
     rotary_dim = fields.positive("rotary_dim", int(head_dim * partial))
     if rotary_dim > head_dim or rotary_dim % 2:
-        raise CheckpointError(f"config.json: rotary_dim must be even and at most head_dim ({head_dim}), got {rotary_dim}")
+        raise CheckpointError(
+            f"config.json: rotary_dim must be even and at most head_dim ({head_dim}), got {rotary_dim}"
+        )
     return SoftmaxSpec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -182,7 +186,8 @@ def _model(
     for layer in layers:
         if layer.mlp.top_k > layer.mlp.num_experts:
             raise CheckpointError(
-                f"config.json: num_experts_per_tok ({layer.mlp.top_k}) exceeds num_local_experts ({layer.mlp.num_experts})"
+                f"config.json: num_experts_per_tok ({layer.mlp.top_k}) exceeds "
+                f"num_local_experts ({layer.mlp.num_experts})"
             )
     eps = fields.number("rms_norm_eps", 1e-5)
     if not math.isfinite(eps) or eps <= 0:

@@ -77,4 +77,3 @@ class SharedExpertMlp(nn.Module):
         yield from self.mlp.targets(f"{layer}mlp.")
         yield from self.shared.targets(f"{layer}shared_mlp.")
         yield from self.coefficient.targets(layer)
-

@@ -54,7 +54,9 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def load_weights(folder: Path, targets: Iterable[Target], *, ignored: Iterable[str] = (), progress: bool = True) -> None:
+def load_weights(
+    folder: Path, targets: Iterable[Target], *, ignored: Iterable[str] = (), progress: bool = True
+) -> None:
     """Fill every target from the folder's safetensors files, in place.
 
     `ignored` holds canonical names that may be present and are not wanted. Raises `CheckpointError` for a missing,
@@ -137,7 +139,8 @@ def _fill(view: Tensor, tensor: Tensor, name: str, path: Path) -> None:
         )
     if not tensor.dtype.is_floating_point or tensor.element_size() < 2:
         raise CheckpointError(
-            f"{path}: tensor {name} is {tensor.dtype}; quantised weights are not supported, use float32, bfloat16 or float16"
+            f"{path}: tensor {name} is {tensor.dtype}; quantised weights are not supported, "
+            "use float32, bfloat16 or float16"
         )
     with torch.no_grad():
         view.copy_(tensor)

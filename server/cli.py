@@ -21,8 +21,9 @@ EXIT_USAGE = 2
 class _Parser(argparse.ArgumentParser):
     """argparse that suggests the flag that was meant."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs |= {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+        super().__init__(**kwargs)
 
     def error(self, message: str) -> NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")

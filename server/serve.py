@@ -18,7 +18,7 @@ from ..configs.schema import Settings, SettingsError
 from ..engine.async_llm import AsyncLLM
 from ..engine.client import ProcessClient
 from ..engine.errors import EngineDeadError
-from ..engine.messages import EngineStats
+from ..engine.messages import EngineInfo, EngineStats
 from ..engine.tokenizer import Tokenizer
 from ..models.checkpoint import resolve
 from .app import create_app
@@ -70,7 +70,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
         await client.close()
 
 
-async def _unless_interrupted(starting: asyncio.Task) -> object:
+async def _unless_interrupted(starting: asyncio.Task[EngineInfo]) -> EngineInfo | None:
     """The engine's info, or None when Ctrl-C or SIGTERM came first."""
     interrupted = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -142,7 +142,7 @@ class _Service:
         """New requests are refused already; leave when the open ones are done or out of time."""
         deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
         while self.server.server_state.tasks and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # noqa: ASYNC110 - uvicorn's set of tasks has no event to wait for
         self.server.should_exit = True
 
     async def _watch_engine(self) -> None:

@@ -1,0 +1,43 @@
+"""Text over any `EngineClient`: the asynchronous twin of `LLM`, for a server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from .client import EngineClient
+from .detokenizer import TextStream
+from .messages import AddRequest
+from .outputs import RequestOutput
+from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
+
+
+class AsyncLLM:
+    """Detokenizes what the engine gives, finds stop strings, and aborts what is no longer wanted."""
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0
+    ) -> AsyncIterator[RequestOutput]:
+        """Deltas of one answer; the last one has a finish_reason. Closing the iterator early aborts the sequence.
+
+        Raises what `EngineClient.generate` raises.
+        """
+        request = AddRequest(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            sampling_params=params,
+            priority=priority,
+            eos_token_ids=sorted(self.tokenizer.eos_token_ids),
+        )
+        text = TextStream(self.tokenizer, params, len(prompt_token_ids))
+        async with aclosing(self.client.generate(request)) as steps:  # type: ignore[type-var]
+            async for step in steps:
+                output = text.push(step)
+                yield output
+                if output.finish_reason is not None:
+                    return

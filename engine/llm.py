@@ -1,0 +1,147 @@
+"""The offline twin of the server: prompts in, texts out, in this process."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from ..configs.schema import EngineConfig
+from .core import EngineCore
+from .detokenizer import TextStream
+from .errors import ConfigError, RequestError
+from .messages import AddRequest
+from .outputs import FinishReason, RequestOutput, TokenLogprobs
+from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
+
+Prompt = str | list[int]
+
+
+@dataclass(slots=True)
+class Completion:
+    """One finished answer."""
+
+    prompt_token_ids: list[int]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, output: RequestOutput) -> None:
+        self.text += output.text
+        self.token_ids += output.token_ids
+        if output.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + output.logprobs
+        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+
+
+class LLM:
+    """A model and its engine.
+
+    >>> llm = LLM("demo")
+    >>> llm.chat([{"role": "user", "content": "Tell me a story."}])[0].text
+
+    Keyword arguments are the fields of `EngineConfig`. Raises `ConfigError` or `CheckpointError`.
+    """
+
+    def __init__(self, model: str = "demo", **settings: Any) -> None:
+        try:
+            config = EngineConfig(model=model, **settings)
+        except ValidationError as error:
+            raise ConfigError("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
+        self.core = EngineCore(config, progress=False)
+        self.tokenizer = Tokenizer(self.core.runner.folder)
+        self._count = 0
+
+    def generate(
+        self,
+        prompts: Prompt | list[Prompt],
+        params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Continue each prompt (text or token ids), in order. One `params` for all, or one each.
+
+        Raises `RequestError` for a prompt that cannot be served; the others are then not run either.
+        """
+        ids = [self._encode(prompt) for prompt in _as_prompts(prompts)]
+        each = params if isinstance(params, list) else [params or SamplingParams()] * len(ids)
+        if len(each) != len(ids):
+            raise RequestError(f"{len(ids)} prompts but {len(each)} sampling params; give one, or one each", "params")
+        return self._run(ids, each, progress)
+
+    def chat(
+        self,
+        conversations: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        params: SamplingParams | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Answer one conversation (a list of messages) or several, by the checkpoint's chat template."""
+        several: list[Any] = conversations if conversations and isinstance(conversations[0], list) else [conversations]
+        prompts: list[Prompt] = [self.tokenizer.encode_chat(messages) for messages in several]
+        return self.generate(prompts, params or SamplingParams(max_tokens=256), progress=progress)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+
+    def _run(self, prompts: list[list[int]], params: list[SamplingParams], progress: bool) -> list[Completion]:
+        completions = [Completion(prompt) for prompt in prompts]
+        pending = deque(range(len(prompts)))
+        streams: dict[str, tuple[int, TextStream]] = {}
+        try:
+            with tqdm(total=len(prompts), desc="generate", disable=not progress) as bar:
+                while pending or streams:
+                    self._admit(pending, prompts, params, streams)
+                    for index, output in self._step(streams):
+                        completions[index].add(output)
+                        bar.update(output.finish_reason is not None)
+        finally:
+            for request_id in streams:  # an error or Ctrl-C leaves nothing behind
+                self.core.abort_request(request_id)
+        return completions
+
+    def _admit(
+        self,
+        pending: deque[int],
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        streams: dict[str, tuple[int, TextStream]],
+    ) -> None:
+        """Keep the engine's bounded queue filled."""
+        while pending and len(self.core.scheduler.waiting) < self.core.config.max_waiting:
+            index = pending.popleft()
+            self._count += 1
+            request_id = f"offline-{self._count}"
+            self.core.add_request(
+                AddRequest(
+                    request_id=request_id,
+                    prompt_token_ids=prompts[index],
+                    sampling_params=params[index],
+                    eos_token_ids=sorted(self.tokenizer.eos_token_ids),
+                )
+            )
+            streams[request_id] = (index, TextStream(self.tokenizer, params[index], len(prompts[index])))
+
+    def _step(self, streams: dict[str, tuple[int, TextStream]]) -> Iterator[tuple[int, RequestOutput]]:
+        for step in self.core.step():
+            index, stream = streams[step.request_id]
+            output = stream.push(step)
+            if output.finish_reason is not None:
+                del streams[step.request_id]
+                self.core.abort_request(step.request_id)  # a stop string ends it before the engine does
+            yield index, output
+
+
+def _as_prompts(prompts: Prompt | list[Prompt]) -> list[Any]:
+    if isinstance(prompts, str):
+        return [prompts]
+    return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)

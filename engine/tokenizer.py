@@ -1,0 +1,139 @@
+"""Text to token ids and back, by the checkpoint's own tokenizer and chat template.
+
+What a user types never becomes a control token: the string `<|end|>` in a prompt or a message is encoded as text.
+Control tokens come from the chat template, or as token ids.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..models.checkpoint import read_config, read_generation_config
+from .errors import CheckpointError, RequestError
+
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class Tokenizer:
+    """A fast Hugging Face tokenizer with its chat template. Thread-safe; no code of the checkpoint is run."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `CheckpointError` when the folder holds no tokenizer that works without its own code."""
+        from tokenizers import Tokenizer as Backend
+        from transformers import AutoTokenizer
+
+        try:
+            self._hf: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, use_fast=True)
+            source = self._hf.backend_tokenizer.to_str()
+        except Exception as error:  # transformers raises many kinds; all mean that this folder has no usable tokenizer
+            raise CheckpointError(f"{folder}: cannot load a tokenizer: {error}") from error
+        self._with_control: Any = Backend.from_str(source)
+        self._as_text: Any = Backend.from_str(source)
+        self._as_text.encode_special_tokens = True
+        self._control_tokens = [t.content for t in self._hf.added_tokens_decoder.values() if t.special]
+        self.vocab_size = int(self._with_control.get_vocab_size(with_added_tokens=True))
+        self.bos_token_id: int | None = self._hf.bos_token_id
+        own_eos = () if self._hf.eos_token_id is None else (self._hf.eos_token_id,)
+        self.eos_token_ids = frozenset(own_eos) | frozenset(read_config(folder).eos_token_ids)
+        generation = read_generation_config(folder)
+        self.default_sampling: dict[str, float | int] = {
+            name: generation[name] for name in _SAMPLING_FIELDS if generation.get(name) is not None
+        }
+        if generation.get("do_sample") is False:
+            self.default_sampling = {}
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._hf.chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of plain text. `add_special_tokens` adds what the checkpoint puts around a prompt (often a bos)."""
+        return self._as_text.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, rendered by the checkpoint's template in transformers' immutable sandbox.
+
+        Raises `RequestError` when there is no template or it refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise RequestError("this model has no chat template; use /v1/completions", "messages")
+        marker = self._marker(messages)
+        try:
+            text = self._hf.apply_chat_template(
+                [self._defuse(message, marker) for message in messages],
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(template_kwargs or {}),
+            )
+        except Exception as error:  # jinja's errors, and whatever a template raises on purpose
+            raise RequestError(f"the chat template refused the messages: {error}", "messages") from error
+        # Cut where a user's text spelled a control token: neither half is one.
+        ids: list[int] = []
+        for piece in text.split(marker):
+            ids += self._with_control.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Bytes that form no character come out as U+FFFD."""
+        return self._with_control.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, control tokens included."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, also where they are part of a character."""
+        text = self.token_text(token_id)
+        if "�" not in text:
+            return text.encode()
+        piece = self._with_control.id_to_token(token_id) or ""
+        if all(char in _BYTE_OF_CHAR for char in piece):
+            return bytes(_BYTE_OF_CHAR[char] for char in piece)
+        if piece.startswith("<0x") and piece.endswith(">"):  # sentencepiece's byte fallback
+            return bytes([int(piece[3:-1], 16)])
+        return text.encode()
+
+    def _marker(self, messages: list[dict[str, Any]]) -> str:
+        """A string that no message holds."""
+        marker = f"\N{SYMBOL FOR NULL}{secrets.token_hex(8)}\N{SYMBOL FOR NULL}"
+        assert marker not in str(messages)
+        return marker
+
+    def _defuse(self, value: Any, marker: str) -> Any:
+        """Put the marker inside every control token that a user's text spells, anywhere in a message."""
+        if isinstance(value, str):
+            for token in self._control_tokens:
+                value = value.replace(token, token[0] + marker + token[1:])
+            return value
+        if isinstance(value, dict):
+            return {key: self._defuse(entry, marker) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [self._defuse(entry, marker) for entry in value]
+        return value
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: character -> byte."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_level_alphabet()
