@@ -20,8 +20,7 @@ KernelName = Literal["torch", "triton"]
 
 
 class Kernels(Protocol):
-    """What every implementation offers. Last dims are contiguous; leading strides are free unless said
-    otherwise.
+    """What every implementation offers. Last dims are contiguous, leading strides are free.
 
     No function reads a device value on the host, so none synchronises; sizes that a launch needs
     (`max_query_len`) come in as ints.
@@ -48,9 +47,9 @@ class Kernels(Protocol):
         q, k: [T, H, K]; v, out: [T, H, V]; float32, bfloat16 or float16, strided views allowed; slopes: [H]
         float32, positive; state: [num_slots, H, K, V], updated in place for the B slots named, others
         untouched bit for bit; state_indices: [B] int32, -1 = padding row (writes zeros to its output, nothing
-        to the pool); has_initial_state: [B] bool, False = the slot's content is ignored; query_start_loc: [B
-        + 1] int32, row b owns tokens query_start_loc[b] up to query_start_loc[b + 1]; max_query_len: longest
-        row. Returns `out`.
+        to the pool); has_initial_state: [B] bool, False = the slot's content is ignored;
+        query_start_loc: [B + 1] int32, row b owns tokens query_start_loc[b] up to query_start_loc[b + 1];
+        max_query_len: longest row. Returns `out`.
         """
 
     def lightning_decode(
@@ -123,7 +122,10 @@ class Kernels(Protocol):
         scale: float,
         out: Tensor,
     ) -> Tensor:
-        """One query per row: q, out [B, H, D]; row b sees context_lens[b] + 1 positions."""
+        """One query per row: q, out [B, H, D]; row b sees context_lens[b] + 1 positions.
+
+        context_lens -1 = padding row: sees nothing, writes zeros.
+        """
 
     # -- around attention ------------------------------------------------------------------------------------
 

@@ -33,9 +33,7 @@ __all__ = [
 ]
 
 
-def store_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
-) -> None:
+def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     """Scatter key, value [T, H_kv, D] into the caches, in place. Contract: `Kernels.store_kv`."""
     if -1 in slot_mapping.tolist():
         real = (slot_mapping >= 0).nonzero()[:, 0]

@@ -36,14 +36,10 @@ def prefill(
         start, end = starts[row], starts[row + 1]
         if start == end:
             continue
-        keys, values = (
-            _history(cache, block_table[row], context + end - start) for cache in (key_cache, value_cache)
-        )
+        keys, values = (_history(cache, block_table[row], context + end - start) for cache in (key_cache, value_cache))
         mask = None
         if context:
-            mask = torch.ones(end - start, context + end - start, dtype=torch.bool, device=q.device).tril_(
-                context
-            )
+            mask = torch.ones(end - start, context + end - start, dtype=torch.bool, device=q.device).tril_(context)
         # [H, n, D], [H_kv, L, D] -> [H, n, D]; a leading batch of 1 selects the fused kernel
         rows = F.scaled_dot_product_attention(
             q[None, start:end].transpose(1, 2),
@@ -125,9 +121,7 @@ def _decode_padded(
     return out.masked_fill_((context_lens < 0)[:, None, None], 0.0)
 
 
-def _visible_tokens(
-    block_table: Tensor, context_lens: Tensor, block_size: int, longest: int
-) -> tuple[Tensor, Tensor]:
+def _visible_tokens(block_table: Tensor, context_lens: Tensor, block_size: int, longest: int) -> tuple[Tensor, Tensor]:
     """Cache rows of positions 0..longest-1 of every row, [B * L], and which of them it sees, [B, 1, 1, L].
 
     A position that a row does not see stands for its position 0.

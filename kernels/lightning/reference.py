@@ -135,9 +135,7 @@ def decode(
         return out
     s = state.index_select(0, state_indices).float()  # [B, H, K, V]
     if not all(has_initial_state.tolist()):
-        s.masked_fill_(
-            ~has_initial_state[:, None, None, None], 0.0
-        )  # a dirty slot may hold NaN: never multiply it
+        s.masked_fill_(~has_initial_state[:, None, None, None], 0.0)  # a dirty slot may hold NaN: never multiply it
     # [B, H, K, 1] * [B, H, 1, V] -> [B, H, K, V]
     s.mul_(decay).addcmul_(k.float()[..., None], v.float()[:, :, None, :])
     # [B, H, 1, K] @ [B, H, K, V] -> [B, H, 1, V]

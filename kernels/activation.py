@@ -1,0 +1,36 @@
+# ruff: noqa: ANN201 device functions return registers
+"""silu(gate) * up: the gate of SwiGLU (Shazeer 2020)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def silu(b_x):
+    """x * sigmoid(x), for float32 registers."""
+    return b_x / (1.0 + tl.exp(-b_x))
+
+
+@triton.jit
+def _silu_and_mul_kernel(p_x, p_y, x_t, F, BF: tl.constexpr):
+    i_t, i_f = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_f = i_f * BF + tl.arange(0, BF)
+    p_x += i_t * x_t
+    b_gate = tl.load(p_x + o_f, mask=o_f < F, other=0.0).to(tl.float32)
+    b_up = tl.load(p_x + F + o_f, mask=o_f < F, other=0.0).to(tl.float32)
+    tl.store(p_y + i_t * F + o_f, (silu(b_gate) * b_up).to(p_y.dtype.element_ty), mask=o_f < F)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """x [T, 2F] -> [T, F]. Contract: `Kernels.silu_and_mul`."""
+    num_tokens, width = x.shape[0], x.shape[1] // 2
+    y = torch.empty(num_tokens, width, dtype=x.dtype, device=x.device)
+    if num_tokens == 0:
+        return y
+    BF = min(1024, triton.next_power_of_2(width))
+    _silu_and_mul_kernel[(num_tokens, triton.cdiv(width, BF))](x, y, x.stride(0), width, BF=BF, num_warps=4)
+    return y

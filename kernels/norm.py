@@ -1,0 +1,77 @@
+"""RMSNorm (Zhang and Sennrich 2019), alone and fused with the residual sum before it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _normalise(b_x, p_w, eps, o_d, D):
+    b_rstd = tl.rsqrt(tl.sum(b_x * b_x) / D + eps)
+    return b_x * b_rstd * tl.load(p_w + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rms_norm_kernel(p_x, p_w, p_y, eps, N, x_m, x_n, D: tl.constexpr, BD: tl.constexpr):
+    i_row = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    p_x += i_row // N * x_m + i_row % N * x_n
+    b_x = tl.load(p_x + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_y = _normalise(b_x, p_w, eps, o_d, D)
+    tl.store(p_y + i_row * D + o_d, b_y.to(p_y.dtype.element_ty), mask=o_d < D)
+
+
+@triton.jit
+def _add_rms_norm_kernel(p_x, p_r, p_w, p_y, p_h, eps, alpha, beta, x_t, r_t, D: tl.constexpr, BD: tl.constexpr):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    b_x = tl.load(p_x + i_t * x_t + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_r = tl.load(p_r + i_t * r_t + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_h = (alpha * b_r + beta * b_x).to(p_h.dtype.element_ty)
+    tl.store(p_h + i_t * D + o_d, b_h, mask=o_d < D)
+    b_y = _normalise(b_h.to(tl.float32), p_w, eps, o_d, D)
+    tl.store(p_y + i_t * D + o_d, b_y.to(p_y.dtype.element_ty), mask=o_d < D)
+
+
+def _launch_options(size: int) -> dict[str, int]:
+    block = triton.next_power_of_2(size)
+    return {"D": size, "BD": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., d], weight [d] -> a new contiguous tensor. Contract: `Kernels.rms_norm`."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    # [..., d] as [M, N, d], so that a view of heads inside a projection needs no copy
+    wide = x if x.dim() == 3 else x.reshape(-1, 1, x.shape[-1])
+    _rms_norm_kernel[(wide.shape[0] * wide.shape[1],)](
+        wide, weight, y, eps, wide.shape[1], *wide.stride()[:2], **_launch_options(x.shape[-1])
+    )
+    return y
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """x, residual [T, d] -> (rms_norm(h), h), new contiguous tensors. Contract: `Kernels.add_rms_norm`."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = torch.empty_like(y)
+    if x.shape[0]:
+        _add_rms_norm_kernel[(x.shape[0],)](
+            x,
+            residual,
+            weight,
+            y,
+            h,
+            eps,
+            float(alpha),
+            float(beta),
+            x.stride(0),
+            residual.stride(0),
+            **_launch_options(x.shape[1]),
+        )
+    return y, h
