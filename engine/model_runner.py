@@ -65,6 +65,7 @@ class ModelRunner:
         load_weights(self.folder, self.model.targets(), ignored=self.model.ignored_names(), progress=progress)
         self.plan = self._size_pools(config)
         self.model.reserve_positions(self.plan.max_model_len)
+        self.warm_up()
 
     @torch.inference_mode()
     def execute(self, scheduled: ScheduledBatch) -> StepResult:
@@ -157,22 +158,17 @@ class ModelRunner:
 
     def _measure_largest_step(self, config: EngineConfig) -> int:
         """Peak bytes of one step of max_num_batched_tokens prompt tokens and as many sampled rows as may run."""
-        tokens, rows = config.max_num_batched_tokens, config.max_num_seqs
-        max_len = config.max_model_len or self.model_config.max_model_len
-        lengths = _dummy_lengths(tokens, rows, max_len)
-        blocks = [-(-n // self.block_size) for n in lengths]
-        self._allocate(len(lengths), sum(blocks))
-        self.model.reserve_positions(max(lengths))
+        tokens, max_len = config.max_num_batched_tokens, config.max_model_len or self.model_config.max_model_len
+        rows = min(config.max_num_seqs, tokens)
+        length = min(max_len, tokens // rows)
+        blocks = -(-length // self.block_size)
+        self._allocate(rows, rows * blocks)
+        self.model.reserve_positions(length)
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        first = 0
-        sequences = []
-        for slot, (length, count) in enumerate(zip(lengths, blocks, strict=True)):
-            table = list(range(first, first + count))
-            first += count
-            sequences.append(_dummy_sequence(slot, length, table))
+        dummies = [_dummy(i, length, list(range(i * blocks, (i + 1) * blocks))) for i in range(rows)]
         try:
-            self.execute(ScheduledBatch(sequences, lengths, len(lengths)))
+            self.execute(ScheduledBatch(dummies, [length] * rows, rows))
             torch.cuda.synchronize(self.device)
         except torch.OutOfMemoryError:
             raise ConfigError(
@@ -183,6 +179,16 @@ class ModelRunner:
         del self.states, self.kv, self.caches
         torch.cuda.empty_cache()
         return peak
+
+    def warm_up(self) -> None:
+        """A prefill and a decode step, so that the first request waits for no compiler. Uses slot 0 and block 0, which
+        are free: what it leaves there is what any former owner leaves."""
+        dummy = _dummy(0, min(2, self.plan.max_model_len), [0])
+        self.execute(ScheduledBatch([dummy], [dummy.num_tokens], 1))
+        if dummy.num_tokens < self.plan.max_model_len:
+            dummy.num_computed_tokens = dummy.num_tokens
+            dummy.output_token_ids.append(0)
+            self.execute(ScheduledBatch([dummy], [1], 0))
 
 
 def pick_device(name: str) -> torch.device:
@@ -222,14 +228,8 @@ def _caches_by_layer(config: ModelConfig, states: StatePool, kv: KVPool) -> list
     ]
 
 
-def _dummy_lengths(tokens: int, rows: int, max_len: int) -> list[int]:
-    """`tokens` cut into at most `rows` prompts of at most max_len."""
-    rows = min(rows, tokens)
-    length = min(max_len, tokens // rows)
-    return [length] * rows
-
-
-def _dummy_sequence(slot: int, length: int, table: list[int]) -> Sequence:
+def _dummy(slot: int, length: int, table: list[int]) -> Sequence:
+    """A prompt that belongs to no request."""
     return Sequence(
         request_id=f"dummy-{slot}",
         prompt_token_ids=[0] * length,

@@ -58,7 +58,8 @@ class _Link:
 def main() -> int:
     """Exit code 0 after a shutdown, 2 for a wrong setting or checkpoint, 1 for a failure."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group or container; the server decides
+        signal.signal(number, signal.SIG_IGN)
     link = _Link(sys.argv[1])
     try:
         config = EngineConfig.model_validate_json(sys.stdin.buffer.read())

@@ -39,6 +39,7 @@ def serve(settings: Settings) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     listener = _bind(settings.host, settings.port)
     try:
         return asyncio.run(_serve(settings, listener))
@@ -141,8 +142,9 @@ class _Service:
     async def _drain(self) -> None:
         """New requests are refused already; leave when the open ones are done or out of time."""
         deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
-        while self.server.server_state.tasks and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.05)  # noqa: ASYNC110 - uvicorn's set of tasks has no event to wait for
+        # uvicorn's set of tasks has no event to wait for.
+        while self.server.server_state.tasks and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
         self.server.should_exit = True
 
     async def _watch_engine(self) -> None:

@@ -1,0 +1,49 @@
+# Two habits: `make serve` and `make test`. Both make the virtual environment first, from nothing but Python and pip.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PACKAGES := server engine models kernels configs
+# Where PyTorch publishes builds without CUDA: smaller by gigabytes, and preferred where there is no GPU.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_SOURCE := $(if $(shell command -v nvidia-smi),,--retries 0 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX))
+PIP := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: help install serve test test-all lint format bench clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(BIN)/.installed  ## make the virtual environment
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Leyden needs Python 3.11 or newer; make PYTHON=python3.11")'
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PIP) $(TORCH_SOURCE) torch
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+serve: install  ## serve the embedded model (ARGS="..." for anything `leyden serve` takes)
+	@exec $(BIN)/leyden serve $(ARGS)
+
+test: install  ## the test suite (ARGS="..." for pytest)
+	$(BIN)/pytest $(ARGS)
+
+test-all: install  ## with the slow ones
+	$(BIN)/pytest -m '' $(ARGS)
+
+lint: install  ## ruff, format check, types, layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PACKAGES)
+	$(BIN)/pytest -q tests/test_layering.py
+
+format: install  ## rewrite the sources as ruff likes them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## measure a served model on this machine
+	$(BIN)/python -P benchmarks/serving.py $(ARGS)
+
+clean:  ## remove what was made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
