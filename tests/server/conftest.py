@@ -1,0 +1,317 @@
+"""A byte-level tokenizer and a scripted engine under the real AsyncLLM, an ASGI client and a real socket server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+
+import httpx
+import pytest
+import uvicorn
+from leyden.configs.schema import ServerConfig
+from leyden.engine.async_llm import AsyncLLM
+from leyden.engine.errors import EngineDeadError, QueueFullError, RequestError
+from leyden.engine.messages import EngineInfo, EngineStats
+from leyden.engine.outputs import StepOutput, TokenLogprobs
+from leyden.server.app import create_app
+
+BOS, EOS, USER, ASSISTANT, SYSTEM, TOOL = range(256, 262)
+SPECIAL = {BOS: "<s>", EOS: "</s>", USER: "<user>", ASSISTANT: "<assistant>", SYSTEM: "<system>", TOOL: "<tool>"}
+ROLE_IDS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM, "tool": TOOL}
+VOCAB_SIZE = 262
+MAX_MODEL_LEN = 128
+
+
+class FakeTokenizer:
+    """One token per byte, and six control tokens. A prompt begins with BOS."""
+
+    def __init__(self):
+        self.vocab_size = VOCAB_SIZE
+        self.bos_token_id = BOS
+        self.eos_token_ids = frozenset({EOS})
+        self.has_chat_template = True
+        self.default_sampling = {}
+        self.threads = set()
+
+    def encode(self, text, add_special_tokens=True):
+        self.threads.add(threading.get_ident())
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def encode_chat(
+        self, messages, *, add_generation_prompt=True, continue_final_message=False, tools=None, template_kwargs=None
+    ):
+        if messages[0]["content"] == "refuse me":
+            raise RequestError("the chat template refused the messages: no", "messages")
+        ids = [BOS]
+        for message in messages:
+            ids += [ROLE_IDS[message["role"]], *message["content"].encode(), EOS]
+        if continue_final_message:
+            ids.pop()
+        return ids + [ASSISTANT] * add_generation_prompt
+
+    def decode(self, ids, skip_special_tokens=True):
+        shown = ((b"" if skip_special_tokens else SPECIAL[i].encode()) if i in SPECIAL else bytes([i]) for i in ids)
+        return b"".join(shown).decode("utf-8", errors="replace")
+
+    def token_text(self, token_id):
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id):
+        return SPECIAL[token_id].encode() if token_id in SPECIAL else bytes([token_id])
+
+
+class FakeEngine:
+    """Answers `reply` and then EOS, one token per output. Every attribute may be changed by a test."""
+
+    def __init__(self):
+        self.info = EngineInfo(
+            model_path="/models/tiny",
+            architecture="Fake",
+            num_parameters=1,
+            num_linear_layers=3,
+            num_full_layers=1,
+            vocab_size=VOCAB_SIZE,
+            max_model_len=MAX_MODEL_LEN,
+            eos_token_ids=[EOS],
+            device="cpu",
+            device_name="cpu",
+            dtype="float32",
+            state_dtype="float32",
+            linear_backend="minimax",
+            kernels="torch",
+            num_state_slots=8,
+            num_kv_blocks=10,
+            block_size=16,
+            weight_bytes=1,
+            state_bytes_per_slot=1,
+            kv_bytes_per_token=1,
+        )
+        self.stats = EngineStats()
+        self.is_healthy = True
+        self.reply = b"Hello, world"
+        self.choose_reply = lambda request: self.reply
+        self.queue_bound = 10**6
+        self.hold_after = None  # stop giving tokens after so many, until the request is closed
+        self.die_after = None
+        self.fail_after = None
+        self.abort_after = None
+        self.is_faulty = lambda request: True  # whom the faults above befall
+        self.requests = []
+        self.num_open = 0
+        self.num_aborted = 0
+
+    async def generate(self, request):
+        if not self.is_healthy:
+            raise EngineDeadError("secret internals: dead")
+        if self.num_open >= self.queue_bound:
+            raise QueueFullError(f"max_waiting ({self.queue_bound}) requests wait already", retry_after=7)
+        self.requests.append(request)
+        self.num_open += 1
+        is_finished = False
+        try:
+            async for output in self._outputs(request):
+                is_finished = output.finish_reason is not None
+                yield output
+        except EngineDeadError:
+            is_finished = True
+            raise
+        finally:
+            self.num_open -= 1
+            self.num_aborted += not is_finished
+
+    async def _outputs(self, request):
+        params, request_id = request.sampling_params, request.request_id
+        prompt_logprobs = self._prompt_logprobs(request)
+        if params.max_tokens == 0:
+            yield StepOutput(request_id=request_id, prompt_logprobs=prompt_logprobs, finish_reason="length")
+            return
+        ids = [*self.choose_reply(request), *([] if params.ignore_eos else [EOS])]
+        for count, token_id in enumerate(ids[: params.max_tokens], start=1):
+            await asyncio.sleep(0)
+            while self.hold_after is not None and count > self.hold_after:  # noqa: ASYNC110 - other threads set it
+                await asyncio.sleep(0.002)
+            if self.die_after is not None and count > self.die_after and self.is_faulty(request):
+                raise EngineDeadError("secret internals: dead")
+            for bound, reason in ((self.fail_after, "error"), (self.abort_after, "abort")):
+                if bound is not None and count > bound and self.is_faulty(request):
+                    yield StepOutput(request_id=request_id, finish_reason=reason, error="NaN in the logits")
+                    return
+            is_stop = token_id == EOS or token_id in params.stop_token_ids
+            yield StepOutput(
+                request_id=request_id,
+                token_ids=[token_id],
+                logprobs=None if params.logprobs is None else [self.logprobs(token_id, params.logprobs)],
+                prompt_logprobs=prompt_logprobs,
+                finish_reason="stop" if is_stop else "length" if count == params.max_tokens else None,
+                stop_token_id=token_id if is_stop else None,
+            )
+            if is_stop:
+                return
+            prompt_logprobs = None
+        if params.ignore_eos and len(ids) < params.max_tokens:
+            yield StepOutput(request_id=request_id, finish_reason="length")
+
+    def _prompt_logprobs(self, request):
+        num_top = request.sampling_params.prompt_logprobs
+        if num_top is None:
+            return None
+        return [None, *(self.logprobs(token_id, num_top) for token_id in request.prompt_token_ids[1:])]
+
+    @staticmethod
+    def logprobs(token_id, num_top):
+        """The chosen token is the third likeliest, so that it lies outside a top 1."""
+        ranking = [((token_id + 1) % 256, -0.25), ((token_id + 2) % 256, -0.5), (token_id, -1.5)]
+        ranking += [((token_id + k) % 256, -float(k)) for k in range(3, 21)]
+        top = ranking[:num_top]
+        return TokenLogprobs(token_id, -1.5, top if num_top >= 3 else [*top, ranking[2]])
+
+    async def start(self):
+        return self.info
+
+    async def wait_dead(self):
+        await asyncio.Event().wait()
+
+    async def close(self):
+        self.is_healthy = False
+
+
+class LiveServer:
+    """The app behind uvicorn on a free port, in a thread."""
+
+    def __init__(self, app):
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, http="h11", lifespan="off", log_config=None)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        deadline = time.monotonic() + 10
+        while not self.server.started:
+            assert time.monotonic() < deadline, "uvicorn did not start"
+            time.sleep(0.005)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(10)
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def tokenizer():
+    return FakeTokenizer()
+
+
+@pytest.fixture
+def make_app(engine, tokenizer):
+    def make(**settings):
+        return create_app(AsyncLLM(engine, tokenizer), ServerConfig(**settings), model_name="tiny")
+
+    return make
+
+
+@pytest.fixture
+async def make_client(make_app):
+    """make_client(app=None, **settings) -> an httpx client that talks to the app without a socket."""
+    clients = []
+
+    def make(app=None, **settings):
+        transport = httpx.ASGITransport(app=app or make_app(**settings))
+        clients.append(httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        await client.aclose()
+
+
+@pytest.fixture
+def client(make_client):
+    return make_client()
+
+
+@pytest.fixture
+def complete(client):
+    """Ask /v1/completions: complete(prompt=..., ...) -> response."""
+
+    async def ask(**body):
+        return await client.post("/v1/completions", json={"prompt": "Hi", **body})
+
+    return ask
+
+
+@pytest.fixture
+def chat(client):
+    """Ask /v1/chat/completions: chat(messages=..., ...) -> response."""
+
+    async def ask(**body):
+        messages = [{"role": "user", "content": "Hi"}]
+        return await client.post("/v1/chat/completions", json={"messages": messages, **body})
+
+    return ask
+
+
+@pytest.fixture
+def asks(complete, chat):
+    """Both generation routes by name."""
+    return {"complete": complete, "chat": chat}
+
+
+@pytest.fixture
+def chunks_of():
+    """The JSON chunks of a finished stream; checks that it is well formed and ends in [DONE]."""
+
+    def parse(response):
+        assert response.headers["content-type"].split(";")[0] == "text/event-stream"
+        frames = response.text.split("\n\n")
+        assert frames[-2:] == ["data: [DONE]", ""]
+        assert all(frame.startswith("data: ") for frame in frames[:-1])
+        return [json.loads(frame[len("data: ") :]) for frame in frames[:-2]]
+
+    return parse
+
+
+@pytest.fixture
+def error_of():
+    """The error of a response; checks that it has exactly OpenAI's envelope."""
+
+    def parse(response, status):
+        assert response.status_code == status, response.text
+        assert response.headers["content-type"] == "application/json"
+        body = response.json()
+        assert list(body) == ["error"]
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        return body["error"]
+
+    return parse
+
+
+@pytest.fixture
+def eventually():
+    """Wait until a claim holds, or fail."""
+
+    async def wait(claim, seconds=5.0):
+        deadline = time.monotonic() + seconds
+        while not claim():
+            assert time.monotonic() < deadline, "it never came true"
+            await asyncio.sleep(0.002)
+
+    return wait
+
+
+@pytest.fixture
+def make_live(make_app):
+    servers = []
+
+    def make(app=None, **settings):
+        servers.append(LiveServer(app or make_app(**settings)))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()

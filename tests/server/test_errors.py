@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import httpx
+import pytest
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/v1", "/v1/responses", "/v1/completions/", "//v1/completions", "/V1/models", "/docs", "/redoc", "/%0d%0a"],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+async def test_an_unknown_route_is_404_in_the_envelope(client, error_of, method, path):
+    error = error_of(await client.request(method, path), 404)
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/completions", "POST"),
+        ("PUT", "/v1/chat/completions", "POST"),
+        ("POST", "/v1/models", "GET"),
+        ("DELETE", "/v1/models/tiny", "GET"),
+        ("OPTIONS", "/tokenize", "POST"),
+        ("POST", "/version", "GET"),
+    ],
+)
+async def test_a_wrong_method_is_405_and_says_which_are_right(client, error_of, method, path, allowed):
+    response = await client.request(method, path)
+    error_of(response, 405)
+    assert response.headers["allow"] == allowed
+
+
+async def test_a_body_declared_too_large_is_413_before_it_is_read(make_client, error_of):
+    client = make_client(max_body_bytes=2000)
+    response = await client.post("/v1/completions", json={"prompt": "x" * 2000})
+    assert "2000" in error_of(response, 413)["message"]
+
+
+async def test_a_chunked_body_is_cut_off_at_the_bound(make_client, error_of):
+    sent = 0
+
+    async def chunks():
+        nonlocal sent
+        for _ in range(1000):
+            sent += 100
+            yield b"x" * 100
+
+    headers = {"content-type": "application/json"}
+    response = await make_client(max_body_bytes=2000).post("/v1/completions", content=chunks(), headers=headers)
+    error_of(response, 413)
+    assert sent <= 2200
+
+
+async def test_a_body_at_the_bound_is_served(make_client):
+    body = b'{"prompt": "a"}'
+    headers = {"content-type": "application/json"}
+    client = make_client(max_body_bytes=1024)
+    assert (await client.post("/v1/completions", content=body.ljust(1024), headers=headers)).status_code == 200
+    assert (await client.post("/v1/completions", content=body.ljust(1025), headers=headers)).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["complete", "chat"])
+async def test_another_model_is_404(path, asks, error_of):
+    error = error_of(await asks[path](model="gpt-4"), 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_full_queue_is_429_with_retry_after_even_for_a_stream(complete, error_of, engine, stream):
+    engine.queue_bound = 0
+    response = await complete(stream=stream)
+    error = error_of(response, 429)
+    assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    assert response.headers["retry-after"] == "7"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_prompts_are_all_admitted_or_none(complete, error_of, engine, stream):
+    engine.queue_bound = 3
+    error_of(await complete(prompt=["a", "b"], n=2, stream=stream), 429)
+    assert engine.num_open == 0
+    assert engine.num_aborted == 3
+
+
+@pytest.mark.parametrize("path", ["complete", "chat"])
+@pytest.mark.parametrize("fault", ["die_after", "fail_after", "abort_after"])
+async def test_an_engine_fault_is_500_and_leaks_nothing(path, fault, asks, error_of, engine):
+    setattr(engine, fault, 3)
+    response = await asks[path]()
+    assert error_of(response, 500)["type"] == "server_error"
+    assert "secret" not in response.text
+
+
+async def test_a_bug_is_500_and_leaks_nothing(complete, error_of, tokenizer):
+    def broken(text, add_special_tokens=True):
+        raise RuntimeError("secret internals")
+
+    tokenizer.encode = broken
+    response = await complete()
+    assert error_of(response, 500)["code"] == "internal_error"
+    assert "secret" not in response.text
+    assert response.headers["x-request-id"]
+
+
+async def test_the_next_request_is_served_after_a_failed_one(complete, engine):
+    engine.fail_after = 2
+    await complete()
+    engine.fail_after = None
+    assert (await complete()).status_code == 200
+
+
+async def test_control_characters_in_messages_are_escaped(complete, error_of):
+    message = error_of(await complete(model="\x1b[31mred\r\n"), 404)["message"]
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("sent", "echoed"),
+    [("abc-123_X.y:z", "abc-123_X.y:z"), ("a b\tc", "abc"), ("<script>", "script"), ("x" * 500, "x" * 128)],
+)
+async def test_the_request_id_is_echoed_without_unsafe_characters(client, sent, echoed):
+    response = await client.get("/version", headers={"x-request-id": sent})
+    assert response.headers["x-request-id"] == echoed
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-request-id": ""}, {"x-request-id": "\t \x7f"}])
+async def test_a_request_id_is_made_when_none_is_usable(client, headers):
+    first = await client.get("/version", headers=headers)
+    second = await client.get("/nowhere", headers=headers)
+    assert len(first.headers["x-request-id"]) == 32
+    assert first.headers["x-request-id"] != second.headers["x-request-id"]
+
+
+async def test_over_max_connections_is_503_and_health_still_answers(make_client, error_of, engine, eventually):
+    import asyncio
+
+    engine.hold_after = 1
+    client = make_client(max_connections=2)
+    held = [asyncio.create_task(client.post("/v1/completions", json={"prompt": "a"})) for _ in range(2)]
+    await eventually(lambda: engine.num_open == 2)
+    response = await client.get("/v1/models")
+    assert error_of(response, 503)["type"] == "overloaded"
+    assert response.headers["retry-after"]
+    assert (await client.get("/health")).status_code == 200
+    engine.hold_after = None
+    assert [(await task).status_code for task in held] == [200, 200]
+    assert (await client.get("/v1/models")).status_code == 200
+
+
+async def test_openapi_names_every_route_and_body(client):
+    document = (await client.get("/openapi.json")).json()
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "messages" in body["required"]
+    assert "$ref" not in str(body)
+    expected = {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/v1/models/{model_id}",
+        "/tokenize",
+        "/detokenize",
+        "/health",
+        "/version",
+        "/metrics",
+    }
+    assert set(document["paths"]) == expected
+
+
+async def test_two_apps_in_one_process_do_not_collide(make_app):
+    for app in (make_app(), make_app()):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://x") as client:
+            assert (await client.get("/metrics")).status_code == 200

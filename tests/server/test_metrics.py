@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+from leyden.engine.messages import EngineStats
+from prometheus_client.parser import text_string_to_metric_families
+
+
+async def scrape(client):
+    """(metric name, labels without model_name) -> value, after a strict parse."""
+    response = await client.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples = {}
+    for family in text_string_to_metric_families(response.text):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("model_name") == "tiny"
+            samples[sample.name, tuple(sorted(labels.items()))] = sample.value
+    return samples
+
+
+async def test_the_engines_numbers_appear_under_vllms_names(client, engine):
+    engine.stats = EngineStats(
+        num_running=3,
+        num_waiting=2,
+        state_slots_used=4,
+        kv_blocks_used=5,
+        prompt_tokens_total=70,
+        generation_tokens_total=80,
+        preemptions_total=1,
+        steps_total=9,
+        step_seconds_total=1.5,
+        schedule_seconds_total=0.25,
+    )
+    samples = await scrape(client)
+    expected = {
+        "num_requests_running": 3,
+        "num_requests_waiting": 2,
+        "kv_cache_usage_perc": 0.5,
+        "state_slots_used": 4,
+        "state_slots_total": 8,
+        "prompt_tokens_total": 70,
+        "generation_tokens_total": 80,
+        "num_preemptions_total": 1,
+        "engine_step_seconds_count": 9,
+        "engine_step_seconds_sum": 1.5,
+        "schedule_seconds_sum": 0.25,
+    }
+    assert {name: samples[f"leyden:{name}", ()] for name in expected} == expected
+    info = next(dict(labels) for name, labels in samples if name == "leyden:cache_config_info")
+    assert (info["block_size"], info["num_gpu_blocks"]) == ("16", "10")
+
+
+async def test_the_prefix_is_a_setting(make_client):
+    client = make_client(metrics_prefix="vllm")
+    assert ("vllm:num_requests_running", ()) in await scrape(client)
+
+
+async def test_latencies_and_reasons_are_counted_per_sequence(client, complete):
+    await complete(n=2)
+    await complete(max_tokens=3, stream=True)
+    samples = await scrape(client)
+    assert samples["leyden:time_to_first_token_seconds_count", ()] == 3
+    assert samples["leyden:e2e_request_latency_seconds_count", ()] == 3
+    assert samples["leyden:inter_token_latency_seconds_count", ()] == 12 + 12 + 2
+    assert samples["leyden:request_success_total", (("finished_reason", "stop"),)] == 2
+    assert samples["leyden:request_success_total", (("finished_reason", "length"),)] == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("die_after", "error"), ("fail_after", "error"), ("abort_after", "abort")]
+)
+async def test_failed_sequences_are_counted_as_such(client, complete, engine, fault, reason):
+    setattr(engine, fault, 2)
+    await complete()
+    assert (await scrape(client))["leyden:request_success_total", (("finished_reason", reason),)] == 1
+
+
+async def test_refusals_are_counted_by_reason_and_never_by_user_input(client, complete, engine):
+    await complete(n="evil label")
+    await complete(best_of=2)
+    await complete(model="other")
+    await complete(prompt=[5] * 500)
+    await client.get("/nowhere")
+    engine.queue_bound = 0
+    await complete()
+    samples = await scrape(client)
+    counts = {
+        dict(labels)["reason"]: n for (name, labels), n in samples.items() if name == "leyden:request_refused_total"
+    }
+    assert counts == {
+        "invalid_request_error": 1,
+        "unsupported_parameter": 1,
+        "model_not_found": 1,
+        "context_length_exceeded": 1,
+        "unknown_url": 1,
+        "rate_limit_exceeded": 1,
+    }
+
+
+async def test_requests_with_ignored_fields_are_counted(client, complete):
+    await complete(router_hint=1)
+    assert (await scrape(client))["leyden:request_ignored_parameters_total", ()] == 1
+
+
+async def test_head_of_metrics_is_answered(client):
+    assert (await client.head("/metrics")).status_code == 200

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import threading
+
+import leyden
+import pytest
+from openai.types import Model
+
+BOS, EOS, USER, ASSISTANT = range(256, 260)
+
+
+async def test_health_is_200_only_while_the_engine_answers_and_the_server_stays(
+    make_app, make_client, engine, error_of
+):
+    app = make_app()
+    client = make_client(app)
+    assert (await client.get("/health")).json() == {"status": "ok"}
+    assert (await client.head("/health")).status_code == 200
+    app.state.draining = True
+    response = await client.get("/health")
+    assert error_of(response, 503)["type"] == "overloaded"
+    assert response.headers["retry-after"]
+    app.state.draining = False
+    engine.is_healthy = False
+    error_of(await client.get("/health"), 503)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_new_work_is_refused_while_draining_or_dead(make_app, make_client, engine, error_of, path):
+    app = make_app()
+    client = make_client(app)
+    body = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+    app.state.draining = True
+    response = await client.post(path, json=body)
+    assert "draining" in error_of(response, 503)["message"]
+    assert response.headers["retry-after"]
+    app.state.draining = False
+    engine.is_healthy = False
+    error_of(await client.post(path, json=body), 503)
+    assert engine.requests == []
+
+
+async def test_draining_lets_an_open_stream_finish(make_app, make_client, engine, eventually, chunks_of):
+    import asyncio
+
+    app = make_app()
+    engine.hold_after = 2
+    asking = asyncio.create_task(make_client(app).post("/v1/completions", json={"prompt": "a", "stream": True}))
+    await eventually(lambda: engine.num_open == 1)
+    app.state.draining = True
+    engine.hold_after = None
+    assert chunks_of(await asking)[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_the_model_is_listed_with_its_context_length(client, engine):
+    body = (await client.get("/v1/models")).json()
+    assert body["object"] == "list"
+    card = body["data"][0]
+    Model.model_validate(card, strict=True)
+    assert (card["id"], card["max_model_len"]) == ("tiny", engine.info.max_model_len)
+    assert (await client.get("/v1/models/tiny")).json() == card
+
+
+@pytest.mark.parametrize("name", ["other", "", "tiny/", "a/b", "tiny%0d%0a"])
+async def test_an_unknown_model_is_404(client, error_of, name):
+    error_of(await client.get(f"/v1/models/{name}"), 404)
+
+
+async def test_version_is_the_packages(client):
+    assert (await client.get("/version")).json() == {"version": leyden.__version__}
+
+
+async def test_tokenize_has_vllms_shape(client):
+    response = await client.post("/tokenize", json={"prompt": "ab", "model": "tiny"})
+    assert response.json() == {"count": 3, "max_model_len": 128, "tokens": [BOS, 97, 98], "token_strs": None}
+
+
+async def test_tokenize_can_leave_special_tokens_out_and_show_the_strings(client):
+    body = {"prompt": "aé", "add_special_tokens": False, "return_token_strs": True}
+    answer = (await client.post("/tokenize", json=body)).json()
+    assert answer["tokens"] == [97, 0xC3, 0xA9]
+    assert answer["token_strs"] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
+
+
+async def test_tokenize_takes_messages(client):
+    body = {"messages": [{"role": "user", "content": "a"}]}
+    assert (await client.post("/tokenize", json=body)).json()["tokens"] == [BOS, USER, 97, EOS, ASSISTANT]
+
+
+async def test_tokenize_of_long_text_runs_in_a_thread(client, tokenizer):
+    response = await client.post("/tokenize", json={"prompt": "x" * 100_000, "return_token_strs": True})
+    assert response.json()["count"] == 100_001
+    assert threading.get_ident() not in tokenizer.threads
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+        ({"prompt": ["a"]}, "prompt"),
+        ({"messages": []}, "messages"),
+        ({"prompt": "a", "model": "other"}, "model"),
+        ({"messages": [{"role": "user", "content": "a"}], "chat_template": "x"}, "chat_template"),
+        ({"messages": [{"role": "user", "content": "a"}], "add_special_tokens": True}, "add_special_tokens"),
+    ],
+)
+async def test_a_bad_tokenize_request_is_refused_by_name(client, error_of, body, param):
+    response = await client.post("/tokenize", json=body)
+    assert error_of(response, 404 if param == "model" else 400)["param"] == param
+
+
+async def test_detokenize_gives_the_text_with_its_control_tokens(client):
+    response = await client.post("/detokenize", json={"tokens": [BOS, 97, 98]})
+    assert response.json() == {"prompt": "<s>ab"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "tokens"),
+        ({"tokens": "a"}, "tokens"),
+        ({"tokens": [262]}, "tokens"),
+        ({"tokens": [True]}, "tokens.0"),
+        ({"tokens": [-1]}, "tokens.0"),
+        ({"tokens": ["x"] * 100_000}, "tokens.0"),
+    ],
+    ids=str,
+)
+async def test_a_bad_detokenize_request_is_refused_by_name(client, error_of, body, param):
+    assert error_of(await client.post("/detokenize", json=body), 400)["param"] == param

@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+JSON = {"content-type": "application/json"}
+HUGE = 10**5000
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"nonsense",
+        b"[]",
+        b'"text"',
+        b"null",
+        b"5",
+        b'{"prompt": "a"} tail',
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "temperature": Infinity}',
+        b'{"prompt": "a", "temperature": -Infinity}',
+        b'{"prompt": "a", "temperature": 1e999}',
+        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\xed\xa0\x80"}',
+        b'\xef\xbb\xbf{"prompt": "a"}',
+        '{"prompt": "a"}'.encode("utf-16"),
+        rb'{"prompt": "\ud800"}',
+        rb'{"prompt": "\udc00\ud800"}',
+        rb'{"prompt": "a", "\ud800": 1}',
+        b'{"prompt": "a", "prompt": "b"}',
+        b'{"prompt": "a", "stream_options": {"include_usage": true, "include_usage": true}}',
+        b'{"x": ' + b"[" * 40 + b"]" * 40 + b"}",
+        b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        b'{"x": ' + b'{"a":' * 100_000,
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+async def test_bytes_that_are_not_one_sound_json_object_are_400(client, error_of, path, raw):
+    error = error_of(await client.post(path, content=raw, headers=JSON), 400)
+    assert error["type"] == "invalid_request_error"
+
+
+async def test_a_surrogate_pair_is_one_character_and_welcome(client, engine):
+    response = await client.post("/v1/completions", content=rb'{"prompt": "\ud83d\ude00"}', headers=JSON)
+    assert response.status_code == 200
+    assert bytes(engine.requests[0].prompt_token_ids[1:]).decode() == "😀"
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonx", ""])
+async def test_another_content_type_is_415(client, error_of, content_type):
+    headers = {"content-type": content_type} if content_type else {}
+    error = error_of(await client.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers), 415)
+    assert "application/json" in error["message"]
+
+
+@pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "Application/JSON", "application/x+json"])
+async def test_json_content_types_are_taken(client, content_type):
+    headers = {"content-type": content_type}
+    response = await client.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers)
+    assert response.status_code == 200
+
+
+INTEGERS = ["n", "max_tokens", "min_tokens", "seed", "top_k", "priority", "logprobs"]
+
+
+@pytest.mark.parametrize("value", ["5", True, 1.0, [1], {}])
+@pytest.mark.parametrize("name", INTEGERS)
+async def test_integers_are_strict(complete, error_of, name, value):
+    assert error_of(await complete(**{name: value}), 400)["param"] == name
+
+
+@pytest.mark.parametrize("value", ["1", True, []])
+@pytest.mark.parametrize(
+    "name", ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
+)
+async def test_numbers_are_strict(complete, error_of, name, value):
+    assert error_of(await complete(**{name: value}), 400)["param"] == name
+
+
+@pytest.mark.parametrize("value", ["true", 1, 0, []])
+@pytest.mark.parametrize("name", ["stream", "echo", "ignore_eos", "skip_special_tokens", "return_token_ids"])
+async def test_booleans_are_strict(complete, error_of, name, value):
+    assert error_of(await complete(**{name: value}), 400)["param"] == name
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": {}}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", 5]}, "prompt[1]"),
+        ({"prompt": [1, "a"]}, "prompt[1]"),
+        ({"prompt": [1, True]}, "prompt[1]"),
+        ({"prompt": [True]}, "prompt[0]"),
+        ({"prompt": [1, 2.0]}, "prompt[1]"),
+        ({"prompt": [[1], 2]}, "prompt[1]"),
+        ({"prompt": [[1], [2, None]]}, "prompt[1][1]"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [262]}, "prompt"),
+        ({"prompt": [2**63]}, "prompt"),
+        ({"prompt": [[1], [262]]}, "prompt[1]"),
+        ({"prompt": "", "add_special_tokens": False}, "prompt"),
+        ({"prompt": ["a"] * 65}, "prompt"),
+        ({"n": 0}, "n"),
+        ({"n": -1}, "n"),
+        ({"n": 17}, "n"),
+        ({"n": 2**63}, "n"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2**31}, "max_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 2**63}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
+        ({"priority": 2**40}, "priority"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": False}, "logprobs"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": "x" * 257}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": [5]}, "stop.0"),
+        ({"stop": 5}, "stop"),
+        ({"stop_token_ids": [262]}, "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+        ({"stop_token_ids": list(range(257))}, "stop_token_ids"),
+        ({"stop_token_ids": ["5"] * 1000}, "stop_token_ids.0"),
+        ({"logit_bias": {"262": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"²": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 3000: 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias.5"),
+        ({"logit_bias": {str(i): "x" for i in range(1025)}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": True}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"model": 5}, "model"),
+    ],
+    ids=lambda value: json.dumps(value)[:50],
+)
+async def test_a_value_out_of_bounds_is_refused_by_name(complete, error_of, engine, body, param):
+    error = error_of(await complete(**body), 400)
+    assert error["param"] == param
+    assert len(error["message"]) <= 1000
+    assert engine.requests == []
+
+
+async def test_too_long_a_prompt_names_the_context_length(complete, error_of):
+    error = error_of(await complete(prompt=[5] * 129), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "129" in error["message"]
+    assert "128" in error["message"]
+
+
+async def test_too_long_an_answer_names_prompt_bound_and_context(complete, error_of):
+    error = error_of(await complete(prompt=[5] * 100, max_tokens=29), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+    assert all(number in error["message"] for number in ("100", "29", "128"))
+
+
+async def test_a_request_that_just_fits_is_served_and_a_default_bound_shrinks_to_fit(complete, engine):
+    assert (await complete(prompt=[5] * 100, max_tokens=28)).status_code == 200
+    assert (await complete(prompt=[5] * 120)).status_code == 200
+    assert [request.sampling_params.max_tokens for request in engine.requests] == [28, 8]
+
+
+async def test_a_full_context_can_be_scored_but_not_continued(complete, error_of):
+    assert (await complete(prompt=[5] * 128, echo=True, max_tokens=0)).status_code == 200
+    assert error_of(await complete(prompt=[5] * 128), 400)["code"] == "context_length_exceeded"
+
+
+REFUSED = {
+    "best_of": 2,
+    "suffix": "x",
+    "use_beam_search": True,
+    "length_penalty": 0.5,
+    "prompt_logprobs": 1,
+    "cache_salt": "x",
+    "response_format": {"type": "json_object"},
+    "guided_json": {},
+    "guided_regex": "x",
+    "guided_choice": ["a"],
+    "guided_grammar": "x",
+    "structured_outputs": {"json": {}},
+    "allowed_token_ids": [1],
+    "bad_words": ["x"],
+    "prompt_embeds": "x",
+    "truncate_prompt_tokens": 5,
+    "logits_processors": ["x"],
+    "return_tokens_as_token_ids": True,
+    "spaces_between_special_tokens": False,
+    "vllm_xargs": {"a": 1},
+    "kv_transfer_params": {},
+    "request_id": "x",
+    "regex": "x",
+    "json_schema": "{}",
+    "store": True,
+    "service_tier": "flex",
+    "tools": [{"type": "function"}],
+    "tool_choice": "auto",
+}
+REFUSED_IN_CHAT = REFUSED | {
+    "functions": [{}],
+    "function_call": "auto",
+    "audio": {"voice": "x"},
+    "modalities": ["text", "audio"],
+    "prediction": {"type": "content"},
+    "reasoning_effort": "high",
+    "verbosity": "high",
+    "web_search_options": {},
+    "chat_template": "{{ x }}",
+    "chat_template_kwargs": {"chat_template": "x"},
+    "documents": [{}],
+    "echo": True,
+    "prompt": "x",
+    "add_special_tokens": True,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_a_documented_field_that_is_not_served_is_refused_by_name(complete, error_of, name):
+    error = error_of(await complete(**{name: REFUSED[name]}), 400)
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+    assert name in error["message"]
+
+
+@pytest.mark.parametrize("name", REFUSED_IN_CHAT)
+async def test_a_documented_field_that_is_not_served_is_refused_by_name_in_chat(chat, error_of, name):
+    error = error_of(await chat(**{name: REFUSED_IN_CHAT[name]}), 400)
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("name", ["messages", "max_completion_tokens", "top_logprobs", "continue_final_message"])
+async def test_a_chat_field_is_refused_by_completions(complete, error_of, name):
+    assert error_of(await complete(**{name: 5}), 400)["param"] == name
+
+
+HARMLESS = {
+    "best_of": 1,
+    "suffix": "",
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "none",
+    "functions": [],
+    "function_call": "none",
+    "parallel_tool_calls": True,
+    "store": False,
+    "service_tier": "auto",
+    "modalities": ["text"],
+    "user": "someone",
+    "metadata": {"a": "b"},
+    "safety_identifier": "x",
+    "prompt_cache_key": "x",
+    "spaces_between_special_tokens": True,
+    "thinking_token_budget": -1,
+}
+
+
+@pytest.mark.parametrize("path", ["complete", "chat"])
+async def test_values_that_ask_for_nothing_are_accepted_in_silence(path, asks):
+    response = await asks[path](**HARMLESS)
+    assert response.status_code == 200
+    assert "x-ignored-parameters" not in response.headers
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1"])
+async def test_harmless_values_are_compared_with_their_type(complete, error_of, value):
+    assert error_of(await complete(best_of=value), 400)["param"] == "best_of"
+
+
+@pytest.mark.parametrize("path", ["complete", "chat"])
+async def test_null_is_the_default_of_every_field(path, asks, engine):
+    from leyden.server.parameters import NEUTRAL_VALUES
+    from leyden.server.protocol import ChatRequest, CompletionRequest
+
+    ask = asks[path]
+    names = {*NEUTRAL_VALUES, *ChatRequest.model_fields, *CompletionRequest.model_fields, "unheard_of"}
+    response = await ask(**dict.fromkeys(names - {"prompt", "messages"}))
+    assert response.status_code == 200
+    assert "x-ignored-parameters" not in response.headers
+    await ask()
+    assert engine.requests[0].sampling_params == engine.requests[1].sampling_params
+
+
+async def test_fields_that_nobody_documents_are_accepted_and_listed(complete, chunks_of):
+    response = await complete(router_hint=1, **{"x\r\nset-cookie: a": 2})
+    assert response.status_code == 200
+    assert response.headers["x-ignored-parameters"] == "router_hint, x??set-cookie??a"
+    stream = await complete(router_hint=1, stream=True, stream_options={"other": 1})
+    assert stream.headers["x-ignored-parameters"] == "router_hint, stream_options.other"
+    assert chunks_of(stream)
+
+
+async def test_the_list_of_ignored_fields_is_bounded(complete):
+    response = await complete(**{f"field{i}" + "x" * 100: 1 for i in range(100)})
+    assert response.status_code == 200
+    assert len(response.headers["x-ignored-parameters"]) < 3000
+
+
+async def test_unknown_message_fields_are_listed_once(chat):
+    messages = [{"role": "user", "content": "x", "id": "1"}, {"role": "user", "content": "x", "id": "2"}]
+    assert (await chat(messages=messages)).headers["x-ignored-parameters"] == "messages[].id"
+
+
+async def test_obfuscation_can_be_declined_but_not_had(complete, error_of):
+    options = {"include_obfuscation": False}
+    assert (await complete(stream=True, stream_options=options)).status_code == 200
+    response = await complete(stream=True, stream_options={"include_obfuscation": True})
+    assert error_of(response, 400)["param"] == "stream_options.include_obfuscation"
