@@ -49,7 +49,7 @@ class EngineConfig(BaseModel):
     memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory to use")
     cpu_memory_gb: float = Field(2.0, gt=0, description="memory for state and KV cache on a CPU, in GB")
     num_kv_blocks: int | None = Field(None, ge=1, description="fix the KV cache's size instead of measuring")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: torch's choice")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores but one")
     seed: int = Field(0, ge=0, description="seed of requests that bring none")
 
     @field_validator("max_num_batched_tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +53,7 @@ class ModelRunner:
         self.state_dtype = getattr(torch, config.state_dtype)
         self.kernel_name = default_for(self.device) if config.kernels == "auto" else config.kernels
         self.block_size = config.block_size
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        torch.set_num_threads(config.num_threads or _spare_cores())
         kernels = load_kernels(self.kernel_name)
         self.model = FAMILIES[self.model_config.architecture].module()(
             self.model_config,
@@ -189,6 +189,12 @@ class ModelRunner:
             dummy.num_computed_tokens = dummy.num_tokens
             dummy.output_token_ids.append(0)
             self.execute(ScheduledBatch([dummy], [1], 0))
+
+
+def _spare_cores() -> int:
+    """All cores but one: a step waits for its slowest thread, so a core that HTTP uses too costs more than it gives."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - 1)
 
 
 def pick_device(name: str) -> torch.device:
