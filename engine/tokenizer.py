@@ -22,6 +22,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         """Raises `CheckpointError` when the folder holds no tokenizer that works without its own code."""
+        config_eos = read_config(folder).eos_token_ids
         from tokenizers import Tokenizer as Backend
         from transformers import AutoTokenizer
 
@@ -37,7 +38,7 @@ class Tokenizer:
         self.vocab_size = int(self._with_control.get_vocab_size(with_added_tokens=True))
         self.bos_token_id: int | None = self._hf.bos_token_id
         own_eos = () if self._hf.eos_token_id is None else (self._hf.eos_token_id,)
-        self.eos_token_ids = frozenset(own_eos) | frozenset(read_config(folder).eos_token_ids)
+        self.eos_token_ids = frozenset(own_eos) | frozenset(config_eos)
         generation = read_generation_config(folder)
         self.default_sampling: dict[str, float | int] = {
             name: generation[name] for name in _SAMPLING_FIELDS if generation.get(name) is not None

@@ -11,12 +11,14 @@ from .config import ModelConfig, token_ids
 from .errors import CheckpointError
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+WEIGHT_FILES = ["*.safetensors"]
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of `model`: 'demo', a path, or a hub id, which is downloaded unless HF_HUB_OFFLINE is set.
 
+    Without `weights` only configuration and tokenizer are fetched.
     Raises `CheckpointError` when there is no such folder and no such model.
     """
     if model == "demo":
@@ -26,14 +28,14 @@ def resolve(model: str, revision: str | None = None) -> Path:
         return folder
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{model!r} is neither a folder nor a hub id of the form owner/name")
-    return _download(model, revision)
+    return _download(model, revision, SMALL_FILES + WEIGHT_FILES if weights else SMALL_FILES)
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a wide family; all of them mean the same to a user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"cannot get {model!r} from the hub: {reason}") from error

@@ -45,7 +45,7 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     from ..models.checkpoint import read_config, resolve
     from ..models.registry import FAMILIES
 
-    folder = resolve(config.model, config.revision)
+    folder = resolve(config.model, config.revision, weights=False)
     model_config = read_config(folder)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, model_config, device)

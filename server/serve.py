@@ -52,7 +52,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
     starting = asyncio.create_task(client.start())
     try:
         # Both take seconds: the engine imports and loads while this process reads the tokenizer.
-        folder = await asyncio.to_thread(resolve, settings.model, settings.revision)
+        folder = await asyncio.to_thread(resolve, settings.model, settings.revision, weights=False)
         tokenizer = await asyncio.to_thread(Tokenizer, folder)
         info = await _unless_interrupted(starting)
         if info is None:
