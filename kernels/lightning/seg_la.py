@@ -63,7 +63,7 @@ def _segment_kernel(
     p_s, m_s = state_pointers(p_state, slot, i_h, i_v, s_n, s_h, s_k, K, V, BK, BV)
     b_s = load_state(p_s, m_s, tl.load(p_continues + i_b), BK, BV)
     if n == 1:
-        b_s = token_step(p_q, p_k, p_v, p_o, b_s, tl.exp(-slope), scale, i_v, K, V, BK, BV)
+        b_s = token_step(p_q, p_k, p_v, p_o, b_s, slope, scale, i_v, K, V, BK, BV)
     else:
         a = tl.arange(0, BT)
         lag = a[:, None] - a[None, :]

@@ -54,15 +54,23 @@ def load_state(p_s, m_s, continues, BK: tl.constexpr, BV: tl.constexpr):
 
 
 @triton.jit
-def token_step(p_q, p_k, p_v, p_o, b_s, decay, scale, i_v, K, V, BK: tl.constexpr, BV: tl.constexpr):
-    """One token at a head: S = decay * S + k v^T, writes o = scale * q S, returns S."""
+def decay_minus_one(slope):
+    """e^{-s} - 1 to full precision: an error in e^{-s} itself grows by 1/s over a long decode."""
+    x = -slope
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
+    return tl.where(slope < 0.25, series, tl.exp(x) - 1)
+
+
+@triton.jit
+def token_step(p_q, p_k, p_v, p_o, b_s, slope, scale, i_v, K, V, BK: tl.constexpr, BV: tl.constexpr):
+    """One token at a head: S = e^{-s} S + k v^T, writes o = scale * q S, returns S."""
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     b_q = tl.load(p_q + o_k, mask=o_k < K, other=0.0).to(tl.float32)
     b_k = tl.load(p_k + o_k, mask=o_k < K, other=0.0).to(tl.float32)
     b_v = tl.load(p_v + o_v, mask=o_v < V, other=0.0).to(tl.float32)
     # [BK, 1] * [1, BV] -> [BK, BV]
-    b_s = b_s * decay + b_k[:, None] * b_v[None, :]
+    b_s += b_s * decay_minus_one(slope) + b_k[:, None] * b_v[None, :]
     # [BK, 1] * [BK, BV] -> [BV]
     b_o = tl.sum(b_q[:, None] * b_s, axis=0) * scale
     tl.store(p_o + o_v, b_o.to(p_o.dtype.element_ty), mask=o_v < V)

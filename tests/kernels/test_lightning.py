@@ -78,6 +78,7 @@ def make_case(
     state = torch.randn(rows + 3, heads, K, V, generator=generator).to(device, state_dtype)
     if slots is None:
         slots = torch.randperm(rows + 3, generator=generator)[:rows].tolist()
+    assert max(slots) < rows + 3
     if continues is None:
         continues = [row % 2 == 0 for row in range(rows)]
     slopes = slopes or [2.0 ** (-8.0 * (h + 1) / heads) for h in range(heads)]
@@ -176,7 +177,7 @@ def bits(x: Tensor) -> Tensor:
 @every_prefill
 @pytest.mark.parametrize("length", LENGTHS, ids=lambda n: f"n{n}")
 def test_every_length_follows_the_token_recurrence(backend, length, device, assert_close):
-    case = make_case(device, [length, 3, length], continues=[True, False, False])
+    case = make_case(device, [length, 3], continues=[True, False], heads=2 if ON_GPU else 1)
     expected_out, expected_state = oracle(case)
     out, pool = run_prefill(backend, case)
     assert_close("out", out, expected_out, 1e-6)
@@ -270,9 +271,7 @@ def test_a_new_row_never_reads_the_previous_owner_of_its_slot(backend, length, d
 
 @every_decode
 @pytest.mark.parametrize("rows", [1, 3])
-def test_one_token_prompt_in_decode_never_reads_the_previous_owner_of_its_slot(
-    backend, rows, device, assert_close
-):
+def test_one_token_prompt_in_decode_never_reads_the_previous_owner_of_its_slot(backend, rows, device, assert_close):
     case = make_case(device, [1] * rows, continues=[False] * rows)
     case.state.fill_(float("nan"))
     expected_out, expected_state = oracle(case)
@@ -285,9 +284,7 @@ def test_one_token_prompt_in_decode_never_reads_the_previous_owner_of_its_slot(
 def test_a_one_token_row_that_continues_reads_its_state(backend, device, assert_close):
     case = make_case(device, [1], continues=[True])
     out, _ = run_prefill(backend, case)
-    fresh, _ = run_prefill(
-        backend, replace(case, has_initial_state=~case.has_initial_state, out=case.out.clone())
-    )
+    fresh, _ = run_prefill(backend, replace(case, has_initial_state=~case.has_initial_state, out=case.out.clone()))
     assert_close("out", out, oracle(case)[0], 1e-6)
     assert (out - fresh).abs().max() > 0.1
 
@@ -346,9 +343,7 @@ def test_a_row_does_not_depend_on_its_neighbours(backend, device, assert_close):
 
 @every_prefill
 @pytest.mark.parametrize("lengths", [[37, 27], [100, 156], [1, 63, 64, 128], [30, 2]], ids=str)
-def test_a_tail_block_has_its_true_length_and_absorbs_nothing_of_the_next_row(
-    backend, lengths, device, assert_close
-):
+def test_a_tail_block_has_its_true_length_and_absorbs_nothing_of_the_next_row(backend, lengths, device, assert_close):
     # The token counts fill whole blocks while the rows do not; every second row is NaN.
     case = make_case(device, lengths, continues=[True] * len(lengths))
     expected_out, expected_state = oracle(case)
@@ -376,9 +371,9 @@ def test_other_slots_stay_untouched_bit_for_bit(backend, length, device):
 
 @every_decode
 def test_decode_leaves_other_slots_untouched_bit_for_bit(backend, device):
-    for slots in ([4], [4, 0, 2]):
+    for slots in ([2], [4, 0, 2]):
         case = make_case(device, [1] * len(slots), slots=slots)
-        case.state[3].view(torch.int32).fill_(0x7FABCDEF)
+        case.state[3].view(torch.int32).fill_(0x7FABCDEF)  # a NaN with a payload
         pool = case.state.clone()
         decode_step(backend, case, pool)
         for slot in set(range(len(pool))) - set(slots):
@@ -471,7 +466,8 @@ def test_steep_slopes_do_not_overflow(backend, device, assert_close):
 
 @every_decode
 def test_512_decode_steps_do_not_drift(backend, device, assert_close):
-    steps = 512
+    # Slow decay: an error of 1e-7 in e^{-s} grows to 2.5e-5. Interpreted kernels take fewer steps.
+    steps = 512 if ON_GPU or backend == "torch" else 160
     case = make_case(device, [steps], continues=[False], heads=1, slopes=[0.004])
     expected_out, expected_state = oracle(case)
     pool = case.state.clone().fill_(float("nan"))
@@ -488,8 +484,8 @@ def test_512_decode_steps_do_not_drift(backend, device, assert_close):
             out=case.out[tokens],
         )
         outs.append(decode_step(backend, step, pool))
-    assert_close("out", torch.cat(outs), expected_out, 1e-5)
-    assert_close("state", states_of(case, pool), expected_state, 1e-5)
+    assert_close("out", torch.cat(outs), expected_out, 3e-6)
+    assert_close("state", states_of(case, pool), expected_state, 3e-6)
 
 
 def test_all_implementations_agree_on_a_mixed_batch(device, assert_close):
@@ -528,9 +524,7 @@ def test_slots_beyond_two_to_the_31_elements_are_addressed(backend, device, asse
         if max(lengths) == 1 and backend == "minimax":
             triton_ops.lightning_decode(*arguments, case.has_initial_state, case.out)
         else:
-            PREFILL[backend](
-                *arguments, case.has_initial_state, case.query_start_loc, max(lengths), case.out
-            )
+            PREFILL[backend](*arguments, case.has_initial_state, case.query_start_loc, max(lengths), case.out)
         assert_close("out", case.out, expected_out, 1e-6)
         assert_close("state", pool[[2099, 2050]], expected_state, 3e-3)
         assert pool[:2050].count_nonzero() == 0
