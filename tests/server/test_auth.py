@@ -83,7 +83,7 @@ async def test_a_wrong_header_is_401(guarded, error_of, value):
 
 
 async def test_two_authorization_headers_are_401(guarded, error_of):
-    headers = [("authorization", "Bearer wrong"), ("authorization", f"Bearer {KEY}")]
+    headers = [("authorization", f"Bearer {KEY}"), ("authorization", "Bearer wrong")]
     error_of(await guarded.get("/v1/models", headers=headers), 401)
 
 

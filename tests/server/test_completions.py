@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 from openai.types import Completion
 
@@ -176,8 +178,6 @@ async def test_generation_defaults_off_leaves_openais_defaults(make_client, toke
 
 
 async def test_long_text_is_tokenized_outside_the_event_loops_thread(complete, tokenizer, engine):
-    import threading
-
     engine.info.max_model_len = 10_000
     await complete(prompt="short")
     assert tokenizer.threads == {threading.get_ident()}

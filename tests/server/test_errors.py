@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import pytest
 
@@ -35,6 +37,15 @@ async def test_a_body_declared_too_large_is_413_before_it_is_read(make_client, e
     client = make_client(max_body_bytes=2000)
     response = await client.post("/v1/completions", json={"prompt": "x" * 2000})
     assert "2000" in error_of(response, 413)["message"]
+
+
+async def test_a_sender_that_only_declares_a_huge_body_is_answered_at_once(make_live):
+    reader, writer = await asyncio.open_connection("127.0.0.1", make_live().port)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9000000000"
+    writer.write(head.encode() + b"\r\n\r\n")
+    status = await asyncio.wait_for(reader.readline(), 10)
+    writer.close()
+    assert b" 413 " in status
 
 
 async def test_a_chunked_body_is_cut_off_at_the_bound(make_client, error_of):
@@ -133,8 +144,6 @@ async def test_a_request_id_is_made_when_none_is_usable(client, headers):
 
 
 async def test_over_max_connections_is_503_and_health_still_answers(make_client, error_of, engine, eventually):
-    import asyncio
-
     engine.hold_after = 1
     client = make_client(max_connections=2)
     held = [asyncio.create_task(client.post("/v1/completions", json={"prompt": "a"})) for _ in range(2)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import leyden
@@ -41,8 +42,6 @@ async def test_new_work_is_refused_while_draining_or_dead(make_app, make_client,
 
 
 async def test_draining_lets_an_open_stream_finish(make_app, make_client, engine, eventually, chunks_of):
-    import asyncio
-
     app = make_app()
     engine.hold_after = 2
     asking = asyncio.create_task(make_client(app).post("/v1/completions", json={"prompt": "a", "stream": True}))
