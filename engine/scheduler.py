@@ -61,7 +61,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises `QueueFullError`, or `ContextLengthError` when it could never fit the cache."""
-        if len(self.waiting) >= self.max_waiting:
+        if len(self.waiting) >= self.max_waiting + self.slots.num_free:  # who finds a slot at once does not queue
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting already (max_waiting = {self.max_waiting}); try again later"
             )

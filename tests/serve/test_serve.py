@@ -1,0 +1,203 @@
+"""The whole server, from a process start to a client's socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import httpx
+import openai
+import pytest
+from tiny_models import random_prompt
+
+LONG = {"max_tokens": 900, "extra_body": {"ignore_eos": True}}
+
+
+def client(served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+
+def async_client(served) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+
+def exists(pid: int) -> bool:
+    with suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+def group_exists(group: int) -> bool:
+    with suppress(ProcessLookupError):
+        os.killpg(group, 0)
+        return True
+    return False
+
+
+def test_official_client_streaming_equals_not_streaming(shared):
+    request = {"model": "tiny", "prompt": "Hello", "max_tokens": 40, "temperature": 0}
+    whole = client(shared).completions.create(**request)
+    chunks = list(client(shared).completions.create(**request, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 40
+
+
+def test_official_client_chat(shared):
+    messages = [{"role": "user", "content": "hi"}]
+    answer = client(shared).chat.completions.create(model="tiny", messages=messages, max_tokens=8, seed=7)
+    again = client(shared).chat.completions.create(model="tiny", messages=messages, max_tokens=8, seed=7)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == again.choices[0].message.content
+    assert client(shared).models.list().data[0].id == "tiny"
+
+
+async def test_64_concurrent_streams_each_as_if_alone(shared):
+    prompts = [random_prompt(1 + i % 40, seed=i) for i in range(64)]
+
+    async def stream(prompt: list[int]) -> str:
+        parts = await async_client(shared).completions.create(
+            model="tiny", prompt=prompt, max_tokens=20, temperature=0, stream=True
+        )
+        return "".join([part.choices[0].text async for part in parts])
+
+    together = await asyncio.gather(*[stream(prompt) for prompt in prompts])
+    alone = [await stream(prompt) for prompt in prompts[:8]]
+    assert together[:8] == alone
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "not streaming"])
+def test_disconnect_frees_slot_and_blocks(shared, stream):
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": stream}
+    with httpx.Client(base_url=shared.url, timeout=httpx.Timeout(30, read=0.3)) as http:
+        try:
+            with http.stream("POST", "/v1/completions", json=body) as response:
+                next(response.iter_raw())
+        except httpx.ReadTimeout:
+            assert not stream
+    shared.wait_idle()
+
+
+def test_prompt_longer_than_the_context_is_a_400_that_says_so(shared):
+    with pytest.raises(openai.BadRequestError) as error:
+        client(shared).completions.create(model="tiny", prompt="y" * 2000)
+    assert error.value.code == "context_length_exceeded"
+    assert "2000" in error.value.message
+    assert "1024" in error.value.message
+
+
+async def test_full_queue_is_a_429_with_retry_after_and_the_others_finish(serve):
+    served = serve("--max-num-seqs", "2", "--max-waiting", "3")
+    ai = async_client(served)
+
+    async def ask() -> str:
+        try:
+            answer = await ai.completions.create(
+                model="tiny", prompt="x", max_tokens=300, extra_body={"ignore_eos": True}
+            )
+        except openai.RateLimitError as error:
+            return f"refused, retry after {error.response.headers['retry-after']}"
+        assert answer.usage.completion_tokens == 300
+        return "served"
+
+    outcomes = await asyncio.gather(*[ask() for _ in range(20)])
+    assert "refused, retry after 1" in outcomes
+    assert outcomes.count("served") >= 5
+    served.wait_idle()
+
+
+async def test_killed_engine_fails_open_streams_and_ends_the_server(serve):
+    served = serve()
+    stream = await async_client(served).completions.create(model="tiny", prompt="x", stream=True, **LONG)
+    await anext(aiter(stream))
+    os.kill(served.engine_pid, signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="engine"):
+        async for _ in stream:
+            pass
+    assert served.process.wait(timeout=10) == 1
+
+
+async def test_sigterm_finishes_open_streams_refuses_new_ones_and_exits_0(serve):
+    served = serve()
+    engine = served.engine_pid
+    stream = await async_client(served).completions.create(model="tiny", prompt="x", stream=True, **LONG)
+    await anext(aiter(stream))
+    served.process.send_signal(signal.SIGTERM)
+    served.wait_for(lambda: httpx.get(f"{served.url}/health").status_code == 503)
+    async with httpx.AsyncClient() as http:
+        refused = await http.post(f"{served.url}/v1/completions", json={"model": "tiny", "prompt": "y"})
+    assert refused.status_code == 503
+    assert "retry-after" in refused.headers
+    reasons = [chunk.choices[0].finish_reason async for chunk in stream]
+    assert reasons[-1] == "length"
+    assert await asyncio.to_thread(served.process.wait, 30) == 0
+    assert not exists(engine)
+
+
+async def test_second_signal_does_not_wait(serve):
+    served = serve("--drain-seconds", "600")
+    engine = served.engine_pid
+    stream = await async_client(served).completions.create(model="tiny", prompt="x", stream=True, **LONG)
+    await anext(aiter(stream))
+    served.process.send_signal(signal.SIGINT)
+    served.wait_for(lambda: httpx.get(f"{served.url}/health").status_code == 503)
+    served.process.send_signal(signal.SIGINT)
+    assert await asyncio.to_thread(served.process.wait, 20) == 0
+    assert not exists(engine)
+
+
+def test_ctrl_c_while_the_model_loads_leaves_nothing_behind(checkpoint):
+    command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(checkpoint), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    time.sleep(1.5)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) in (130, -signal.SIGINT)
+    deadline = time.monotonic() + 20
+    while group_exists(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_settings_reach_the_engine_from_yaml_environment_and_flags(serve, tmp_path):
+    config = tmp_path / "x.yaml"
+    config.write_text("max-num-seqs: 3\nlinear_backend: seg_la\nstate_dtype: bfloat16\n")
+    served = serve("--config", str(config), "--linear-backend", "minimax", env={"LEYDEN_MAX_NUM_SEQS": "5"})
+    metrics = httpx.get(f"{served.url}/metrics").text
+    assert 'linear_backend="minimax"' in metrics
+    assert 'state_dtype="bfloat16"' in metrics
+    assert served.gauge("state_slots_total") == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "--max-num-seq", "3"], ["--max-num-seq", "did you mean --max-num-seqs?"]),
+        (["serve", "--linear-backend", "x"], ["linear_backend", "'x'", "auto, minimax, seg_la"]),
+        (["serve", "--max-num-seqs", "0"], ["max_num_seqs", "greater than or equal to 1"]),
+        (["serve", "/nowhere"], ["/nowhere"]),
+        (["serve", "--config", "/no.yaml"], ["/no.yaml"]),
+        (["sevre"], ["sevre"]),
+    ],
+    ids=["flag", "choice", "bound", "model", "file", "command"],
+)
+def test_wrong_command_line_exits_2_and_names_what_is_wrong(arguments, words):
+    command = [sys.executable, "-P", "-m", "leyden.server.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    for word in words:
+        assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_port_in_use_is_said_before_the_model_is_loaded(shared, checkpoint):
+    port = shared.url.rsplit(":", 1)[1]
+    command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(checkpoint), "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"127.0.0.1:{port}" in done.stderr
