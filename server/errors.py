@@ -25,6 +25,7 @@ ERROR_TYPES = {
 ERROR_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 RETRY_AFTER_SECONDS = "1"
 MAX_MESSAGE_CHARS = 1000
+MAX_PARAM_CHARS = 100
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -52,8 +53,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message[:MAX_MESSAGE_CHARS]
-        self.param = param
+        self.message = printable(message[:MAX_MESSAGE_CHARS])
+        self.param = None if param is None else printable(param[:MAX_PARAM_CHARS])
         self.code = code
         self.headers = dict(headers or {})
 

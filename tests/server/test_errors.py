@@ -121,9 +121,11 @@ async def test_the_next_request_is_served_after_a_failed_one(complete, engine):
     assert (await complete()).status_code == 200
 
 
-async def test_control_characters_in_messages_are_escaped(complete, error_of):
-    message = error_of(await complete(model="\x1b[31mred\r\n"), 404)["message"]
-    assert message.isprintable()
+async def test_what_a_user_wrote_is_shown_escaped_and_cut(complete, error_of):
+    error = error_of(await complete(logit_bias={"\x1b[31mred\r\n" + "x" * 9999: "no number"}), 400)
+    assert error["param"].startswith("logit_bias.\\x1b[31mred\\r\\n")
+    assert error["message"].isprintable()
+    assert len(error["message"]) + len(error["param"]) < 1300
 
 
 @pytest.mark.parametrize(

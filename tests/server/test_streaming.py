@@ -116,6 +116,16 @@ async def test_streamed_logprobs_are_those_of_the_whole_answer(chat, chunks_of):
     assert found == whole
 
 
+async def test_logprobs_of_a_token_come_even_when_its_text_is_held_back(complete, chunks_of, engine):
+    engine.reply = "é".encode()
+    parts = [chunk["choices"][0] for chunk in chunks_of(await complete(logprobs=0, stream=True))]
+    assert [(part["text"], part["logprobs"]["tokens"]) for part in parts] == [
+        ("", ["bytes:\\xc3"]),
+        ("é", ["bytes:\\xa9"]),
+        ("", ["</s>"]),
+    ]
+
+
 async def test_echo_with_max_tokens_0_streams_the_prompt_and_its_reason(complete, chunks_of):
     chunks = chunks_of(await complete(echo=True, max_tokens=0, stream=True))
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["Hi"]
