@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -10,6 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..engine.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
+
+logger = logging.getLogger("leyden.server")
 
 ERROR_TYPES = {
     400: "invalid_request_error",
@@ -23,6 +26,7 @@ ERROR_TYPES = {
     503: "overloaded",
 }
 ERROR_CODES = {404: "unknown_url", 405: "method_not_allowed"}
+INTERNAL_ERROR = "internal_error"
 RETRY_AFTER_SECONDS = "1"
 MAX_MESSAGE_CHARS = 1000
 MAX_PARAM_CHARS = 100
@@ -105,7 +109,14 @@ def describe(error: Exception) -> ApiError:
         case HTTPException():
             return _describe_http(error)
         case _:
-            return ApiError(500, "an internal error; the server's log has the details", code="internal_error")
+            return ApiError(500, "an internal error; the server's log has the details", code=INTERNAL_ERROR)
+
+
+def log_failure(request_id: str, error: Exception, answer: ApiError) -> None:
+    """Log what is our fault; with a traceback only what nobody foresaw, for an engine's death hits every request."""
+    if answer.status == 500:
+        trace = error if answer.code == INTERNAL_ERROR else None
+        logger.error("request %s failed (%s): %s", request_id, answer.code, type(error).__name__, exc_info=trace)
 
 
 def error_response(error: ApiError) -> Response:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from ..engine.errors import QueueFullError, RequestError
 from ..engine.outputs import RequestOutput
 from .errors import ApiError
 from .metrics import SequenceTimer
@@ -67,18 +68,21 @@ async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
     timer = SequenceTimer(state.metrics)
     request_id = f"{answer_id}-{job.index}"
     outputs = state.llm.generate(request_id, job.prompt_token_ids, job.params, job.priority)
-    has_failed = False
+    reason: str | None = "abort"  # unless its last output comes
     try:
         async with aclosing(outputs) as closing:  # type: ignore[type-var]
             async for output in closing:
                 timer.observe(output)
                 _raise_if_failed(output)
                 yield job, output
+    except (RequestError, QueueFullError):  # it never began
+        reason = None
+        raise
     except Exception:
-        has_failed = True
+        reason = "error"
         raise
     finally:
-        timer.close(has_failed=has_failed)
+        timer.close(reason)
 
 
 def _raise_if_failed(output: RequestOutput) -> None:

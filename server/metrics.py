@@ -83,9 +83,11 @@ class SequenceTimer:
             self.finish_reason = output.finish_reason
             self.metrics.whole_request.observe(now - self.started)
 
-    def close(self, *, has_failed: bool) -> None:
-        """Count how it ended. A sequence closed before its last output was aborted by its client."""
-        self.metrics.count_finished(self.finish_reason or ("error" if has_failed else "abort"))
+    def close(self, reason_without_end: str | None) -> None:
+        """Count how the sequence ended: by its last output, else as told; None when it never began."""
+        reason = self.finish_reason or reason_without_end
+        if reason is not None:
+            self.metrics.count_finished(reason)
 
 
 class EngineCollector(Collector):

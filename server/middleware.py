@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..configs.schema import ServerConfig
 from ..engine.errors import ConfigError
-from .errors import ApiError, describe, error_response, overloaded
+from .errors import ApiError, describe, error_response, log_failure, overloaded
 from .metrics import ServerMetrics
 
 logger = logging.getLogger("leyden.server")
@@ -73,8 +73,7 @@ class ErrorMiddleware:
             if has_started:
                 raise
             answer = describe(error)
-            if answer.status == 500:
-                logger.error("request %s failed", scope["state"]["request_id"], exc_info=error)
+            log_failure(scope["state"]["request_id"], error, answer)
             self.metrics.count_refusal(answer.reason)
             await error_response(answer)(scope, receive, send)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
 
@@ -12,10 +11,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import describe
+from .errors import describe, log_failure
 from .generation import Event, Events, unless_disconnected
-
-logger = logging.getLogger("leyden.server")
 
 DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -64,7 +61,7 @@ class EventStream(Response):
     def _fail(self, scope: Scope, error: Exception) -> bytes:
         """The status has been sent, so the error goes the way of the chunks."""
         answer = describe(error)
-        logger.error("request %s failed in mid-stream", scope["state"]["request_id"], exc_info=error)
+        log_failure(scope["state"]["request_id"], error, answer)
         scope["app"].state.server.metrics.count_refusal(answer.reason)
         return b"data: " + answer.envelope() + b"\n\n"
 

@@ -98,6 +98,16 @@ async def test_refusals_are_counted_by_reason_and_never_by_user_input(client, co
     }
 
 
+async def test_a_sequence_that_was_never_admitted_has_no_end(client, complete, engine):
+    engine.queue_bound = 1
+    await complete(n=2)
+    samples = await scrape(client)
+    ends = {
+        dict(labels)["finished_reason"]: n for (name, labels), n in samples.items() if name.endswith("success_total")
+    }
+    assert ends == {"stop": 0, "length": 0, "abort": 1, "error": 0}
+
+
 async def test_requests_with_ignored_fields_are_counted(client, complete):
     await complete(router_hint=1)
     assert (await scrape(client))["leyden:request_ignored_parameters_total", ()] == 1
