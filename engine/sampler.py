@@ -124,7 +124,8 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     """One token per row by inverse transform: sort, cut the tail, and find where the row's own uniform number falls."""
     device = logits.device
     params = [sequence.sampling_params for sequence in sequences]
-    temperature = torch.tensor([p.temperature for p in params], device=device)
+    # Far below 1e-6 the division would overflow; every such temperature is greedy but for exact ties.
+    temperature = torch.tensor([max(p.temperature, 1e-6) for p in params], device=device)
     values, order = (logits / temperature[:, None]).sort(dim=-1, descending=True, stable=True)
     probabilities = values.softmax(dim=-1)
     probabilities = _cut_tail(probabilities, params)

@@ -1,0 +1,36 @@
+"""One tiny checkpoint for every test of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from leyden.engine.tokenizer import Tokenizer
+from tiny_models import save_minimax
+
+
+@dataclass
+class Tiny:
+    """A folder, and transformers' own model of it."""
+
+    folder: Path
+    model: torch.nn.Module
+
+    def logprobs(self, ids: list[int]) -> torch.Tensor:
+        """log_softmax of transformers' logits after each token: [len(ids), vocab]."""
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([ids]), use_cache=False).logits[0]
+        return logits.float().log_softmax(dim=-1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    return Tiny(folder, save_minimax(folder, layer_types=("linear_attention", "full_attention")))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny) -> Tokenizer:
+    return Tokenizer(tiny.folder)

@@ -1,0 +1,318 @@
+"""The scheduling policy without a model: thousands of requests come, go, fall and rise again."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from engines import sequence
+from leyden.engine.block_manager import BlockManager
+from leyden.engine.errors import ContextLengthError, QueueFullError
+from leyden.engine.scheduler import ScheduledBatch, Scheduler
+from leyden.engine.sequence import Sequence, Status
+from leyden.engine.slots import SlotManager
+
+EOS = 0
+
+
+def make_scheduler(*, blocks=8, block_size=4, slots=4, budget=16, max_waiting=100) -> Scheduler:
+    return Scheduler(
+        BlockManager(blocks, block_size), SlotManager(slots), max_num_batched_tokens=budget, max_waiting=max_waiting
+    )
+
+
+def finish_step(scheduler: Scheduler, batch: ScheduledBatch, next_token) -> list[Sequence]:
+    """What the engine does after a forward pass. Returns who finished."""
+    scheduler.update(batch)
+    done = []
+    for each in batch.sequences:
+        assert each.num_computed_tokens <= each.num_tokens
+        if each.num_uncomputed_tokens == 0:
+            each.output_token_ids.append(next_token(each))
+            if each.finish_reason() is not None:
+                scheduler.finish(each)
+                done.append(each)
+    return done
+
+
+def step(scheduler: Scheduler, next_token=lambda _: 7) -> ScheduledBatch:
+    batch = scheduler.schedule()
+    finish_step(scheduler, batch, next_token)
+    scheduler.check_integrity()
+    return batch
+
+
+def rows(batch: ScheduledBatch) -> list[tuple[str, int]]:
+    return [(s.request_id, n) for s, n in zip(batch.sequences, batch.num_scheduled_tokens, strict=True)]
+
+
+class Simulation:
+    """Random arrivals and aborts against one scheduler, with every law checked after every step."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        slots = rng.randint(1, 6)
+        self.scheduler = make_scheduler(
+            blocks=rng.randint(2, 24),
+            block_size=rng.choice([1, 2, 4, 16]),
+            slots=slots,
+            budget=rng.randint(slots, slots + rng.choice([0, 3, 40])),
+            max_waiting=rng.choice([3, 1000]),
+        )
+        self.has_priorities = rng.random() < 0.4
+        self.num_arrivals = 0
+        self.alive: dict[str, Sequence] = {}
+        self.finished: list[Sequence] = []
+        self.num_aborted = self.num_refused = self.num_fallen = 0
+
+    def run(self, num_requests: int) -> None:
+        idle_limit = 200_000
+        while self.num_arrivals < num_requests or self.scheduler.has_work:
+            while self.num_arrivals < num_requests and self.rng.random() < 0.4:
+                self.arrive()
+            if self.alive and self.rng.random() < 0.05:
+                self.abort(self.rng.choice(list(self.alive)))
+            self.step()
+            idle_limit -= 1
+            assert idle_limit, "somebody starves"
+
+    def arrive(self) -> None:
+        self.num_arrivals += 1
+        capacity = self.scheduler.blocks.num_blocks * self.scheduler.blocks.block_size
+        new = sequence(
+            self.rng.choice([1, 1, 2, self.rng.randint(1, capacity)]),
+            request_id=f"r{self.num_arrivals}",
+            max_tokens=self.rng.randint(1, 12),
+            arrival=self.num_arrivals,
+            priority=self.rng.choice([-1, 0, 0, 2]) if self.has_priorities else 0,
+            eos_token_ids=frozenset({EOS}),
+            ignore_eos=self.rng.random() < 0.5,
+        )
+        waiting = len(self.scheduler.waiting)
+        try:
+            self.scheduler.add(new)
+        except QueueFullError:
+            assert waiting >= self.scheduler.max_waiting
+            self.num_refused += 1
+        except ContextLengthError:
+            assert new.num_prompt_tokens + new.max_tokens - 1 > capacity
+            self.num_refused += 1
+        else:
+            assert waiting < self.scheduler.max_waiting + self.scheduler.slots.num_slots
+            self.alive[new.request_id] = new
+
+    def abort(self, request_id: str) -> None:
+        assert self.scheduler.abort(request_id)
+        assert not self.scheduler.abort(request_id), "a second abort finds nothing"
+        gone = self.alive.pop(request_id)
+        assert gone.status is Status.FINISHED and gone.state_slot is None and gone.block_table == []
+        self.num_aborted += 1
+        self.scheduler.check_integrity()
+
+    def step(self) -> None:
+        waiting_before = list(self.scheduler.waiting)
+        preemptions = self.scheduler.num_preemptions
+        batch = self.scheduler.schedule()
+        self.check(batch, waiting_before)
+        self.num_fallen += self.scheduler.num_preemptions - preemptions
+        for done in finish_step(self.scheduler, batch, lambda _: self.rng.randint(0, 9)):
+            del self.alive[done.request_id]
+            self.finished.append(done)
+        self.scheduler.check_integrity()
+
+    def check(self, batch: ScheduledBatch, waiting_before: list[Sequence]) -> None:
+        scheduler = self.scheduler
+        scheduler.check_integrity()
+        assert not batch.is_empty or not scheduler.has_work, "work is there and nothing runs"
+        assert len(set(map(id, batch.sequences))) == len(batch.sequences)
+        assert batch.num_tokens <= scheduler.max_num_batched_tokens
+        assert [s.is_decoding for s in batch.sequences] == [False] * batch.num_prefills + [True] * (
+            len(batch.sequences) - batch.num_prefills
+        ), "prefill rows come first"
+        in_batch = {id(s) for s in batch.sequences}
+        for running in scheduler.running:
+            assert id(running) in in_batch or not running.is_decoding, "a decoding sequence missed its token"
+        for row, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
+            assert row.status is Status.RUNNING and row.state_slot is not None
+            assert 1 <= count <= row.num_uncomputed_tokens
+            held = len(row.block_table)
+            assert scheduler.blocks.blocks_for(row.num_computed_tokens + count) <= held
+            assert held <= scheduler.blocks.blocks_for(row.num_tokens), "blocks are held for nothing"
+        still = {id(s) for s in scheduler.waiting}
+        admitted = [s.order for s in waiting_before if id(s) not in still]
+        left_behind = [s.order for s in waiting_before if id(s) in still]
+        assert not admitted or not left_behind or max(admitted) < min(left_behind), "somebody jumped the queue"
+
+    def check_end(self) -> None:
+        scheduler = self.scheduler
+        assert not self.alive, "every request that was not aborted finishes"
+        for done in self.finished:
+            assert done.status is Status.FINISHED and done.state_slot is None and done.block_table == []
+            stopped = done.output_token_ids[-1] == EOS and not done.sampling_params.ignore_eos
+            assert done.num_output_tokens == done.max_tokens or stopped
+            if not done.sampling_params.ignore_eos:
+                assert EOS not in done.output_token_ids[:-1], "went on past its end"
+        assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+        assert scheduler.slots.num_free == scheduler.slots.num_slots
+        assert self.num_refused + self.num_aborted + len(self.finished) == self.num_arrivals
+
+
+def test_thousands_of_random_requests_keep_every_law():
+    fallen = refused = aborted = finished = 0
+    for seed in range(80):
+        simulation = Simulation(seed)
+        simulation.run(num_requests=50)
+        simulation.check_end()
+        fallen += simulation.num_fallen
+        refused += simulation.num_refused
+        aborted += simulation.num_aborted
+        finished += len(simulation.finished)
+    assert min(fallen, refused, aborted, finished) > 100, "the simulation must meet every case to prove anything"
+
+
+def test_one_token_prompt_is_a_prefill_row():
+    scheduler = make_scheduler()
+    scheduler.add(sequence(1, request_id="old", max_tokens=5, arrival=1))
+    assert scheduler.schedule().num_prefills == 1
+    scheduler = make_scheduler()
+    scheduler.add(sequence(1, request_id="old", max_tokens=5, arrival=1))
+    step(scheduler)
+    scheduler.add(sequence(1, request_id="new", max_tokens=5, arrival=2))
+    batch = step(scheduler)
+    assert rows(batch) == [("new", 1), ("old", 1)] and batch.num_prefills == 1
+
+
+def test_decoding_rows_get_their_token_before_a_long_prompt_takes_the_rest_of_the_budget():
+    scheduler = make_scheduler(blocks=64, budget=8)
+    for i in range(3):
+        scheduler.add(sequence(2, request_id=f"d{i}", max_tokens=9, arrival=i))
+    step(scheduler)
+    scheduler.add(sequence(30, request_id="long", max_tokens=2, arrival=9))
+    chunks = []
+    for _ in range(6):
+        batch = step(scheduler)
+        assert {"d0", "d1", "d2"} <= {name for name, _ in rows(batch)}
+        chunks += [count for name, count in rows(batch) if name == "long"]
+    assert chunks == [5, 5, 5, 5, 5, 5]
+
+
+def test_prompt_is_cut_to_the_budget_and_sampled_only_when_complete():
+    scheduler = make_scheduler(blocks=64, budget=4, slots=2)
+    long = sequence(10, max_tokens=2)
+    scheduler.add(long)
+    assert [rows(step(scheduler)) for _ in range(3)] == [[("s", 4)], [("s", 4)], [("s", 2)]]
+    assert long.num_output_tokens == 1
+
+
+def test_lower_priority_value_runs_first_and_ties_run_in_order_of_arrival():
+    scheduler = make_scheduler(slots=1, budget=4)
+    for arrival, priority in enumerate([5, 0, 5, -1, 0]):
+        scheduler.add(
+            sequence(1, request_id=f"p{priority}a{arrival}", priority=priority, arrival=arrival, max_tokens=1)
+        )
+    order = []
+    while scheduler.has_work:
+        order += [name for name, _ in rows(step(scheduler))]
+    assert order == ["p-1a3", "p0a1", "p0a4", "p5a0", "p5a2"]
+
+
+def test_preemption_takes_the_last_in_order_frees_all_it_holds_and_recomputes_it_from_its_tokens():
+    scheduler = make_scheduler(blocks=4, block_size=2, slots=2, budget=16)
+    first = sequence(3, request_id="first", max_tokens=6, arrival=1)
+    second = sequence(3, request_id="second", max_tokens=3, arrival=2)
+    scheduler.add(first)
+    scheduler.add(second)
+    step(scheduler)  # both hold 2 blocks
+    step(scheduler)
+    assert (first.num_tokens, second.num_tokens, scheduler.blocks.num_free) == (5, 5, 0)
+    batch = step(scheduler)  # first needs a third block
+    assert rows(batch) == [("first", 1)] and scheduler.num_preemptions == 1
+    assert second.status is Status.WAITING and second.num_computed_tokens == 0
+    assert second.block_table == [] and second.state_slot is None
+    assert second.output_token_ids == [7, 7], "what was sampled stays sampled"
+    while first.status is not Status.FINISHED:
+        batch = step(scheduler)
+    batch = step(scheduler)
+    assert rows(batch) == [("second", 5)] and batch.num_prefills == 1, "prompt and answer together, as one prefill"
+    assert second.status is Status.FINISHED and second.output_token_ids == [7, 7, 7]
+
+
+def test_preempted_sequence_keeps_its_place_before_later_arrivals():
+    scheduler = make_scheduler(blocks=4, block_size=2, slots=2, budget=16)
+    for arrival, name in enumerate(("first", "second")):
+        scheduler.add(sequence(3, request_id=name, max_tokens=6, arrival=arrival))
+    step(scheduler)
+    scheduler.add(sequence(1, request_id="late", max_tokens=1, arrival=9))
+    while not scheduler.num_preemptions:
+        step(scheduler)
+    assert [s.request_id for s in scheduler.waiting] == ["second", "late"]
+
+
+def test_queue_is_bounded_by_max_waiting_beyond_the_free_slots():
+    scheduler = make_scheduler(slots=2, max_waiting=3, budget=2)
+    for i in range(5):
+        scheduler.add(sequence(1, request_id=f"r{i}", arrival=i, max_tokens=4))
+    with pytest.raises(QueueFullError, match="max_waiting = 3"):
+        scheduler.add(sequence(1, request_id="one too many", arrival=9))
+    assert "one too many" not in scheduler and len(scheduler.waiting) == 5
+    step(scheduler)
+    assert len(scheduler.waiting) == 3
+    with pytest.raises(QueueFullError):
+        scheduler.add(sequence(1, request_id="still too many", arrival=10))
+    scheduler.abort("r4")
+    scheduler.add(sequence(1, request_id="fits", arrival=11))
+
+
+def test_request_that_can_never_fit_is_refused_at_once_and_the_largest_that_fits_is_served():
+    scheduler = make_scheduler(blocks=2, block_size=4)
+    with pytest.raises(ContextLengthError, match="holds 8"):
+        scheduler.add(sequence(5, request_id="big", max_tokens=5))
+    assert not scheduler.has_work
+    exact = sequence(5, max_tokens=4)  # the last sampled token is never fed back
+    scheduler.add(exact)
+    while scheduler.has_work:
+        step(scheduler)
+    assert exact.num_output_tokens == 4 and scheduler.num_preemptions == 0
+
+
+def test_two_long_prompts_do_not_starve_each_other_of_blocks_half_way():
+    scheduler = make_scheduler(blocks=6, block_size=2, slots=2, budget=3)
+    for arrival in range(2):
+        scheduler.add(sequence(10, request_id=f"r{arrival}", max_tokens=1, arrival=arrival))
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.num_preemptions == 0
+
+
+def test_a_slot_or_block_returned_twice_or_lost_is_found():
+    for corrupt in (
+        lambda s: s.slots._free.append(s.running[0].state_slot),
+        lambda s: s.slots._free.pop(),
+        lambda s: s.blocks._free.append(s.running[0].block_table[0]),
+        lambda s: s.running[0].block_table.pop(),
+    ):
+        scheduler = make_scheduler()
+        scheduler.add(sequence(5, max_tokens=3))
+        step(scheduler)
+        corrupt(scheduler)
+        with pytest.raises(AssertionError):
+            scheduler.check_integrity()
+
+
+def test_manager_refuses_to_take_or_return_a_slot_twice():
+    slots, owner = SlotManager(2), sequence(1)
+    slots.take(owner)
+    with pytest.raises(AssertionError):
+        slots.take(owner)
+    slots.release(owner)
+    with pytest.raises(AssertionError):
+        slots.release(owner)
+    assert slots.num_free == 2
+
+
+def test_token_ids_run_over_the_border_of_prompt_and_answer():
+    both = sequence([10, 11, 12], output=(20, 21))
+    whole = [10, 11, 12, 20, 21]
+    for start in range(6):
+        for end in range(start, 6):
+            assert both.token_ids(start, end) == whole[start:end]

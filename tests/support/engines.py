@@ -1,0 +1,110 @@
+"""Small engines on the CPU, and a plain way to feed them and to collect what they answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from leyden.configs.schema import EngineConfig
+from leyden.engine.core import EngineCore
+from leyden.engine.messages import AddRequest
+from leyden.engine.outputs import StepOutput, TokenLogprobs
+from leyden.engine.sampling_params import SamplingParams
+from leyden.engine.sequence import Sequence
+
+
+@dataclass
+class Answer:
+    """Everything the engine said about one request."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+
+    def add(self, output: StepOutput) -> None:
+        assert self.finish_reason is None, "an output after the last one"
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs or []
+        if output.prompt_logprobs is not None:
+            assert self.prompt_logprobs is None, "prompt scores were given twice"
+            self.prompt_logprobs = output.prompt_logprobs
+        self.finish_reason, self.stop_token_id = output.finish_reason, output.stop_token_id
+        self.error = output.error
+
+
+def engine_config(folder: Path, **settings: Any) -> EngineConfig:
+    defaults = {"dtype": "float32", "device": "cpu", "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    limits = {"cpu_memory_gb": 0.05, "num_threads": 1, "max_model_len": 256}
+    return EngineConfig(model=str(folder), **(defaults | limits | settings))
+
+
+def make_core(folder: Path, **settings: Any) -> EngineCore:
+    return EngineCore(engine_config(folder, **settings), progress=False)
+
+
+def request(request_id: str, prompt: list[int], *, priority: int = 0, eos: Any = (), **params: Any) -> AddRequest:
+    """Greedy unless told otherwise, and without the checkpoint's stop ids."""
+    sampling = SamplingParams(**({"temperature": 0.0} | params))
+    return AddRequest(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        sampling_params=sampling,
+        priority=priority,
+        eos_token_ids=None if eos is None else list(eos),
+    )
+
+
+def drain(core: EngineCore, *requests: AddRequest, max_steps: int = 2000) -> dict[str, Answer]:
+    """Add the requests, step until nothing is left, and check that everything was given back."""
+    answers: dict[str, Answer] = {}
+    for each in requests:
+        core.add_request(each)
+    for _ in range(max_steps):
+        if not core.has_work:
+            break
+        for output in core.step():
+            answers.setdefault(output.request_id, Answer()).add(output)
+        core.check_integrity()
+    assert not core.has_work, "the engine does not come to an end"
+    assert_nothing_held(core)
+    return answers
+
+
+def answer(core: EngineCore, prompt: list[int], **params: Any) -> Answer:
+    """The answer to one request that is alone in the engine."""
+    return drain(core, request("alone", prompt, **params))["alone"]
+
+
+def assert_nothing_held(core: EngineCore) -> None:
+    stats = core.stats()
+    held = (stats.num_running, stats.num_waiting, stats.state_slots_used, stats.kv_blocks_used)
+    assert held == (0, 0, 0, 0), f"running, waiting, slots, blocks = {held}"
+    core.check_integrity()
+
+
+def sequence(
+    prompt: list[int] | int, *, request_id: str = "s", output: tuple[int, ...] = (), **fields: Any
+) -> Sequence:
+    """A sequence by hand. Names of sampling parameters go to them, other names to the sequence."""
+    own = {
+        "max_tokens",
+        "priority",
+        "arrival",
+        "seed",
+        "eos_token_ids",
+        "num_computed_tokens",
+        "block_table",
+        "state_slot",
+    }
+    params = {name: value for name, value in fields.items() if name not in own}
+    return Sequence(
+        request_id=request_id,
+        prompt_token_ids=list(range(prompt)) if isinstance(prompt, int) else prompt,
+        sampling_params=SamplingParams(**params),
+        output_token_ids=list(output),
+        **{name: value for name, value in fields.items() if name in own},
+    )
