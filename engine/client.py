@@ -96,6 +96,7 @@ class _StreamingClient(ABC):
             raise EngineDeadError(self._reason())
         if request.request_id in self._streams:
             raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
+        self._check_room()
         stream: asyncio.Queue[StepOutput | EngineDeadError] = asyncio.Queue()
         self._streams[request.request_id] = stream
         is_finished = False
@@ -144,6 +145,15 @@ class _StreamingClient(ABC):
     def _fail_streams(self, reason: str) -> None:
         for stream in self._streams.values():
             stream.put_nowait(EngineDeadError(reason))
+
+    def _check_room(self) -> None:
+        """The queue's bound, known here too, so that a refusal comes before any output of a request's other choices."""
+        bound = self.info.num_state_slots + self.info.max_waiting
+        if len(self._streams) >= bound:
+            raise QueueFullError(
+                f"{len(self._streams)} sequences are running or waiting, and no more than {bound} may "
+                f"(max_num_seqs + max_waiting); try again later"
+            )
 
     def _reason(self) -> str:
         if hasattr(self, "_death") and self._death.done():

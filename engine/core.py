@@ -114,6 +114,7 @@ class EngineCore:
             linear_backend=self.config.linear_backend,
             kernels=runner.kernel_name,
             num_state_slots=plan.num_state_slots,
+            max_waiting=self.config.max_waiting,
             num_kv_blocks=plan.num_kv_blocks,
             block_size=self.config.block_size,
             weight_bytes=runner.weight_bytes,

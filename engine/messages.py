@@ -49,6 +49,7 @@ class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
     linear_backend: str
     kernels: str
     num_state_slots: int
+    max_waiting: int
     num_kv_blocks: int
     block_size: int
     weight_bytes: int

@@ -6,13 +6,19 @@ Control tokens come from the chat template, or as token ids.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from ..models.checkpoint import read_config, read_generation_config
 from .errors import CheckpointError, RequestError
+
+logger = logging.getLogger("leyden.engine")
 
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -70,22 +76,40 @@ class Tokenizer:
         if not self.has_chat_template:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
         marker = self._marker(messages)
+        defused = [self._defuse(message, marker) for message in messages]
+        if self._wants_parts:
+            defused = [_with_parts(message) for message in defused]
         try:
             text = self._hf.apply_chat_template(
-                [self._defuse(message, marker) for message in messages],
+                defused,
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **(template_kwargs or {}),
             )
-        except Exception as error:  # jinja's errors, and whatever a template raises on purpose
+        except TemplateError as error:  # what a template raises on purpose, too
             raise RequestError(f"the chat template refused the messages: {error}", "messages") from error
+        except Exception as error:  # a template is a program, and may stumble over anything
+            logger.exception("the chat template failed")
+            raise RequestError("the chat template failed on these messages", "messages") from error
         # Cut where a user's text spelled a control token: neither half is one.
         ids: list[int] = []
         for piece in text.split(marker):
             ids += self._with_control.encode(piece, add_special_tokens=False).ids
         return ids
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Some templates read content as [{"type": "text", "text": ...}] alone and render a plain string as nothing."""
+        probe = {"role": "user", "content": "probe"}
+        return "probe" not in self._probe(probe) and "probe" in self._probe(_with_parts(probe))
+
+    def _probe(self, message: dict[str, Any]) -> str:
+        try:
+            return str(self._hf.apply_chat_template([message], tokenize=False))
+        except Exception:  # it wants something else in a conversation; a real one will say what
+            return ""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Bytes that form no character come out as U+FFFD."""
@@ -124,6 +148,11 @@ class Tokenizer:
         if isinstance(value, list):
             return [self._defuse(entry, marker) for entry in value]
         return value
+
+
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -97,7 +97,9 @@ def test_neighbours_that_come_and_go_do_not_matter(checkpoint):
     got: list[int] = []
     for step in range(200):
         if step % 3 == 0:
-            other = AddRequest(request_id=f"n{step}", prompt_token_ids=random_prompt(1 + step % 9, step), sampling_params=noisy)
+            other = AddRequest(
+                request_id=f"n{step}", prompt_token_ids=random_prompt(1 + step % 9, step), sampling_params=noisy
+            )
             core.add_request(other)
         if step % 5 == 4:
             core.abort_request(f"n{step - step % 3}")

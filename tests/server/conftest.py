@@ -82,6 +82,7 @@ class FakeEngine:
             linear_backend="minimax",
             kernels="torch",
             num_state_slots=8,
+            max_waiting=1024,
             num_kv_blocks=10,
             block_size=16,
             weight_bytes=1,

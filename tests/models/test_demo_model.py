@@ -1,0 +1,81 @@
+"""The embedded model: the same tokens as transformers', on every backend and device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from leyden.configs.schema import EngineConfig
+from leyden.engine.core import EngineCore
+from leyden.engine.messages import AddRequest
+from leyden.engine.sampling_params import SamplingParams
+from leyden.engine.tokenizer import Tokenizer
+from leyden.models.checkpoint import DEMO_FOLDER
+from tiny_models import greedy
+from transformers import MiniMaxForCausalLM
+
+NUM_TOKENS = 24
+REQUESTS = ("Hello!", "Tell me a short story about a fox.")
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[tuple[list[int], list[int]]]:
+    """(prompt, transformers' greedy answer in float32) of each request."""
+    tokenizer = Tokenizer(DEMO_FOLDER)
+    model = MiniMaxForCausalLM.from_pretrained(DEMO_FOLDER, dtype=torch.float32).eval()
+    prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in REQUESTS]
+    return [(prompt, greedy(model, prompt, NUM_TOKENS)) for prompt in prompts]
+
+
+def answers(prompts: list[list[int]], **settings) -> list[list[int]]:
+    config = EngineConfig(model="demo", dtype="float32", max_num_seqs=4, **settings)
+    core = EngineCore(config, progress=False)
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
+    for i, prompt in enumerate(prompts):
+        core.add_request(AddRequest(request_id=str(i), prompt_token_ids=prompt, sampling_params=params))
+    found: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    while core.has_work:
+        for output in core.step():
+            found[output.request_id] += output.token_ids
+    core.check_integrity()
+    return list(found.values())
+
+
+def cut_at_stop(ids: list[int]) -> list[int]:
+    """Up to and with the first stop token: what an engine that stops there gives."""
+    stops = Tokenizer(DEMO_FOLDER).eos_token_ids
+    for i, token_id in enumerate(ids):
+        if token_id in stops:
+            return ids[: i + 1]
+    return ids
+
+
+@pytest.mark.parametrize(("backend", "chunk"), [("minimax", 512), ("seg_la", 512), ("minimax", 7), ("seg_la", 7)])
+def test_equals_transformers_token_for_token(expected, backend, chunk):
+    got = answers([p for p, _ in expected], device="cpu", linear_backend=backend, max_num_batched_tokens=chunk)
+    assert got == [cut_at_stop(answer) for _, answer in expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "auto"])
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_gpu_equals_transformers_on_the_cpu_token_for_token(expected, backend, chunk):
+    got = answers([p for p, _ in expected], device="cuda", linear_backend=backend, max_num_batched_tokens=chunk)
+    assert got == [cut_at_stop(answer) for _, answer in expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["minimax", "seg_la"])
+def test_gpu_in_bfloat16_tells_nearly_the_same(expected, backend):
+    """Half precision may take another word where two are nearly tied, so the bound is on the first tokens alone."""
+    prompts = [prompt for prompt, _ in expected]
+    config = EngineConfig(model="demo", device="cuda", dtype="bfloat16", linear_backend=backend, max_num_seqs=4)
+    core = EngineCore(config, progress=False)
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=5)
+    for i, prompt in enumerate(prompts):
+        core.add_request(AddRequest(request_id=str(i), prompt_token_ids=prompt, sampling_params=params))
+    outputs = []
+    while core.has_work:
+        outputs += core.step()
+    for output in outputs:
+        answer = expected[int(output.request_id)][1]
+        assert answer[0] in [token_id for token_id, _ in output.logprobs[0].top]
