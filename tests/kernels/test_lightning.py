@@ -61,7 +61,7 @@ def make_case(
     *,
     continues: list[bool] | None = None,
     slots: list[int] | None = None,
-    heads: int = 2,
+    heads: int = 2 if ON_GPU else 1,
     K: int = 16,
     V: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -177,7 +177,7 @@ def bits(x: Tensor) -> Tensor:
 @every_prefill
 @pytest.mark.parametrize("length", LENGTHS, ids=lambda n: f"n{n}")
 def test_every_length_follows_the_token_recurrence(backend, length, device, assert_close):
-    case = make_case(device, [length, 3], continues=[True, False], heads=2 if ON_GPU else 1)
+    case = make_case(device, [length, 3], continues=[True, False])
     expected_out, expected_state = oracle(case)
     out, pool = run_prefill(backend, case)
     assert_close("out", out, expected_out, 1e-6)
@@ -187,7 +187,7 @@ def test_every_length_follows_the_token_recurrence(backend, length, device, asse
 @every_prefill
 @pytest.mark.parametrize("heads", HEADS, ids=lambda n: f"h{n}")
 def test_any_number_of_heads(backend, heads, device, assert_close):
-    case = make_case(device, [5, 70], heads=heads)
+    case = make_case(device, [5, 70 if ON_GPU else 37], heads=heads)
     expected_out, expected_state = oracle(case)
     out, pool = run_prefill(backend, case)
     assert_close("out", out, expected_out, 1e-6)
@@ -197,7 +197,7 @@ def test_any_number_of_heads(backend, heads, device, assert_close):
 @every_prefill
 @pytest.mark.parametrize(("K", "V"), HEAD_DIMS)
 def test_any_head_dim_also_with_keys_unlike_values(backend, K, V, device, assert_close):
-    case = make_case(device, [67, 1], heads=2 if ON_GPU else 1, K=K, V=V)
+    case = make_case(device, [67, 1], K=K, V=V)
     expected_out, expected_state = oracle(case)
     out, pool = run_prefill(backend, case)
     assert_close("out", out, expected_out, 1e-6)
@@ -219,7 +219,7 @@ def test_decode_follows_the_token_recurrence_for_any_head_dim(backend, K, V, dev
 @pytest.mark.parametrize("K", [64, 128] if ON_GPU else [16], ids=lambda n: f"k{n}")
 def test_half_precision_stays_in_its_error_bound(backend, dtype, K, device, assert_close):
     needs_gpu_for_bf16_dots(backend, dtype)
-    case = make_case(device, [300, 1, 65], dtype=dtype, K=K)
+    case = make_case(device, [300, 1, 65] if ON_GPU else [261, 1], dtype=dtype, K=K)
     expected_out, expected_state = oracle(case)
     out, pool = run_prefill(backend, case)
     assert_close("out", out, expected_out, BOUNDS[dtype][0])
@@ -289,14 +289,14 @@ def test_a_one_token_row_that_continues_reads_its_state(backend, device, assert_
     assert (out - fresh).abs().max() > 0.1
 
 
-CUTS = [[520], [256, 264], [64] * 8 + [8], [1, 519], [300, 1, 1, 218], [255, 257, 8]]
+CUTS = [[256, 264], [1, 519], [300, 1, 1, 218], *([[64] * 8 + [8], [255, 257, 8]] if ON_GPU else [])]
 
 
 @every_prefill
-@pytest.mark.parametrize("cut", CUTS[1:], ids=lambda cut: "-".join(map(str, cut[:3])))
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(map(str, cut[:3])))
 def test_output_does_not_depend_on_how_a_prompt_is_cut(backend, cut, device, assert_close):
     # Slow decay: a history decayed by e^{-s c} for e^{-s (c + 1)} errs by s, 4e-3.
-    case = make_case(device, [520], continues=[False], heads=1, slopes=[0.004])
+    case = make_case(device, [sum(cut)], continues=[False], heads=1, slopes=[0.004])
     whole, pool = run_prefill(backend, case)
     assert_close("whole", whole, oracle(case)[0], 1e-6)
     state, start, pieces = case.state, 0, []
@@ -382,7 +382,7 @@ def test_decode_leaves_other_slots_untouched_bit_for_bit(backend, device):
 
 @every_prefill
 def test_padding_rows_write_zeros_and_leave_the_pool_alone(backend, device, assert_close):
-    case = make_case(device, [33, 1, 1, 70, 1], slots=[2, 5, -1, -1, -1])
+    case = make_case(device, [33, 1, 1, 40, 1], heads=2, slots=[2, 5, -1, -1, -1])
     expected_out, expected_state = oracle(case)
     case.state[6:].fill_(float("nan"))  # where slot -1 would land
     for x in (case.q, case.k, case.v):
@@ -428,7 +428,7 @@ def test_empty_rows_are_harmless(backend, device, assert_close):
 
 @every_prefill
 def test_strided_pool_and_output_need_no_copy(backend, device, assert_close):
-    case = make_case(device, [65, 1, 1])
+    case = make_case(device, [65, 1, 1], heads=2)
     layers = torch.randn(len(case.state), 3, *case.state.shape[1:], device=device)
     pool = layers[:, 1]
     pool.copy_(case.state)
@@ -457,7 +457,7 @@ def test_strided_pool_and_output_need_no_copy(backend, device, assert_close):
 
 @every_prefill
 def test_steep_slopes_do_not_overflow(backend, device, assert_close):
-    case = make_case(device, [300, 20], slopes=[8.0, 2.8])
+    case = make_case(device, [300 if ON_GPU else 70, 20], heads=2, slopes=[8.0, 2.8])
     expected_out, expected_state = oracle(case)
     out, pool = run_prefill(backend, case)
     assert_close("out", out, expected_out, 1e-6)
@@ -489,7 +489,7 @@ def test_512_decode_steps_do_not_drift(backend, device, assert_close):
 
 
 def test_all_implementations_agree_on_a_mixed_batch(device, assert_close):
-    case = make_case(device, [300, 1, 17, 1, 1, 1], heads=3)
+    case = make_case(device, [270, 1, 17, 1, 1], heads=3 if ON_GPU else 2)
     expected_out, expected_state = oracle(case)
     for backend in PREFILL:
         out, pool = run_prefill(backend, replace(case, out=case.out.clone()))
@@ -527,8 +527,8 @@ def test_slots_beyond_two_to_the_31_elements_are_addressed(backend, device, asse
             PREFILL[backend](*arguments, case.has_initial_state, case.query_start_loc, max(lengths), case.out)
         assert_close("out", case.out, expected_out, 1e-6)
         assert_close("state", pool[[2099, 2050]], expected_state, 3e-3)
-        assert pool[:2050].count_nonzero() == 0
-        assert pool[2051:2099].count_nonzero() == 0
+        assert not pool[:2050].any()
+        assert not pool[2051:2099].any()
 
 
 @pytest.mark.gpu

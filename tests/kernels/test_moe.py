@@ -42,7 +42,7 @@ def test_a_token_is_the_weighted_sum_of_its_experts(backend, T, top_k, device, r
 @every_kernel
 @pytest.mark.parametrize(("d", "F", "E", "top_k"), [(16, 16, 1, 1), (100, 30, 7, 3), (64, 80, 32, 8)])
 def test_any_sizes(backend, d, F, E, top_k, device, rng, assert_close):
-    case = make_case(device, rng, 9, d=d, F=F, E=E, top_k=top_k)
+    case = make_case(device, rng, 9 if ON_GPU else 3, d=d, F=F, E=E, top_k=top_k)
     assert_close("y", KERNELS[backend].moe(*case), plain_moe(*case), 1e-6)
 
 
@@ -80,7 +80,7 @@ def test_a_token_does_not_depend_on_its_neighbours(backend, device, rng, assert_
 
 @every_kernel
 def test_the_sum_over_experts_is_deterministic(backend, device, rng):
-    case = make_case(device, rng, 50, top_k=3)
+    case = make_case(device, rng, 50 if ON_GPU else 10, top_k=3)
     first = KERNELS[backend].moe(*case)
     assert all(torch.equal(first, KERNELS[backend].moe(*case)) for _ in range(3))
 
