@@ -7,8 +7,10 @@ from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
 REPLACEMENT = "�"
-# A character has at most four bytes, so more open tokens than this are not a character to come but broken bytes.
-MAX_OPEN_TOKENS = 8
+# More open U+FFFD than this are not a character to come but broken bytes.
+MAX_OPEN = 8
+# A character has at most four bytes, so at most this many tokens wait for its last one.
+MAX_PENDING_TOKENS = 3
 
 
 class IncrementalDetokenizer:
@@ -19,32 +21,51 @@ class IncrementalDetokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._ids: list[int] = []
         self._prefix = 0  # decoding starts here, so that what a token's text owes to its left neighbours is kept
-        self._read = 0  # tokens whose text has been given out
+        self._read = 0  # where the text was complete last
+        self._given = 0  # characters of the text from `_prefix` on that have been given out
 
     def push(self, token_ids: list[int]) -> str:
         """The text that `token_ids` complete."""
-        self._ids += token_ids
-        before = self._decode(self._prefix, self._read)
-        now = self._decode(self._prefix, len(self._ids))
-        is_open = now.endswith(REPLACEMENT) and len(self._ids) - self._read <= MAX_OPEN_TOKENS
-        if is_open or len(now) <= len(before):
-            return ""
-        self._prefix, self._read = self._read, len(self._ids)
-        return now[len(before) :]
+        return "".join(map(self._push, token_ids))
 
     def flush(self) -> str:
         """What is left at the end; bytes that never became a character are dropped."""
-        before = self._decode(self._prefix, self._read)
-        now = self._decode(self._prefix, len(self._ids))
-        self._read = len(self._ids)
-        return now[len(before) :].rstrip(REPLACEMENT)
+        return self._give(self._decode(self._prefix, len(self._ids)).rstrip(REPLACEMENT))
+
+    def _push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._decode(self._prefix, len(self._ids))
+        closed = text.rstrip(REPLACEMENT)
+        if len(text) - len(closed) > MAX_OPEN:
+            return self._give_up()
+        delta = self._give(closed)
+        if delta and closed == text:
+            self._prefix, self._read = self._read, len(self._ids)
+            self._given = len(self._decode(self._prefix, self._read))
+        return delta
+
+    def _give_up(self) -> str:
+        """Show broken bytes as what they are, all but the last few, which may be a character to come."""
+        end = max(self._read, len(self._ids) - MAX_PENDING_TOKENS)
+        delta = self._give(self._decode(self._prefix, end))
+        self._prefix = self._read = end
+        self._given = 0
+        return delta
+
+    def _give(self, text: str) -> str:
+        delta = text[self._given :]
+        self._given = max(self._given, len(text))
+        return delta
 
     def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self._ids[start:end], self._skip_special_tokens) if end > start else ""
 
 
 class StopStrings:
-    """Finds the earliest stop string in text that arrives in pieces, holding back only what may become one."""
+    """Finds the first stop string to be complete in text that arrives in pieces, holding back only what may become one.
+
+    Of two that end together the longer counts. So the outcome does not depend on the pieces.
+    """
 
     def __init__(self, stops: tuple[str, ...], include: bool) -> None:
         self._stops = stops
@@ -54,7 +75,7 @@ class StopStrings:
     def push(self, text: str) -> tuple[str, str | None]:
         """(text that is safe to show, the stop string that was found or None)."""
         self._held += text
-        found = self._earliest()
+        found = self._first()
         if found is not None:
             start, stop = found
             safe = self._held[: start + (len(stop) if self._include else 0)]
@@ -69,11 +90,11 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _earliest(self) -> tuple[int, str] | None:
-        hits = [(start, -len(stop), stop) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+    def _first(self) -> tuple[int, str] | None:
+        hits = [(start + len(stop), start, stop) for stop in self._stops if (start := self._held.find(stop)) >= 0]
         if not hits:
             return None
-        start, _, stop = min(hits)
+        _, start, stop = min(hits)
         return start, stop
 
     def _open_suffix(self) -> int:
@@ -122,7 +143,7 @@ class TextStream:
         return step.token_ids
 
     def _scan(self, text: str, output: RequestOutput) -> str:
-        if self._num_output_tokens <= self._params.min_tokens and output.finish_reason is None:
+        if self._num_output_tokens <= self._params.min_tokens:
             return text  # no stop string counts yet
         safe, stop = self._stops.push(text)
         if stop is not None:
