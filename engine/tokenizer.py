@@ -6,7 +6,9 @@ Control tokens come from the chat template, or as token ids.
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import secrets
 from collections.abc import Sequence
 from functools import cached_property
@@ -40,7 +42,10 @@ class Tokenizer:
         self._with_control: Any = Backend.from_str(source)
         self._as_text: Any = Backend.from_str(source)
         self._as_text.encode_special_tokens = True
-        self._control_tokens = [t.content for t in self._hf.added_tokens_decoder.values() if t.special]
+        controls = [t.content for t in self._hf.added_tokens_decoder.values() if t.special]
+        self._control_start = _start_of_any(controls)
+        self._control_prefixes = {token[:n] for token in controls for n in range(1, len(token))}
+        self._max_prefix = max(map(len, self._control_prefixes), default=0)
         self.vocab_size = int(self._with_control.get_vocab_size(with_added_tokens=True))
         self.bos_token_id: int | None = self._hf.bos_token_id
         own_eos = () if self._hf.eos_token_id is None else (self._hf.eos_token_id,)
@@ -75,18 +80,22 @@ class Tokenizer:
         """
         if not self.has_chat_template:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
-        marker = self._marker(messages)
-        defused = [self._defuse(message, marker) for message in messages]
+        extra = template_kwargs or {}
+        for name in inspect.signature(self._hf.apply_chat_template).parameters:
+            if name in extra:
+                raise RequestError(f"{name!r} is not an argument of the chat template", "chat_template_kwargs")
+        marker = _marker([messages, tools, extra])
+        defused = self._defuse(messages, marker)
         if self._wants_parts:
             defused = [_with_parts(message) for message in defused]
         try:
             text = self._hf.apply_chat_template(
                 defused,
-                tools=tools,
+                tools=self._defuse(tools, marker),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **(template_kwargs or {}),
+                **self._defuse(extra, marker),
             )
         except TemplateError as error:  # what a template raises on purpose, too
             raise RequestError(f"the chat template refused the messages: {error}", "messages") from error
@@ -131,28 +140,40 @@ class Tokenizer:
             return bytes([int(piece[3:-1], 16)])
         return text.encode()
 
-    def _marker(self, messages: list[dict[str, Any]]) -> str:
-        """A string that no message holds."""
-        marker = f"\N{SYMBOL FOR NULL}{secrets.token_hex(8)}\N{SYMBOL FOR NULL}"
-        assert marker not in str(messages)
-        return marker
-
     def _defuse(self, value: Any, marker: str) -> Any:
-        """Put the marker inside every control token that a user's text spells, anywhere in a message."""
+        """Put the marker inside every control token that a user's text spells, anywhere in a message, and after what
+        could become one together with the text that the template puts next."""
         if isinstance(value, str):
-            for token in self._control_tokens:
-                value = value.replace(token, token[0] + marker + token[1:])
-            return value
+            value = self._control_start.sub(lambda found: found[0] + marker, value)
+            return value + marker if self._ends_in_control_prefix(value) else value
         if isinstance(value, dict):
-            return {key: self._defuse(entry, marker) for key, entry in value.items()}
+            return {self._defuse(key, marker): self._defuse(entry, marker) for key, entry in value.items()}
         if isinstance(value, list):
             return [self._defuse(entry, marker) for entry in value]
         return value
+
+    def _ends_in_control_prefix(self, text: str) -> bool:
+        # Words are spared: templates compare them ("user", "text"), and control tokens hardly begin with a letter.
+        ends = (text[-n:] for n in range(1, self._max_prefix + 1))
+        return any(end in self._control_prefixes and not end[0].isalnum() for end in ends)
 
 
 def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _start_of_any(tokens: list[str]) -> re.Pattern[str]:
+    """Matches the first character of every occurrence, overlapping ones too."""
+    spelled = "|".join(re.escape(token) for token in sorted(tokens)) or r"(?!)"
+    return re.compile(f"(?=(?:{spelled})).", re.DOTALL)
+
+
+def _marker(values: Any) -> str:
+    """A string that `values` do not hold. Digits: no filter of a template changes or escapes them."""
+    marker = f"{secrets.randbelow(10**30):030d}"
+    assert marker not in str(values)
+    return marker
 
 
 def _byte_level_alphabet() -> dict[str, int]:
