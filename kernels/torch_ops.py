@@ -96,7 +96,7 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
             # [n, d] @ [d, 2F] -> [n, 2F];  [n, F] @ [F, d] -> [n, d]
             outputs[rows] = F.linear(silu_and_mul(F.linear(inputs[rows], gate_up[expert])), down[expert])
             start += count
-    by_token = torch.empty_like(outputs).index_copy_(0, order, outputs).view(*experts.shape, -1)  # [T, k, d]
+    by_token = torch.empty_like(outputs).index_copy_(0, order, outputs).view(*experts.shape, x.shape[1])  # [T, k, d]
     # [T, 1, k] @ [T, k, d] -> [T, 1, d], summed in float32
     return torch.bmm(weights[:, None, :], by_token.float())[:, 0].to(x.dtype)
 
