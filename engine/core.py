@@ -144,14 +144,13 @@ class EngineCore:
                 wrong = next(i for i in ids if not 0 <= i < vocab)
                 raise RequestError(f"{name} holds token id {wrong}; ids must be in [0, {vocab})", name)
         room = self.max_model_len - len(prompt)
-        max_tokens = room if params.max_tokens is None else params.max_tokens
-        if room < max_tokens or (room == 0 and params.max_tokens is None):
+        if room < (1 if params.max_tokens is None else params.max_tokens):
             raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, but the context holds "
                 f"{self.max_model_len}; shorten the prompt or the answer",
                 "max_tokens" if len(prompt) < self.max_model_len else "prompt",
             )
-        return max_tokens
+        return room if params.max_tokens is None else params.max_tokens
 
     def _collect(self, result: StepResult) -> list[StepOutput]:
         """Append sampled tokens to their sequences, finish those that end, and say what is new."""
