@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import shutil
 import sys
@@ -129,7 +130,8 @@ class _StreamingClient(ABC):
                     if stream is not None:  # its reader may have left
                         stream.put_nowait(output)
             case EngineInfo():
-                self._ready.set_result(message)
+                if not self._ready.done():  # the start may have been cancelled
+                    self._ready.set_result(message)
             case EngineFailed():
                 self._die(message.message, is_user_error=message.is_user_error)
 
@@ -231,7 +233,8 @@ class ProcessClient(_StreamingClient):
         self._socket.bind(address)
         # -P: the working directory must not shadow packages (a folder "kernels" would).
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "leyden.engine.process", address, stdin=asyncio.subprocess.PIPE
+            *(sys.executable, "-P", "-m", "leyden.engine.process", address, str(os.getpid())),
+            stdin=asyncio.subprocess.PIPE,
         )
         assert self._process.stdin is not None
         self._process.stdin.write(self.config.model_dump_json().encode())
@@ -248,13 +251,13 @@ class ProcessClient(_StreamingClient):
             return
         for task in self._tasks:
             task.cancel()
-        if self._process.returncode is None:
+        if self._process.returncode is None and hasattr(self, "info"):
             self._send(Shutdown())
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), self.STOP_SECONDS)
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
+        if self._process.returncode is None:  # it hangs, or still loads and hears nothing
+            self._process.kill()
+            await self._process.wait()
         self._socket.close()
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)

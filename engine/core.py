@@ -44,7 +44,7 @@ class EngineCore:
 
     def add_request(self, request: AddRequest) -> None:
         """Queue a request. Raises `RequestError`, `ContextLengthError` or `QueueFullError`; then nothing is kept."""
-        max_tokens = self._check(request)
+        max_tokens = self.check(request)
         params = request.sampling_params
         eos = request.eos_token_ids
         self._arrivals += 1
@@ -61,6 +61,31 @@ class EngineCore:
                 seed=seed,
             )
         )
+
+    def check(self, request: AddRequest) -> int:
+        """Refuse what can never be served, by `RequestError`. Returns the answer's bound in tokens."""
+        params, prompt = request.sampling_params, request.prompt_token_ids
+        vocab = self.runner.model_config.vocab_size
+        if request.request_id in self.scheduler:
+            raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
+        if not prompt:
+            raise RequestError("the prompt is empty; send at least one token", "prompt")
+        for name, ids in (
+            ("prompt", prompt),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias or ()),
+        ):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab:
+                wrong = next(i for i in ids if not 0 <= i < vocab)
+                raise RequestError(f"{name} holds token id {wrong}; ids must be in [0, {vocab})", name)
+        room = self.max_model_len - len(prompt)
+        if room < (1 if params.max_tokens is None else params.max_tokens):
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, but the context holds "
+                f"{self.max_model_len}; shorten the prompt or the answer",
+                "max_tokens" if len(prompt) < self.max_model_len else "prompt",
+            )
+        return room if params.max_tokens is None else params.max_tokens
 
     def abort_request(self, request_id: str) -> None:
         """Forget a request and free what it holds. An id that is not here has just finished: nothing to do."""
@@ -126,31 +151,6 @@ class EngineCore:
     def check_integrity(self) -> None:
         """Every slot and block has one owner. Raises AssertionError."""
         self.scheduler.check_integrity()
-
-    def _check(self, request: AddRequest) -> int:
-        """Refuse what can never be served. Returns the answer's bound in tokens."""
-        params, prompt = request.sampling_params, request.prompt_token_ids
-        vocab = self.runner.model_config.vocab_size
-        if request.request_id in self.scheduler:
-            raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
-        if not prompt:
-            raise RequestError("the prompt is empty; send at least one token", "prompt")
-        for name, ids in (
-            ("prompt", prompt),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias or ()),
-        ):
-            if ids and not 0 <= min(ids) <= max(ids) < vocab:
-                wrong = next(i for i in ids if not 0 <= i < vocab)
-                raise RequestError(f"{name} holds token id {wrong}; ids must be in [0, {vocab})", name)
-        room = self.max_model_len - len(prompt)
-        if room < (1 if params.max_tokens is None else params.max_tokens):
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, but the context holds "
-                f"{self.max_model_len}; shorten the prompt or the answer",
-                "max_tokens" if len(prompt) < self.max_model_len else "prompt",
-            )
-        return room if params.max_tokens is None else params.max_tokens
 
     def _collect(self, result: StepResult) -> list[StepOutput]:
         """Append sampled tokens to their sequences, finish those that end, and say what is new."""

@@ -95,12 +95,15 @@ class LLM:
 
     def _run(self, prompts: list[list[int]], params: list[SamplingParams], progress: bool) -> list[Completion]:
         completions = [Completion(prompt) for prompt in prompts]
-        pending = deque(range(len(prompts)))
+        requests = [self._request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        for request in requests:
+            self.core.check(request)
+        pending = deque(enumerate(requests))
         streams: dict[str, tuple[int, TextStream]] = {}
         try:
             with tqdm(total=len(prompts), desc="generate", disable=not progress) as bar:
                 while pending or streams:
-                    self._admit(pending, prompts, params, streams)
+                    self._admit(pending, streams)
                     for index, output in self._step(streams):
                         completions[index].add(output)
                         bar.update(output.finish_reason is not None)
@@ -109,27 +112,22 @@ class LLM:
                 self.core.abort_request(request_id)
         return completions
 
-    def _admit(
-        self,
-        pending: deque[int],
-        prompts: list[list[int]],
-        params: list[SamplingParams],
-        streams: dict[str, tuple[int, TextStream]],
-    ) -> None:
+    def _request(self, prompt: list[int], params: SamplingParams) -> AddRequest:
+        self._count += 1
+        return AddRequest(
+            request_id=f"offline-{self._count}",
+            prompt_token_ids=prompt,
+            sampling_params=params,
+            eos_token_ids=sorted(self.tokenizer.eos_token_ids),
+        )
+
+    def _admit(self, pending: deque[tuple[int, AddRequest]], streams: dict[str, tuple[int, TextStream]]) -> None:
         """Keep the engine's bounded queue filled."""
         while pending and len(self.core.scheduler.waiting) < self.core.config.max_waiting:
-            index = pending.popleft()
-            self._count += 1
-            request_id = f"offline-{self._count}"
-            self.core.add_request(
-                AddRequest(
-                    request_id=request_id,
-                    prompt_token_ids=prompts[index],
-                    sampling_params=params[index],
-                    eos_token_ids=sorted(self.tokenizer.eos_token_ids),
-                )
-            )
-            streams[request_id] = (index, TextStream(self.tokenizer, params[index], len(prompts[index])))
+            index, request = pending.popleft()
+            self.core.add_request(request)
+            text = TextStream(self.tokenizer, request.sampling_params, len(request.prompt_token_ids))
+            streams[request.request_id] = (index, text)
 
     def _step(self, streams: dict[str, tuple[int, TextStream]]) -> Iterator[tuple[int, RequestOutput]]:
         for step in self.core.step():

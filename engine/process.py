@@ -1,4 +1,5 @@
-"""The engine as a process of its own: `python -m leyden.engine.process SOCKET`, its configuration as JSON on stdin.
+"""The engine as a process of its own: `python -m leyden.engine.process SOCKET PARENT_PID`, its configuration as JSON on
+stdin.
 
 Messages are msgspec over one ZeroMQ ipc socket in a folder that only this user can enter; nothing is ever pickled.
 """
@@ -25,7 +26,7 @@ PARENT_POLL_MS = 1000
 class _Link:
     """The engine's end of the socket."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, parent: int) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -33,7 +34,7 @@ class _Link:
         self._socket.connect(address)
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._encoder = msgspec.msgpack.Encoder()
-        self._parent = os.getppid()
+        self._parent = parent
 
     def send(self, message: FromEngine) -> None:
         self._socket.send(self._encoder.encode(message))
@@ -60,7 +61,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group or container; the server decides
         signal.signal(number, signal.SIG_IGN)
-    link = _Link(sys.argv[1])
+    link = _Link(sys.argv[1], int(sys.argv[2]))
     try:
         config = EngineConfig.model_validate_json(sys.stdin.buffer.read())
         return _serve(config, link)

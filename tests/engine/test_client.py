@@ -1,0 +1,253 @@
+"""The boundary to the engine, in a thread and in a process: streams, aborts, deaths, and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import glob
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import aclosing
+
+import pytest
+from engines import engine_config, request
+from leyden.engine.async_llm import AsyncLLM
+from leyden.engine.client import InProcessClient, ProcessClient
+from leyden.engine.core import EngineCore
+from leyden.engine.errors import ConfigError, ContextLengthError, EngineDeadError, QueueFullError, RequestError
+from leyden.engine.process import _Link
+from leyden.engine.sampling_params import SamplingParams
+from tiny_models import greedy, random_prompt
+
+PROMPT = random_prompt(20, seed=3)
+DEADLINE = 20.0
+
+
+async def eventually(claim) -> None:
+    """Wait until `claim()` is true."""
+    async with asyncio.timeout(DEADLINE):
+        while not claim():  # noqa: ASYNC110 - what is waited for happens in another process
+            await asyncio.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def socket_folders() -> set[str]:
+    return set(glob.glob(os.path.join(tempfile.gettempdir(), "leyden-*")))
+
+
+@contextlib.asynccontextmanager
+async def running(client):
+    try:
+        await client.start()
+        yield client
+    finally:
+        await client.close()
+
+
+async def collect(client, each) -> list[int]:
+    tokens: list[int] = []
+    async with asyncio.timeout(DEADLINE):
+        async for output in client.generate(each):
+            tokens += output.token_ids
+    return tokens
+
+
+async def use(client, tiny) -> None:
+    """What every client must do, while it runs."""
+    assert client.is_healthy and client.info.max_model_len == 256
+    expected = greedy(tiny.model, PROMPT, 12)
+    assert await collect(client, request("a", PROMPT, max_tokens=12)) == expected
+    together = [collect(client, request(f"t{i}", PROMPT, max_tokens=12)) for i in range(6)]
+    assert await asyncio.gather(*together) == [expected] * 6
+
+    for wrong, error in (
+        (request("w", []), RequestError),
+        (request("w", [10**6]), RequestError),
+        (request("w", [1] * 300), ContextLengthError),
+        (request("w", [1], logit_bias={9999: 1.0}), RequestError),
+    ):
+        with pytest.raises(error):
+            await collect(client, wrong)
+
+    async with aclosing(client.generate(request("closed early", [1], max_tokens=250))) as stream:
+        assert (await anext(stream)).token_ids
+        with pytest.raises(RequestError, match="in use"):
+            await collect(client, request("closed early", [1]))
+    await eventually(lambda: client.stats.state_slots_used == client.stats.kv_blocks_used == 0)
+    reader = asyncio.create_task(collect(client, request("cancelled", [1], max_tokens=250)))
+    await eventually(lambda: client.stats.num_running == 1)
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+    await eventually(lambda: client.stats.state_slots_used == client.stats.kv_blocks_used == 0)
+
+
+async def test_in_process_client(tiny):
+    async with running(InProcessClient(engine_config(tiny.folder))) as client:
+        await use(client, tiny)
+    assert not client.is_healthy
+    await client.close()
+    with pytest.raises(EngineDeadError):
+        await collect(client, request("late", [1]))
+
+
+async def test_process_client_leaves_no_process_and_no_folder(tiny):
+    before = socket_folders()
+    async with running(ProcessClient(engine_config(tiny.folder))) as client:
+        [folder] = socket_folders() - before
+        assert os.stat(folder).st_mode & 0o777 == 0o700, "nobody else may speak to the engine"
+        await use(client, tiny)
+        pid = client.pid
+        open_stream = asyncio.create_task(collect(client, request("open", [1], max_tokens=250)))
+        await eventually(lambda: client.stats.num_running == 1)
+    with pytest.raises(EngineDeadError):
+        await open_stream
+    assert not is_alive(pid) and socket_folders() <= before
+    await client.close()
+    with pytest.raises(EngineDeadError):
+        await collect(client, request("late", [1]))
+
+
+async def test_killed_process_fails_every_stream_and_turns_health_red(tiny):
+    before = socket_folders()
+    async with running(ProcessClient(engine_config(tiny.folder))) as client:
+        death = asyncio.create_task(client.wait_dead())
+        streams = [
+            asyncio.create_task(collect(client, request(f"r{i}", [1], max_tokens=250, ignore_eos=True)))
+            for i in range(6)
+        ]
+        await eventually(lambda: client.stats.num_running == 4)
+        os.kill(client.pid, signal.SIGKILL)
+        async with asyncio.timeout(DEADLINE):
+            results = await asyncio.gather(*streams, return_exceptions=True)
+            assert "signal 9" in await death
+        assert all(isinstance(result, EngineDeadError) for result in results), results
+        assert not client.is_healthy
+        with pytest.raises(EngineDeadError, match="signal 9"):
+            await collect(client, request("late", [1]))
+    assert socket_folders() <= before
+
+
+@pytest.mark.parametrize("kind", [InProcessClient, ProcessClient])
+async def test_wrong_checkpoint_is_a_config_error_at_start(kind, tmp_path):
+    before = socket_folders()
+    client = kind(engine_config(tmp_path))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        async with asyncio.timeout(DEADLINE):
+            await client.start()
+    assert not client.is_healthy and socket_folders() <= before
+    await client.close()
+
+
+async def test_full_queue_is_an_error_before_the_first_output(tiny):
+    async with running(InProcessClient(engine_config(tiny.folder, max_num_seqs=1, max_waiting=1))) as client:
+        streams = [client.generate(request(f"r{i}", [1], max_tokens=250, ignore_eos=True)) for i in range(2)]
+        readers = [asyncio.create_task(anext(stream)) for stream in streams]
+        await eventually(lambda: client.stats.num_running == 1)
+        with pytest.raises(QueueFullError):
+            await collect(client, request("one too many", [1]))
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+        await eventually(lambda: client.stats.num_running + client.stats.num_waiting == 0)
+        assert len(await collect(client, request("room again", [1], max_tokens=3))) == 3
+
+
+async def test_engine_that_fails_in_a_step_fails_every_stream(tiny, monkeypatch):
+    async with running(InProcessClient(engine_config(tiny.folder))) as client:
+        death = asyncio.create_task(client.wait_dead())
+
+        def explode(self):
+            raise ZeroDivisionError("a bug")
+
+        streams = [asyncio.create_task(collect(client, request(f"r{i}", [1], max_tokens=250))) for i in range(3)]
+        await eventually(lambda: client.stats.num_running == 3)
+        monkeypatch.setattr(EngineCore, "step", explode)
+        results = await asyncio.gather(*streams, return_exceptions=True)
+        assert all(isinstance(r, EngineDeadError) and "a bug" in str(r) for r in results)
+        assert "ZeroDivisionError" in await death and not client.is_healthy
+
+
+async def test_closing_while_streams_are_open_ends_them(tiny):
+    async with running(InProcessClient(engine_config(tiny.folder))) as client:
+        stream = asyncio.create_task(collect(client, request("open", [1], max_tokens=250)))
+        await eventually(lambda: client.stats.num_running == 1)
+    with pytest.raises(EngineDeadError):
+        await stream
+
+
+async def test_start_that_is_cancelled_leaves_nothing_and_nothing_complains(tiny):
+    complaints = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    before = socket_folders()
+    for client in (InProcessClient(engine_config(tiny.folder)), ProcessClient(engine_config(tiny.folder))):
+        start = asyncio.create_task(client.start())
+        await asyncio.sleep(0.02)
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        assert start.cancelled()
+    await asyncio.sleep(0.05)
+    assert complaints == [] and socket_folders() <= before
+
+
+async def test_text_over_a_client_stops_at_a_stop_string_and_frees_the_engine(tiny, tokenizer):
+    async with running(InProcessClient(engine_config(tiny.folder))) as client:
+        llm = AsyncLLM(client, tokenizer)
+        params = SamplingParams(temperature=0.0, max_tokens=200, logit_bias=dict.fromkeys(range(256, 320), -100.0))
+        whole = "".join([output.text async for output in llm.generate("a", PROMPT, params)])
+        stop = whole[30:33]
+        params = SamplingParams(
+            temperature=0.0, max_tokens=200, stop=(stop,), logit_bias=dict.fromkeys(range(256, 320), -100.0)
+        )
+        outputs = [output async for output in llm.generate("b", PROMPT, params)]
+        assert "".join(output.text for output in outputs) == whole[: whole.index(stop)]
+        assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", stop)
+        assert outputs[-1].num_prompt_tokens == len(PROMPT)
+        await eventually(lambda: client.stats.state_slots_used == 0)
+
+
+def test_engine_whose_parent_died_before_it_looked_leaves_too(tmp_path):
+    link = _Link(f"ipc://{tmp_path}/engine.sock", parent=os.getppid() + 1)
+    with pytest.raises(SystemExit, match="the server is gone"):
+        link.receive(wait=True)
+    link._socket.close()
+
+
+PARENT = """
+import asyncio, sys
+from leyden.configs.schema import EngineConfig
+from leyden.engine.client import ProcessClient
+
+async def main():
+    client = ProcessClient(EngineConfig.model_validate_json(sys.argv[1]))
+    await client.start()
+    print(client.pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_engine_ends_when_its_parent_is_killed(tiny, tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    arguments = [sys.executable, str(script), engine_config(tiny.folder).model_dump_json()]
+    env = os.environ | {"TMPDIR": str(tmp_path)}  # a killed parent cannot remove its folder
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=env, text=True) as parent:
+        pid = int(parent.stdout.readline())
+        assert is_alive(pid)
+        parent.kill()
+    deadline = time.monotonic() + DEADLINE
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(pid), "the engine outlives its server"
