@@ -90,9 +90,10 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Normalise a config.json. Raises `CheckpointError` for an unknown architecture or a field it cannot honour."""
-        from .registry import find_family
+        from .registry import FAMILIES, find_architecture
 
-        return find_family(config).parse(config)
+        architecture = find_architecture(config)
+        return FAMILIES[architecture].parse(config, architecture)
 
     @property
     def linear_layers(self) -> list[LightningSpec]:
@@ -144,13 +145,26 @@ class Fields:
             raise CheckpointError(f"config.json: {name} must be true or false, got {value!r}")
         return value
 
-    def sequence(self, name: str, length: int) -> list[Any]:
-        """A list with one entry per layer; a single number stands for the same in every layer."""
-        value = self._get(name, None)
+    def text(self, name: str) -> str | None:
+        value = self._config.get(name)
+        if value is not None and not isinstance(value, str):
+            raise CheckpointError(f"config.json: {name} must be a string, got {value!r}")
+        return value
+
+    def section(self, name: str) -> Fields:
+        """The fields of a nested object; empty when it is absent."""
+        value = self._config.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise CheckpointError(f"config.json: {name} must be an object, got {value!r}")
+        return Fields(value or {})
+
+    def integers(self, name: str, length: int, default: int) -> list[int]:
+        """One non-negative integer per layer; a single number stands for the same in every layer."""
+        value = self._get(name, default)
         entries = value if isinstance(value, list) else [value] * length
         if len(entries) != length:
             raise CheckpointError(f"config.json: {name} has {len(entries)} entries for {length} layers")
-        return entries
+        return [Fields({name: entry}).integer(name) for entry in entries]
 
     def must_be(self, name: str, *allowed: Any) -> None:
         """Refuse a value that would change the mathematics and is not implemented; absent or null is fine."""

@@ -28,7 +28,7 @@ from .errors import CheckpointError
 INNER_NORM_EPS = 1e-6
 
 
-def parse_hf(config: Mapping[str, Any]) -> ModelConfig:
+def parse_hf(config: Mapping[str, Any], architecture: str) -> ModelConfig:
     """`MiniMaxForCausalLM`. Raises `CheckpointError`."""
     fields = Fields(config)
     num_layers = fields.positive("num_hidden_layers")
@@ -41,7 +41,7 @@ def parse_hf(config: Mapping[str, Any]) -> ModelConfig:
         prefix = "linear_attn" if kind == "linear_attention" else "full_attn"
         layers.append(
             LayerSpec(
-                mixer=_lightning(fields, slopes) if kind == "linear_attention" else _softmax(fields, config),
+                mixer=_lightning(fields, slopes) if kind == "linear_attention" else _softmax(fields),
                 mlp=MlpSpec(
                     width=fields.positive("intermediate_size"),
                     num_experts=fields.positive("num_local_experts", 8),
@@ -52,10 +52,10 @@ def parse_hf(config: Mapping[str, Any]) -> ModelConfig:
                 mlp_residual=_residual(fields, "mlp_alpha_factor", "mlp_beta_factor"),
             )
         )
-    return _model(fields, config, layers, postnorm=True, architecture="MiniMaxForCausalLM")
+    return _model(fields, config, layers, postnorm=True, architecture=architecture)
 
 
-def parse_original(config: Mapping[str, Any]) -> ModelConfig:
+def parse_original(config: Mapping[str, Any], architecture: str) -> ModelConfig:
     """`MiniMaxText01ForCausalLM` and `MiniMaxM1ForCausalLM`. Raises `CheckpointError`."""
     fields = Fields(config)
     num_layers = fields.positive("num_hidden_layers")
@@ -63,14 +63,8 @@ def parse_original(config: Mapping[str, Any]) -> ModelConfig:
     if not fields.has(name):
         raise CheckpointError("config.json: attn_type_list is missing (0 = lightning, 1 = softmax, one per layer)")
     kinds = _checked_kinds(config[name], num_layers, name, 0, 1)
-    num_experts = (
-        fields.sequence("num_local_experts", num_layers) if fields.has("num_local_experts") else [1] * num_layers
-    )
-    shared = (
-        fields.sequence("shared_intermediate_size", num_layers)
-        if fields.has("shared_intermediate_size")
-        else [0] * num_layers
-    )
+    num_experts = fields.integers("num_local_experts", num_layers, 1)
+    shared = fields.integers("shared_intermediate_size", num_layers, 0)
     fields.must_be("shared_moe_mode", "sigmoid", *(("softmax",) if not any(shared) else ()))
     layers = []
     for i, kind in enumerate(kinds):
@@ -78,7 +72,7 @@ def parse_original(config: Mapping[str, Any]) -> ModelConfig:
         prefix = "layernorm_linear_attention" if kind == 0 else "layernorm_full_attention"
         layers.append(
             LayerSpec(
-                mixer=_lightning(fields, slopes) if kind == 0 else _softmax(fields, config),
+                mixer=_lightning(fields, slopes) if kind == 0 else _softmax(fields),
                 mlp=MlpSpec(
                     width=fields.positive("intermediate_size"),
                     num_experts=num_experts[i],
@@ -90,7 +84,6 @@ def parse_original(config: Mapping[str, Any]) -> ModelConfig:
                 mlp_residual=_residual(fields, "layernorm_mlp_alpha", "layernorm_mlp_beta"),
             )
         )
-    architecture = (config.get("architectures") or ["MiniMaxText01ForCausalLM"])[0]
     postnorm = fields.flag("postnorm", False)
     return _model(fields, config, layers, postnorm=postnorm, architecture=architecture)
 
@@ -137,14 +130,14 @@ def _lightning(fields: Fields, slopes: tuple[float, ...]) -> LightningSpec:
     )
 
 
-def _softmax(fields: Fields, config: Mapping[str, Any]) -> SoftmaxSpec:
+def _softmax(fields: Fields) -> SoftmaxSpec:
     num_heads, head_dim = fields.positive("num_attention_heads"), _head_dim(fields)
     num_kv_heads = fields.positive("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise CheckpointError(
             f"config.json: num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})"
         )
-    rope = Fields(config.get("rope_parameters") or {})
+    rope = fields.section("rope_parameters")
     rope.must_be("rope_type", "default")
     partial = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
     rotary_dim = fields.positive("rotary_dim", int(head_dim * partial))
@@ -202,5 +195,5 @@ def _model(
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         max_model_len=fields.positive("max_position_embeddings"),
         eos_token_ids=token_ids(config.get("eos_token_id")),
-        dtype=config.get("dtype") or config.get("torch_dtype"),
+        dtype=fields.text("dtype") or fields.text("torch_dtype"),
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Family:
     """How one architecture's config.json is read, and the module that runs it."""
 
-    parse: Callable[[Mapping[str, Any]], ModelConfig]
+    parse: Callable[[Mapping[str, Any], str], ModelConfig]  # of a config.json and its architecture
     module: Callable[[], type[MiniMaxForCausalLM]]  # called late: reading a config needs no torch
 
 
@@ -35,14 +35,13 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def find_family(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json. An unknown architecture is an error that lists the known ones."""
-    names = config.get("architectures") or []
-    for name in names:
-        if name in FAMILIES:
-            return FAMILIES[name]
-    asked = ", ".join(map(str, names)) or "none"
+def find_architecture(config: Mapping[str, Any]) -> str:
+    """The architecture of a config.json. An unknown one is an error that lists the known ones."""
+    names = config.get("architectures")
+    for name in names if isinstance(names, list) else []:
+        if isinstance(name, str) and name in FAMILIES:
+            return name
     raise CheckpointError(
-        f"config.json: unknown architecture ({asked}, model_type {config.get('model_type')!r}); "
+        f"config.json: unknown architecture ({names!r}, model_type {config.get('model_type')!r}); "
         f"supported: {', '.join(FAMILIES)}"
     )
