@@ -24,7 +24,7 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
     if model == "demo":
         return DEMO_FOLDER
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return folder
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{model!r} is neither a folder nor a hub id of the form owner/name")

@@ -107,13 +107,12 @@ def _files_of_index(folder: Path, index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty")
-    names = sorted(set(weight_map.values()), key=str)
-    for name in names:
+    for name in weight_map.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise CheckpointError(f"{index}: {name!r} is not a plain .safetensors file name")
         if not (folder / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is not in {folder}")
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 def _stream(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
