@@ -118,6 +118,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not UTF-8 text: {error.reason}") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not valid YAML: {error}") from None
     if loaded is None:
@@ -128,12 +130,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_environment(environ: dict[str, str]) -> dict[str, Any]:
-    """LEYDEN_MAX_NUM_SEQS=8 -> max_num_seqs. Values go through YAML, so that lists and null can be written."""
-    found = {}
+    """LEYDEN_MAX_NUM_SEQS=8 -> max_num_seqs. API keys are separated by commas; empty or null takes an optional value
+    back."""
+    found: dict[str, Any] = {}
     for name, text in environ.items():
         if name.startswith(ENV_PREFIX):
             key = name.removeprefix(ENV_PREFIX).lower()
-            found[key] = _as_list(text) if key == "api_key" else text
+            field = Settings.model_fields.get(key)
+            if key == "api_key":
+                found[key] = _as_list(text)
+            elif text in ("", "null") and field is not None and field.default is None:
+                found[key] = None
+            else:
+                found[key] = text
     return found
 
 
@@ -154,7 +163,8 @@ def _describe(error: Any, sources: dict[str, str]) -> str:
     allowed = _allowed_values(key)
     tail = f"; allowed: {allowed}" if allowed else ""
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key} = {error['input']!r} ({sources.get(key, 'default')}): {message}{tail}"
+    value = "(hidden)" if key == "api_key" else repr(error["input"])
+    return f"{key} = {value} ({sources.get(key, 'default')}): {message}{tail}"
 
 
 def _allowed_values(key: str) -> str:

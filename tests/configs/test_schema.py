@@ -1,0 +1,179 @@
+"""YAML < environment < command line, and an error says key, value, source and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from leyden.configs.schema import EngineConfig, ServerConfig, Settings, SettingsError, load_settings
+
+PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def load(flags=None, text=None, environ=None, *, folder=None) -> Settings:
+    path = None
+    if text is not None:
+        path = folder / "settings.yaml"
+        path.write_text(text)
+    return load_settings(flags or {}, path, environ or {})
+
+
+def refused(*words: str, **sources) -> str:
+    with pytest.raises(SettingsError) as error:
+        load(**sources)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+    return str(error.value)
+
+
+def test_without_any_source_the_defaults_are_valid():
+    settings = load()
+    assert (settings.model, settings.port, settings.linear_backend) == ("demo", 8000, "auto")
+
+
+def test_each_source_overrides_the_one_before(tmp_path):
+    text = "max_num_seqs: 2\nport: 2\nblock_size: 2"
+    environ = {"LEYDEN_PORT": "3", "LEYDEN_BLOCK_SIZE": "3"}
+    settings = load({"block_size": 4}, text, environ, folder=tmp_path)
+    assert (settings.max_num_seqs, settings.port, settings.block_size) == (2, 3, 4)
+
+
+def test_dashes_and_underscores_are_the_same_in_yaml(tmp_path):
+    assert load(text="max-num-seqs: 3", folder=tmp_path).max_num_seqs == 3
+
+
+def test_environment_holds_other_programs_variables_too():
+    assert load(environ={"PATH": "/bin", "LEYDENX": "1", "leyden_port": "9", "LEYDEN_PORT": "9"}).port == 9
+
+
+def test_environment_may_spell_every_kind_of_value():
+    environ = {
+        "LEYDEN_MAX_NUM_SEQS": "8",
+        "LEYDEN_MEMORY_FRACTION": "0.5",
+        "LEYDEN_GENERATION_DEFAULTS": "false",
+        "LEYDEN_MODEL": "1234",
+        "LEYDEN_API_KEY_FILE": "/run/keys",
+    }
+    settings = load(environ=environ)
+    assert (settings.max_num_seqs, settings.memory_fraction, settings.generation_defaults) == (8, 0.5, False)
+    assert (settings.model, settings.api_key_file) == ("1234", Path("/run/keys"))
+
+
+@pytest.mark.parametrize("word", ["null", ""])
+def test_environment_may_take_back_an_optional_value(tmp_path, word):
+    settings = load(text="max_model_len: 100", environ={"LEYDEN_MAX_MODEL_LEN": word}, folder=tmp_path)
+    assert settings.max_model_len is None
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"), [("a", ["a"]), ("a,b", ["a", "b"]), (" a , b,", ["a", "b"]), ("", []), ("null", ["null"])]
+)
+def test_api_keys_in_the_environment_are_a_list_with_commas(text, keys):
+    assert load(environ={"LEYDEN_API_KEY": text}).api_key == keys
+
+
+def test_api_keys_in_yaml_are_a_list(tmp_path):
+    assert load(text="api_key: [a, b]", folder=tmp_path).api_key == ["a", "b"]
+
+
+def test_secrets_are_not_repeated_in_an_error(tmp_path):
+    message = refused("api_key", text="api_key: sk-very-secret", folder=tmp_path)
+    assert "sk-very-secret" not in message
+    message = refused("api_key", text="api_key: [[sk-very-secret]]", folder=tmp_path)
+    assert "sk-very-secret" not in message
+
+
+def test_unknown_key_is_named_with_its_source_and_a_suggestion(tmp_path):
+    refused("'max_num_seq'", "settings.yaml", "did you mean 'max_num_seqs'?", text="max_num_seq: 3", folder=tmp_path)
+    refused("'max_num_seq'", "environment", "'max_num_seqs'", environ={"LEYDEN_MAX_NUM_SEQ": "3"})
+    refused("'max_num_seq'", "command line", "'max_num_seqs'", flags={"max_num_seq": 3})
+    refused("'zzz'", "known settings", "max_num_seqs", "port", flags={"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("linear_backend", "flash", "auto, minimax, seg_la"),
+        ("kernels", "cuda", "auto, torch, triton"),
+        ("state_dtype", "int8", "float32, bfloat16, float16"),
+        ("log_level", "loud", "debug, info, warning, error"),
+        ("max_num_seqs", "0", "greater than or equal to 1"),
+        ("max_num_seqs", "many", "integer"),
+        ("port", "70000", "65535"),
+        ("memory_fraction", "0", "greater than 0"),
+        ("memory_fraction", "1.5", "less than or equal to 1"),
+        ("device", "tpu", "cuda"),
+        ("metrics_prefix", "9 lives", "pattern"),
+        ("block_size", "1.5", "integer"),
+    ],
+)
+def test_bad_value_is_told_with_key_value_source_and_what_is_allowed(tmp_path, key, value, allowed):
+    refused(key, value, "environment", allowed, environ={f"LEYDEN_{key.upper()}": value})
+    refused(key, value, "settings.yaml", allowed, text=yaml.safe_dump({key: value}), folder=tmp_path)
+    refused(key, value, "command line", allowed, flags={key: value})
+
+
+def test_several_bad_values_are_told_together():
+    message = refused("port", "block_size", flags={"port": -1, "block_size": 0})
+    assert len(message.splitlines()) == 2
+
+
+def test_budget_must_fit_every_row():
+    refused("max_num_batched_tokens", "max_num_seqs (100)", flags={"max_num_seqs": 100, "max_num_batched_tokens": 99})
+    refused("max_num_batched_tokens", "max_num_seqs (4096)", "default", flags={"max_num_seqs": 4096})
+    assert load({"max_num_seqs": 100, "max_num_batched_tokens": 100}).max_num_seqs == 100
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "just text", "5"])
+def test_yaml_that_is_no_mapping_is_refused(tmp_path, text):
+    refused("settings.yaml", "mapping", text=text, folder=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: b: c", "\t", "a: !!python/object/apply:os.system ['true']"])
+def test_yaml_that_cannot_be_read_is_refused_and_never_run(tmp_path, text):
+    refused("settings.yaml", "not valid YAML", text=text, folder=tmp_path)
+
+
+def test_yaml_that_is_no_text_or_not_there_is_refused(tmp_path):
+    path = tmp_path / "bytes.yaml"
+    path.write_bytes(b"\xff\xfe\xfa")
+    for each in (path, tmp_path / "missing.yaml", tmp_path):
+        with pytest.raises(SettingsError, match=each.name):
+            load_settings({}, each, {})
+
+
+@pytest.mark.parametrize("text", ["", "# nothing", "null"])
+def test_empty_yaml_is_no_setting(tmp_path, text):
+    assert load(text=text, folder=tmp_path) == load()
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_loads(preset):
+    settings = load_settings({}, preset, {})
+    assert settings.model == yaml.safe_load(preset.read_text())["model"]
+    assert preset.read_text().startswith("#"), "a preset says what it is for"
+
+
+def test_there_are_presets():
+    assert "demo" in [path.stem for path in PRESETS]
+
+
+def test_engine_settings_are_those_of_the_engine_alone():
+    engine = load({"port": 1, "block_size": 8}).engine()
+    assert type(engine) is EngineConfig and engine.block_size == 8
+    assert not set(EngineConfig.model_fields) & set(ServerConfig.model_fields)
+
+
+def test_engine_settings_cross_to_another_process_unchanged():
+    engine = load({"seed": 2**60, "max_model_len": 77, "memory_fraction": 0.1}).engine()
+    assert EngineConfig.model_validate_json(engine.model_dump_json()) == engine
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(Exception, match="frozen"):
+        load().port = 1
+
+
+def test_every_setting_has_a_help_text():
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
