@@ -59,8 +59,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
             return 130
         name = settings.served_model_name or _model_name(settings.model)
         app = create_app(AsyncLLM(client, tokenizer), settings, model_name=name)
-        host, port = listener.getsockname()[:2]
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        address = _address(*listener.getsockname()[:2])
         print(banner(info, name=name, address=address, needs_key=_needs_key(settings)), flush=True)
         return await _Service(settings, client, app).run(listener)
     except EngineDeadError as error:
@@ -187,6 +186,12 @@ def _bind(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or error
         raise SettingsError(f"cannot bind {host}:{port}: {reason}; choose another --host or --port") from None
     return listener
+
+
+def _address(host: str, port: int) -> str:
+    """A URL that works from this machine, also when every interface is bound."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _model_name(model: str) -> str:

@@ -26,10 +26,10 @@ def expected() -> list[tuple[list[int], list[int]]]:
     return [(prompt, greedy(model, prompt, NUM_TOKENS)) for prompt in prompts]
 
 
-def answers(prompts: list[list[int]], **settings) -> list[list[int]]:
+def answers(prompts: list[list[int]], num_tokens: int = NUM_TOKENS, **settings) -> list[list[int]]:
     config = EngineConfig(model="demo", dtype="float32", max_num_seqs=4, **settings)
     core = EngineCore(config, progress=False)
-    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
+    params = SamplingParams(temperature=0.0, max_tokens=num_tokens)
     for i, prompt in enumerate(prompts):
         core.add_request(AddRequest(request_id=str(i), prompt_token_ids=prompt, sampling_params=params))
     found: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
@@ -53,6 +53,14 @@ def cut_at_stop(ids: list[int]) -> list[int]:
 def test_equals_transformers_token_for_token(expected, backend, chunk):
     got = answers([p for p, _ in expected], device="cpu", linear_backend=backend, max_num_batched_tokens=chunk)
     assert got == [cut_at_stop(answer) for _, answer in expected]
+
+
+@pytest.mark.parametrize("backend", ["minimax", "seg_la"])
+def test_interpreted_triton_equals_transformers(expected, backend):
+    pytest.importorskip("triton")
+    prompt, answer = expected[0]
+    got = answers([prompt], num_tokens=3, device="cpu", kernels="triton", linear_backend=backend)
+    assert got == [answer[:3]]
 
 
 @pytest.mark.gpu

@@ -33,8 +33,14 @@ def checkpoint(request, tmp_path_factory):
     return folder, expected
 
 
-def make_core(folder, **settings) -> EngineCore:
-    defaults = {"dtype": "float32", "device": "cpu", "max_num_seqs": 8, "cpu_memory_gb": 0.1}
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """PyTorch kernels on a CPU, Triton's on a GPU."""
+    return request.param
+
+
+def make_core(folder, device=device, **settings) -> EngineCore:
+    defaults = {"dtype": "float32", "device": "cpu", "max_num_seqs": 8, "cpu_memory_gb": 0.1, "num_kv_blocks": 512}
     return EngineCore(EngineConfig(model=str(folder), **(defaults | settings)), progress=False)
 
 
@@ -52,44 +58,46 @@ def run(core: EngineCore, prompts: dict[str, list[int]], num_tokens: int = NUM_T
 
 
 @pytest.mark.parametrize("backend", ["minimax", "seg_la", "auto"])
-def test_alone(checkpoint, backend):
+def test_alone(checkpoint, backend, device):
     folder, expected = checkpoint
-    core = make_core(folder, linear_backend=backend)
+    core = make_core(folder, device=device, linear_backend=backend)
     for n, (prompt, answer) in expected.items():  # one after another: slots are reused, and dirty
         assert run(core, {"x": prompt})["x"] == answer, f"prompt of {n}"
 
 
 @pytest.mark.parametrize("backend", ["minimax", "seg_la"])
 @pytest.mark.parametrize("chunk", [7, 64, 257])
-def test_ragged_mixed_batches_with_chunked_prompts(checkpoint, backend, chunk):
+def test_ragged_mixed_batches_with_chunked_prompts(checkpoint, backend, chunk, device):
     folder, expected = checkpoint
-    core = make_core(folder, linear_backend=backend, max_num_batched_tokens=chunk, max_num_seqs=7)
+    core = make_core(folder, device=device, linear_backend=backend, max_num_batched_tokens=chunk, max_num_seqs=7)
     for _ in range(2):  # the second round finds every slot and block used
         answers = run(core, {str(n): prompt for n, (prompt, _) in expected.items()})
         assert answers == {str(n): answer for n, (_, answer) in expected.items()}
 
 
 @pytest.mark.parametrize("backend", ["minimax", "seg_la"])
-def test_prompt_fed_one_token_at_a_time(checkpoint, backend):
+def test_prompt_fed_one_token_at_a_time(checkpoint, backend, device):
     folder, expected = checkpoint
-    core = make_core(folder, linear_backend=backend, max_num_batched_tokens=1, max_num_seqs=1)
+    core = make_core(folder, device=device, linear_backend=backend, max_num_batched_tokens=1, max_num_seqs=1)
     prompt, answer = expected[65]
     assert run(core, {"x": prompt})["x"] == answer
 
 
 @pytest.mark.parametrize("backend", ["minimax", "seg_la"])
-def test_after_preemption(checkpoint, backend):
+def test_after_preemption(checkpoint, backend, device):
     folder, expected = checkpoint
     lengths = (17, 64, 65, 130)
-    core = make_core(folder, linear_backend=backend, num_kv_blocks=21, block_size=16, max_num_batched_tokens=64)
+    core = make_core(
+        folder, device=device, linear_backend=backend, num_kv_blocks=21, block_size=16, max_num_batched_tokens=64
+    )
     answers = run(core, {str(n): expected[n][0] for n in lengths})
     assert core.stats().preemptions_total > 0
     assert answers == {str(n): expected[n][1] for n in lengths}
 
 
-def test_neighbours_that_come_and_go_do_not_matter(checkpoint):
+def test_neighbours_that_come_and_go_do_not_matter(checkpoint, device):
     folder, expected = checkpoint
-    core = make_core(folder, max_num_batched_tokens=32, max_num_seqs=3)
+    core = make_core(folder, device=device, max_num_batched_tokens=32, max_num_seqs=3)
     prompt, answer = expected[130]
     greedy_params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
     noisy = SamplingParams(temperature=1.0, max_tokens=5)
@@ -112,12 +120,18 @@ def test_neighbours_that_come_and_go_do_not_matter(checkpoint):
     assert got == answer
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la"])
-def test_interpreted_triton_kernels(tmp_path, backend):
-    """The kernels of a GPU, run by Triton's interpreter: ragged rows, chunked prompts, decode rows beside them."""
+@pytest.mark.parametrize(("backend", "heads"), [("minimax", 6), ("seg_la", 4)])
+def test_interpreted_triton_kernels(tmp_path, backend, heads):
+    """The kernels of a GPU, run by Triton's interpreter: alone, in ragged mixed batches, cut prompts, preempted."""
     pytest.importorskip("triton")
-    model = save_minimax(tmp_path, heads=4, layer_types=(*LINEAR_FIRST[:1], *FULL_FIRST[:1]), seed=1)
-    prompts = {str(n): random_prompt(n, n) for n in (1, 18, 33)}
-    expected = {name: greedy(model, prompt, 6) for name, prompt in prompts.items()}
-    core = make_core(tmp_path, kernels="triton", linear_backend=backend, max_num_batched_tokens=20, max_num_seqs=3)
-    assert run(core, prompts, num_tokens=6) == expected
+    model = save_minimax(tmp_path, heads=heads, layer_types=(LINEAR_FIRST[0], FULL_FIRST[0]), seed=1)
+    prompts = {str(n): random_prompt(n, n) for n in (15, 16, 1)}
+    expected = {name: greedy(model, prompt, 3) for name, prompt in prompts.items()}
+    settings = {"kernels": "triton", "linear_backend": backend}
+    alone = make_core(tmp_path, max_num_seqs=1, **settings)
+    assert run(alone, prompts, num_tokens=3) == expected
+    mixed = make_core(
+        tmp_path, max_num_seqs=3, max_num_batched_tokens=20, block_size=8, num_kv_blocks=4, max_model_len=32, **settings
+    )
+    assert run(mixed, prompts, num_tokens=3) == expected
+    assert mixed.stats().preemptions_total > 0
