@@ -247,8 +247,14 @@ class ProcessClient(_StreamingClient):
         return self._process.pid
 
     async def _stop(self) -> None:
-        if not hasattr(self, "_process"):
-            return
+        if hasattr(self, "_process"):
+            await self._end_process()
+        if hasattr(self, "_socket"):
+            self._socket.close()
+            self._context.term()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _end_process(self) -> None:
         for task in self._tasks:
             task.cancel()
         if self._process.returncode is None and hasattr(self, "info"):
@@ -258,9 +264,6 @@ class ProcessClient(_StreamingClient):
         if self._process.returncode is None:  # it hangs, or still loads and hears nothing
             self._process.kill()
             await self._process.wait()
-        self._socket.close()
-        self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _send(self, message: ToEngine) -> None:
         self._socket.send(msgspec.msgpack.encode(message))

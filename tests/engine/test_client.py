@@ -63,7 +63,7 @@ async def collect(client, each) -> list[int]:
 
 async def use(client, tiny) -> None:
     """What every client must do, while it runs."""
-    assert client.is_healthy and client.info.max_model_len == 256
+    assert client.is_healthy and client.info.max_model_len == 1024
     expected = greedy(tiny.model, PROMPT, 12)
     assert await collect(client, request("a", PROMPT, max_tokens=12)) == expected
     together = [collect(client, request(f"t{i}", PROMPT, max_tokens=12)) for i in range(6)]
@@ -72,26 +72,28 @@ async def use(client, tiny) -> None:
     for wrong, error in (
         (request("w", []), RequestError),
         (request("w", [10**6]), RequestError),
-        (request("w", [1] * 300), ContextLengthError),
+        (request("w", [1] * 1100), ContextLengthError),
         (request("w", [1], logit_bias={9999: 1.0}), RequestError),
     ):
         with pytest.raises(error):
             await collect(client, wrong)
 
-    async with aclosing(client.generate(request("closed early", [1], max_tokens=250))) as stream:
+    before = client.stats.generation_tokens_total
+    async with aclosing(client.generate(request("closed early", [1], max_tokens=1000))) as stream:
         assert (await anext(stream)).token_ids
         with pytest.raises(RequestError, match="in use"):
             await collect(client, request("closed early", [1]))
     await eventually(lambda: client.stats.state_slots_used == client.stats.kv_blocks_used == 0)
-    reader = asyncio.create_task(collect(client, request("cancelled", [1], max_tokens=250)))
+    reader = asyncio.create_task(collect(client, request("cancelled", [1], max_tokens=1000)))
     await eventually(lambda: client.stats.num_running == 1)
     reader.cancel()
     await asyncio.gather(reader, return_exceptions=True)
     await eventually(lambda: client.stats.state_slots_used == client.stats.kv_blocks_used == 0)
+    assert client.stats.generation_tokens_total - before < 1000, "neither went on to its end"
 
 
 async def test_in_process_client(tiny):
-    async with running(InProcessClient(engine_config(tiny.folder))) as client:
+    async with running(InProcessClient(engine_config(tiny.folder, max_model_len=1024))) as client:
         await use(client, tiny)
     assert not client.is_healthy
     await client.close()
@@ -101,12 +103,12 @@ async def test_in_process_client(tiny):
 
 async def test_process_client_leaves_no_process_and_no_folder(tiny):
     before = socket_folders()
-    async with running(ProcessClient(engine_config(tiny.folder))) as client:
+    async with running(ProcessClient(engine_config(tiny.folder, max_model_len=1024))) as client:
         [folder] = socket_folders() - before
         assert os.stat(folder).st_mode & 0o777 == 0o700, "nobody else may speak to the engine"
         await use(client, tiny)
         pid = client.pid
-        open_stream = asyncio.create_task(collect(client, request("open", [1], max_tokens=250)))
+        open_stream = asyncio.create_task(collect(client, request("open", [1], max_tokens=1000)))
         await eventually(lambda: client.stats.num_running == 1)
     with pytest.raises(EngineDeadError):
         await open_stream
@@ -118,10 +120,10 @@ async def test_process_client_leaves_no_process_and_no_folder(tiny):
 
 async def test_killed_process_fails_every_stream_and_turns_health_red(tiny):
     before = socket_folders()
-    async with running(ProcessClient(engine_config(tiny.folder))) as client:
+    async with running(ProcessClient(engine_config(tiny.folder, max_model_len=1024))) as client:
         death = asyncio.create_task(client.wait_dead())
         streams = [
-            asyncio.create_task(collect(client, request(f"r{i}", [1], max_tokens=250, ignore_eos=True)))
+            asyncio.create_task(collect(client, request(f"r{i}", [1], max_tokens=1000, ignore_eos=True)))
             for i in range(6)
         ]
         await eventually(lambda: client.stats.num_running == 4)
@@ -148,8 +150,10 @@ async def test_wrong_checkpoint_is_a_config_error_at_start(kind, tmp_path):
 
 
 async def test_full_queue_is_an_error_before_the_first_output(tiny):
-    async with running(InProcessClient(engine_config(tiny.folder, max_num_seqs=1, max_waiting=1))) as client:
-        streams = [client.generate(request(f"r{i}", [1], max_tokens=250, ignore_eos=True)) for i in range(2)]
+    async with running(
+        InProcessClient(engine_config(tiny.folder, max_model_len=1024, max_num_seqs=1, max_waiting=1))
+    ) as client:
+        streams = [client.generate(request(f"r{i}", [1], max_tokens=1000, ignore_eos=True)) for i in range(2)]
         readers = [asyncio.create_task(anext(stream)) for stream in streams]
         await eventually(lambda: client.stats.num_running == 1)
         with pytest.raises(QueueFullError):
@@ -164,13 +168,13 @@ async def test_full_queue_is_an_error_before_the_first_output(tiny):
 
 
 async def test_engine_that_fails_in_a_step_fails_every_stream(tiny, monkeypatch):
-    async with running(InProcessClient(engine_config(tiny.folder))) as client:
+    async with running(InProcessClient(engine_config(tiny.folder, max_model_len=1024))) as client:
         death = asyncio.create_task(client.wait_dead())
 
         def explode(self):
             raise ZeroDivisionError("a bug")
 
-        streams = [asyncio.create_task(collect(client, request(f"r{i}", [1], max_tokens=250))) for i in range(3)]
+        streams = [asyncio.create_task(collect(client, request(f"r{i}", [1], max_tokens=1000))) for i in range(3)]
         await eventually(lambda: client.stats.num_running == 3)
         monkeypatch.setattr(EngineCore, "step", explode)
         results = await asyncio.gather(*streams, return_exceptions=True)
@@ -179,29 +183,32 @@ async def test_engine_that_fails_in_a_step_fails_every_stream(tiny, monkeypatch)
 
 
 async def test_closing_while_streams_are_open_ends_them(tiny):
-    async with running(InProcessClient(engine_config(tiny.folder))) as client:
-        stream = asyncio.create_task(collect(client, request("open", [1], max_tokens=250)))
+    async with running(InProcessClient(engine_config(tiny.folder, max_model_len=1024))) as client:
+        stream = asyncio.create_task(collect(client, request("open", [1], max_tokens=1000)))
         await eventually(lambda: client.stats.num_running == 1)
     with pytest.raises(EngineDeadError):
         await stream
 
 
-async def test_start_that_is_cancelled_leaves_nothing_and_nothing_complains(tiny):
+@pytest.mark.parametrize(("kind", "delay"), [(InProcessClient, 0), (ProcessClient, 0), (ProcessClient, 0.3)])
+async def test_start_that_is_cancelled_leaves_nothing_and_nothing_complains(tiny, kind, delay):
     complaints = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     before = socket_folders()
-    for client in (InProcessClient(engine_config(tiny.folder)), ProcessClient(engine_config(tiny.folder))):
-        start = asyncio.create_task(client.start())
-        await asyncio.sleep(0.02)
-        start.cancel()
-        await asyncio.gather(start, return_exceptions=True)
-        assert start.cancelled()
+    client = kind(engine_config(tiny.folder))
+    start = asyncio.create_task(client.start())
+    await asyncio.sleep(0)  # begun, and nothing more
+    await asyncio.sleep(delay)
+    start.cancel()
+    await asyncio.gather(start, return_exceptions=True)
+    assert start.cancelled()
     await asyncio.sleep(0.05)
     assert complaints == [] and socket_folders() <= before
+    assert not hasattr(client, "_process") or not is_alive(client.pid)
 
 
 async def test_text_over_a_client_stops_at_a_stop_string_and_frees_the_engine(tiny, tokenizer):
-    async with running(InProcessClient(engine_config(tiny.folder))) as client:
+    async with running(InProcessClient(engine_config(tiny.folder, max_model_len=1024))) as client:
         llm = AsyncLLM(client, tokenizer)
         params = SamplingParams(temperature=0.0, max_tokens=200, logit_bias=dict.fromkeys(range(256, 320), -100.0))
         whole = "".join([output.text async for output in llm.generate("a", PROMPT, params)])
@@ -241,7 +248,7 @@ asyncio.run(main())
 def test_engine_ends_when_its_parent_is_killed(tiny, tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
-    arguments = [sys.executable, str(script), engine_config(tiny.folder).model_dump_json()]
+    arguments = [sys.executable, str(script), engine_config(tiny.folder, max_model_len=1024).model_dump_json()]
     env = os.environ | {"TMPDIR": str(tmp_path)}  # a killed parent cannot remove its folder
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=env, text=True) as parent:
         pid = int(parent.stdout.readline())

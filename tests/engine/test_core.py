@@ -310,6 +310,15 @@ def test_the_shortest_contexts_start_and_serve(tiny, max_model_len):
     assert answer(core, [1] * max_model_len, max_tokens=0).finish_reason == "length"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_serves_on_a_cpu_too(tiny, dtype):
+    core = make_core(tiny.folder, dtype=dtype, max_num_batched_tokens=16)
+    answers = drain(core, *(request(f"r{i}", PROMPT[: 5 + 9 * i], max_tokens=12, logprobs=1) for i in range(4)))
+    assert all(each.finish_reason == "length" and len(each.token_ids) == 12 for each in answers.values())
+    exact = tiny.logprobs(PROMPT[:32])[-1]
+    assert answers["r3"].logprobs[0].logprob == pytest.approx(exact.max().item(), abs=0.3)
+
+
 def test_state_in_half_precision_serves(tiny):
     core = make_core(tiny.folder, state_dtype="bfloat16")
     assert len(answer(core, PROMPT, max_tokens=12).token_ids) == 12

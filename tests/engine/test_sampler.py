@@ -186,6 +186,13 @@ def test_token_and_logprobs_are_the_same_whatever_rows_are_beside_and_in_whateve
         assert together.logprobs == [alone[i].logprobs[0] for i in order]
 
 
+def test_each_position_of_an_answer_draws_anew():
+    rows = [sequence([0], seed=7, output=(1,) * n) for n in range(200)]
+    drawn = sample(LOGITS.expand(200, -1), rows).token_ids
+    assert len(set(drawn.tolist())) > 6
+    assert torch.equal(drawn, sample(LOGITS.expand(200, -1), rows).token_ids)
+
+
 def test_logits_are_not_changed():
     logits = torch.randn(3, 64)
     before = logits.clone()
