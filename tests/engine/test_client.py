@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import aclosing
 
 import pytest
@@ -38,6 +39,14 @@ def is_alive(pid: int) -> bool:
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
         return stat.read().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+@pytest.fixture(autouse=True)
+def short_folder(monkeypatch) -> Iterator[str]:
+    """A temporary folder of this test's own, with a path that fits a socket's address."""
+    with tempfile.TemporaryDirectory(prefix="test-") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield folder
 
 
 def socket_folders() -> set[str]:
@@ -245,11 +254,11 @@ asyncio.run(main())
 """
 
 
-def test_engine_ends_when_its_parent_is_killed(tiny, tmp_path):
+def test_engine_ends_when_its_parent_is_killed(tiny, tmp_path, short_folder):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     arguments = [sys.executable, str(script), engine_config(tiny.folder, max_model_len=1024).model_dump_json()]
-    env = os.environ | {"TMPDIR": str(tmp_path)}  # a killed parent cannot remove its folder
+    env = os.environ | {"TMPDIR": short_folder}  # a killed parent cannot remove its folder
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=env, text=True) as parent:
         pid = int(parent.stdout.readline())
         assert is_alive(pid)
