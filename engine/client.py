@@ -230,7 +230,10 @@ class ProcessClient(_StreamingClient):
         self._socket = self._context.socket(zmq.PAIR)
         for option in (zmq.LINGER, zmq.SNDHWM, zmq.RCVHWM):
             self._socket.setsockopt(option, 0)
-        self._socket.bind(address)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:  # above all a path longer than the system allows a socket
+            raise ConfigError(f"cannot open a socket in {self._folder}: {error}; set TMPDIR to a short path") from None
         # -P: the working directory must not shadow packages (a folder "kernels" would).
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "leyden.engine.process", address, str(os.getpid())),

@@ -130,7 +130,7 @@ class ModelRunner:
                 f"({self.model_config.max_model_len}); lower it"
             )
         plan = plan_memory(
-            self._free_bytes(config),
+            self._free_bytes(config) - self.model.position_bytes(max_model_len),
             state_bytes_per_slot=self.state_bytes_per_slot,
             kv_bytes_per_token=self.kv_bytes_per_token,
             block_size=config.block_size,

@@ -99,7 +99,6 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's rows and give them the blocks and slots they need."""
         budget = self.max_num_batched_tokens
-        preemptions = self.num_preemptions
         scheduled: dict[Sequence, int] = {}
         decoding = [sequence for sequence in self.running if sequence.is_decoding]
         prefilling = [sequence for sequence in self.running if not sequence.is_decoding]
@@ -110,8 +109,7 @@ class Scheduler:
             if num_new and self._make_room(sequence, num_new, scheduled):
                 scheduled[sequence] = num_new
                 budget -= num_new
-        if self.num_preemptions == preemptions:  # who has just been put out is not let in again at once
-            self._admit(scheduled, budget)
+        self._admit(scheduled, budget)
         return _in_batch_order(scheduled)
 
     def update(self, batch: ScheduledBatch) -> None:
@@ -136,9 +134,9 @@ class Scheduler:
         while self.waiting and budget > 0 and self.slots.num_free:
             sequence = self.waiting[0]
             num_new = min(sequence.num_uncomputed_tokens, budget)
-            # Room for the whole sequence as it is, not for one chunk: else two long prompts admitted together
-            # would starve each other of blocks half-way.
-            if self.blocks.missing(sequence, sequence.num_tokens) > self.blocks.num_free - self._promised():
+            # Room for the whole sequence as it is, not for one chunk: else a long prompt would be fed half-way and
+            # put out again. Whoever runs has its blocks already, or there would be no budget left.
+            if self.blocks.missing(sequence, sequence.num_tokens) > self.blocks.num_free:
                 return
             self.waiting.pop(0)
             self.slots.take(sequence)
@@ -147,10 +145,6 @@ class Scheduler:
             bisect.insort(self.running, sequence, key=lambda s: s.order)
             scheduled[sequence] = num_new
             budget -= num_new
-
-    def _promised(self) -> int:
-        """Blocks that running sequences still lack for the tokens they already have."""
-        return sum(self.blocks.missing(sequence, sequence.num_tokens) for sequence in self.running)
 
     def _make_room(self, sequence: Sequence, num_new: int, scheduled: dict[Sequence, int]) -> bool:
         """Give `sequence` the blocks for num_new more tokens, preempting from the end. False if it fell itself."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..kernels import Kernels
 from .weights import Target
 
+ROTARY_PIECE = 1 << 16  # positions whose float64 angles exist at once
+
 
 def parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
     """Uninitialised and without gradient: `weights.load_weights` fills it or fails."""
@@ -75,8 +77,15 @@ class RotaryTable:
         if max_positions <= self.cos_sin.shape[0]:
             return
         inv_freq = self.theta ** (-torch.arange(0, self.rotary_dim, 2, dtype=torch.float64) / self.rotary_dim)
-        angles = torch.arange(max_positions, dtype=torch.float64)[:, None] * inv_freq
-        self.cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1).float().to(self.device)
+        self.cos_sin = torch.empty(max_positions, self.rotary_dim, device=self.device)
+        for start in range(0, max_positions, ROTARY_PIECE):
+            end = min(start + ROTARY_PIECE, max_positions)
+            angles = torch.arange(start, end, dtype=torch.float64)[:, None] * inv_freq
+            self.cos_sin[start:end] = torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def nbytes(self, max_positions: int) -> int:
+        """Bytes of a table for so many positions."""
+        return max_positions * self.rotary_dim * self.cos_sin.element_size()
 
 
 class DenseMlp(nn.Module):

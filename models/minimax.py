@@ -189,6 +189,10 @@ class MiniMaxForCausalLM(nn.Module):
         if self.rotary is not None:
             self.rotary.reserve(max_positions)
 
+    def position_bytes(self, max_positions: int) -> int:
+        """Bytes on the device that `reserve_positions` takes."""
+        return 0 if self.rotary is None else self.rotary.nbytes(max_positions)
+
     def targets(self) -> Iterator[Target]:
         """Every checkpoint tensor the model wants."""
         yield Target("embed_tokens.weight", self.embedding)

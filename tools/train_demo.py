@@ -8,7 +8,7 @@ mixture of four experts, 11 million parameters. Anyone with a GPU can repeat it 
     python tools/train_demo.py train         # weights, configuration, training.json -> models/demo
     python tools/train_demo.py evaluate      # held-out perplexity of the shipped files
     python tools/train_demo.py plot          # loss curve -> models/demo/loss.png
-    python tools/train_demo.py samples       # five fixed prompts, five fixed seeds, nothing selected
+    python tools/train_demo.py samples       # five prompts, five seeds, nothing selected, from `leyden serve demo`
 
 A few steps also run on a CPU: `train --steps 3 --batch-tokens 512 --seq-len 256 --limit 50 --out /tmp/demo`.
 
@@ -30,6 +30,7 @@ import multiprocessing
 import random
 import re
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -524,19 +525,18 @@ SAMPLE_PROMPTS = [
 
 
 def samples(args: argparse.Namespace) -> None:
-    """Five fixed prompts with seeds 1 to 5 at temperature 0.7 and top-p 0.9, printed as Markdown."""
-    import torch
-
-    model, bpe = load(args.model)
+    """Five fixed prompts with seeds 1 to 5 at temperature 0.7, from a running server's chat endpoint, as Markdown."""
     for seed, prompt in enumerate(SAMPLE_PROMPTS, start=1):
-        torch.manual_seed(seed)
-        message = [{"role": "user", "content": prompt}]
-        ids = bpe.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-        out = model.generate(ids, max_new_tokens=400, do_sample=True, temperature=0.7, top_p=0.9, top_k=0)[0]
-        finish = "ended its turn" if out[-1] == END else "cut at 400 tokens"
-        text = bpe.decode(out[ids.shape[1] :], skip_special_tokens=True)
-        print(f"**{prompt}** (seed {seed}, {len(out) - ids.shape[1]} tokens, {finish})\n")
-        print("\n".join(f"> {line}".rstrip() for line in text.split("\n")) + "\n")
+        body = {"messages": [{"role": "user", "content": prompt}], "seed": seed, "temperature": 0.7, "max_tokens": 400}
+        request = urllib.request.Request(
+            f"{args.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as response:
+            answer = json.load(response)
+        choice = answer["choices"][0]
+        finish = "ended its turn" if choice["finish_reason"] == "stop" else "cut"
+        print(f"**{prompt}** (seed {seed}, {answer['usage']['completion_tokens']} tokens, {finish})\n")
+        print("\n".join(f"> {line}".rstrip() for line in choice["message"]["content"].split("\n")) + "\n")
 
 
 def main() -> None:
@@ -560,8 +560,9 @@ def main() -> None:
     sub.add_argument("--steps", type=int, help="a number of steps instead of a time budget")
     sub.add_argument("--tidy-from", type=float, default=0.6, help="share of the run after which rows must be tidy")
     sub.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt, written every two minutes")
-    for run in (evaluate, plot, samples):
+    for run in (evaluate, plot):
         command(run, model=MODEL)
+    command(samples, url="http://127.0.0.1:8000")
     args = parser.parse_args()
     args.run(args)
 

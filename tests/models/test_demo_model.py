@@ -55,6 +55,7 @@ def test_equals_transformers_token_for_token(expected, backend, chunk):
     assert got == [cut_at_stop(answer) for _, answer in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["minimax", "seg_la"])
 def test_interpreted_triton_equals_transformers(expected, backend):
     pytest.importorskip("triton")
