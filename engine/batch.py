@@ -18,16 +18,13 @@ def build_batch(scheduled: ScheduledBatch, block_size: int, device: torch.device
     ends = [start + count for start, count in zip(starts, counts, strict=True)]
     query_start_loc = np.zeros(len(sequences) + 1, dtype=np.int32)
     np.cumsum(counts, out=query_start_loc[1:])
-    completing = [
-        i for i, (sequence, end) in enumerate(zip(sequences, ends, strict=True)) if end == sequence.num_tokens
-    ]
     context_lens = np.array(starts, dtype=np.int32)
     spans = list(zip(sequences, starts, ends, strict=True))
     arrays = {
         "input_ids": _concat([np.array(s.token_ids(a, b), dtype=np.int64) for s, a, b in spans]),
         "positions": _concat([np.arange(a, b, dtype=np.int64) for _, a, b in spans]),
         "slot_mapping": _concat([_slot_mapping(s, a, b, block_size) for s, a, b in spans]),
-        "logits_indices": query_start_loc[1:].astype(np.int64)[completing] - 1,
+        "logits_indices": query_start_loc[1:].astype(np.int64)[scheduled.completing_rows] - 1,
         "query_start_loc": query_start_loc,
         "context_lens": context_lens,
         "state_indices": np.array([sequence.state_slot for sequence in sequences], dtype=np.int32),

@@ -72,11 +72,7 @@ class ModelRunner:
         """Compute the scheduled tokens, write state and KV pools, and sample where a row's tokens are complete."""
         batch = build_batch(scheduled, self.block_size, self.device)
         hidden = self.model(batch, self.caches)
-        completing = [
-            sequence
-            for sequence, count in zip(scheduled.sequences, scheduled.num_scheduled_tokens, strict=True)
-            if sequence.num_computed_tokens + count == sequence.num_tokens
-        ]
+        completing = [scheduled.sequences[row] for row in scheduled.completing_rows]
         sampled = None
         if completing:
             logits = self.model.compute_logits(hidden[batch.logits_indices])

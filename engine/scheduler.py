@@ -33,8 +33,10 @@ class ScheduledBatch:
         return not self.sequences
 
     @property
-    def num_tokens(self) -> int:
-        return sum(self.num_scheduled_tokens)
+    def completing_rows(self) -> list[int]:
+        """Rows whose tokens are all computed after this step: each gets its next one."""
+        pairs = zip(self.sequences, self.num_scheduled_tokens, strict=True)
+        return [i for i, (sequence, count) in enumerate(pairs) if sequence.num_uncomputed_tokens == count]
 
 
 class Scheduler:

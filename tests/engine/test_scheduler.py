@@ -125,7 +125,7 @@ class Simulation:
         scheduler.check_integrity()
         assert not batch.is_empty or not scheduler.has_work, "work is there and nothing runs"
         assert len(set(map(id, batch.sequences))) == len(batch.sequences)
-        assert batch.num_tokens <= scheduler.max_num_batched_tokens
+        assert sum(batch.num_scheduled_tokens) <= scheduler.max_num_batched_tokens
         assert [s.is_decoding for s in batch.sequences] == [False] * batch.num_prefills + [True] * (
             len(batch.sequences) - batch.num_prefills
         ), "prefill rows come first"
