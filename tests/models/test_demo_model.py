@@ -26,8 +26,10 @@ def expected() -> list[tuple[list[int], list[int]]]:
     return [(prompt, greedy(model, prompt, NUM_TOKENS)) for prompt in prompts]
 
 
-def answers(prompts: list[list[int]], num_tokens: int = NUM_TOKENS, **settings) -> list[list[int]]:
-    config = EngineConfig(model="demo", dtype="float32", max_num_seqs=4, **settings)
+def answers(
+    prompts: list[list[int]], num_tokens: int = NUM_TOKENS, at_least_preemptions: int = 0, **settings
+) -> list[list[int]]:
+    config = EngineConfig(model="demo", dtype="float32", **({"max_num_seqs": 4} | settings))
     core = EngineCore(config, progress=False)
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens)
     for i, prompt in enumerate(prompts):
@@ -37,6 +39,7 @@ def answers(prompts: list[list[int]], num_tokens: int = NUM_TOKENS, **settings) 
         for output in core.step():
             found[output.request_id] += output.token_ids
     core.check_integrity()
+    assert core.stats().preemptions_total >= at_least_preemptions
     return list(found.values())
 
 
@@ -49,10 +52,34 @@ def cut_at_stop(ids: list[int]) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize(("backend", "chunk"), [("minimax", 512), ("seg_la", 512), ("minimax", 7), ("seg_la", 7)])
+@pytest.mark.parametrize("backend", ["minimax", "seg_la"])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 257])
 def test_equals_transformers_token_for_token(expected, backend, chunk):
-    got = answers([p for p, _ in expected], device="cpu", linear_backend=backend, max_num_batched_tokens=chunk)
+    rows = min(chunk, 4)
+    got = answers(
+        [p for p, _ in expected],
+        device="cpu",
+        linear_backend=backend,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=rows,
+    )
     assert got == [cut_at_stop(answer) for _, answer in expected]
+
+
+@pytest.mark.parametrize("backend", ["minimax", "seg_la"])
+def test_equals_transformers_after_preemption(expected, backend):
+    longest = max(len(prompt) for prompt, _ in expected) + NUM_TOKENS
+    prompts = [prompt for prompt, _ in expected] * 2
+    got = answers(
+        prompts,
+        at_least_preemptions=1,
+        device="cpu",
+        linear_backend=backend,
+        block_size=4,
+        num_kv_blocks=longest // 4 + 6,
+        max_model_len=longest + 4,
+    )
+    assert got == [cut_at_stop(answer) for _, answer in expected] * 2
 
 
 @pytest.mark.slow

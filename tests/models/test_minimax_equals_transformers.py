@@ -120,11 +120,19 @@ def test_neighbours_that_come_and_go_do_not_matter(checkpoint, device):
     assert got == answer
 
 
-@pytest.mark.parametrize(("backend", "heads"), [("minimax", 6), ("seg_la", 4)])
-def test_interpreted_triton_kernels(tmp_path, backend, heads):
+@pytest.mark.parametrize(
+    ("backend", "heads", "layer_types"),
+    [
+        ("minimax", 6, LINEAR_FIRST[1:3]),
+        ("seg_la", 4, LINEAR_FIRST[1:3]),
+        ("minimax", 4, FULL_FIRST[:2]),
+        ("seg_la", 8, FULL_FIRST[:2]),
+    ],
+)
+def test_interpreted_triton_kernels(tmp_path, backend, heads, layer_types):
     """The kernels of a GPU, run by Triton's interpreter: alone, in ragged mixed batches, cut prompts, preempted."""
     pytest.importorskip("triton")
-    model = save_minimax(tmp_path, heads=heads, layer_types=(LINEAR_FIRST[0], FULL_FIRST[0]), seed=1)
+    model = save_minimax(tmp_path, heads=heads, layer_types=layer_types, seed=1)
     prompts = {str(n): random_prompt(n, n) for n in (15, 16, 1)}
     expected = {name: greedy(model, prompt, 3) for name, prompt in prompts.items()}
     settings = {"kernels": "triton", "linear_backend": backend}
