@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import logging
+import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..configs.schema import EngineConfig
-from ..kernels import default_for
+from ..kernels import KernelName, default_for
 from ..kernels import load as load_kernels
 from ..models.backends import LINEAR_BACKENDS
 from ..models.checkpoint import read_config, resolve
@@ -27,8 +28,6 @@ from .sampler import Sampled, sample, token_logprobs
 from .sampling_params import SamplingParams
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
-
-logger = logging.getLogger("leyden.engine")
 
 PROMPT_LOGPROB_ROWS = 64  # rows of vocabulary-wide float32 that exist at once
 
@@ -51,7 +50,7 @@ class ModelRunner:
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.model_config, self.device)
         self.state_dtype = getattr(torch, config.state_dtype)
-        self.kernel_name = default_for(self.device) if config.kernels == "auto" else config.kernels
+        self.kernel_name = pick_kernels(config.kernels, self.device)
         self.block_size = config.block_size
         torch.set_num_threads(config.num_threads or _spare_cores())
         kernels = load_kernels(self.kernel_name)
@@ -204,6 +203,19 @@ def pick_device(name: str) -> torch.device:
         if (device.index or 0) >= count:
             raise ConfigError(f"device = {name}: this machine has {count} CUDA devices; use cpu or auto")
     return device
+
+
+def pick_kernels(name: Literal["auto", "torch", "triton"], device: torch.device) -> KernelName:
+    """Which implementation runs on the device. Raises `ConfigError` for Triton where nothing compiles it."""
+    if name == "auto":
+        return default_for(device)
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise ConfigError("kernels = triton: the package triton is not installed; use torch or auto")
+    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "kernels = triton does not compile for a CPU; use torch or auto (TRITON_INTERPRET=1 interprets, to debug)"
+        )
+    return name
 
 
 def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:

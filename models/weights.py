@@ -7,7 +7,6 @@ from whatever pieces a file holds, and nothing is ever held twice.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from tqdm import tqdm
 
 from .checkpoint import read_json
 from .errors import CheckpointError
-
-logger = logging.getLogger("leyden.models")
 
 INDEX_FILE = "model.safetensors.index.json"
 UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

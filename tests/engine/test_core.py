@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from engines import Answer, answer, assert_nothing_held, drain, make_core, request
-from leyden.engine.errors import ContextLengthError, QueueFullError, RequestError
+from leyden.engine.errors import ConfigError, ContextLengthError, QueueFullError, RequestError
 from leyden.engine.sequence import Status
 from tiny_models import VOCAB, greedy, random_prompt
 
@@ -344,3 +344,9 @@ def test_info_tells_what_was_loaded(core, tiny):
     assert info.num_parameters == sum(p.numel() for p in tiny.model.parameters())
     assert info.num_state_slots == 4 and info.notes == []
     assert info.state_bytes_per_slot == 4 * 16 * 16 * 4 and info.kv_bytes_per_token == 2 * 2 * 16 * 4
+
+
+def test_triton_on_a_cpu_is_refused_where_nothing_interprets_it(tiny, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="kernels = triton"):
+        make_core(tiny.folder, device="cpu", kernels="triton")
