@@ -21,7 +21,7 @@ def _load_weight(p_w, o_n, o_k, w_n, N, SIZE):
     return tl.load(p_w + o_n[None, :] * w_n + o_k[:, None], mask=(o_n < N)[None, :] & (o_k < SIZE)[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_order", "p_start"])
 def _gate_up_kernel(
     p_x,
     p_w,
@@ -64,7 +64,7 @@ def _gate_up_kernel(
     tl.store(p_h + o_pair[:, None] * F + o_n[None, :], b_h, mask=m_pair[:, None] & (o_n < F)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_weights", "p_order", "p_start"])
 def _down_kernel(
     p_h,
     p_w,

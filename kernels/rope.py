@@ -22,7 +22,7 @@ def _rotate(p_x, b_cos, b_sin, x_h, H, HALF: tl.constexpr, BH: tl.constexpr, BR:
         tl.store(p_first + HALF, b_2.to(p_x.dtype.element_ty), mask=m_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_positions"])
 def _rope_kernel(
     p_q,
     p_k,

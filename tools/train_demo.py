@@ -469,7 +469,8 @@ def load(model_dir: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device).eval()
     return model, AutoTokenizer.from_pretrained(model_dir)
 
 
@@ -486,7 +487,7 @@ def evaluate(args: argparse.Namespace) -> None:
         prompt_ids, answer_ids = (
             bpe(text, add_special_tokens=False)["input_ids"] for text in (prompt, row["assistant"] + SPECIAL[END])
         )
-        ids = torch.tensor([prompt_ids + answer_ids])
+        ids = torch.tensor([prompt_ids + answer_ids], device=model.device)
         with torch.inference_mode():
             logits = model(ids[:, :-1], use_cache=False).logits[0, len(prompt_ids) - 1 :]
         nats = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt_ids) :], reduction="sum").item()

@@ -19,7 +19,7 @@ KEYS_PER_SPLIT = 512
 MAX_SPLITS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b_b"], do_not_specialize_on_alignment=["p_blocks", "p_context"])
 def _split_kernel(
     p_q,
     p_key,

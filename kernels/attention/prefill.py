@@ -11,7 +11,7 @@ from torch import Tensor
 from .tile import load_paged, online_softmax, tile_sizes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b_b"], do_not_specialize_on_alignment=["p_blocks", "p_start", "p_context"])
 def _prefill_kernel(
     p_q,
     p_key,

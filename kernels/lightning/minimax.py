@@ -18,7 +18,7 @@ from .tile import load_rows, load_state, state_pointers, store_rows, tiles_for, 
 CHUNK = 256  # tokens per stored state: the products of a prefill take T / CHUNK * H * K * V floats
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["p_slots", "p_start"])
 def _chunk_product_kernel(
     p_k,
     p_v,
@@ -65,7 +65,7 @@ def _chunk_product_kernel(
     tl.store(p_kv, b_kv, mask=m_kv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_slots", "p_continues", "p_start"])
 def _chunk_scan_kernel(
     p_slopes,
     p_state,
@@ -105,7 +105,7 @@ def _chunk_scan_kernel(
     tl.store(p_s, b_s.to(p_state.dtype.element_ty), mask=m_s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["p_slots", "p_start"])
 def _chunk_output_kernel(
     p_q,
     p_k,
@@ -171,7 +171,7 @@ def _chunk_output_kernel(
     store_rows(p_o, b_o, i_q, n, i_v, o_t, V, BT, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_slots", "p_continues"])
 def _decode_kernel(
     p_q,
     p_k,

@@ -13,7 +13,7 @@ from torch import Tensor
 from .tile import load_rows, load_state, state_pointers, store_rows, tiles_for, token_step
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_slots", "p_continues", "p_start"])
 def _segment_kernel(
     p_q,
     p_k,
