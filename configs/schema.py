@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-LinearBackendName = Literal["auto", "minimax", "seg_la"]
+LinearBackendName = Literal["auto", "minimax", "seg_la", "replay"]
 ENV_PREFIX = "LEYDEN_"
 DEMO_MODEL = "demo"
 
@@ -30,7 +30,10 @@ class EngineConfig(BaseModel):
 
     model: str = Field(DEMO_MODEL, description="checkpoint folder, hub id, or 'demo' for the embedded model")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    linear_backend: LinearBackendName = Field("auto", description="lightning attention implementation")
+    linear_backend: LinearBackendName = Field(
+        "auto",
+        description="lightning attention; auto = minimax or seg_la by shape, replay = decode that seldom writes states",
+    )
     kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto = triton on CUDA, torch elsewhere")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

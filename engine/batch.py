@@ -28,6 +28,7 @@ def build_batch(scheduled: ScheduledBatch, block_size: int, device: torch.device
         "query_start_loc": query_start_loc,
         "context_lens": context_lens,
         "state_indices": np.array([sequence.state_slot for sequence in sequences], dtype=np.int32),
+        "num_pending": np.array([sequence.num_pending_tokens for sequence in sequences], dtype=np.int32),
         "block_table": _block_table(sequences),
         "has_initial_state": context_lens > 0,
     }
@@ -37,6 +38,7 @@ def build_batch(scheduled: ScheduledBatch, block_size: int, device: torch.device
         num_prefills=scheduled.num_prefills,
         num_prefill_tokens=sum(prefill_counts),
         num_decodes=len(sequences) - scheduled.num_prefills,
+        prefills_pending=any(s.num_pending_tokens for s in sequences[: scheduled.num_prefills]),
         max_query_len=max(prefill_counts, default=1),
     )
 

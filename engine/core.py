@@ -34,6 +34,7 @@ class EngineCore:
             SlotManager(plan.num_state_slots),
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
+            ring_size=self.runner.ring_size,
         )
         self._stats = EngineStats()
         self._arrivals = 0

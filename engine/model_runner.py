@@ -54,10 +54,12 @@ class ModelRunner:
         self.block_size = config.block_size
         torch.set_num_threads(config.num_threads or _spare_cores())
         kernels = load_kernels(self.kernel_name)
+        linear_backend = LINEAR_BACKENDS[config.linear_backend](kernels)
+        self.ring_size = linear_backend.ring_size
         self.model = FAMILIES[self.model_config.architecture].module()(
             self.model_config,
             kernels,
-            LINEAR_BACKENDS[config.linear_backend](kernels),
+            linear_backend,
             device=self.device,
             dtype=self.dtype,
         )
@@ -88,7 +90,8 @@ class ModelRunner:
 
     @property
     def state_bytes_per_slot(self) -> int:
-        return self.model_config.state_bytes_per_sequence(self.state_dtype.itemsize)
+        state = self.model_config.state_bytes_per_sequence(self.state_dtype.itemsize)
+        return state + self.model_config.ring_bytes_per_sequence(self.ring_size, self.dtype.itemsize)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -138,7 +141,14 @@ class ModelRunner:
 
     def _allocate(self, num_slots: int, num_blocks: int) -> None:
         config = self.model_config
-        self.states = StatePool(config.linear_layers, num_slots, device=self.device, dtype=self.state_dtype)
+        self.states = StatePool(
+            config.linear_layers,
+            num_slots,
+            device=self.device,
+            dtype=self.state_dtype,
+            ring_size=self.ring_size,
+            ring_dtype=self.dtype,
+        )
         self.kv = KVPool(config.full_layers, num_blocks, self.block_size, device=self.device, dtype=self.dtype)
         self.caches = _caches_by_layer(config, self.states, self.kv)
 

@@ -5,25 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..models.backends import LinearState
 from ..models.config import LightningSpec, SoftmaxSpec
 
 
 class StatePool:
-    """state [L_linear, num_slots, H, K, V]. Never zeroed: a slot's first user ignores what it finds there."""
+    """state [L_linear, num_slots, H, K, V] in `dtype`, and beside each state a ring of the last `ring_size` keys
+    [.., H, C, K] and values [.., H, C, V] in `ring_dtype`, none unless the backend wants them.
+
+    Never zeroed: a slot's first user ignores what it finds there.
+    """
 
     def __init__(
-        self, layers: list[LightningSpec], num_slots: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        layers: list[LightningSpec],
+        num_slots: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        ring_size: int,
+        ring_dtype: torch.dtype,
     ) -> None:
-        shape = (len(layers), num_slots, *layers[0].state_shape)
-        self.state = torch.empty(shape, device=device, dtype=dtype)
+        heads, K, V = layers[0].state_shape
+        shape = (len(layers), num_slots, heads)
+        self.state = torch.empty(*shape, K, V, device=device, dtype=dtype)
+        self.key_ring = torch.empty(*shape, ring_size, K, device=device, dtype=ring_dtype)
+        self.value_ring = torch.empty(*shape, ring_size, V, device=device, dtype=ring_dtype)
 
-    def layer(self, i: int) -> Tensor:
-        """[num_slots, H, K, V] of the i-th lightning layer."""
-        return self.state[i]
+    def layer(self, i: int) -> LinearState:
+        """The i-th lightning layer's part."""
+        return LinearState(self.state[i], self.key_ring[i], self.value_ring[i])
 
     @property
     def nbytes(self) -> int:
-        return self.state.nbytes
+        return self.state.nbytes + self.key_ring.nbytes + self.value_ring.nbytes
 
 
 class KVPool:

@@ -43,12 +43,19 @@ class Scheduler:
     """Owns the queues and, through them, every block and slot that is not free."""
 
     def __init__(
-        self, blocks: BlockManager, slots: SlotManager, *, max_num_batched_tokens: int, max_waiting: int
+        self,
+        blocks: BlockManager,
+        slots: SlotManager,
+        *,
+        max_num_batched_tokens: int,
+        max_waiting: int,
+        ring_size: int = 0,
     ) -> None:
         self.blocks = blocks
         self.slots = slots
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_waiting = max_waiting
+        self.ring_size = ring_size  # decoded tokens after which a slot's state holds them all; 0 = after each
         self.waiting: list[Sequence] = []  # kept in order
         self.running: list[Sequence] = []  # kept in order
         self.num_preemptions = 0
@@ -116,9 +123,11 @@ class Scheduler:
 
     def update(self, batch: ScheduledBatch) -> None:
         """Note that the batch has been computed. Must come before its sampled tokens are appended."""
-        for sequence, num_new in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
+        for row, (sequence, num_new) in enumerate(zip(batch.sequences, batch.num_scheduled_tokens, strict=True)):
             if sequence.status is Status.RUNNING:
                 sequence.num_computed_tokens += num_new
+                pending = sequence.num_pending_tokens + 1 if row >= batch.num_prefills else 0
+                sequence.num_pending_tokens = pending % max(1, self.ring_size)
 
     def check_integrity(self) -> None:
         """Ownership is whole and the queues are in order. Raises AssertionError."""
@@ -163,7 +172,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_pending_tokens = 0
         sequence.status = Status.WAITING
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
         self.num_preemptions += 1

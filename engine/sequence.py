@@ -37,6 +37,7 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     state_slot: int | None = None
+    num_pending_tokens: int = 0  # computed tokens that the slot's ring holds and its state does not (`replay`)
 
     @property
     def num_prompt_tokens(self) -> int:

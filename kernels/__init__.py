@@ -83,14 +83,66 @@ class Kernels(Protocol):
         """Fused segment walk (`seg_la`): prefill and decode rows in one launch. Same contract as
         `lightning_prefill`."""
 
+    def lightning_replay(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: Tensor,
+        key_ring: Tensor,
+        value_ring: Tensor,
+        state_indices: Tensor,
+        has_initial_state: Tensor,
+        num_pending: Tensor,
+        out: Tensor,
+    ) -> Tensor:
+        """`lightning_decode` that writes the state once per C tokens.
+
+        key_ring: [num_slots, H, C, K], value_ring: [num_slots, H, C, V], contiguous but for the slots' stride, in
+        any float dtype: the last tokens of each slot that its state does not hold yet, updated in place;
+        num_pending: [B] int32, how many of them wait, 0 .. C - 1, oldest first. The token is appended; where that makes
+        C, or the row is new, all are folded into the state, and the caller's count must return to 0, otherwise it
+        goes up by one. The rest as in `lightning_decode`.
+        """
+
+    def lightning_fold(
+        self,
+        slopes: Tensor,
+        state: Tensor,
+        key_ring: Tensor,
+        value_ring: Tensor,
+        state_indices: Tensor,
+        has_initial_state: Tensor,
+        num_pending: Tensor,
+    ) -> None:
+        """Fold the waiting tokens into the state, in place; afterwards none wait. Arguments as in
+        `lightning_replay`; padding rows and rows without an initial state are left alone."""
+
     # -- softmax attention over a paged KV cache -------------------------------------------------------------
 
-    def store_kv(
-        self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    def rope_and_store_kv(
+        self,
+        q: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
     ) -> None:
-        """Scatter key, value [T, H_kv, D] into the caches [num_blocks, block_size, H_kv, D], in place.
+        """Rotate queries and keys by their positions, and scatter keys and values into the paged caches.
 
-        slot_mapping: [T] int64, block * block_size + offset; -1 = padding, nothing is written.
+        q: [T, H, D]; key, value: [T, H_kv, D]; key_cache, value_cache: [num_blocks, block_size, H_kv, D]; all of one
+        dtype, float32, bfloat16 or float16. Token t turns by positions[t] in its first R <= D channels, NeoX pairs
+        (j, j + R/2); the others stay bit for bit. positions: [T] int64, below max_positions; cos_sin:
+        [max_positions, R] float32, cosines of the R/2 angles, then their sines; slot_mapping: [T] int64, block *
+        block_size + offset, no slot twice.
+
+        q is rotated in place, value only read; key is scratch: it may hold either afterwards. Only the slots named are
+        written. Slot -1 = padding: nothing is stored, but q is rotated all the same, so its position must be valid.
         """
 
     def attention_prefill(
@@ -107,8 +159,8 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Causal GQA attention of rows of queries over their own history, which is already in the cache.
 
-        q, out: [T, H, D], H a multiple of H_kv; caches as in `store_kv` (they hold this step's keys too);
-        block_table: [B, M] int32; context_lens: [B] int32, tokens before this step: token i of row b sees
+        q, out: [T, H, D], H a multiple of H_kv; caches as in `rope_and_store_kv`, this step's keys and values
+        included; block_table: [B, M] int32; context_lens: [B] int32, tokens before this step: token i of row b sees
         context_lens[b] + i + 1 positions. Returns `out`.
         """
 
@@ -137,14 +189,20 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """h = alpha * residual + beta * x; returns (rms_norm(h), h). x, residual: [T, d]."""
 
-    def apply_rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
-        """Rotate the first R channels of q [T, H, D] and k [T, H_kv, D] in place, NeoX pairs (j, j + R/2).
+    def gated_rms_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float, num_groups: int = 1) -> Tensor:
+        """rms_norm(x) * sigmoid(gate), rounded once; x, gate: [T, W], weight: [W].
 
-        positions: [T] int64; cos_sin: [max_positions, R] float32, cosines then sines of the R/2 angles.
+        The norm is over each of `num_groups` equal parts of the last dim.
         """
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """x [T, 2F] = [gate | up] -> silu(gate) * up, [T, F]."""
+
+    def route(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """The softmax over all experts, its k largest renormalised to a sum of 1; of equal ones any.
+
+        logits: [T, E] float32. Returns weights [T, k] float32, largest first, and experts [T, k] int64.
+        """
 
     def moe(self, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Sum over the chosen experts of weight * down(silu(gate x) * up x).

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019), alone and fused with the residual sum before it."""
+"""RMSNorm (Zhang and Sennrich 2019): alone, fused with the residual sum before it, fused with the gate after it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from torch import Tensor
 
 
 @triton.jit
-def _normalise(b_x, p_w, eps, o_d, D):
-    b_rstd = tl.rsqrt(tl.sum(b_x * b_x) / D + eps)
-    return b_x * b_rstd * tl.load(p_w + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+def _normalise(b_x, b_w, eps, D: tl.constexpr):
+    return b_x * tl.rsqrt(tl.sum(b_x * b_x) / D + eps) * b_w
 
 
 @triton.jit
@@ -20,8 +19,8 @@ def _rms_norm_kernel(p_x, p_w, p_y, eps, N, x_m, x_n, D: tl.constexpr, BD: tl.co
     o_d = tl.arange(0, BD)
     p_x += i_row // N * x_m + i_row % N * x_n
     b_x = tl.load(p_x + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_y = _normalise(b_x, p_w, eps, o_d, D)
-    tl.store(p_y + i_row * D + o_d, b_y.to(p_y.dtype.element_ty), mask=o_d < D)
+    b_w = tl.load(p_w + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    tl.store(p_y + i_row * D + o_d, _normalise(b_x, b_w, eps, D).to(p_y.dtype.element_ty), mask=o_d < D)
 
 
 @triton.jit
@@ -30,13 +29,30 @@ def _add_rms_norm_kernel(p_x, p_r, p_w, p_y, p_h, eps, alpha, beta, x_t, r_t, D:
     o_d = tl.arange(0, BD)
     b_x = tl.load(p_x + i_t * x_t + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_r = tl.load(p_r + i_t * r_t + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_w = tl.load(p_w + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_h = (alpha * b_r + beta * b_x).to(p_h.dtype.element_ty)
     tl.store(p_h + i_t * D + o_d, b_h, mask=o_d < D)
-    b_y = _normalise(b_h.to(tl.float32), p_w, eps, o_d, D)
+    b_y = _normalise(b_h.to(tl.float32), b_w, eps, D)
     tl.store(p_y + i_t * D + o_d, b_y.to(p_y.dtype.element_ty), mask=o_d < D)
 
 
-def _launch_options(size: int) -> dict[str, int]:
+@triton.jit
+def _gated_rms_norm_kernel(
+    p_x, p_gate, p_w, p_y, eps, x_t, g_t, GROUPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):
+    """D: width of one group."""
+    i_t, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_d = tl.arange(0, BD)
+    o_w = i_g * D + o_d
+    b_x = tl.load(p_x + i_t * x_t + o_w, mask=o_d < D, other=0.0).to(tl.float32)
+    b_gate = tl.load(p_gate + i_t * g_t + o_w, mask=o_d < D, other=0.0).to(tl.float32)
+    b_w = tl.load(p_w + o_w, mask=o_d < D, other=0.0).to(tl.float32)
+    b_y = _normalise(b_x, b_w, eps, D) / (1.0 + tl.exp(-b_gate))
+    tl.store(p_y + i_t * (GROUPS * D) + o_w, b_y.to(p_y.dtype.element_ty), mask=o_d < D)
+
+
+def launch_options(size: int) -> dict[str, int]:
+    """A row per program, 16 elements per thread: two loads of 16 bytes in half precision."""
     block = triton.next_power_of_2(size)
     return {"D": size, "BD": block, "num_warps": min(16, max(1, block // 512))}
 
@@ -49,7 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     # [..., d] as [M, N, d], so that a view of heads inside a projection needs no copy
     wide = x if x.dim() == 3 else x.reshape(-1, 1, x.shape[-1])
     _rms_norm_kernel[(wide.shape[0] * wide.shape[1],)](
-        wide, weight, y, eps, wide.shape[1], *wide.stride()[:2], **_launch_options(x.shape[-1])
+        wide, weight, y, eps, wide.shape[1], *wide.stride()[:2], **launch_options(x.shape[-1])
     )
     return y
 
@@ -72,6 +88,25 @@ def add_rms_norm(
             float(beta),
             x.stride(0),
             residual.stride(0),
-            **_launch_options(x.shape[1]),
+            **launch_options(x.shape[1]),
         )
     return y, h
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, num_groups: int = 1) -> Tensor:
+    """x, gate [T, W] -> [T, W], a new contiguous tensor. Contract: `Kernels.gated_rms_norm`."""
+    num_tokens, width = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if num_tokens:
+        _gated_rms_norm_kernel[(num_tokens, num_groups)](
+            x,
+            gate,
+            weight,
+            y,
+            eps,
+            x.stride(0),
+            gate.stride(0),
+            GROUPS=num_groups,
+            **launch_options(width // num_groups),
+        )
+    return y

@@ -16,30 +16,26 @@ from .attention.reference import prefill as attention_prefill
 from .attention.reference import token_rows
 from .lightning.reference import chunked_prefill as lightning_prefill
 from .lightning.reference import decode as lightning_decode
+from .lightning.reference import fold as lightning_fold
+from .lightning.reference import replay_decode as lightning_replay
 from .lightning.reference import segments as lightning_segments
 
 __all__ = [
     "add_rms_norm",
-    "apply_rope",
     "attention_decode",
     "attention_prefill",
+    "gated_rms_norm",
     "lightning_decode",
+    "lightning_fold",
     "lightning_prefill",
+    "lightning_replay",
     "lightning_segments",
     "moe",
     "rms_norm",
+    "rope_and_store_kv",
+    "route",
     "silu_and_mul",
-    "store_kv",
 ]
-
-
-def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Scatter key, value [T, H_kv, D] into the caches, in place. Contract: `Kernels.store_kv`."""
-    if -1 in slot_mapping.tolist():
-        real = (slot_mapping >= 0).nonzero()[:, 0]
-        key, value, slot_mapping = key[real], value[real], slot_mapping[real]
-    token_rows(key_cache).index_copy_(0, slot_mapping, key.to(key_cache.dtype))
-    token_rows(value_cache).index_copy_(0, slot_mapping, value.to(value_cache.dtype))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -58,18 +54,41 @@ def add_rms_norm(
     return rms_norm(h, weight, eps), h
 
 
-def apply_rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
-    """Rotate channel pairs (j, j + R/2) of q [T, H, D] and k [T, H_kv, D] in place (Su et al. 2021).
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, num_groups: int = 1) -> Tensor:
+    """x, gate [T, W] -> [T, W]. Contract: `Kernels.gated_rms_norm`."""
+    groups = x.float().unflatten(-1, (num_groups, -1))
+    normed = F.rms_norm(groups, groups.shape[-1:], None, eps).flatten(-2)
+    return normed.mul_(weight).mul_(torch.sigmoid(gate.float())).to(x.dtype)
 
-    Contract: `Kernels.apply_rope`.
-    """
-    half = cos_sin.shape[-1] // 2
+
+def rope_and_store_kv(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """Rotates key in place on its way. Contract: `Kernels.rope_and_store_kv`."""
     cos, sin = cos_sin.index_select(0, positions)[:, None, :].chunk(2, dim=-1)  # [T, 1, R/2] each
-    for x in (q, k):
-        first, second = x[..., :half], x[..., half : 2 * half]
-        rotated = torch.addcmul(first * cos, second, sin, value=-1.0)
-        second.copy_(torch.addcmul(second * cos, first, sin))
-        first.copy_(rotated)
+    _rotate(q, cos, sin)
+    _rotate(key, cos, sin)
+    if -1 in slot_mapping.tolist():
+        real = (slot_mapping >= 0).nonzero()[:, 0]
+        key, value, slot_mapping = key[real], value[real], slot_mapping[real]
+    token_rows(key_cache).index_copy_(0, slot_mapping, key)
+    token_rows(value_cache).index_copy_(0, slot_mapping, value)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn channel pairs (j, j + R/2) of x [T, H, D] in place (Su et al. 2021); cos, sin: [T, 1, R/2] float32."""
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    rotated = torch.addcmul(first * cos, second, sin, value=-1.0)
+    second.copy_(torch.addcmul(second * cos, first, sin))
+    first.copy_(rotated)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -78,6 +97,12 @@ def silu_and_mul(x: Tensor) -> Tensor:
     if x.dtype == torch.float32:
         return F.silu(gate).mul_(up)
     return F.silu(gate.float()).mul_(up).to(x.dtype)
+
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Softmax is monotonic, and renormalised it is the softmax over the chosen ones. Contract: `Kernels.route`."""
+    chosen, experts = logits.topk(top_k, dim=-1)
+    return chosen.softmax(dim=-1), experts
 
 
 def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:

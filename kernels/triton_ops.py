@@ -8,24 +8,29 @@ from __future__ import annotations
 from .activation import silu_and_mul
 from .attention.decode import decode as attention_decode
 from .attention.prefill import prefill as attention_prefill
-from .kv_store import store_kv
-from .lightning.minimax import decode as lightning_decode
+from .lightning.decode import decode as lightning_decode
 from .lightning.minimax import prefill as lightning_prefill
+from .lightning.replay import fold as lightning_fold
+from .lightning.replay import replay_decode as lightning_replay
 from .lightning.seg_la import segments as lightning_segments
 from .moe import moe
-from .norm import add_rms_norm, rms_norm
-from .rope import apply_rope
+from .norm import add_rms_norm, gated_rms_norm, rms_norm
+from .rope import rope_and_store_kv
+from .routing import route
 
 __all__ = [
     "add_rms_norm",
-    "apply_rope",
     "attention_decode",
     "attention_prefill",
+    "gated_rms_norm",
     "lightning_decode",
+    "lightning_fold",
     "lightning_prefill",
+    "lightning_replay",
     "lightning_segments",
     "moe",
     "rms_norm",
+    "rope_and_store_kv",
+    "route",
     "silu_and_mul",
-    "store_kv",
 ]

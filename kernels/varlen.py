@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def find_block(p_start, num_segments, i_block, BLOCK: tl.constexpr):
+def find_block(p_start, num_segments, i_block, BLOCK):
     """Segment of the global block `i_block`, and the block's index in it; p_start: [num_segments + 1].
 
     Segment r owns the ids from start[r] // BLOCK + r up to start[r + 1] // BLOCK + r + 1, never fewer than its

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -11,8 +11,18 @@ from ..kernels import Kernels
 from .forward_batch import ForwardBatch
 
 
+class LinearState(NamedTuple):
+    """One lightning layer's part of the state pool."""
+
+    state: Tensor  # [num_slots, H, K, V]
+    key_ring: Tensor  # [num_slots, H, C, K], the last keys that the state does not hold yet; C = 0 unless replayed
+    value_ring: Tensor  # [num_slots, H, C, V]
+
+
 class LinearAttentionBackend(Protocol):
-    """Lightning attention for all rows of a batch."""
+    """Lightning attention for all rows of a batch. `ring_size` is C of `LinearState`, 0 for none."""
+
+    ring_size: int
 
     def forward(
         self,
@@ -21,19 +31,20 @@ class LinearAttentionBackend(Protocol):
         v: Tensor,
         slopes: Tensor,
         scale: float,
-        state: Tensor,
+        state: LinearState,
         batch: ForwardBatch,
         out: Tensor,
     ) -> Tensor:
-        """q, k [T, H, K], v, out [T, H, V]; state [num_slots, H, K, V], one layer of the pool, updated in place for the
-        slots of the batch. Returns `out`."""
+        """q, k [T, H, K], v, out [T, H, V]; `state` is updated in place for the slots of the batch. Returns `out`."""
 
 
 class MinimaxBackend:
-    """Prefill parallel over the blocks of all prompts at once, decode by its own kernel.
+    """Prefill parallel over chunks of all prompts at once, decode by its own kernel.
 
     Best for few heads and long prompts: a single prompt still fills the device.
     """
+
+    ring_size = 0
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -45,43 +56,54 @@ class MinimaxBackend:
         v: Tensor,
         slopes: Tensor,
         scale: float,
-        state: Tensor,
+        state: LinearState,
         batch: ForwardBatch,
         out: Tensor,
     ) -> Tensor:
-        rows, tokens = batch.num_prefills, batch.num_prefill_tokens
-        if rows:
-            self.kernels.lightning_prefill(
-                q[:tokens],
-                k[:tokens],
-                v[:tokens],
-                slopes,
-                scale,
-                state,
-                batch.state_indices[:rows],
-                batch.has_initial_state[:rows],
-                batch.query_start_loc[: rows + 1],
-                batch.max_query_len,
-                out[:tokens],
-            )
+        t = batch.num_prefill_tokens
+        if batch.num_prefills:
+            self.prefill(q[:t], k[:t], v[:t], slopes, scale, state, batch, out[:t])
         if batch.num_decodes:
-            self.kernels.lightning_decode(
-                q[tokens:],
-                k[tokens:],
-                v[tokens:],
-                slopes,
-                scale,
-                state,
-                batch.state_indices[rows:],
-                batch.has_initial_state[rows:],
-                out[tokens:],
-            )
+            self.decode(q[t:], k[t:], v[t:], slopes, scale, state, batch, out[t:])
         return out
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: LinearState,
+        batch: ForwardBatch,
+        out: Tensor,
+    ) -> None:
+        """The prefill rows of the batch, whose tokens alone are given."""
+        rows = _prefill_rows(batch)
+        self.kernels.lightning_prefill(q, k, v, slopes, scale, state.state, *rows, batch.max_query_len, out)
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: LinearState,
+        batch: ForwardBatch,
+        out: Tensor,
+    ) -> None:
+        """The decode rows of the batch, whose tokens alone are given."""
+        rows = slice(batch.num_prefills, None)
+        slots, continues = batch.state_indices[rows], batch.has_initial_state[rows]
+        self.kernels.lightning_decode(q, k, v, slopes, scale, state.state, slots, continues, out)
 
 
 class SegLaBackend:
     """One launch walks every row, prefill and decode alike, with the state in registers. Best for many rows."""
 
+    ring_size = 0
+
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
 
@@ -92,64 +114,98 @@ class SegLaBackend:
         v: Tensor,
         slopes: Tensor,
         scale: float,
-        state: Tensor,
+        state: LinearState,
         batch: ForwardBatch,
         out: Tensor,
     ) -> Tensor:
-        return self.kernels.lightning_segments(
-            q,
-            k,
-            v,
-            slopes,
-            scale,
-            state,
-            batch.state_indices,
-            batch.has_initial_state,
-            batch.query_start_loc,
-            batch.max_query_len,
-            out,
-        )
+        rows = (batch.state_indices, batch.has_initial_state, batch.query_start_loc)
+        return self.kernels.lightning_segments(q, k, v, slopes, scale, state.state, *rows, batch.max_query_len, out)
 
 
-class AutoBackend:
-    """Picks by shape. First rule: decode steps and few long prompts go to minimax, everything else to seg_la.
+class AutoBackend(MinimaxBackend):
+    """Picks by shape: prompts go to seg_la, but a few long ones of few heads to minimax; decode rows have their kernel.
 
-    seg_la has rows x heads programs that run one after another through their segment, so it starves the device when
-    both are few and the segment is long.
+    seg_la walks a row from end to end, so rows x heads is all it has to fill a device with; minimax cuts long rows up,
+    but reads keys and values twice. On an H100 (`docs/kernels.md`) they meet at about 40 long rows x heads.
     """
 
-    MIN_PARALLEL = 64  # rows x heads that keep a large GPU busy
-    LONG_PROMPT = 1024
+    MIN_PARALLEL = 40  # long rows x heads
+    LONG_PROMPT = 1024  # tokens; shorter ones are over before a second launch would help
 
-    def __init__(self, kernels: Kernels) -> None:
-        self.minimax = MinimaxBackend(kernels)
-        self.seg_la = SegLaBackend(kernels)
-
-    def forward(
+    def prefill(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         slopes: Tensor,
         scale: float,
-        state: Tensor,
+        state: LinearState,
         batch: ForwardBatch,
         out: Tensor,
-    ) -> Tensor:
-        starved = batch.num_prefills * q.shape[1] < self.MIN_PARALLEL and batch.max_query_len >= self.LONG_PROMPT
-        chosen = self.minimax if starved or batch.num_prefills == 0 else self.seg_la
-        return chosen.forward(q, k, v, slopes, scale, state, batch, out)
+    ) -> None:
+        longest = batch.max_query_len
+        long_rows = batch.num_prefill_tokens / longest  # as many as the tokens would make
+        if long_rows * q.shape[1] < self.MIN_PARALLEL and longest >= self.LONG_PROMPT:
+            super().prefill(q, k, v, slopes, scale, state, batch, out)
+        else:
+            rows = _prefill_rows(batch)
+            self.kernels.lightning_segments(q, k, v, slopes, scale, state.state, *rows, longest, out)
+
+
+class ReplayBackend(AutoBackend):
+    """Decode that seldom writes the state: the last tokens wait in a ring per slot, and are folded into the state when
+    it is full. Prefill as `auto` chooses. Best for large decode batches."""
+
+    ring_size = 16
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: LinearState,
+        batch: ForwardBatch,
+        out: Tensor,
+    ) -> None:
+        if batch.prefills_pending:
+            slots, continues, _ = _prefill_rows(batch)
+            self.kernels.lightning_fold(slopes, *state, slots, continues, batch.num_pending[: batch.num_prefills])
+        super().prefill(q, k, v, slopes, scale, state, batch, out)
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: LinearState,
+        batch: ForwardBatch,
+        out: Tensor,
+    ) -> None:
+        rows = slice(batch.num_prefills, None)
+        parts = (batch.state_indices[rows], batch.has_initial_state[rows], batch.num_pending[rows])
+        self.kernels.lightning_replay(q, k, v, slopes, scale, *state, *parts, out)
+
+
+def _prefill_rows(batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """state_indices, has_initial_state and query_start_loc of the prefill rows."""
+    rows = batch.num_prefills
+    return batch.state_indices[:rows], batch.has_initial_state[:rows], batch.query_start_loc[: rows + 1]
 
 
 LINEAR_BACKENDS: dict[str, Callable[[Kernels], LinearAttentionBackend]] = {
     "minimax": MinimaxBackend,
     "seg_la": SegLaBackend,
+    "replay": ReplayBackend,
     "auto": AutoBackend,
 }
 
 
 class FullAttentionBackend:
-    """Softmax attention over the paged KV cache: store this step's keys and values, then attend."""
+    """Softmax attention over the paged KV cache: rotate, store this step's keys and values, then attend."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -160,14 +216,16 @@ class FullAttentionBackend:
         k: Tensor,
         v: Tensor,
         cache: tuple[Tensor, Tensor],
+        cos_sin: Tensor,
         scale: float,
         batch: ForwardBatch,
         out: Tensor,
     ) -> Tensor:
-        """q, out [T, H, D]; k, v [T, H_kv, D]; cache: key and value [num_blocks, block_size, H_kv, D], written in place
-        at `batch.slot_mapping`. Returns `out`."""
+        """q, out [T, H, D], q rotated in place; k, v [T, H_kv, D], k is scratch; cache: key and value
+        [num_blocks, block_size, H_kv, D], written in place at `batch.slot_mapping`; cos_sin: [max_positions, R]
+        float32. Returns `out`."""
         key_cache, value_cache = cache
-        self.kernels.store_kv(k, v, key_cache, value_cache, batch.slot_mapping)
+        self.kernels.rope_and_store_kv(q, k, v, batch.positions, cos_sin, key_cache, value_cache, batch.slot_mapping)
         rows, tokens = batch.num_prefills, batch.num_prefill_tokens
         if rows:
             self.kernels.attention_prefill(

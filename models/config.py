@@ -107,6 +107,11 @@ class ModelConfig:
         """Bytes of recurrent state that one sequence holds, whatever its length."""
         return sum(math.prod(spec.state_shape) for spec in self.linear_layers) * itemsize
 
+    def ring_bytes_per_sequence(self, ring_size: int, itemsize: int) -> int:
+        """Bytes of the `ring_size` keys and values that wait beside each state."""
+        shapes = [spec.state_shape for spec in self.linear_layers]
+        return sum(heads * ring_size * (K + V) for heads, K, V in shapes) * itemsize
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values that one token adds."""
         return sum(2 * spec.num_kv_heads * spec.head_dim for spec in self.full_layers) * itemsize

@@ -34,12 +34,14 @@ class ForwardBatch:
     context_lens: Tensor  # [B] int32, tokens computed before this step
     has_initial_state: Tensor  # [B] bool, context_lens > 0; False = the state slot is dirty and must be ignored
     state_indices: Tensor  # [B] int32, slot of each row in the state pool; -1 = padding row
+    num_pending: Tensor  # [B] int32, computed tokens that wait in the slot's ring, not yet in its state (`replay`)
     slot_mapping: Tensor  # [T] int64, where each token's key and value go: block * block_size + offset
     block_table: Tensor  # [B, M] int32, the KV blocks of each row; entries past its length are 0 and never read
     logits_indices: Tensor  # [N] int64, the last token of each row whose next token is wanted
     num_prefills: int
     num_prefill_tokens: int
     num_decodes: int
+    prefills_pending: bool  # some prefill row has tokens waiting in its ring
     max_query_len: int  # longest prefill row; 1 when there is none
 
     @property

@@ -57,6 +57,10 @@ class RMSNorm(nn.Module):
         """(norm(h), h) with h = alpha * residual + beta * x."""
         return self.kernels.add_rms_norm(x, residual, self.weight, self.eps, alpha, beta)
 
+    def gated(self, x: Tensor, gate: Tensor) -> Tensor:
+        """norm(x) * sigmoid(gate). x, gate: [T, size]."""
+        return self.kernels.gated_rms_norm(x, gate, self.weight, self.eps)
+
     def targets(self, name: str) -> Iterator[Target]:
         yield Target(f"{name}.weight", self.weight)
 

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Kernels
-from .backends import FullAttentionBackend, LinearAttentionBackend
+from .backends import FullAttentionBackend, LinearAttentionBackend, LinearState
 from .config import LayerSpec, LightningSpec, ModelConfig, SoftmaxSpec
 from .forward_batch import ForwardBatch
 from .layers import DenseMlp, Projection, RMSNorm, RotaryTable, parameter
 from .moe import SharedExpertMlp, SparseMoe
 from .weights import Target
 
-Cache = Tensor | tuple[Tensor, Tensor]  # one layer's state, or its keys and values
+Cache = LinearState | tuple[Tensor, Tensor]  # one layer's states, or its keys and values
 
 
 class LightningAttention(nn.Module):
@@ -50,15 +50,15 @@ class LightningAttention(nn.Module):
         self.out_proj = Projection(width, {"out_proj": hidden_size}, device=device, dtype=dtype)
         self.slopes = torch.tensor(spec.slopes, dtype=torch.float32, device=device)
 
-    def forward(self, x: Tensor, batch: ForwardBatch, state: Tensor) -> Tensor:
-        """x [T, d] -> [T, d]; updates the batch's slots of state [num_slots, H, K, V] in place."""
+    def forward(self, x: Tensor, batch: ForwardBatch, state: LinearState) -> Tensor:
+        """x [T, d] -> [T, d]; updates the batch's slots of `state` in place."""
         heads, dim = self.spec.num_heads, self.spec.head_dim
         qkv, gate = self.in_proj(x).split([3 * heads * dim, heads * dim], dim=-1)
         # Interleaved per head: rows [q | k | v] of head 0, then of head 1, ...
-        q, k, v = F.silu(qkv).view(-1, heads, 3 * dim).split(dim, dim=-1)
+        q, k, v = F.silu(qkv, inplace=True).view(-1, heads, 3 * dim).split(dim, dim=-1)
         out = x.new_empty(x.shape[0], heads, dim)
         self.backend.forward(q, k, v, self.slopes, self.spec.scale, state, batch, out)
-        return self.out_proj(self.norm(out.flatten(1)) * torch.sigmoid(gate))
+        return self.out_proj(self.norm.gated(out.flatten(1), gate))
 
     def targets(self, prefix: str) -> Iterator[Target]:
         yield from self.in_proj.targets(prefix)
@@ -81,7 +81,6 @@ class SoftmaxAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.kernels = kernels
         self.rotary = rotary
         self.backend = FullAttentionBackend(kernels)
         q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -101,9 +100,8 @@ class SoftmaxAttention(nn.Module):
             .view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
             .split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
         )
-        self.kernels.apply_rope(q, k, batch.positions, self.rotary.cos_sin)
         out = x.new_empty(x.shape[0], spec.num_heads, spec.head_dim)
-        self.backend.forward(q, k, v, cache, spec.scale, batch, out)
+        self.backend.forward(q, k, v, cache, self.rotary.cos_sin, spec.scale, batch, out)
         return self.o_proj(out.flatten(1))
 
     def targets(self, prefix: str) -> Iterator[Target]:

@@ -31,9 +31,7 @@ class SparseMoe(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, d] -> [T, d]."""
-        probabilities = self.router(x.float()).softmax(dim=-1)
-        weights, experts = probabilities.topk(self.top_k, dim=-1)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights, experts = self.kernels.route(self.router(x.float()), self.top_k)
         return self.kernels.moe(x, self.gate_up, self.down, weights, experts)
 
     def targets(self, prefix: str) -> Iterator[Target]:

@@ -50,12 +50,14 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, model_config, device)
     kernels = load("torch")
+    backend = LINEAR_BACKENDS[config.linear_backend](kernels)
     model = FAMILIES[model_config.architecture].module()(
-        model_config, kernels, LINEAR_BACKENDS["minimax"](kernels), device=torch.device("meta"), dtype=dtype
+        model_config, kernels, backend, device=torch.device("meta"), dtype=dtype
     )
     weight_bytes = sum(p.nbytes for p in model.parameters())
     state_dtype = getattr(torch, config.state_dtype)
     state = model_config.state_bytes_per_sequence(state_dtype.itemsize)
+    state += model_config.ring_bytes_per_sequence(backend.ring_size, dtype.itemsize)
     kv = model_config.kv_bytes_per_token(dtype.itemsize)
     lines = [
         f"{folder}",

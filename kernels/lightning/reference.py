@@ -208,3 +208,61 @@ def segments(
             out[t:end],
         )
     return out
+
+
+def fold(
+    slopes: Tensor,
+    state: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor,
+    num_pending: Tensor,
+) -> None:
+    """Contract: `Kernels.lightning_fold`."""
+    rows = zip(state_indices.tolist(), has_initial_state.tolist(), num_pending.tolist(), strict=True)
+    for slot, continues, count in rows:
+        if slot >= 0 and continues and count:
+            state[slot] = _replayed_state(slopes, state, key_ring, value_ring, slot, count)
+
+
+def replay_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    scale: float,
+    state: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor,
+    num_pending: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Row by row. Contract: `Kernels.lightning_replay`."""
+    decay = torch.exp(-slopes.float())[:, None, None]
+    rows = zip(state_indices.tolist(), has_initial_state.tolist(), num_pending.tolist(), strict=True)
+    for row, (slot, continues, count) in enumerate(rows):
+        if slot < 0:
+            out[row].zero_()
+            continue
+        s = _replayed_state(slopes, state, key_ring, value_ring, slot, count) if continues else state[slot].float()
+        _decode_in_place(q[row], k[row], v[row], decay, scale, s, continues, out[row])
+        if continues and count < key_ring.shape[2] - 1:
+            key_ring[slot, :, count], value_ring[slot, :, count] = k[row], v[row]
+        else:
+            state[slot] = s
+    return out
+
+
+def _replayed_state(
+    slopes: Tensor, state: Tensor, key_ring: Tensor, value_ring: Tensor, slot: int, count: int
+) -> Tensor:
+    """The slot's state after its waiting tokens, [H, K, V] float32, a copy."""
+    age = torch.arange(count - 1, -1, -1, device=state.device)
+    decay = torch.exp(-slopes.float()[:, None] * age)[:, :, None]  # [H, count, 1]
+    s = state[slot].float() * torch.exp(-slopes.float() * count)[:, None, None]
+    keys, values = (ring[slot, :, :count].float() for ring in (key_ring, value_ring))
+    # [H, K, count] @ [H, count, V] -> [H, K, V]
+    return torch.baddbmm(s, keys.transpose(1, 2), values * decay)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import load_rows, load_state, state_pointers, store_rows, tiles_for, token_step
+from .decode import decode
+from .tile import load_state, state_pointers, store_rows, token_step, walk, walk_tiles
 
 
 @triton.jit(do_not_specialize_on_alignment=["p_slots", "p_continues", "p_start"])
@@ -25,17 +26,17 @@ def _segment_kernel(
     p_start,
     p_o,
     scale,
-    q_t,
+    q_t: tl.constexpr,
     q_h,
-    k_t,
+    k_t: tl.constexpr,
     k_h,
-    v_t,
+    v_t: tl.constexpr,
     v_h,
-    o_t,
+    o_t: tl.constexpr,
     o_h,
     s_n,
     s_h,
-    s_k,
+    s_k: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -55,8 +56,8 @@ def _segment_kernel(
     p_o += first * o_t + i_h * o_h
     slot = tl.load(p_slots + i_b)
     if slot < 0:
-        for i_t in range(0, n, BT):
-            store_rows(p_o, tl.zeros([BT, BV], tl.float32), i_t, n, i_v, o_t, V, BT, BV)
+        for start in range(0, n, BT):
+            store_rows(p_o, tl.zeros([BT, BV], tl.float32), start, n, i_v, o_t, V, BT, BV)
         return
 
     slope = tl.load(p_slopes + i_h)
@@ -65,26 +66,7 @@ def _segment_kernel(
     if n == 1:
         b_s = token_step(p_q, p_k, p_v, p_o, b_s, slope, scale, i_v, K, V, BK, BV)
     else:
-        a = tl.arange(0, BT)
-        lag = a[:, None] - a[None, :]
-        b_decay = tl.where(lag >= 0, tl.exp(-slope * tl.maximum(lag, 0)) * scale, 0.0)  # [BT, BT]
-        b_in = tl.exp(-slope * (a + 1)) * scale
-        for i_t in range(0, n, BT):
-            m = tl.minimum(n - i_t, BT)
-            b_q = load_rows(p_q, i_t, n, 0, q_t, K, BT, BK)
-            b_k = load_rows(p_k, i_t, n, 0, k_t, K, BT, BK)
-            b_v = load_rows(p_v, i_t, n, i_v, v_t, V, BT, BV)
-            # [BT, BK] @ [BK, BT] -> [BT, BT]
-            b_score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_decay
-            # [BT, BK] @ [BK, BV] -> [BT, BV]
-            b_o = tl.dot(b_q.to(DOT), b_s.to(DOT), input_precision=PRECISION) * b_in[:, None]
-            # [BT, BT] @ [BT, BV] -> [BT, BV]
-            b_o += tl.dot(b_score.to(b_v.dtype), b_v, input_precision=PRECISION)
-            store_rows(p_o, b_o, i_t, n, i_v, o_t, V, BT, BV)
-            b_out = tl.exp(-slope * tl.maximum(m - 1 - a, 0))
-            # [BK, BT] @ [BT, BV] -> [BK, BV]
-            b_kv = tl.dot(tl.trans(b_k), (b_v * b_out[:, None]).to(b_v.dtype), input_precision=PRECISION)
-            b_s = b_s * tl.exp(-slope * m) + b_kv
+        b_s = walk(p_q, p_k, p_v, p_o, b_s, slope, scale, n, i_v, q_t, k_t, v_t, o_t, K, V, BT, BK, BV, DOT, PRECISION)
     tl.store(p_s, b_s.to(p_state.dtype.element_ty), mask=m_s)
 
 
@@ -101,10 +83,12 @@ def segments(
     max_query_len: int,
     out: Tensor,
 ) -> Tensor:
-    """Contract: `Kernels.lightning_segments`."""
+    """Contract: `Kernels.lightning_segments`. A batch of single tokens takes the decode kernel, which needs no dots."""
+    if max_query_len == 1 and q.shape[0] == state_indices.shape[0]:
+        return decode(q, k, v, slopes, scale, state, state_indices, has_initial_state, out)
     num_heads, head_dim = q.shape[1:]
     value_dim = v.shape[2]
-    tiles = tiles_for(q, v)
+    tiles = walk_tiles(q, v, state_indices.shape[0])
     grid = (triton.cdiv(value_dim, tiles.BV), num_heads, state_indices.shape[0])
     if 0 in grid:
         return out
@@ -127,7 +111,5 @@ def segments(
         head_dim,
         value_dim,
         **tiles._asdict(),
-        num_warps=4,
-        num_stages=2,
     )
     return out

@@ -94,7 +94,7 @@ def test_unknown_key_is_named_with_its_source_and_a_suggestion(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("linear_backend", "flash", "auto, minimax, seg_la"),
+        ("linear_backend", "flash", "auto, minimax, seg_la, replay"),
         ("kernels", "cuda", "auto, torch, triton"),
         ("state_dtype", "int8", "float32, bfloat16, float16"),
         ("log_level", "loud", "debug, info, warning, error"),

@@ -88,6 +88,7 @@ def test_dtypes_are_those_of_the_contract():
         "context_lens": torch.int32,
         "has_initial_state": torch.bool,
         "state_indices": torch.int32,
+        "num_pending": torch.int32,
         "slot_mapping": torch.int64,
         "block_table": torch.int32,
         "logits_indices": torch.int64,
@@ -100,6 +101,15 @@ def test_decode_rows_alone():
     assert (batch.num_prefills, batch.num_prefill_tokens, batch.num_decodes, batch.max_query_len) == (0, 0, 3, 1)
     assert batch.extend_start_loc.tolist() == []
     assert batch.logits_indices.tolist() == [0, 1, 2]
+
+
+def test_tokens_that_wait_in_rings_are_counted_and_prefill_rows_that_have_some_are_said():
+    decoding = sequence([1, 2], output=(3,), block_table=[0], state_slot=0, num_computed_tokens=2, num_pending_tokens=5)
+    batch = build(ScheduledBatch([decoding], [1], 0))
+    assert (batch.num_pending.tolist(), batch.prefills_pending) == ([5], False)
+    extended = sequence(8, block_table=[1, 2], state_slot=1, num_computed_tokens=4, num_pending_tokens=2)
+    batch = build(ScheduledBatch([extended, decoding], [4, 1], 1))
+    assert (batch.num_pending.tolist(), batch.prefills_pending) == ([2, 5], True)
 
 
 def test_recomputing_after_a_preemption_feeds_prompt_and_answer_as_one_prefill():

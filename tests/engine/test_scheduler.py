@@ -15,9 +15,13 @@ from leyden.engine.slots import SlotManager
 EOS = 0
 
 
-def make_scheduler(*, blocks=8, block_size=4, slots=4, budget=16, max_waiting=100) -> Scheduler:
+def make_scheduler(*, blocks=8, block_size=4, slots=4, budget=16, max_waiting=100, ring_size=0) -> Scheduler:
     return Scheduler(
-        BlockManager(blocks, block_size), SlotManager(slots), max_num_batched_tokens=budget, max_waiting=max_waiting
+        BlockManager(blocks, block_size),
+        SlotManager(slots),
+        max_num_batched_tokens=budget,
+        max_waiting=max_waiting,
+        ring_size=ring_size,
     )
 
 
@@ -155,6 +159,30 @@ class Simulation:
         assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
         assert scheduler.slots.num_free == scheduler.slots.num_slots
         assert self.num_refused + self.num_aborted + len(self.finished) == self.num_arrivals
+
+
+@pytest.mark.parametrize(("ring_size", "expected"), [(0, [0, 0, 0, 0, 0, 0]), (4, [0, 1, 2, 3, 0, 1])])
+def test_decoded_tokens_wait_until_their_ring_is_full(ring_size, expected):
+    scheduler = make_scheduler(ring_size=ring_size)
+    row = sequence(3, max_tokens=20)
+    scheduler.add(row)
+    counts = []
+    for _ in expected:
+        step(scheduler)
+        counts.append(row.num_pending_tokens)
+    assert counts == expected
+
+
+def test_nothing_waits_after_a_preemption():
+    scheduler = make_scheduler(blocks=4, block_size=1, ring_size=16)
+    first, second = sequence(1, request_id="a", max_tokens=4), sequence(1, request_id="b", max_tokens=4, arrival=1)
+    scheduler.add(first)
+    scheduler.add(second)
+    while not scheduler.num_preemptions:
+        step(scheduler)
+    assert first.num_pending_tokens > 0
+    assert (second.status, second.num_pending_tokens) == (Status.WAITING, 0)
+    step(scheduler)
 
 
 def test_thousands_of_random_requests_keep_every_law():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from leyden.kernels import torch_ops, triton_ops
+from leyden.kernels.attention.decode import num_splits
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
@@ -44,12 +45,13 @@ def make_case(
     D: int = 16,
     dtype: torch.dtype = torch.float32,
     spare_columns: int = 3,
+    block_size: int = BLOCK_SIZE,
 ) -> Case:
     generator = torch.Generator().manual_seed(0)
     totals = [n + c for n, c in zip(lengths, contexts, strict=True)]
-    needed = [-(-total // BLOCK_SIZE) for total in totals]
+    needed = [-(-total // block_size) for total in totals]
     free = (torch.randperm(sum(needed) + 4, generator=generator) + 1).tolist()
-    cache = torch.full((2, len(free) + 1, BLOCK_SIZE, kv_heads, D), float("nan"), dtype=dtype)
+    cache = torch.full((2, len(free) + 1, block_size, kv_heads, D), float("nan"), dtype=dtype)
     table = torch.zeros(len(lengths), max(needed) + spare_columns, dtype=torch.int32)
     wide = torch.randn(sum(lengths), heads, D + 8, generator=generator).to(dtype)
     q = wide[..., :D]
@@ -60,8 +62,8 @@ def make_case(
         table[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
         keys, values = torch.randn(2, total, kv_heads, D, generator=generator).to(dtype)
         for t in range(total):
-            cache[0, blocks[t // BLOCK_SIZE], t % BLOCK_SIZE] = keys[t]
-            cache[1, blocks[t // BLOCK_SIZE], t % BLOCK_SIZE] = values[t]
+            cache[0, blocks[t // block_size], t % block_size] = keys[t]
+            cache[1, blocks[t // block_size], t % block_size] = values[t]
         expected.append(plain_attention(q[start : start + n], keys, values, context, D**-0.5))
         start += n
     return Case(
@@ -117,7 +119,7 @@ def needs_gpu_for_bf16_dots(backend: str, dtype: torch.dtype) -> None:
 
 
 @every_kernel
-@pytest.mark.parametrize("context", [0, 1, 15, 16, 100], ids=lambda n: f"context{n}")
+@pytest.mark.parametrize("context", [0, 1, 15, 16, 62, 100], ids=lambda n: f"context{n}")
 @pytest.mark.parametrize("length", [1, 2, 17, 64, 65, *([300, 1000] if ON_GPU else [])], ids=lambda n: f"n{n}")
 def test_a_query_sees_its_history_and_itself(backend, length, context, device, assert_close):
     case = make_case(device, [length, 3], [context, 5], heads=2, kv_heads=1)
@@ -142,8 +144,26 @@ def test_prefill_takes_any_group(backend, heads, kv_heads, device, assert_close)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_prefill_in_half_precision_stays_in_its_error_bound(backend, dtype, device, assert_close):
     needs_gpu_for_bf16_dots(backend, dtype)
-    case = make_case(device, [65, 1, 30], [0, 20, 100], dtype=dtype, D=64)
+    case = make_case(device, [65, 1, 30], [0, 62, 100], dtype=dtype, D=64)
     assert_close("out", prefill(backend, case, 65), case.expected, BOUNDS[dtype])
+
+
+@every_kernel
+@pytest.mark.parametrize("block_size", [1, 8, 24, 48, 256])
+def test_blocks_may_have_any_size(backend, block_size, device, assert_close):
+    # Smaller than a tile of keys, no divisor of one, larger than one.
+    case = make_case(device, [40, 1, 7], [0, 60, 300], block_size=block_size, heads=2, kv_heads=1)
+    assert_close("prefill", prefill(backend, case, 40), case.expected, 1e-6)
+    case = make_case(device, [1, 1], [10, 1100], block_size=block_size, heads=2, kv_heads=1)
+    assert_close("decode", decode(backend, case), case.expected, 1e-6)
+
+
+def test_splits_follow_from_shapes_and_never_outnumber_what_the_device_runs():
+    assert [num_splits(8, n) for n in (1, 256, 257, 1024, 1 << 20)] == [1, 1, 2, 4, 64]
+    for programs in (1, 8, 60, 512, 2048, 5000):
+        splits = num_splits(programs, 1 << 20)
+        assert splits in (1, 2, 4, 8, 16, 32, 64)
+        assert splits == 1 or splits * programs <= 4096
 
 
 @every_kernel
@@ -230,19 +250,27 @@ def make_chunk(case: Case, start: int, end: int) -> Case:
 
 @every_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_store_writes_the_mapped_slots_and_nothing_else(backend, dtype, device):
-    heads, D, T = 3, 24, 7
-    qkv = torch.randn(T, heads, 3 * D, device=device).to(dtype)
-    key, value = qkv[..., D : 2 * D], qkv[..., 2 * D :]
-    caches = torch.randn(2, 5, BLOCK_SIZE, heads, D, device=device).to(dtype)
-    expected = caches.clone()
-    slots = [17, -1, 0, 79, 33, -1, 16]
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (20, 1), (18, 18), (4, 20)])
+@pytest.mark.parametrize("block_size", [BLOCK_SIZE, 5])
+def test_store_writes_the_mapped_slots_and_nothing_else(backend, dtype, heads, kv_heads, block_size, device):
+    D, slots = 24, [17, -1, 0, 79, 33, -1, 16]
+    projected = torch.randn(len(slots), heads + kv_heads, 3 * D, device=device).to(dtype)
+    q, key, value = projected[:, :heads, :D], projected[:, heads:, D : 2 * D], projected[:, heads:, 2 * D :]
+    caches = torch.randn(2, 80 // block_size, block_size, kv_heads, D, device=device).to(dtype)
+    expected, kept = caches.clone(), projected.clone()
     for t, slot in enumerate(slots):
         if slot >= 0:
-            expected[0, slot // BLOCK_SIZE, slot % BLOCK_SIZE] = key[t]
-            expected[1, slot // BLOCK_SIZE, slot % BLOCK_SIZE] = value[t]
-    KERNELS[backend].store_kv(key, value, caches[0], caches[1], torch.tensor(slots, device=device))
+            expected[0, slot // block_size, slot % block_size] = key[t]
+            expected[1, slot // block_size, slot % block_size] = value[t]
+    store_unturned(backend, q, key, value, caches, torch.tensor(slots, device=device))
     assert torch.equal(caches, expected)
+    assert torch.equal(projected, kept)
+
+
+def store_unturned(backend: str, q: Tensor, key: Tensor, value: Tensor, caches: Tensor, slots: Tensor) -> None:
+    """All at position 0, where no channel turns."""
+    cos_sin = torch.tensor([[1.0, 1.0, 0.0, 0.0]], device=q.device)
+    KERNELS[backend].rope_and_store_kv(q, key, value, torch.zeros_like(slots), cos_sin, caches[0], caches[1], slots)
 
 
 @pytest.mark.gpu
@@ -265,9 +293,8 @@ def test_cache_blocks_beyond_two_to_the_31_elements_are_addressed(device, assert
     high = num_blocks - 1 - torch.arange(len(used), device=device)
     slots = (high[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=device)).flatten()
     old = case.block_table[0, used].long()
-    triton_ops.store_kv(
-        case.key_cache[old].flatten(0, 1), case.value_cache[old].flatten(0, 1), caches[0], caches[1], slots
-    )
+    key, value = case.key_cache[old].flatten(0, 1), case.value_cache[old].flatten(0, 1)
+    store_unturned("triton", torch.zeros_like(key), key, value, caches, slots)
     table[0, used] = high.int()
     moved = Case(
         case.q,
@@ -289,10 +316,11 @@ def test_no_kernel_synchronises_with_the_host(device):
     case = make_case(device, [20, 1], [0, 50], dtype=torch.bfloat16, D=64)
     step = make_case(device, [1, 1], [20, 50], dtype=torch.bfloat16, D=64)
     slots = torch.arange(21, device=device)
-    key = torch.randn(21, 2, 64, device=device, dtype=torch.bfloat16)
+    q, key, value = torch.randn(3, 21, 2, 64, device=device, dtype=torch.bfloat16)
+    cos_sin = torch.randn(21, 32, device=device)
 
     def everything() -> None:
-        triton_ops.store_kv(key, key, step.key_cache, step.value_cache, slots)
+        triton_ops.rope_and_store_kv(q, key, value, slots, cos_sin, step.key_cache, step.value_cache, slots)
         prefill("triton", case, 20)
         decode("triton", step)
 

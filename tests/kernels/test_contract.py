@@ -44,10 +44,9 @@ def test_a_step_without_tokens_is_harmless(ops, device):
     assert ops.lightning_prefill(q, q, q, slopes, 1.0, state, none, new, start, 0, q).shape == q.shape
     assert ops.lightning_segments(q, q, q, slopes, 1.0, state, none, new, start, 0, q).shape == q.shape
     assert ops.lightning_decode(q, q, q, slopes, 1.0, state, none, new, q).shape == q.shape
-    ops.store_kv(q, q, cache, cache, positions)
+    ops.rope_and_store_kv(q, q, q, positions, zeros(4, 8), cache, cache, positions)
     assert ops.attention_prefill(q, cache, cache, table, start, none, 0, 1.0, q).shape == q.shape
     assert ops.attention_decode(q, cache, cache, table, none, 1.0, q).shape == q.shape
-    ops.apply_rope(q, q, positions, zeros(4, 8))
     x, weight = zeros(0, 32), zeros(32)
     assert ops.rms_norm(x, weight, 1e-5).shape == (0, 32)
     assert ops.add_rms_norm(x, x, weight, 1e-5, 1.0, 1.0)[1].shape == (0, 32)

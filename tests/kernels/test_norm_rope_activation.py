@@ -63,27 +63,69 @@ def test_add_rms_norm_returns_the_weighted_sum_and_its_norm(backend, dtype, alph
 
 @every_kernel
 @every_dtype
+@pytest.mark.parametrize(("width", "num_groups"), [(96, 1), (96, 3), (96, 6), (2048, 1), (2048, 4), (80, 5)])
+def test_gated_rms_norm_is_the_norm_of_each_group_times_the_open_gate(
+    backend, dtype, width, num_groups, device, rng, assert_close
+):
+    projected = (torch.randn(5, 3 * width, generator=rng) * 3).to(device, dtype)
+    wide = torch.randn(5, 2 * width, generator=rng).to(device, dtype)
+    wide[:, width:] *= torch.arange(1, width + 1, device=device)  # groups of different sizes of values
+    x, gate = wide[:, width:], projected[:, width : 2 * width]
+    weight = torch.rand(width, generator=rng).to(device, dtype)
+    kept = wide.clone(), projected.clone()
+    y = KERNELS[backend].gated_rms_norm(x, gate, weight, 1e-5, num_groups)
+    groups = (part.unflatten(-1, (num_groups, -1)) for part in (x, weight))
+    expected = plain_norm(*groups, 1e-5).flatten(1) * gate.double().sigmoid()
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    assert_close("y", y, expected, BOUNDS[dtype])
+    assert torch.equal(wide, kept[0])
+    assert torch.equal(projected, kept[1])
+
+
+@every_kernel
+def test_a_shut_gate_lets_nothing_through_and_one_group_is_the_default(backend, device, rng, assert_close):
+    x, weight = torch.randn(2, 64, generator=rng).to(device), torch.rand(64, generator=rng).to(device)
+    shut, open_ = torch.full_like(x, -1e4), torch.full_like(x, 1e4)
+    gated = KERNELS[backend].gated_rms_norm
+    assert torch.equal(gated(x, shut, weight, 1e-5), torch.zeros_like(x))
+    assert_close("y", gated(x, open_, weight, 1e-5), plain_norm(x, weight, 1e-5), 1e-6)
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 2), (18, 18), (20, 1)])
 @pytest.mark.parametrize(("D", "R"), [(16, 8), (64, 32), (128, 64), (96, 96), (80, 20)])
-def test_rope_turns_the_first_channels_in_pairs_and_keeps_the_rest(backend, dtype, D, R, device, rng, assert_close):
-    T, heads, kv_heads = 5, 3, 2
-    qkv = torch.randn(T, heads + kv_heads, 3 * D, generator=rng).to(device, dtype)
-    q, k = qkv[:, :heads, :D], qkv[:, heads:, D : 2 * D]
-    positions = torch.tensor([0, 7, 1, 499, 0], device=device)
+def test_rope_turns_the_first_channels_in_pairs_and_keeps_the_rest(
+    backend, dtype, heads, kv_heads, D, R, device, rng, assert_close
+):
+    positions = torch.tensor([0, 7, 1, 499, 250, 0], device=device)
+    slots = torch.tensor([13, 2, -1, 8, 5, -1], device=device)
+    real = slots >= 0
+    projected = torch.randn(len(slots), heads + 2 * kv_heads, D, generator=rng).to(device, dtype)
     angles = torch.arange(500)[:, None] * 10000.0 ** (-torch.arange(0, R, 2) / R)
     cos_sin = torch.cat([angles.cos(), angles.sin()], -1).to(device)
-    expected = qkv.double().clone()
     cos, sin = (x.double()[positions][:, None] for x in cos_sin.chunk(2, -1))
-    for x in (expected[:, :heads, :D], expected[:, heads:, D : 2 * D]):
-        first, second = x[..., : R // 2].clone(), x[..., R // 2 : R].clone()
-        x[..., : R // 2] = first * cos - second * sin
-        x[..., R // 2 : R] = second * cos + first * sin
-    kept = qkv.clone()
-    KERNELS[backend].apply_rope(q, k, positions, cos_sin)
-    assert_close("q and k", qkv, expected, BOUNDS[dtype])
-    for now, before in ((q, kept[:, :heads, :D]), (k, kept[:, heads:, D : 2 * D])):
+    expected = projected.double()
+    first, second = expected[..., : R // 2].clone(), expected[..., R // 2 : R].clone()
+    expected[..., : R // 2] = first * cos - second * sin
+    expected[..., R // 2 : R] = second * cos + first * sin
+
+    kept = projected.clone()
+    caches = torch.full((2, 4, 4, kv_heads, D), float("nan"), dtype=dtype, device=device)
+    parts = projected.split([heads, kv_heads, kv_heads], dim=1)
+    KERNELS[backend].rope_and_store_kv(*parts, positions, cos_sin, caches[0], caches[1], slots)
+
+    q, stored = parts[0], caches.flatten(1, 2)
+    assert_close("q", q, expected[:, :heads], BOUNDS[dtype])  # of padding rows too
+    assert_close("keys", stored[0, slots[real]], expected[real, heads : heads + kv_heads], BOUNDS[dtype])
+    assert torch.equal(stored[1, slots[real]], kept[real, heads + kv_heads :])
+    for now, before in ((q, kept[:, :heads]), (stored[0, slots[real]], kept[real, heads : heads + kv_heads])):
         assert torch.equal(now[..., R:], before[..., R:])
         assert torch.equal(now[0], before[0])  # position 0 does not turn
-    assert torch.equal(qkv[..., 2 * D :], kept[..., 2 * D :])
+    assert torch.equal(parts[2], kept[:, heads + kv_heads :])
+    others = torch.ones(stored.shape[1], dtype=torch.bool, device=device).index_fill(0, slots[real], False)
+    assert stored[:, others].isnan().all()
 
 
 @every_kernel
@@ -109,14 +151,11 @@ def test_silu_of_a_very_negative_gate_is_zero(backend, device):
 def test_no_kernel_synchronises_with_the_host(device):
     x = torch.randn(4, 128, device=device)
     weight = torch.ones(128, device=device)
-    q = torch.randn(4, 2, 32, device=device)
-    positions = torch.arange(4, device=device)
-    cos_sin = torch.randn(4, 16, device=device)
 
     def everything() -> None:
         triton_ops.rms_norm(x, weight, 1e-5)
         triton_ops.add_rms_norm(x, x, weight, 1e-5, 1.0, 1.0)
-        triton_ops.apply_rope(q, q, positions, cos_sin)
+        triton_ops.gated_rms_norm(x, x, weight, 1e-5, 2)
         triton_ops.silu_and_mul(x)
 
     everything()  # compiles

@@ -52,7 +52,7 @@ def cut_at_stop(ids: list[int]) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la"])
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 257])
 def test_equals_transformers_token_for_token(expected, backend, chunk):
     rows = min(chunk, 4)
@@ -66,7 +66,7 @@ def test_equals_transformers_token_for_token(expected, backend, chunk):
     assert got == [cut_at_stop(answer) for _, answer in expected]
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la"])
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
 def test_equals_transformers_after_preemption(expected, backend):
     longest = max(len(prompt) for prompt, _ in expected) + NUM_TOKENS
     prompts = [prompt for prompt, _ in expected] * 2
@@ -83,7 +83,7 @@ def test_equals_transformers_after_preemption(expected, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["minimax", "seg_la"])
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
 def test_interpreted_triton_equals_transformers(expected, backend):
     pytest.importorskip("triton")
     prompt, answer = expected[0]
@@ -92,7 +92,7 @@ def test_interpreted_triton_equals_transformers(expected, backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "auto"])
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "auto", "replay"])
 @pytest.mark.parametrize("chunk", [7, 512])
 def test_gpu_equals_transformers_on_the_cpu_token_for_token(expected, backend, chunk):
     got = answers([p for p, _ in expected], device="cuda", linear_backend=backend, max_num_batched_tokens=chunk)
@@ -100,7 +100,7 @@ def test_gpu_equals_transformers_on_the_cpu_token_for_token(expected, backend, c
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["minimax", "seg_la"])
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
 def test_gpu_in_bfloat16_tells_nearly_the_same(expected, backend):
     """Half precision may take another word where two are nearly tied, so the bound is on the first tokens alone."""
     prompts = [prompt for prompt, _ in expected]

@@ -57,7 +57,7 @@ def run(core: EngineCore, prompts: dict[str, list[int]], num_tokens: int = NUM_T
     return answers
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "auto"])
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "auto", "replay"])
 def test_alone(checkpoint, backend, device):
     folder, expected = checkpoint
     core = make_core(folder, device=device, linear_backend=backend)
@@ -65,7 +65,7 @@ def test_alone(checkpoint, backend, device):
         assert run(core, {"x": prompt})["x"] == answer, f"prompt of {n}"
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la"])
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
 @pytest.mark.parametrize("chunk", [7, 64, 257])
 def test_ragged_mixed_batches_with_chunked_prompts(checkpoint, backend, chunk, device):
     folder, expected = checkpoint
@@ -75,7 +75,7 @@ def test_ragged_mixed_batches_with_chunked_prompts(checkpoint, backend, chunk, d
         assert answers == {str(n): answer for n, (_, answer) in expected.items()}
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la"])
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
 def test_prompt_fed_one_token_at_a_time(checkpoint, backend, device):
     folder, expected = checkpoint
     core = make_core(folder, device=device, linear_backend=backend, max_num_batched_tokens=1, max_num_seqs=1)
@@ -83,7 +83,7 @@ def test_prompt_fed_one_token_at_a_time(checkpoint, backend, device):
     assert run(core, {"x": prompt})["x"] == answer
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la"])
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
 def test_after_preemption(checkpoint, backend, device):
     folder, expected = checkpoint
     lengths = (17, 64, 65, 130)
@@ -127,6 +127,7 @@ def test_neighbours_that_come_and_go_do_not_matter(checkpoint, device):
         ("seg_la", 4, LINEAR_FIRST[1:3]),
         ("minimax", 4, FULL_FIRST[:2]),
         ("seg_la", 8, FULL_FIRST[:2]),
+        ("replay", 4, LINEAR_FIRST[1:3]),
     ],
 )
 def test_interpreted_triton_kernels(tmp_path, backend, heads, layer_types):

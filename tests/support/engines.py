@@ -91,6 +91,7 @@ def sequence(
 ) -> Sequence:
     """A sequence by hand. Names of sampling parameters go to them, other names to the sequence."""
     own = {
+        "num_pending_tokens",
         "max_tokens",
         "priority",
         "arrival",

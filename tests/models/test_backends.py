@@ -1,0 +1,149 @@
+"""Every linear backend through the life of a sequence: chunks, decoding, chunks again, slots that had other owners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from leyden.kernels import load
+from leyden.kernels.lightning.reference import recurrence
+from leyden.models.backends import LINEAR_BACKENDS, LinearState
+from leyden.models.forward_batch import ForwardBatch
+from torch import Tensor
+
+HEADS, DIM = 2, 16
+EMPTY = torch.empty(0)
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence: all of its tokens' q, k, v [n, H, D], and how far it has come."""
+
+    qkv: Tensor
+    slot: int
+    computed: int = 0
+    pending: int = 0
+    outs: list[Tensor] = field(default_factory=list)
+
+
+def make_row(num_tokens: int, slot: int) -> Row:
+    generator = torch.Generator().manual_seed(num_tokens)
+    return Row(torch.randn(num_tokens, HEADS, 3 * DIM, generator=generator), slot)
+
+
+class Layer:
+    """One layer's states with a backend on top, driven as the engine drives it."""
+
+    def __init__(self, backend: str, kernels: str, device: str) -> None:
+        self.device = device
+        self.backend = LINEAR_BACKENDS[backend](load(kernels))
+        ring = self.backend.ring_size
+        shapes = ((DIM, DIM), (ring, DIM), (ring, DIM))
+        self.state = LinearState(*(torch.full((6, HEADS, *s), float("nan"), device=device) for s in shapes))
+        self.slopes = torch.tensor([0.3, 0.004], device=device)
+
+    def step(self, prefills: list[tuple[Row, int]], decodes: list[Row]) -> None:
+        work = prefills + [(row, 1) for row in decodes]
+        rows, counts = [row for row, _ in work], [count for _, count in work]
+        qkv = torch.cat([row.qkv[row.computed : row.computed + count] for row, count in work]).to(self.device)
+        out = torch.full((len(qkv), HEADS, DIM), float("nan"), device=self.device)
+        self.backend.forward(
+            *qkv.split(DIM, -1), self.slopes, DIM**-0.5, self.state, self.batch(rows, counts, len(prefills)), out
+        )
+        for (row, count), part in zip(work, out.cpu().split(counts), strict=True):
+            row.outs.append(part)
+            row.computed += count
+            row.pending = (row.pending + 1) % max(1, self.backend.ring_size) if row in decodes else 0
+
+    def batch(self, rows: list[Row], counts: list[int], num_prefills: int) -> ForwardBatch:
+        def ints(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+        context = ints([row.computed for row in rows])
+        return ForwardBatch(
+            input_ids=EMPTY,
+            positions=EMPTY,
+            query_start_loc=ints([sum(counts[:i]) for i in range(len(counts) + 1)]),
+            context_lens=context,
+            has_initial_state=context > 0,
+            state_indices=ints([row.slot for row in rows]),
+            num_pending=ints([row.pending for row in rows]),
+            slot_mapping=EMPTY,
+            block_table=EMPTY,
+            logits_indices=EMPTY,
+            num_prefills=num_prefills,
+            num_prefill_tokens=sum(counts[:num_prefills]),
+            num_decodes=len(rows) - num_prefills,
+            prefills_pending=any(row.pending for row in rows[:num_prefills]),
+            max_query_len=max(counts[:num_prefills], default=1),
+        )
+
+    def check(self, row: Row) -> None:
+        """All outputs so far, against the recurrence over the whole sequence."""
+        one = torch.tensor([0, row.computed])
+        q, k, v = row.qkv[: row.computed].split(DIM, -1)
+        nothing = torch.zeros(1, HEADS, DIM, DIM)
+        new = torch.tensor([False])
+        expected, _ = recurrence(q, k, v, self.slopes.cpu(), DIM**-0.5, nothing, torch.tensor([0]), new, one)
+        error = (torch.cat(row.outs).double() - expected).norm() / expected.norm()
+        assert error < 1e-6, f"error {error:.1e}"
+
+
+IMPLEMENTATIONS = [("torch", "cpu"), ("triton", "cpu"), pytest.param(("triton", "cuda"), marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, ids=str)
+def place(request) -> tuple[str, str]:
+    if request.param == ("triton", "cpu") and torch.cuda.is_available():
+        pytest.skip("interpreted only where there is no GPU")
+    return request.param
+
+
+@pytest.fixture(params=LINEAR_BACKENDS)
+def layer(request, place) -> Layer:
+    return Layer(request.param, *place)
+
+
+def test_chunks_decode_steps_and_chunks_after_them(layer):
+    row = make_row(60, slot=4)
+    for count in (9, 1, 5):
+        layer.step([(row, count)], [])
+    for _ in range(7):
+        layer.step([], [row])
+    layer.step([(row, 6)], [])  # a chunk after decoding: tokens may be waiting in the ring
+    layer.step([(row, 1)], [])
+    for _ in range(19):  # more than a ring
+        layer.step([], [row])
+    layer.step([(row, 3)], [])
+    layer.check(row)
+
+
+def test_mixed_batches_and_a_slot_with_a_new_owner(layer):
+    first, second = make_row(40, slot=1), make_row(45, slot=3)
+    layer.step([(first, 20)], [])
+    for _ in range(3):
+        layer.step([], [first])
+    layer.step([(second, 12)], [first])
+    for _ in range(5):
+        layer.step([], [second, first])
+    layer.check(first)
+    third = make_row(30, slot=1)  # first is gone, in the middle of its ring
+    layer.step([(third, 1)], [second])
+    for _ in range(18):
+        layer.step([], [third, second])
+    layer.check(second)
+    layer.check(third)
+
+
+def test_a_preempted_sequence_is_computed_again_in_another_slot(layer):
+    row = make_row(30, slot=0)
+    layer.step([(row, 10)], [])
+    for _ in range(4):
+        layer.step([], [row])
+    again = make_row(30, slot=5)
+    layer.step([(again, 14)], [])
+    for _ in range(5):
+        layer.step([], [again])
+    layer.check(again)
+    assert torch.allclose(torch.cat(row.outs), torch.cat(again.outs)[:14], atol=1e-5)
