@@ -32,7 +32,54 @@ def serving_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"serving-cpu": serving_table}
+KERNEL_GROUPS = {
+    "prefill": "Lightning prefill and mixed steps, time over the floor",
+    "decode": "Lightning decode, time per step over the floor",
+    "attention-decode": "Softmax attention, decode over a paged cache, time and share of the copy bandwidth",
+    "attention-prefill": "Softmax attention, prefill, time and share of the matrix rate",
+    "moe": "64 experts of 1408, 4 per token, hidden size 2048: time and share of the rate that bounds it",
+}
+
+
+def kernels_table(report: dict[str, Any]) -> str:
+    """One table per group of `benchmarks/kernels.py`; implementations that were not measured have no column."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["software"].items() if version)
+    lines = [
+        f"{report['hardware']}; {versions}. The floor is the time to move the bytes that must be read and written once "
+        f"at the bandwidth of a copy ({report['copy_tb_per_s']:.2f} TB/s), or to multiply at the rate of a large "
+        f"bfloat16 product ({report['matrix_tflop_per_s']:.0f} Tflop/s), whichever is longer."
+    ]
+    for group, title in KERNEL_GROUPS.items():
+        cases = [case for case in report["cases"] if case["group"] == group]
+        if cases:
+            lines += ["", f"{title}:", "", *group_table(cases)]
+    if any("inaccurate" in result for case in report["cases"] for result in case["results"].values()):
+        lines += ["", "\\* error above 5 % of the result."]
+    return "\n".join(lines)
+
+
+def group_table(cases: list[dict[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(name for case in cases for name in case["results"]))
+    lines = [f"| case | floor | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
+    for case in cases:
+        label = f"{case['heads']} heads, {case['label']}" if "heads" in case else case["label"]
+        cells = [kernel_cell(case, name) for name in names]
+        lines.append(f"| {label} | {case['floor_us']:.0f} µs | {' | '.join(cells)} |")
+    return lines
+
+
+def kernel_cell(case: dict[str, Any], name: str) -> str:
+    """Lightning kernels as a multiple of the floor, the others as a time and a share of what bounds them."""
+    result = case["results"].get(name, {})
+    if "us" not in result:
+        return "failed" if "failure" in result else "–"
+    mark = "\\*" if "inaccurate" in result else ""
+    if "heads" in case:
+        return f"{result['times_floor']:.2f}x{mark}"
+    return f"{result['us']:.0f} µs, {100 / result['times_floor']:.0f} %{mark}"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"serving-cpu": serving_table, "kernels-h100": kernels_table}
 
 
 def render(readme: str) -> str:

@@ -1,0 +1,164 @@
+"""What `benchmarks/kernels.py` computes without a GPU: its reference, its floors, its checks and its tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from leyden.kernels import torch_ops
+from leyden.kernels.lightning.reference import recurrence
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark, tables = load_script("kernels"), load_script("tables")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases on the CPU, in float32, with the PyTorch kernels in place of Triton's."""
+    monkeypatch.setattr(benchmark, "DEVICE", "cpu")
+    monkeypatch.setattr(benchmark, "DTYPE", torch.float32)
+    monkeypatch.setattr(benchmark, "load", lambda name: torch_ops)
+    yield
+    benchmark.lightning_batch.cache_clear()
+    benchmark.expert_weights.cache_clear()
+
+
+SMALL_CASES = [
+    benchmark.LightningCase("mixed", 2, (70, 3, 1), 2),
+    benchmark.LightningCase("B=3", 2, (), 3),
+    benchmark.AttentionCase(is_prefill=False, num_rows=2, length=48, head_dim=16, heads=4, kv_heads=2),
+    benchmark.AttentionCase(is_prefill=True, num_rows=2, length=32, head_dim=16, heads=4, kv_heads=2),
+    benchmark.MoeCase(5, num_experts=4, top_k=2, size=24, width=16),
+]
+OWN = [
+    (case, name)
+    for case in SMALL_CASES
+    for name, implementation in case.implementations().items()
+    if not implementation.is_peer
+]
+
+
+def test_reference_by_blocks_is_the_recurrence():
+    generator = torch.Generator().manual_seed(0)
+    lengths, heads, dim = [1, 40, 17, 32], 3, 8
+    q, k, v = (torch.randn(sum(lengths), heads, dim, generator=generator) for _ in range(3))
+    arguments = (
+        benchmark.alibi_slopes(heads),
+        0.3,
+        torch.randn(6, heads, dim, dim, generator=generator),
+        torch.tensor([4, 0, 5, 2]),
+        torch.tensor([True, False, True, False]),
+        torch.tensor([0, *lengths]).cumsum(0),
+    )
+    out, state = benchmark.blocked_recurrence(q, k, v, *arguments, block=16)
+    expected_out, expected_state = recurrence(q, k, v, *arguments)
+    torch.testing.assert_close(out, expected_out, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state, expected_state, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("case", "name"), OWN, ids=[f"{case.name}-{name}" for case, name in OWN])
+def test_own_implementations_pass_the_check(case, name, on_cpu):
+    expected = case.expected(case.inputs(benchmark.CHECK_SEED, checked=True))
+    errors = benchmark.check(case, case.implementations()[name], expected)
+    assert benchmark.excess(errors, is_peer=False) is None
+    assert name == "replay bf16" or max(errors.values()) < 2e-6  # float32 inputs
+
+
+def test_a_kernel_that_writes_nothing_is_a_failure_and_is_not_timed(on_cpu, monkeypatch):
+    monkeypatch.setattr(benchmark, "time_us", lambda *_: pytest.fail("timed"))
+    case = SMALL_CASES[0]
+    expected = case.expected(case.inputs(benchmark.CHECK_SEED, checked=True))
+    idle = benchmark.Implementation(lambda x: benchmark.in_place(x, lambda i: None))
+    result = benchmark.measure_one(case, idle, expected, [], 1.0, 0.1)
+    assert result["failure"].startswith("out error nan")
+    assert result["errors"]["out"] is None
+    failures = benchmark.own_failures([{"case": "c", "results": {"idle": result, "peer": result | {"peer": True}}}])
+    assert failures == [f"c idle: {result['failure']}"]
+
+
+def test_floors():
+    limits = benchmark.Limits(3.01e12, 800e12)
+    (prefill,) = benchmark.chosen_cases(["prefill/h64/1x2048"])
+    num_bytes = 2048 * 64 * 128 * 4 * 2 + 2 * 64 * 128 * 128 * 4
+    assert prefill.work().num_bytes == num_bytes
+    assert prefill.work().floor_us(limits) == pytest.approx(47.4, abs=0.05)
+    (decode,) = benchmark.chosen_cases(["decode/h64/b64"])
+    assert decode.work().floor_us(limits) == pytest.approx(179.8, abs=0.1)
+    (attention,) = benchmark.chosen_cases(["attention-prefill/*/1x4096"])
+    assert attention.work().flops == 4 * 32 * 128 * sum(range(1, 4097))
+    (moe,) = benchmark.chosen_cases(["moe/t8192"])
+    assert moe.work_for(64).floor_us(limits) == pytest.approx(6 * 8192 * 4 * 2048 * 1408 / 800e6)
+
+
+def test_case_names_are_unique_and_a_glob_without_a_match_is_refused():
+    names = [case.name for case in benchmark.all_cases()]
+    assert len(set(names)) == len(names)
+    with pytest.raises(SystemExit, match="no case matches"):
+        benchmark.chosen_cases(["decoed/*"])
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["kernels.py"])
+    assert benchmark.main() == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_sets_exceed_the_l2_cache_without_end():
+    assert benchmark.sets_for(1e9) == 4
+    assert benchmark.sets_for(20e6) == 10
+    assert benchmark.sets_for(1e3) == 128
+
+
+def test_a_report_becomes_tables():
+    def entry(group, label, results, **more):
+        return {"case": label, "group": group, "label": label, "floor_us": 47.4, "results": results, **more}
+
+    report = {
+        "hardware": "a GPU, 16 CPU cores",
+        "software": {"torch": "2.11.0", "seg_la": None},
+        "copy_tb_per_s": 3.01,
+        "matrix_tflop_per_s": 745.0,
+        "failures": [],
+        "cases": [
+            entry("prefill", "1 x 2048", {"minimax": {"us": 94.8, "times_floor": 2.0}, "fla": {}}, heads=64),
+            entry("prefill", "64 x 128", {"sglang": {"us": 94.8, "times_floor": 2.0, "inaccurate": "out"}}, heads=16),
+            entry("moe", "T=1", {"leyden": {"us": 60.0, "times_floor": 1.25}, "other": {"failure": "no memory"}}),
+        ],
+    }
+    assert tables.kernels_table(report).splitlines()[1:] == [
+        "",
+        "Lightning prefill and mixed steps, time over the floor:",
+        "",
+        "| case | floor | minimax | fla | sglang |",
+        "|---|---:|---:|---:|---:|",
+        "| 64 heads, 1 x 2048 | 47 µs | 2.00x | – | – |",
+        r"| 16 heads, 64 x 128 | 47 µs | – | – | 2.00x\* |",
+        "",
+        "64 experts of 1408, 4 per token, hidden size 2048: time and share of the rate that bounds it:",
+        "",
+        "| case | floor | leyden | other |",
+        "|---|---:|---:|---:|",
+        "| T=1 | 47 µs | 60 µs, 80 % | failed |",
+        "",
+        r"\* error above 5 % of the result.",
+    ]
+
+
+def test_reports_hold_no_nan():
+    assert benchmark.rounded(math.nan) is None
+    assert benchmark.rounded(123456.0) == 123500.0
