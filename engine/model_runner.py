@@ -186,8 +186,8 @@ class ModelRunner:
         return peak
 
     def warm_up(self) -> None:
-        """A prefill and a decode step, so that the first request waits for no compiler. Uses slot 0 and the first
-        blocks, which are free: what it leaves there is what any former owner leaves."""
+        """A prefill and a decode step, so that most of the compiling is done before the first request. Uses slot 0 and
+        the first blocks, which are free: what it leaves there is what any former owner leaves."""
         num_blocks = -(-min(3, self.plan.max_model_len) // self.block_size)
         dummy = _dummy(0, min(2, self.plan.max_model_len), list(range(num_blocks)))
         self.execute(ScheduledBatch([dummy], [dummy.num_tokens], 1))

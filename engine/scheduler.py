@@ -138,7 +138,9 @@ class Scheduler:
             assert queue == sorted(queue, key=lambda s: s.order)
         for sequence in self.waiting:
             assert sequence.state_slot is None and not sequence.block_table
-            assert sequence.num_computed_tokens == 0
+            assert sequence.num_computed_tokens == sequence.num_pending_tokens == 0
+        for sequence in self.running:
+            assert 0 <= sequence.num_pending_tokens < max(1, self.ring_size)
         assert len(self._by_id) == len(self.waiting) + len(self.running)
 
     def _admit(self, scheduled: dict[Sequence, int], budget: int) -> None:

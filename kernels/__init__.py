@@ -100,11 +100,11 @@ class Kernels(Protocol):
     ) -> Tensor:
         """`lightning_decode` that writes the state once per C tokens.
 
-        key_ring: [num_slots, H, C, K], value_ring: [num_slots, H, C, V], contiguous but for the slots' stride, in
-        any float dtype: the last tokens of each slot that its state does not hold yet, updated in place;
-        num_pending: [B] int32, how many of them wait, 0 .. C - 1, oldest first. The token is appended; where that makes
-        C, or the row is new, all are folded into the state, and the caller's count must return to 0, otherwise it
-        goes up by one. The rest as in `lightning_decode`.
+        key_ring: [num_slots, H, C, K], value_ring: [num_slots, H, C, V], C a power of two, contiguous but for the
+        slots' stride, in any float dtype, updated in place: the last tokens of each slot that its state does not
+        hold yet; num_pending: [B] int32, how many of them wait, 0 .. C - 1, oldest first. The token is appended;
+        where that makes C, or the row is new, all are folded into the state, and the caller's count must return to
+        0, otherwise it goes up by one. The rest as in `lightning_decode`.
         """
 
     def lightning_fold(

@@ -154,7 +154,10 @@ class AutoBackend(MinimaxBackend):
 
 class ReplayBackend(AutoBackend):
     """Decode that seldom writes the state: the last tokens wait in a ring per slot, and are folded into the state when
-    it is full. Prefill as `auto` chooses. Best for large decode batches."""
+    it is full. Prefill as `auto` chooses. Best for large decode batches.
+
+    A row that brings several tokens after it has decoded is folded first. Today's scheduler makes none; drafts will.
+    """
 
     ring_size = 16
 

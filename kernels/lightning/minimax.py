@@ -50,13 +50,12 @@ def _product_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """products[first // CHUNK + i] = sum_b e^{-s(CHUNK-b)} k_b v_b^T over chunk i of the row that starts at `first`.
 
-    The last chunk's program copies the row's initial state to initial[first // CHUNK] instead: while others still
-    need it, the next launch overwrites the slot. Two rows never share an index, as a row of n tokens writes
+    The last chunk's program copies the row's initial state to initial[first // CHUNK] instead, since the next launch
+    overwrites the slot while others still need it. Two rows never share an index, as a row of n tokens writes
     fewer than n / CHUNK products.
     """
     i_v, i_h, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -110,9 +109,10 @@ def _state_before(
     BV: tl.constexpr,
     ZERO_DECAY: tl.constexpr,
 ):
-    """State [BK, BV] before chunk i_local >= 1, from what `_product_kernel` left.
+    """State [BK, BV] before chunk i_local of a row of several, from what `_product_kernel` left.
 
-    Chunks so far back that their decay is zero are not read.
+    Not even the first chunk reads the slot: the last one's program may have written it already. Chunks so far back that
+    their decay is zero are not read.
     """
     reach = tl.minimum(ZERO_DECAY / (slope * CHUNK), 1e9).to(tl.int32)
     oldest = tl.maximum(i_local - 1 - reach, 0)
@@ -185,7 +185,7 @@ def _chunk_kernel(
     slope = tl.load(p_slopes + i_h)
     continues = tl.load(p_continues + i_b)
     p_s, m_s = state_pointers(p_state, slot, i_h, i_v, s_n, s_h, s_k, K, V, BK, BV)
-    if i_local == 0:
+    if n <= CHUNK:
         b_s = load_state(p_s, m_s, continues, BK, BV)
     else:
         b_s = _state_before(
@@ -213,7 +213,7 @@ def _chunk_kernel(
 def chunk_size(num_tokens: int, max_query_len: int, programs_per_chunk: int, block: int, device: torch.device) -> int:
     """Tokens per chunk, a multiple of `block`: no shorter than it takes to occupy the device."""
     wanted = PROGRAMS_PER_PROCESSOR * num_processors(device)
-    chunk = max(num_tokens * programs_per_chunk // wanted, max_query_len // MOST_CHUNKS, SHORTEST_CHUNK)
+    chunk = max(num_tokens * programs_per_chunk // wanted, triton.cdiv(max_query_len, MOST_CHUNKS), SHORTEST_CHUNK)
     return triton.cdiv(chunk, block) * block
 
 
@@ -240,12 +240,14 @@ def prefill(
     if num_rows == 0:
         return out
     num_tokens = q.shape[0]
-    tiles = walk_tiles(q, v, num_tokens)  # as for many: there will be enough chunks
+    tiles = walk_tiles(q, v, num_rows)
     programs_per_chunk = num_heads * triton.cdiv(value_dim, tiles.BV)
     chunk = chunk_size(num_tokens, max_query_len, programs_per_chunk, tiles.BT, q.device)
     entries = num_tokens // chunk
     if max_query_len <= chunk:
-        entries, tiles = 0, walk_tiles(q, v, num_rows)
+        entries = 0
+    else:
+        tiles = tiles._replace(num_stages=2)  # there will be programs enough
     products, initial = torch.empty(2, entries, num_heads, head_dim, value_dim, dtype=torch.float32, device=q.device)
     grid = (triton.cdiv(value_dim, tiles.BV), num_heads, num_blocks(num_tokens, num_rows, chunk))
     sizes = {"H": num_heads, "K": head_dim, "V": value_dim}
@@ -266,7 +268,12 @@ def prefill(
             *v.stride()[:2],
             *state.stride()[:3],
             **sizes,
-            **tiles._replace(num_stages=3)._asdict(),
+            BT=tiles.BT,
+            BK=tiles.BK,
+            BV=tiles.BV,
+            PRECISION=tiles.PRECISION,
+            num_warps=tiles.num_warps,
+            num_stages=3,
         )
     _chunk_kernel[grid](
         q,

@@ -15,8 +15,8 @@ from torch import Tensor
 class Tiles(NamedTuple):
     """BT tokens, BK >= K and BV channels per tile; how the dot with the float32 state is computed; launch options.
 
-    A dot takes 16 at least in every dim. bfloat16 inputs meet a state rounded to bfloat16; float16 inputs
-    meet it in tf32, which has float16's mantissa without its overflow; float32 inputs in full float32.
+    A dot takes 16 at least in every dim. bfloat16 inputs meet a state, and scores meet values, rounded to bfloat16;
+    float16 inputs in tf32, which has float16's mantissa without its overflow; float32 inputs in full float32.
     """
 
     BT: int
@@ -158,7 +158,7 @@ def walk(
         # [BT, BK] @ [BK, BV] -> [BT, BV]
         b_o = tl.dot(b_q.to(DOT), b_s.to(DOT), input_precision=PRECISION) * b_in[:, None]
         # [BT, BT] @ [BT, BV] -> [BT, BV]
-        b_o = tl.dot(b_score.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
+        b_o = tl.dot(b_score.to(DOT), b_v.to(DOT), b_o, input_precision=PRECISION)
         store_rows(p_o, b_o, start, n, i_v, o_t, V, BT, BV)
         b_out = tl.exp(-slope * tl.maximum(m - 1 - a, 0))
         b_v = (b_v * b_out[:, None]).to(b_v.dtype)

@@ -62,6 +62,7 @@ class Simulation:
             slots=slots,
             budget=rng.randint(slots, slots + rng.choice([0, 3, 40])),
             max_waiting=rng.choice([3, 1000]),
+            ring_size=rng.choice([0, 16]),
         )
         self.has_priorities = rng.random() < 0.4
         self.num_arrivals = 0

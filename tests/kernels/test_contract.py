@@ -44,12 +44,17 @@ def test_a_step_without_tokens_is_harmless(ops, device):
     assert ops.lightning_prefill(q, q, q, slopes, 1.0, state, none, new, start, 0, q).shape == q.shape
     assert ops.lightning_segments(q, q, q, slopes, 1.0, state, none, new, start, 0, q).shape == q.shape
     assert ops.lightning_decode(q, q, q, slopes, 1.0, state, none, new, q).shape == q.shape
+    ring = zeros(3, 2, 16, 16)
+    assert ops.lightning_replay(q, q, q, slopes, 1.0, state, ring, ring, none, new, none, q).shape == q.shape
+    ops.lightning_fold(slopes, state, ring, ring, none, new, none)
     ops.rope_and_store_kv(q, q, q, positions, zeros(4, 8), cache, cache, positions)
     assert ops.attention_prefill(q, cache, cache, table, start, none, 0, 1.0, q).shape == q.shape
     assert ops.attention_decode(q, cache, cache, table, none, 1.0, q).shape == q.shape
     x, weight = zeros(0, 32), zeros(32)
     assert ops.rms_norm(x, weight, 1e-5).shape == (0, 32)
     assert ops.add_rms_norm(x, x, weight, 1e-5, 1.0, 1.0)[1].shape == (0, 32)
+    assert ops.gated_rms_norm(x, x, weight, 1e-5).shape == (0, 32)
+    assert ops.route(zeros(0, 4), 2)[1].shape == (0, 2)
     assert ops.silu_and_mul(x).shape == (0, 16)
     pairs = zeros(0, 2), zeros(0, 2, dtype=torch.int64)
     assert ops.moe(x, zeros(4, 16, 32), zeros(4, 32, 8), *pairs).shape == (0, 32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from leyden.kernels import torch_ops, triton_ops
+from leyden.kernels.lightning import minimax
 from leyden.kernels.lightning.reference import recurrence
 from torch import Tensor
 
@@ -319,6 +320,39 @@ def test_output_does_not_depend_on_how_a_prompt_is_cut(backend, cut, device, ass
     assert_close("state", states_of(case, state), states_of(case, pool), 1e-6)
 
 
+@pytest.fixture(params=["in order", "last program first"])
+def many_chunks(request, monkeypatch) -> None:
+    """`minimax` cuts rows into chunks as short as it can, whose programs run in either order."""
+    monkeypatch.setattr(minimax, "SHORTEST_CHUNK", 1)
+    monkeypatch.setattr(minimax, "PROGRAMS_PER_PROCESSOR", 1 << 20)
+    if request.param == "in order":
+        return
+    if ON_GPU:
+        pytest.skip("the order is the device's own")
+    from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
+
+    def backwards(self, *index: int) -> None:
+        self.grid_idx = tuple(size - 1 - i for size, i in zip(self.grid_dim, index, strict=True))
+
+    assert isinstance(interpreter_builder, InterpreterBuilder)
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", backwards)
+
+
+@pytest.mark.parametrize("slopes", [[0.004], [0.8]], ids=["slow decay", "chunks out of reach"])
+def test_minimax_with_many_chunks_per_row(many_chunks, slopes, device, assert_close):
+    # Whole chunks, tails, a row of one chunk, an empty one, padding between: no two may share a place.
+    lengths = [200, 0, 96, 65, 32, 160, 64]
+    case = make_case(
+        device, lengths, heads=1, slopes=slopes, slots=[3, 4, 1, -1, 0, 6, 2], continues=[True, False] * 3 + [True]
+    )
+    expected_out, expected_state = oracle(case)
+    out, pool = run_prefill("minimax", case)
+    assert_close("out", out, expected_out, 1e-6)
+    for row in (0, 2, 4, 5, 6):
+        assert_close(f"state of row {row}", pool[case.state_indices[row]], expected_state[row], 1e-6)
+    assert torch.equal(pool[[4, 5, 7, 8]], case.state[[4, 5, 7, 8]])
+
+
 @every_prefill
 def test_a_row_does_not_depend_on_its_neighbours(backend, device, assert_close):
     case = make_case(device, [40, 24, 100, 1, 1], continues=[True, False, True, False, True])
@@ -465,9 +499,9 @@ def test_steep_slopes_do_not_overflow(backend, device, assert_close):
 
 
 @every_decode
-def test_512_decode_steps_do_not_drift(backend, device, assert_close):
+def test_thousands_of_decode_steps_do_not_drift(backend, device, assert_close):
     # Slow decay: an error of 1e-7 in e^{-s} grows to 2.5e-5. Interpreted kernels take fewer steps.
-    steps = 512 if ON_GPU or backend == "torch" else 160
+    steps = 4096 if ON_GPU else 512 if backend == "torch" else 160
     case = make_case(device, [steps], continues=[False], heads=1, slopes=[0.004])
     expected_out, expected_state = oracle(case)
     pool = case.state.clone().fill_(float("nan"))
@@ -529,6 +563,16 @@ def test_slots_beyond_two_to_the_31_elements_are_addressed(backend, device, asse
         assert_close("state", pool[[2099, 2050]], expected_state, 3e-3)
         assert not pool[:2050].any()
         assert not pool[2051:2099].any()
+
+
+@every_prefill
+def test_scores_beyond_the_range_of_float16(backend, device, assert_close):
+    case = make_case(device, [40], dtype=torch.float16, K=64, V=16, continues=[False])
+    case.q.fill_(33.0)
+    case.k.fill_(33.0)
+    case = replace(case, scale=1.0, v=case.v * 1e-3)  # 64 * 33 * 33 = 69,696, more than float16 holds
+    out, _ = run_prefill(backend, case)
+    assert_close("out", out, oracle(case)[0], 2e-3)
 
 
 @pytest.mark.gpu

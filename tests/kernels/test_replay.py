@@ -243,3 +243,22 @@ def test_a_captured_step_serves_every_place_in_the_ring(device, assert_close):
         outs.append(out.clone())
         case.pending.copy_((case.pending + 1) % RING)
     assert_close("out", torch.stack(outs, 1), expected, 5e-3)
+
+
+@pytest.mark.gpu
+def test_slots_beyond_two_to_the_31_elements_are_addressed(device, assert_close):
+    case = make_decoding(device, RING + 2, rows=1, heads=64, K=128, V=128, state_dtype=torch.bfloat16)
+    expected, final = case.oracle(case.state.clone())
+    slot, home = 2099, int(case.slots[0])
+    pools = []
+    for pool in (case.state, case.key_ring, case.value_ring):
+        wide = torch.zeros(2100, *pool.shape[1:], dtype=pool.dtype, device=device)
+        wide[slot] = pool[home]
+        pools.append(wide)
+    assert pools[0][:slot].numel() > 2**31
+    case.state, case.key_ring, case.value_ring = pools
+    case.slots = torch.tensor([slot], dtype=torch.int32, device=device)
+    assert_close("out", case.run("triton"), expected, 1e-5)
+    case.fold("triton")
+    assert_close("state", case.own_states, final, 4e-3)
+    assert not any(pool[:slot].any() for pool in pools)

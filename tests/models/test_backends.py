@@ -105,6 +105,48 @@ def layer(request, place) -> Layer:
     return Layer(request.param, *place)
 
 
+class Recorder:
+    """Kernels that only say which of them was called."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def __getattr__(self, name: str):
+        return lambda *_: self.called.append(name.removeprefix("lightning_"))
+
+
+@pytest.mark.parametrize(
+    ("heads", "prompts", "decodes", "expected"),
+    [
+        (64, [8192], 0, ["segments"]),
+        (16, [8192], 0, ["prefill"]),
+        (16, [4096] * 2, 0, ["prefill"]),
+        (16, [4096] * 3, 0, ["segments"]),
+        (16, [1023], 0, ["segments"]),
+        (16, [1024], 0, ["prefill"]),
+        (16, [8192], 5, ["prefill", "decode"]),
+        (64, [2048] * 4, 60, ["segments", "decode"]),
+        (16, [], 7, ["decode"]),
+    ],
+)
+def test_auto_chooses_by_shape(heads, prompts, decodes, expected):
+    kernels = Recorder()
+    tokens = sum(prompts)
+    some = torch.zeros(len(prompts) + decodes + 1, dtype=torch.int32)
+    batch = ForwardBatch(
+        *[some] * 10,
+        num_prefills=len(prompts),
+        num_prefill_tokens=tokens,
+        num_decodes=decodes,
+        prefills_pending=False,
+        max_query_len=max(prompts, default=1),
+    )
+    q = torch.empty(tokens + decodes, heads, 1)
+    state = LinearState(q, q, q)
+    LINEAR_BACKENDS["auto"](kernels).forward(q, q, q, q, 1.0, state, batch, q)
+    assert kernels.called == expected
+
+
 def test_chunks_decode_steps_and_chunks_after_them(layer):
     row = make_row(60, slot=4)
     for count in (9, 1, 5):
