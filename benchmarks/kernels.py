@@ -214,9 +214,9 @@ class LightningCase:
         return {"out": out, "state": state}
 
     def implementations(self) -> dict[str, Implementation]:
-        binds: dict[str, Callable[[LightningInputs], Bound]] = {"minimax": bind_minimax, "seg_la": bind_seg_la}
+        backends = ("minimax", "seg_la", "auto") if self.lengths else ("minimax", "seg_la")
+        binds: dict[str, Callable[[LightningInputs], Bound]] = {b: functools.partial(bind_backend, b) for b in backends}
         if self.lengths:
-            binds["auto"] = bind_auto
             peers = {"lightning_attn": bind_sglang_minimax_prefill, "seg_la": bind_sglang_seg_la, "fla": bind_fla_chunk}
         else:
             binds["replay fp32"] = functools.partial(bind_replay, dtype=torch.float32)
@@ -286,36 +286,10 @@ def returning(
     return Bound(keep, lambda: (sequences(torch.stack([y.view_as(x.out[0]) for y in outs])), states()), capturable)
 
 
-def bind_minimax(x: LightningInputs) -> Bound:
-    kernels, batch = load("triton"), x.batch
-    rows, prompts, singles = batch.num_prefills, slice(batch.num_prefill_tokens), slice(batch.num_prefill_tokens, None)
-    segments = (batch.state_indices[:rows], batch.has_initial_state[:rows], batch.query_start_loc[: rows + 1])
-    tokens = (batch.state_indices[rows:], batch.has_initial_state[rows:])
-    common = (x.slopes, x.scale, x.state)
-
-    def step(i: int) -> None:
-        if rows:
-            out = x.out[i, prompts]
-            kernels.lightning_prefill(*x.qkv_at(i, prompts), *common, *segments, batch.max_query_len, out)
-        if batch.num_decodes:
-            kernels.lightning_decode(*x.qkv_at(i, singles), *common, *tokens, x.out[i, singles])
-
-    return in_place(x, step)
-
-
-def bind_seg_la(x: LightningInputs) -> Bound:
-    kernels, batch = load("triton"), x.batch
-    segments = (batch.state_indices, batch.has_initial_state, batch.query_start_loc, batch.max_query_len)
-
-    def step(i: int) -> None:
-        kernels.lightning_segments(*x.qkv_at(i), x.slopes, x.scale, x.state, *segments, x.out[i])
-
-    return in_place(x, step)
-
-
-def bind_auto(x: LightningInputs) -> Bound:
-    backend = LINEAR_BACKENDS["auto"](load("triton"))
-    state = LinearState(x.state, *new_rings(x, backend.ring_size))
+def bind_backend(name: str, x: LightningInputs) -> Bound:
+    """A backend as the model calls it. None of these has a ring."""
+    backend = LINEAR_BACKENDS[name](load("triton"))
+    state = LinearState(x.state, *new_rings(x, 0))
 
     def step(i: int) -> None:
         backend.forward(*x.qkv_at(i), x.slopes, x.scale, state, x.batch, x.out[i])
@@ -888,9 +862,7 @@ def own_failures(entries: list[dict[str, Any]]) -> list[str]:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", "--cases", dest="only", nargs="+", metavar="GLOB", default=["*"], help="cases by name: 'decode/h64/*'"
-    )
+    parser.add_argument("--only", nargs="+", metavar="GLOB", default=["*"], help="cases by name: 'decode/h64/*'")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="measure ours alone")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--out", type=Path, default=None, help="write the JSON here too")

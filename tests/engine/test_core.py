@@ -325,6 +325,11 @@ def test_state_in_half_precision_serves(tiny):
     assert core.info().state_bytes_per_slot == make_core(tiny.folder).info().state_bytes_per_slot // 2
 
 
+def test_rings_beside_the_states_are_counted(tiny):
+    plain, replay = (make_core(tiny.folder, linear_backend=name).info() for name in ("auto", "replay"))
+    assert replay.state_bytes_per_slot - plain.state_bytes_per_slot == 4 * 16 * (16 + 16) * 4  # heads, ring, K + V
+
+
 def test_stats_count_prompts_answers_and_steps_once(tiny):
     core = make_core(tiny.folder, max_num_batched_tokens=16)
     before = core.stats()

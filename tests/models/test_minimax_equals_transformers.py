@@ -124,8 +124,6 @@ def test_neighbours_that_come_and_go_do_not_matter(checkpoint, device):
     ("backend", "heads", "layer_types"),
     [
         ("minimax", 6, LINEAR_FIRST[1:3]),
-        ("seg_la", 4, LINEAR_FIRST[1:3]),
-        ("minimax", 4, FULL_FIRST[:2]),
         ("seg_la", 8, FULL_FIRST[:2]),
         ("replay", 4, LINEAR_FIRST[1:3]),
     ],
