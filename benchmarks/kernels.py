@@ -41,7 +41,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from leyden.kernels import load
-from leyden.models.backends import LINEAR_BACKENDS, LinearState
+from leyden.models.backends import LINEAR_BACKENDS, LightningCall, LinearState
 from leyden.models.forward_batch import ForwardBatch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -292,7 +292,7 @@ def bind_backend(name: str, x: LightningInputs) -> Bound:
     state = LinearState(x.state, *new_rings(x, 0))
 
     def step(i: int) -> None:
-        backend.forward(*x.qkv_at(i), x.slopes, x.scale, state, x.batch, x.out[i])
+        backend.forward(LightningCall(*x.qkv_at(i), x.slopes, x.scale, state, x.batch, x.out[i]))
 
     return in_place(x, step)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -19,23 +19,29 @@ class LinearState(NamedTuple):
     value_ring: Tensor  # [num_slots, H, C, V]
 
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, float]  # q, k, v, slopes, scale
+
+
+class LightningCall(NamedTuple):
+    """What a layer asks of its backend for a step."""
+
+    q: Tensor  # [T, H, K]
+    k: Tensor  # [T, H, K]
+    v: Tensor  # [T, H, V]
+    slopes: Tensor  # [H] float32
+    scale: float
+    state: LinearState  # updated in place for the slots of the batch
+    batch: ForwardBatch
+    out: Tensor  # [T, H, V], written
+
+
 class LinearAttentionBackend(Protocol):
     """Lightning attention for all rows of a batch. `ring_size` is C of `LinearState`, 0 for none."""
 
     ring_size: int
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        scale: float,
-        state: LinearState,
-        batch: ForwardBatch,
-        out: Tensor,
-    ) -> Tensor:
-        """q, k [T, H, K], v, out [T, H, V]; `state` is updated in place for the slots of the batch. Returns `out`."""
+    def forward(self, call: LightningCall) -> Tensor:
+        """Fills and returns `call.out`."""
 
 
 class MinimaxBackend:
@@ -49,54 +55,21 @@ class MinimaxBackend:
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        scale: float,
-        state: LinearState,
-        batch: ForwardBatch,
-        out: Tensor,
-    ) -> Tensor:
-        t = batch.num_prefill_tokens
-        if batch.num_prefills:
-            self.prefill(q[:t], k[:t], v[:t], slopes, scale, state, batch, out[:t])
-        if batch.num_decodes:
-            self.decode(q[t:], k[t:], v[t:], slopes, scale, state, batch, out[t:])
-        return out
+    def forward(self, call: LightningCall) -> Tensor:
+        if call.batch.num_prefills:
+            self.prefill(call)
+        if call.batch.num_decodes:
+            self.decode(call)
+        return call.out
 
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        scale: float,
-        state: LinearState,
-        batch: ForwardBatch,
-        out: Tensor,
-    ) -> None:
-        """The prefill rows of the batch, whose tokens alone are given."""
-        rows = _prefill_rows(batch)
-        self.kernels.lightning_prefill(q, k, v, slopes, scale, state.state, *rows, batch.max_query_len, out)
+    def prefill(self, call: LightningCall) -> None:
+        """The prefill rows alone."""
+        self.kernels.lightning_prefill(*_prefill_arguments(call))
 
-    def decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        scale: float,
-        state: LinearState,
-        batch: ForwardBatch,
-        out: Tensor,
-    ) -> None:
-        """The decode rows of the batch, whose tokens alone are given."""
-        rows = slice(batch.num_prefills, None)
-        slots, continues = batch.state_indices[rows], batch.has_initial_state[rows]
-        self.kernels.lightning_decode(q, k, v, slopes, scale, state.state, slots, continues, out)
+    def decode(self, call: LightningCall) -> None:
+        """The decode rows alone."""
+        inputs, slots, continues, out = _decode_parts(call)
+        self.kernels.lightning_decode(*inputs, call.state.state, slots, continues, out)
 
 
 class SegLaBackend:
@@ -107,19 +80,10 @@ class SegLaBackend:
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        scale: float,
-        state: LinearState,
-        batch: ForwardBatch,
-        out: Tensor,
-    ) -> Tensor:
+    def forward(self, call: LightningCall) -> Tensor:
+        batch = call.batch
         rows = (batch.state_indices, batch.has_initial_state, batch.query_start_loc)
-        return self.kernels.lightning_segments(q, k, v, slopes, scale, state.state, *rows, batch.max_query_len, out)
+        return self.kernels.lightning_segments(*call[:5], call.state.state, *rows, batch.max_query_len, call.out)
 
 
 class AutoBackend(MinimaxBackend):
@@ -132,24 +96,13 @@ class AutoBackend(MinimaxBackend):
     MIN_PARALLEL = 40  # long rows x heads
     LONG_PROMPT = 1024  # tokens; shorter ones are over before a second launch would help
 
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        scale: float,
-        state: LinearState,
-        batch: ForwardBatch,
-        out: Tensor,
-    ) -> None:
-        longest = batch.max_query_len
-        long_rows = batch.num_prefill_tokens / longest  # as many as the tokens would make
-        if long_rows * q.shape[1] < self.MIN_PARALLEL and longest >= self.LONG_PROMPT:
-            super().prefill(q, k, v, slopes, scale, state, batch, out)
+    def prefill(self, call: LightningCall) -> None:
+        longest = call.batch.max_query_len
+        long_rows = call.batch.num_prefill_tokens / longest  # as many as the tokens would make
+        if long_rows * call.q.shape[1] < self.MIN_PARALLEL and longest >= self.LONG_PROMPT:
+            super().prefill(call)
         else:
-            rows = _prefill_rows(batch)
-            self.kernels.lightning_segments(q, k, v, slopes, scale, state.state, *rows, longest, out)
+            self.kernels.lightning_segments(*_prefill_arguments(call))
 
 
 class ReplayBackend(AutoBackend):
@@ -161,42 +114,39 @@ class ReplayBackend(AutoBackend):
 
     ring_size = 16
 
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        scale: float,
-        state: LinearState,
-        batch: ForwardBatch,
-        out: Tensor,
-    ) -> None:
+    def prefill(self, call: LightningCall) -> None:
+        batch, rows = call.batch, slice(call.batch.num_prefills)
         if batch.prefills_pending:
-            slots, continues, _ = _prefill_rows(batch)
-            self.kernels.lightning_fold(slopes, *state, slots, continues, batch.num_pending[: batch.num_prefills])
-        super().prefill(q, k, v, slopes, scale, state, batch, out)
+            waiting = (batch.state_indices[rows], batch.has_initial_state[rows], batch.num_pending[rows])
+            self.kernels.lightning_fold(call.slopes, *call.state, *waiting)
+        super().prefill(call)
 
-    def decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        scale: float,
-        state: LinearState,
-        batch: ForwardBatch,
-        out: Tensor,
-    ) -> None:
-        rows = slice(batch.num_prefills, None)
-        parts = (batch.state_indices[rows], batch.has_initial_state[rows], batch.num_pending[rows])
-        self.kernels.lightning_replay(q, k, v, slopes, scale, *state, *parts, out)
+    def decode(self, call: LightningCall) -> None:
+        inputs, slots, continues, out = _decode_parts(call)
+        pending = call.batch.num_pending[call.batch.num_prefills :]
+        self.kernels.lightning_replay(*inputs, *call.state, slots, continues, pending, out)
 
 
-def _prefill_rows(batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """state_indices, has_initial_state and query_start_loc of the prefill rows."""
-    rows = batch.num_prefills
-    return batch.state_indices[:rows], batch.has_initial_state[:rows], batch.query_start_loc[: rows + 1]
+def _prefill_arguments(call: LightningCall) -> tuple[Any, ...]:
+    """What `lightning_prefill` and `lightning_segments` take, for the prefill rows."""
+    batch, t, rows = call.batch, call.batch.num_prefill_tokens, call.batch.num_prefills
+    inputs = (call.q[:t], call.k[:t], call.v[:t], call.slopes, call.scale, call.state.state)
+    starts = batch.query_start_loc[: rows + 1]
+    return (
+        *inputs,
+        batch.state_indices[:rows],
+        batch.has_initial_state[:rows],
+        starts,
+        batch.max_query_len,
+        call.out[:t],
+    )
+
+
+def _decode_parts(call: LightningCall) -> tuple[Inputs, Tensor, Tensor, Tensor]:
+    """(q, k, v, slopes, scale), state_indices, has_initial_state and out of the decode rows."""
+    batch, t, rows = call.batch, call.batch.num_prefill_tokens, call.batch.num_prefills
+    inputs = (call.q[t:], call.k[t:], call.v[t:], call.slopes, call.scale)
+    return inputs, batch.state_indices[rows:], batch.has_initial_state[rows:], call.out[t:]
 
 
 LINEAR_BACKENDS: dict[str, Callable[[Kernels], LinearAttentionBackend]] = {

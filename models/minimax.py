@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Kernels
-from .backends import FullAttentionBackend, LinearAttentionBackend, LinearState
+from .backends import FullAttentionBackend, LightningCall, LinearAttentionBackend, LinearState
 from .config import LayerSpec, LightningSpec, ModelConfig, SoftmaxSpec
 from .forward_batch import ForwardBatch
 from .layers import DenseMlp, Projection, RMSNorm, RotaryTable, parameter
@@ -57,7 +57,7 @@ class LightningAttention(nn.Module):
         # Interleaved per head: rows [q | k | v] of head 0, then of head 1, ...
         q, k, v = F.silu(qkv, inplace=True).view(-1, heads, 3 * dim).split(dim, dim=-1)
         out = x.new_empty(x.shape[0], heads, dim)
-        self.backend.forward(q, k, v, self.slopes, self.spec.scale, state, batch, out)
+        self.backend.forward(LightningCall(q, k, v, self.slopes, self.spec.scale, state, batch, out))
         return self.out_proj(self.norm.gated(out.flatten(1), gate))
 
     def targets(self, prefix: str) -> Iterator[Target]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from leyden.kernels import load
 from leyden.kernels.lightning.reference import recurrence
-from leyden.models.backends import LINEAR_BACKENDS, LinearState
+from leyden.models.backends import LINEAR_BACKENDS, LightningCall, LinearState
 from leyden.models.forward_batch import ForwardBatch
 from torch import Tensor
 
@@ -48,9 +48,9 @@ class Layer:
         rows, counts = [row for row, _ in work], [count for _, count in work]
         qkv = torch.cat([row.qkv[row.computed : row.computed + count] for row, count in work]).to(self.device)
         out = torch.full((len(qkv), HEADS, DIM), float("nan"), device=self.device)
-        self.backend.forward(
-            *qkv.split(DIM, -1), self.slopes, DIM**-0.5, self.state, self.batch(rows, counts, len(prefills)), out
-        )
+        batch = self.batch(rows, counts, len(prefills))
+        call = LightningCall(*qkv.split(DIM, -1), self.slopes, DIM**-0.5, self.state, batch, out)
+        assert self.backend.forward(call) is out
         for (row, count), part in zip(work, out.cpu().split(counts), strict=True):
             row.outs.append(part)
             row.computed += count
@@ -143,7 +143,7 @@ def test_auto_chooses_by_shape(heads, prompts, decodes, expected):
     )
     q = torch.empty(tokens + decodes, heads, 1)
     state = LinearState(q, q, q)
-    LINEAR_BACKENDS["auto"](kernels).forward(q, q, q, q, 1.0, state, batch, q)
+    LINEAR_BACKENDS["auto"](kernels).forward(LightningCall(q, q, q, q, 1.0, state, batch, q))
     assert kernels.called == expected
 
 
