@@ -30,6 +30,9 @@ class EngineConfig(BaseModel):
 
     model: str = Field(DEMO_MODEL, description="checkpoint folder, hub id, or 'demo' for the embedded model")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="dummy = random weights made on the device, to measure speed from a config.json alone"
+    )
     linear_backend: LinearBackendName = Field(
         "auto",
         description="lightning attention; auto = minimax or seg_la by shape, replay = decode that seldom writes states",

@@ -18,7 +18,7 @@ from ..models.checkpoint import read_config, resolve
 from ..models.config import LightningSpec, ModelConfig
 from ..models.minimax import Cache
 from ..models.registry import FAMILIES
-from ..models.weights import load_weights
+from ..models.weights import fill_with_noise, load_weights
 from .batch import build_batch
 from .errors import ConfigError
 from .memory import MemoryPlan, plan_memory
@@ -63,7 +63,10 @@ class ModelRunner:
             device=self.device,
             dtype=self.dtype,
         )
-        load_weights(self.folder, self.model.targets(), ignored=self.model.ignored_names(), progress=progress)
+        if config.load_format == "dummy":
+            fill_with_noise(self.model.parameters())
+        else:
+            load_weights(self.folder, self.model.targets(), ignored=self.model.ignored_names(), progress=progress)
         self.plan = self._size_pools(config)
         self.model.reserve_positions(self.plan.max_model_len)
         self.warm_up()

@@ -51,6 +51,15 @@ def canonical_name(name: str) -> str:
     return name
 
 
+def fill_with_noise(parameters: Iterable[Tensor], std: float = 0.02) -> None:
+    """Random weights in place, the same each time: matrices N(0, std), vectors (norms) 1. To measure, not to read."""
+    for seed, parameter in enumerate(parameters):
+        if parameter.ndim > 1:
+            parameter.normal_(0.0, std, generator=torch.Generator(parameter.device).manual_seed(seed))
+        else:
+            parameter.fill_(1.0)
+
+
 def load_weights(
     folder: Path, targets: Iterable[Target], *, ignored: Iterable[str] = (), progress: bool = True
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,12 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:  # let the command's own parser say it, so that the hint knows its flags
         commands.get(known.command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        return known.run(known)
+        code = known.run(known)
+        sys.stdout.flush()
+        return code
     except (LeydenError, SettingsError) as error:
         print(f"leyden {known.command}: error: {error}", file=sys.stderr)
         return EXIT_USAGE if not getattr(error, "is_failure", False) else 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has gone; nothing more is to be said, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:

@@ -77,6 +77,16 @@ def refused(folder, *words: str) -> str:
     return str(error.value)
 
 
+def test_dummy_weights_need_a_config_alone_and_are_the_same_each_time(folder):
+    answers = [
+        answer(make_core(folder, load_format="dummy"), [1, 2, 3], max_tokens=8, ignore_eos=True).token_ids
+        for _ in range(2)
+    ]
+    assert len(answers[0]) == 8
+    assert answers[0] == answers[1]
+    refused(folder, "safetensors")
+
+
 # -- spellings ------------------------------------------------------------------------------------------------
 
 

@@ -195,6 +195,15 @@ def test_wrong_command_line_exits_2_and_names_what_is_wrong(arguments, words):
     assert "Traceback" not in done.stderr
 
 
+def test_a_reader_that_has_gone_leaves_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-P", "-m", "leyden.server.cli", "info", "demo"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_port_in_use_is_said_before_the_model_is_loaded(shared, checkpoint):
     port = shared.url.rsplit(":", 1)[1]
     command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(checkpoint), "--port", port]
