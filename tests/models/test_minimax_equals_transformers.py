@@ -65,12 +65,14 @@ def test_alone(checkpoint, backend, device):
         assert run(core, {"x": prompt})["x"] == answer, f"prompt of {n}"
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
-@pytest.mark.parametrize("chunk", [7, 64, 257])
+@pytest.mark.parametrize(
+    ("chunk", "backend"),
+    [(7, "minimax"), (7, "seg_la"), (7, "replay"), (64, "minimax"), (64, "seg_la"), (257, "minimax"), (257, "seg_la")],
+)
 def test_ragged_mixed_batches_with_chunked_prompts(checkpoint, backend, chunk, device):
     folder, expected = checkpoint
     core = make_core(folder, device=device, linear_backend=backend, max_num_batched_tokens=chunk, max_num_seqs=7)
-    for _ in range(2):  # the second round finds every slot and block used
+    for _ in range(1 if chunk == 7 else 2):  # the second round finds every slot and block used
         answers = run(core, {str(n): prompt for n, (prompt, _) in expected.items()})
         assert answers == {str(n): answer for n, (_, answer) in expected.items()}
 
@@ -123,8 +125,8 @@ def test_neighbours_that_come_and_go_do_not_matter(checkpoint, device):
 @pytest.mark.parametrize(
     ("backend", "heads", "layer_types"),
     [
-        ("minimax", 6, LINEAR_FIRST[1:3]),
-        ("seg_la", 8, FULL_FIRST[:2]),
+        ("minimax", 4, LINEAR_FIRST[1:3]),
+        ("seg_la", 4, FULL_FIRST[:2]),
         ("replay", 4, LINEAR_FIRST[1:3]),
     ],
 )
@@ -132,13 +134,13 @@ def test_interpreted_triton_kernels(tmp_path, backend, heads, layer_types):
     """The kernels of a GPU, run by Triton's interpreter: alone, in ragged mixed batches, cut prompts, preempted."""
     pytest.importorskip("triton")
     model = save_minimax(tmp_path, heads=heads, layer_types=layer_types, seed=1)
-    prompts = {str(n): random_prompt(n, n) for n in (15, 16, 1)}
+    prompts = {str(n): random_prompt(n, n) for n in (7, 8, 1)}
     expected = {name: greedy(model, prompt, 3) for name, prompt in prompts.items()}
     settings = {"kernels": "triton", "linear_backend": backend}
     alone = make_core(tmp_path, max_num_seqs=1, **settings)
     assert run(alone, prompts, num_tokens=3) == expected
     mixed = make_core(
-        tmp_path, max_num_seqs=3, max_num_batched_tokens=20, block_size=8, num_kv_blocks=4, max_model_len=32, **settings
+        tmp_path, max_num_seqs=3, max_num_batched_tokens=10, block_size=4, num_kv_blocks=4, max_model_len=16, **settings
     )
     assert run(mixed, prompts, num_tokens=3) == expected
     assert mixed.stats().preemptions_total > 0
