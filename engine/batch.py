@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,73 +13,125 @@ from ..models.forward_batch import ForwardBatch
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
 
+Arrays = dict[str, np.ndarray]
+ALIGNMENT = 16  # bytes; Triton specialises on it
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The fields of `ForwardBatch` that stay on the host."""
+
+    num_prefills: int
+    num_prefill_tokens: int
+    num_decodes: int
+    prefills_pending: bool
+    max_query_len: int
+
 
 def build_batch(scheduled: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
-    """The batch contract of `models.forward_batch` for one step. Asks only the sequences' own counters."""
+    """The batch contract of `models.forward_batch` for one step."""
+    sent = upload(batch_arrays(scheduled, block_size), device)
+    return make_batch(sent.tensors, count_rows(scheduled))
+
+
+def make_batch(tensors: dict[str, Tensor], counts: Counts) -> ForwardBatch:
+    fields = {name: getattr(counts, name) for name in Counts.__slots__}
+    return ForwardBatch(**{name: tensors[name] for name in ForwardBatch.__slots__ if name in tensors}, **fields)
+
+
+def count_rows(scheduled: ScheduledBatch) -> Counts:
+    prefill_counts = scheduled.num_scheduled_tokens[: scheduled.num_prefills]
+    return Counts(
+        num_prefills=scheduled.num_prefills,
+        num_prefill_tokens=sum(prefill_counts),
+        num_decodes=len(scheduled.sequences) - scheduled.num_prefills,
+        prefills_pending=any(s.num_pending_tokens for s in scheduled.sequences[: scheduled.num_prefills]),
+        max_query_len=max(prefill_counts, default=1),
+    )
+
+
+def batch_arrays(scheduled: ScheduledBatch, block_size: int) -> Arrays:
+    """The tensors of `ForwardBatch` in numpy. Asks only the sequences' own counters.
+
+    A decode row whose token the host has not seen has input id -1: its slot's last token stands for it.
+    """
     sequences, counts = scheduled.sequences, scheduled.num_scheduled_tokens
-    starts = [sequence.num_computed_tokens for sequence in sequences]
-    ends = [start + count for start, count in zip(starts, counts, strict=True)]
+    num_prefills = scheduled.num_prefills
     query_start_loc = np.zeros(len(sequences) + 1, dtype=np.int32)
     np.cumsum(counts, out=query_start_loc[1:])
-    context_lens = np.array(starts, dtype=np.int32)
-    spans = list(zip(sequences, starts, ends, strict=True))
-    arrays = {
-        "input_ids": _concat([np.array(s.token_ids(a, b), dtype=np.int64) for s, a, b in spans]),
-        "positions": _concat([np.arange(a, b, dtype=np.int64) for _, a, b in spans]),
-        "slot_mapping": _concat([_slot_mapping(s, a, b, block_size) for s, a, b in spans]),
+    context_lens = np.array([sequence.num_computed_tokens for sequence in sequences], dtype=np.int32)
+    table = block_tables(sequences)
+    rows = np.repeat(np.arange(len(sequences)), counts)  # [T], the row of each token
+    positions = np.arange(len(rows)) + (context_lens.astype(np.int64) - query_start_loc[:-1])[rows]
+    return {
+        "input_ids": _input_ids(sequences, counts, num_prefills),
+        "positions": positions,
+        "slot_mapping": table[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size,
         "logits_indices": query_start_loc[1:].astype(np.int64)[scheduled.completing_rows] - 1,
         "query_start_loc": query_start_loc,
         "context_lens": context_lens,
         "state_indices": np.array([sequence.state_slot for sequence in sequences], dtype=np.int32),
         "num_pending": np.array([sequence.num_pending_tokens for sequence in sequences], dtype=np.int32),
-        "block_table": _block_table(sequences),
+        "block_table": table,
         "has_initial_state": context_lens > 0,
     }
-    prefill_counts = counts[: scheduled.num_prefills]
-    return ForwardBatch(
-        **_to_device(arrays, device),
-        num_prefills=scheduled.num_prefills,
-        num_prefill_tokens=sum(prefill_counts),
-        num_decodes=len(sequences) - scheduled.num_prefills,
-        prefills_pending=any(s.num_pending_tokens for s in sequences[: scheduled.num_prefills]),
-        max_query_len=max(prefill_counts, default=1),
-    )
 
 
-def _concat(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
-
-
-def _slot_mapping(sequence: Sequence, start: int, end: int, block_size: int) -> np.ndarray:
-    first = start // block_size
-    blocks = np.array(sequence.block_table[first : -(-end // block_size)], dtype=np.int64)
-    positions = np.arange(start, end, dtype=np.int64)
-    return blocks[positions // block_size - first] * block_size + positions % block_size
-
-
-def _block_table(sequences: list[Sequence]) -> np.ndarray:
-    table = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), dtype=np.int32)
-    for row, sequence in enumerate(sequences):
-        table[row, : len(sequence.block_table)] = sequence.block_table
+def block_tables(sequences: list[Sequence]) -> np.ndarray:
+    """[B, M] int32, the tables of the sequences beside each other, 0 past their ends."""
+    lengths = np.array([len(sequence.block_table) for sequence in sequences])
+    table = np.zeros((len(sequences), lengths.max()), dtype=np.int32)
+    blocks = np.frombuffer(b"".join(memoryview(sequence.block_table) for sequence in sequences), dtype=np.int32)
+    table[np.arange(table.shape[1]) < lengths[:, None]] = blocks
     return table
 
 
-def _to_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    """Every array as a tensor on the device; on CUDA through one pinned buffer, so that a step costs one copy."""
-    if device.type != "cuda":
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    offsets, total = {}, 0
-    for name, array in arrays.items():
-        offsets[name] = total
-        total += -(-array.nbytes // 16) * 16  # Triton specialises on 16-byte alignment
-    host = torch.empty(total, dtype=torch.uint8, pin_memory=True)
-    view = host.numpy()
-    for name, array in arrays.items():
-        view[offsets[name] : offsets[name] + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def _input_ids(sequences: list[Sequence], counts: list[int], num_prefills: int) -> np.ndarray:
+    parts = [
+        np.array(s.token_ids(s.num_computed_tokens, s.num_computed_tokens + count), dtype=np.int64)
+        for s, count in zip(sequences[:num_prefills], counts[:num_prefills], strict=True)
+    ]
+    return np.concatenate([*parts, np.array([s.last_token_id for s in sequences[num_prefills:]], dtype=np.int64)])
+
+
+class Upload(NamedTuple):
+    """Arrays on the device: views of one buffer of bytes, in their order."""
+
+    buffer: Tensor
+    tensors: dict[str, Tensor]
+
+
+def upload(arrays: Arrays, device: torch.device) -> Upload:
+    """Send every array in one copy, on CUDA out of pinned memory and without waiting."""
+    is_cuda = device.type == "cuda"
+    host = torch.empty(packed_size(arrays), dtype=torch.uint8, pin_memory=is_cuda)
+    pack(arrays, host.numpy())
     buffer = host.to(device, non_blocking=True)
-    return {
-        name: buffer[offsets[name] : offsets[name] + array.nbytes]
-        .view(torch.from_numpy(array[:0]).dtype)
-        .view(array.shape)
-        for name, array in arrays.items()
-    }
+    return Upload(buffer, unpack(arrays, buffer))
+
+
+def packed_size(arrays: Arrays) -> int:
+    """Bytes that `pack` writes."""
+    return sum(_padded(array.nbytes) for array in arrays.values())
+
+
+def pack(arrays: Arrays, buffer: np.ndarray) -> None:
+    """Write the arrays one after another into a buffer of bytes."""
+    start = 0
+    for array in arrays.values():
+        buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        start += _padded(array.nbytes)
+
+
+def unpack(arrays: Arrays, buffer: Tensor) -> dict[str, Tensor]:
+    """Views of a buffer of bytes, shaped like the arrays packed in it."""
+    tensors, start = {}, 0
+    for name, array in arrays.items():
+        view = buffer[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype)
+        tensors[name] = view.view(array.shape)
+        start += _padded(array.nbytes)
+    return tensors
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

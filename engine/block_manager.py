@@ -38,7 +38,7 @@ class BlockManager:
     def release(self, sequence: Sequence) -> None:
         """Take back every block, once."""
         self._free.extend(reversed(sequence.block_table))
-        sequence.block_table.clear()
+        del sequence.block_table[:]
 
     def check_integrity(self, owners: Iterable[Sequence]) -> None:
         """Every block has exactly one owner. Raises AssertionError."""

@@ -12,10 +12,10 @@ from ..configs.schema import EngineConfig
 from .block_manager import BlockManager
 from .errors import ContextLengthError, QueueFullError, RequestError
 from .messages import AddRequest, EngineInfo, EngineStats
-from .model_runner import ModelRunner, StepResult
+from .model_runner import LaunchedStep, ModelRunner
 from .outputs import ErrorCode, StepOutput, TokenLogprobs
 from .scheduler import Scheduler
-from .sequence import Sequence
+from .sequence import Sequence, Status
 from .slots import SlotManager
 
 logger = logging.getLogger("leyden.engine")
@@ -38,10 +38,13 @@ class EngineCore:
         )
         self._stats = EngineStats()
         self._arrivals = 0
+        on_cuda = self.runner.device.type == "cuda"
+        self._is_async = on_cuda if config.async_scheduling is None else config.async_scheduling
+        self._in_flight: LaunchedStep | None = None
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._in_flight is not None
 
     def add_request(self, request: AddRequest) -> None:
         """Queue a request. Raises `RequestError`, `ContextLengthError` or `QueueFullError`; then nothing is kept."""
@@ -93,19 +96,28 @@ class EngineCore:
         self.scheduler.abort(request_id)
 
     def step(self) -> list[StepOutput]:
-        """Compute one batch. Returns what is new, for the requests that got something."""
+        """Launch one batch. Returns what is new of it, or, when scheduling is asynchronous, of the one before: the
+        device then never waits for the host. A sequence that turns out to have ended is computed once too often; its
+        slot and blocks are free for those that are launched after that."""
         started = time.perf_counter()
         batch = self.scheduler.schedule()
         scheduled = time.perf_counter()
-        if batch.is_empty:
-            return []
-        result = self.runner.execute(batch)
-        _keep_prompt_logprobs(result)
-        self.scheduler.update(batch)
-        outputs = self._collect(result)
-        self._stats.steps_total += 1
-        self._stats.step_seconds_total += time.perf_counter() - started
+        launched = None
+        if not batch.is_empty:
+            launched = self.runner.launch(batch)
+            _keep_prompt_logprobs(launched)
+            self.scheduler.update(batch)
+            self._stats.steps_total += 1
+        if self._is_async:
+            launched, self._in_flight = self._in_flight, launched
+        waiting = time.perf_counter()
+        tokens, logprobs = launched.wait() if launched else ([], [])
+        waited = time.perf_counter() - waiting
+        outputs = self._collect(launched.completing, tokens, logprobs) if launched else []
+        seconds = time.perf_counter() - started
+        self._stats.step_seconds_total += seconds
         self._stats.schedule_seconds_total += scheduled - started
+        self._stats.host_seconds_total += seconds - waited
         return outputs
 
     def stats(self) -> EngineStats:
@@ -153,43 +165,45 @@ class EngineCore:
         """Every slot and block has one owner. Raises AssertionError."""
         self.scheduler.check_integrity()
 
-    def _collect(self, result: StepResult) -> list[StepOutput]:
-        """Append sampled tokens to their sequences, finish those that end, and say what is new."""
-        if result.sampled is None:
-            return []
-        token_ids = result.sampled.token_ids.tolist()
-        is_valid = result.sampled.is_valid.tolist()
+    def _collect(
+        self, rows: list[tuple[Sequence, int]], tokens: list[int], logprobs: list[TokenLogprobs | None]
+    ) -> list[StepOutput]:
+        """Put tokens in their places, finish the sequences that end, and say what is new. Those that ended or were
+        aborted while the step ran get nothing."""
         return [
-            self._advance(sequence, token_ids[i], is_valid[i], result.sampled.logprobs[i])
-            for i, sequence in enumerate(result.completing)
+            self._advance(sequence, index, token_id, entry)
+            for (sequence, index), token_id, entry in zip(rows, tokens, logprobs, strict=True)
+            if sequence.status is not Status.FINISHED
         ]
 
-    def _advance(self, sequence: Sequence, token_id: int, is_valid: bool, logprobs: TokenLogprobs | None) -> StepOutput:
+    def _advance(self, sequence: Sequence, index: int, token_id: int, logprobs: TokenLogprobs | None) -> StepOutput:
+        """Take the index-th token of the sequence's answer."""
         output = StepOutput(request_id=sequence.request_id)
-        if sequence.num_output_tokens == 0:
+        if index == 0:
             self._stats.prompt_tokens_total += sequence.num_prompt_tokens
             output.prompt_logprobs = sequence.prompt_logprobs or None
-        if not is_valid:
+        if token_id < 0:
             logger.error("request %s: the model gave NaN or infinite logits", sequence.request_id)
             output.finish_reason, output.error_code = "error", "internal"
             output.error = "the model gave NaN or infinite logits for this request"
         elif sequence.max_tokens == 0:
             output.finish_reason = "length"
         else:
-            sequence.output_token_ids.append(token_id)
+            sequence.output_token_ids[index] = token_id
             output.token_ids = [token_id]
             output.logprobs = None if logprobs is None else [logprobs]
-            output.finish_reason = sequence.finish_reason()
+            output.finish_reason = sequence.finish_reason(index)
             output.stop_token_id = token_id if output.finish_reason == "stop" else None
             self._stats.generation_tokens_total += 1
         if output.finish_reason is not None:
+            del sequence.output_token_ids[index + 1 :]  # of the step that was computed once too often
             self.scheduler.finish(sequence)
         return output
 
 
-def _keep_prompt_logprobs(result: StepResult) -> None:
+def _keep_prompt_logprobs(step: LaunchedStep) -> None:
     """Join a chunk's scores to those of the chunks before; a prompt that starts anew after a preemption overwrites."""
-    for sequence, entries in result.prompt_logprobs.items():
+    for sequence, entries in step.prompt_logprobs.items():
         before: list[TokenLogprobs | None] = [None, *sequence.prompt_logprobs[1:]]
         sequence.prompt_logprobs = [*before[: sequence.num_computed_tokens + 1], *entries]
 

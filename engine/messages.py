@@ -71,6 +71,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     steps_total: int = 0
     step_seconds_total: float = 0.0
     schedule_seconds_total: float = 0.0
+    host_seconds_total: float = 0.0  # of step_seconds_total, all but waiting for the device
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True):

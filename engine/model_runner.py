@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from array import array
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,15 +17,17 @@ from ..kernels import load as load_kernels
 from ..models.backends import LINEAR_BACKENDS
 from ..models.checkpoint import read_config, resolve
 from ..models.config import LightningSpec, ModelConfig
+from ..models.forward_batch import ForwardBatch
 from ..models.minimax import Cache
 from ..models.registry import FAMILIES
 from ..models.weights import fill_with_noise, load_weights
-from .batch import build_batch
+from .batch import batch_arrays, count_rows, make_batch, upload
+from .cuda_graph import DecodeGraphs, graph_sizes, pad_rows
 from .errors import ConfigError
 from .memory import MemoryPlan, plan_memory
 from .outputs import TokenLogprobs
 from .pools import KVPool, StatePool
-from .sampler import Sampled, sample, token_logprobs
+from .sampler import Sampled, Sampler, SamplingBatch, sampling_arrays, token_logprobs
 from .sampling_params import SamplingParams
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
@@ -33,12 +36,16 @@ PROMPT_LOGPROB_ROWS = 64  # rows of vocabulary-wide float32 that exist at once
 
 
 @dataclass(slots=True)
-class StepResult:
-    """What a step computed. `sampled` belongs to `completing`: the rows whose tokens are now all computed."""
+class LaunchedStep:
+    """A step on its way. `completing`: the rows that get a token, and which of their answer's it is."""
 
-    completing: list[Sequence]
+    completing: list[tuple[Sequence, int]]
     sampled: Sampled | None
     prompt_logprobs: dict[Sequence, list[TokenLogprobs]]
+
+    def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Token (-1: bad logits) and log-probabilities of each completing row, once they are computed."""
+        return self.sampled.wait() if self.sampled is not None else ([], [])
 
 
 class ModelRunner:
@@ -53,12 +60,12 @@ class ModelRunner:
         self.kernel_name = pick_kernels(config.kernels, self.device)
         self.block_size = config.block_size
         torch.set_num_threads(config.num_threads or _spare_cores())
-        kernels = load_kernels(self.kernel_name)
-        linear_backend = LINEAR_BACKENDS[config.linear_backend](kernels)
+        self.kernels = load_kernels(self.kernel_name)
+        linear_backend = LINEAR_BACKENDS[config.linear_backend](self.kernels)
         self.ring_size = linear_backend.ring_size
         self.model = FAMILIES[self.model_config.architecture].module()(
             self.model_config,
-            kernels,
+            self.kernels,
             linear_backend,
             device=self.device,
             dtype=self.dtype,
@@ -67,21 +74,60 @@ class ModelRunner:
             fill_with_noise(self.model.parameters())
         else:
             load_weights(self.folder, self.model.targets(), ignored=self.model.ignored_names(), progress=progress)
+        self.graphs: DecodeGraphs | None = None
         self.plan = self._size_pools(config)
         self.model.reserve_positions(self.plan.max_model_len)
         self.warm_up()
+        if self._wants_graphs(config):
+            sizes = graph_sizes(min(self.plan.num_state_slots, config.max_graph_rows))
+            self.graphs = self._capture(sizes, self.plan.max_model_len, progress=progress)
 
     @torch.inference_mode()
-    def execute(self, scheduled: ScheduledBatch) -> StepResult:
-        """Compute the scheduled tokens, write state and KV pools, and sample where a row's tokens are complete."""
-        batch = build_batch(scheduled, self.block_size, self.device)
-        hidden = self.model(batch, self.caches)
-        completing = [scheduled.sequences[row] for row in scheduled.completing_rows]
+    def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
+        """Start computing the scheduled tokens, which writes state and KV pools, and sampling where a row's tokens are
+        complete. On CUDA nothing waits for the device, but for log-probabilities of a prompt."""
+        rows = scheduled.completing_rows
+        completing = [(scheduled.sequences[row], scheduled.sequences[row].num_output_tokens) for row in rows]
+        sampling = sampling_arrays([sequence for sequence, _ in completing], self.model_config.vocab_size)
+        arrays = batch_arrays(scheduled, self.block_size)
+        size = None
+        if self.graphs is not None and scheduled.num_prefills == 0:
+            size = self.graphs.size_for(len(scheduled.sequences))
+        if self.graphs is not None and size is not None:
+            sent = upload(pad_rows(arrays, size) | {"block_table": arrays["block_table"]} | sampling, self.device)
+            logits = self.graphs.replay(size, sent)[: len(rows)]
+            prompt_logprobs = {}
+        else:
+            sent = upload(arrays | sampling, self.device)
+            batch = make_batch(sent.tensors, count_rows(scheduled))
+            hidden = self._forward(batch)
+            logits = self.model.compute_logits(hidden[batch.logits_indices]) if rows else hidden
+            prompt_logprobs = self._prompt_logprobs(scheduled, hidden)
         sampled = None
-        if completing:
-            logits = self.model.compute_logits(hidden[batch.logits_indices])
-            sampled = sample(logits, completing)
-        return StepResult(completing, sampled, self._prompt_logprobs(scheduled, hidden))
+        if rows:
+            num_top = [sequence.sampling_params.logprobs for sequence, _ in completing]
+            wanted = SamplingBatch(**{name: sent.tensors[name] for name in SamplingBatch.__slots__})
+            sampled = self.sampler.sample(logits, wanted, num_top)
+        return LaunchedStep(completing, sampled, prompt_logprobs)
+
+    def _forward(self, batch: ForwardBatch) -> Tensor:
+        """Hidden states [T, d]. Tokens that the host has not seen are those last drawn for their slots."""
+        if batch.num_decodes:
+            ids = batch.input_ids[batch.num_prefill_tokens :]
+            last = self.sampler.last_tokens[batch.state_indices[batch.num_prefills :]]
+            ids.copy_(torch.where(ids < 0, last, ids))
+        return self.model(batch, self.caches)
+
+    def _forward_logits(self, batch: ForwardBatch) -> Tensor:
+        return self.model.compute_logits(self._forward(batch))
+
+    def _wants_graphs(self, config: EngineConfig) -> bool:
+        return config.cuda_graphs and self.device.type == "cuda" and self.kernel_name == "triton"
+
+    @torch.inference_mode()
+    def _capture(self, sizes: list[int], max_model_len: int, *, progress: bool = False) -> DecodeGraphs:
+        width = min(-(-max_model_len // self.block_size), self.kv.num_blocks)
+        return DecodeGraphs(self._forward_logits, sizes, width, self.device, progress=progress)
 
     @property
     def weight_bytes(self) -> int:
@@ -132,7 +178,7 @@ class ModelRunner:
             )
         plan = plan_memory(
             self._free_bytes(config) - self.model.position_bytes(max_model_len),
-            state_bytes_per_slot=self.state_bytes_per_slot,
+            state_bytes_per_slot=self.state_bytes_per_slot + Sampler.bytes_per_slot(self.model_config.vocab_size),
             kv_bytes_per_token=self.kv_bytes_per_token,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
@@ -154,6 +200,7 @@ class ModelRunner:
         )
         self.kv = KVPool(config.full_layers, num_blocks, self.block_size, device=self.device, dtype=self.dtype)
         self.caches = _caches_by_layer(config, self.states, self.kv)
+        self.sampler = Sampler(self.kernels, num_slots, config.vocab_size, self.device)
 
     def _free_bytes(self, config: EngineConfig) -> int:
         """Bytes for the pools: a setting on a CPU; on CUDA the configured share less weights and the largest step."""
@@ -176,28 +223,48 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats(self.device)
         dummies = [_dummy(i, length, list(range(i * blocks, (i + 1) * blocks))) for i in range(rows)]
         try:
-            self.execute(ScheduledBatch(dummies, [length] * rows, rows))
+            self.launch(ScheduledBatch(dummies, [length] * rows, rows)).wait()
             torch.cuda.synchronize(self.device)
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"a step of max_num_batched_tokens = {tokens} tokens does not fit on the device; "
                 "lower it or max_num_seqs"
             ) from None
-        peak = torch.cuda.max_memory_allocated(self.device) - self.states.nbytes - self.kv.nbytes
-        del self.states, self.kv, self.caches
+        pools = self.states.nbytes + self.kv.nbytes + self.sampler.nbytes
+        peak = torch.cuda.max_memory_allocated(self.device) - pools
+        if self._wants_graphs(config):
+            peak += self._measure_graphs(graph_sizes(min(rows, config.max_graph_rows)), max_len)
+        del self.states, self.kv, self.caches, self.sampler
         torch.cuda.empty_cache()
         return peak
+
+    def _measure_graphs(self, sizes: list[int], max_model_len: int) -> int:
+        """Bytes that graphs of these sizes will take: the largest shapes their memory, each adds its own nodes."""
+        free = [self._reserve_free()]
+        for part in (sizes[-1:], sizes[:1] + sizes[-1:]):
+            graphs = self._capture(part, max_model_len)
+            free.append(self._reserve_free())
+            del graphs
+            self._reserve_free()
+        first, second = free[0] - free[1], free[0] - free[2]
+        return max(first, second) + max(second - first, 0) * len(sizes)
+
+    def _reserve_free(self) -> int:
+        """Bytes free on the device, after giving back what the allocator only keeps."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
 
     def warm_up(self) -> None:
         """A prefill and a decode step, so that most of the compiling is done before the first request. Uses slot 0 and
         the first blocks, which are free: what it leaves there is what any former owner leaves."""
         num_blocks = -(-min(3, self.plan.max_model_len) // self.block_size)
         dummy = _dummy(0, min(2, self.plan.max_model_len), list(range(num_blocks)))
-        self.execute(ScheduledBatch([dummy], [dummy.num_tokens], 1))
+        self.launch(ScheduledBatch([dummy], [dummy.num_tokens], 1)).wait()
         if dummy.num_tokens < self.plan.max_model_len:
             dummy.num_computed_tokens = dummy.num_tokens
             dummy.output_token_ids.append(0)
-            self.execute(ScheduledBatch([dummy], [1], 0))
+            self.launch(ScheduledBatch([dummy], [1], 0)).wait()
 
 
 def _spare_cores() -> int:
@@ -262,6 +329,6 @@ def _dummy(slot: int, length: int, table: list[int]) -> Sequence:
         request_id=f"dummy-{slot}",
         prompt_token_ids=[0] * length,
         sampling_params=SamplingParams(temperature=1.0, top_p=0.9, logprobs=1),
-        block_table=table,
+        block_table=array("i", table),
         state_slot=slot,
     )

@@ -55,6 +55,7 @@ class KVPool:
     ) -> None:
         heads, dim = (layers[0].num_kv_heads, layers[0].head_dim) if layers else (0, 0)
         shape = (len(layers), num_blocks, block_size, heads, dim)
+        self.num_blocks = num_blocks
         self.key = torch.empty(shape, device=device, dtype=dtype)
         self.value = torch.empty(shape, device=device, dtype=dtype)
 

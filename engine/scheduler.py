@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from .block_manager import BlockManager
 from .errors import ContextLengthError, QueueFullError
-from .sequence import Sequence, Status
+from .sequence import UNSEEN, Sequence, Status
 from .slots import SlotManager
 
 
@@ -34,9 +34,10 @@ class ScheduledBatch:
 
     @property
     def completing_rows(self) -> list[int]:
-        """Rows whose tokens are all computed after this step: each gets its next one."""
-        pairs = zip(self.sequences, self.num_scheduled_tokens, strict=True)
-        return [i for i, (sequence, count) in enumerate(pairs) if sequence.num_uncomputed_tokens == count]
+        """Rows whose tokens are all computed after this step: each gets its next one. Asked before `update`."""
+        counts, rows = self.num_scheduled_tokens, range(self.num_prefills)
+        ending = [row for row in rows if self.sequences[row].num_uncomputed_tokens == counts[row]]
+        return [*ending, *range(self.num_prefills, len(self.sequences))]
 
 
 class Scheduler:
@@ -108,26 +109,41 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's rows and give them the blocks and slots they need."""
         budget = self.max_num_batched_tokens
-        scheduled: dict[Sequence, int] = {}
-        decoding = [sequence for sequence in self.running if sequence.is_decoding]
-        prefilling = [sequence for sequence in self.running if not sequence.is_decoding]
-        for sequence in decoding + prefilling:
-            if sequence.status is not Status.RUNNING:  # preempted for one before it
-                continue
+        decoding: dict[Sequence, int] = {}
+        prefilling: dict[Sequence, int] = {}
+        behind = []
+        for sequence in self.running.copy():
+            num_new = sequence.num_uncomputed_tokens
+            if num_new > 1 or sequence.num_computed_tokens == 0:
+                behind.append(sequence)
+            elif num_new == 1 and sequence.status is Status.RUNNING:  # else preempted for one before it
+                if budget and self._make_room(sequence, 1, decoding):
+                    decoding[sequence] = 1
+                    budget -= 1
+        for sequence in behind:
             num_new = min(sequence.num_uncomputed_tokens, budget)
-            if num_new and self._make_room(sequence, num_new, scheduled):
-                scheduled[sequence] = num_new
+            if (
+                num_new
+                and sequence.status is Status.RUNNING
+                and self._make_room(sequence, num_new, decoding, prefilling)
+            ):
+                prefilling[sequence] = num_new
                 budget -= num_new
-        self._admit(scheduled, budget)
-        return _in_batch_order(scheduled)
+        self._admit(prefilling, budget)
+        rows = [*prefilling, *decoding]
+        return ScheduledBatch(rows, [*prefilling.values(), *decoding.values()], len(prefilling))
 
     def update(self, batch: ScheduledBatch) -> None:
-        """Note that the batch has been computed. Must come before its sampled tokens are appended."""
+        """Note that the batch is being computed: what it completes ends in `UNSEEN` until its tokens arrive."""
+        for row in batch.completing_rows:
+            sequence = batch.sequences[row]
+            if sequence.max_tokens > 0:
+                sequence.output_token_ids.append(UNSEEN)
         for row, (sequence, num_new) in enumerate(zip(batch.sequences, batch.num_scheduled_tokens, strict=True)):
-            if sequence.status is Status.RUNNING:
-                sequence.num_computed_tokens += num_new
+            sequence.num_computed_tokens += num_new
+            if self.ring_size:
                 pending = sequence.num_pending_tokens + 1 if row >= batch.num_prefills else 0
-                sequence.num_pending_tokens = pending % max(1, self.ring_size)
+                sequence.num_pending_tokens = pending % self.ring_size
 
     def check_integrity(self) -> None:
         """Ownership is whole and the queues are in order. Raises AssertionError."""
@@ -159,16 +175,18 @@ class Scheduler:
             scheduled[sequence] = num_new
             budget -= num_new
 
-    def _make_room(self, sequence: Sequence, num_new: int, scheduled: dict[Sequence, int]) -> bool:
+    def _make_room(self, sequence: Sequence, num_new: int, *scheduled: dict[Sequence, int]) -> bool:
         """Give `sequence` the blocks for num_new more tokens, preempting from the end. False if it fell itself."""
         total = sequence.num_computed_tokens + num_new
-        while self.blocks.missing(sequence, total) > self.blocks.num_free:
+        while (missing := self.blocks.missing(sequence, total)) > self.blocks.num_free:
             victim = self.running[-1]
             self._preempt(victim)
-            scheduled.pop(victim, None)
+            for rows in scheduled:
+                rows.pop(victim, None)
             if victim is sequence:
                 return False
-        self.blocks.grow(sequence, total)
+        if missing:
+            self.blocks.grow(sequence, total)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -182,10 +200,4 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.blocks.release(sequence)
         self.slots.release(sequence)
-
-
-def _in_batch_order(scheduled: dict[Sequence, int]) -> ScheduledBatch:
-    prefills = [sequence for sequence in scheduled if not sequence.is_decoding]
-    decodes = [sequence for sequence in scheduled if sequence.is_decoding]
-    rows = prefills + decodes
-    return ScheduledBatch(rows, [scheduled[sequence] for sequence in rows], len(prefills))
+        sequence.is_counted = False

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import enum
+from array import array
 from dataclasses import dataclass, field
 
 from .outputs import FinishReason, TokenLogprobs
 from .sampling_params import SamplingParams
+
+# The place of a token that the device has drawn, or is about to, and the host has not seen.
+UNSEEN = -1
 
 
 class Status(enum.Enum):
@@ -19,7 +23,7 @@ class Status(enum.Enum):
 class Sequence:
     """One request inside the engine.
 
-    There are no phases: `num_computed_tokens` chases `num_tokens`, and every step feeds what lies between. Chunked
+    A launched step leaves `UNSEEN` at the end of the answer until its token arrives. There are no phases: `num_computed_tokens` chases `num_tokens`, and every step feeds what lies between. Chunked
     prefill, decoding and recomputing after a preemption are all that.
     """
 
@@ -35,9 +39,10 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: array[int] = field(default_factory=lambda: array("i"))
     state_slot: int | None = None
     num_pending_tokens: int = 0  # computed tokens that the slot's ring holds and its state does not (`replay`)
+    is_counted: bool = False  # the sampler has counted the tokens in this slot (penalties)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -53,7 +58,10 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return self.num_tokens - self.num_computed_tokens
+        """Tokens still to feed. The last one of the answer never is."""
+        num_prompt = len(self.prompt_token_ids)
+        last = num_prompt + len(self.output_token_ids)
+        return min(last, num_prompt + max(self.max_tokens - 1, 0)) - self.num_computed_tokens
 
     @property
     def is_decoding(self) -> bool:
@@ -72,11 +80,15 @@ class Sequence:
             return self.prompt_token_ids[start:end]
         return self.prompt_token_ids[start:split] + self.output_token_ids[max(start - split, 0) : end - split]
 
-    def finish_reason(self) -> FinishReason | None:
-        """Why the sequence ends with its last token, or None to go on."""
+    @property
+    def last_token_id(self) -> int:
+        return (self.output_token_ids or self.prompt_token_ids)[-1]
+
+    def finish_reason(self, index: int) -> FinishReason | None:
+        """Why the sequence ends with the index-th token of its answer, or None to go on."""
         params = self.sampling_params
-        if self.output_token_ids and self.num_output_tokens >= params.min_tokens:
-            last = self.output_token_ids[-1]
-            if last in params.stop_token_ids or (last in self.eos_token_ids and not params.ignore_eos):
+        if index + 1 >= params.min_tokens:
+            token = self.output_token_ids[index]
+            if token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos):
                 return "stop"
-        return "length" if self.num_output_tokens >= self.max_tokens else None
+        return "length" if index + 1 >= self.max_tokens else None

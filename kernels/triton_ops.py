@@ -17,6 +17,7 @@ from .moe import moe
 from .norm import add_rms_norm, gated_rms_norm, rms_norm
 from .rope import rope_and_store_kv
 from .routing import route
+from .sampling import sample
 
 __all__ = [
     "add_rms_norm",
@@ -32,5 +33,6 @@ __all__ = [
     "rms_norm",
     "rope_and_store_kv",
     "route",
+    "sample",
     "silu_and_mul",
 ]

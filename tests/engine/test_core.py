@@ -14,9 +14,10 @@ from tiny_models import VOCAB, greedy, random_prompt
 PROMPT = random_prompt(40, seed=3)
 
 
-@pytest.fixture(scope="module")
-def core(tiny):
-    return make_core(tiny.folder)
+@pytest.fixture(scope="module", params=[False, True], ids=["at once", "a step behind"])
+def core(tiny, request: pytest.FixtureRequest):
+    """An engine that takes its tokens at once, and one that launches a step before it has those of the last."""
+    return make_core(tiny.folder, async_scheduling=request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +28,8 @@ def _nothing_is_left_behind(core):
     finally:  # one failure stays one
         for each in [*core.scheduler.waiting, *core.scheduler.running]:
             core.abort_request(each.request_id)
+        while core.has_work:
+            core.step()
 
 
 # -- refusals -------------------------------------------------------------------------------------------------
@@ -232,7 +235,7 @@ def test_abort_in_every_state_frees_everything(tiny):
         core.abort_request(name)
         core.abort_request(name)  # again: nothing to do
         core.check_integrity()
-        assert name not in core.scheduler and states[name].block_table == [] and states[name].state_slot is None
+        assert name not in core.scheduler and not states[name].block_table and states[name].state_slot is None
     assert core.step() == []
     assert_nothing_held(core)
 

@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import math
 import random
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from engines import sequence
-from leyden.engine.sampler import sample, token_logprobs, uniform
+from leyden.engine.outputs import TokenLogprobs
+from leyden.engine.sampler import Sampler, SamplingBatch, sampling_arrays, token_logprobs, uniform
+from leyden.engine.sequence import UNSEEN, Sequence
+from leyden.kernels import load
 
 VOCAB = 12
 NUM_DRAWS = 4_000
+CPU = torch.device("cpu")
 LOGITS = torch.tensor([1.0, -2.0, 0.5, 2.5, -1.0, 0.0, 1.5, -0.5, 2.0, -3.0, 0.25, 0.75])
+
+
+class Drawn(NamedTuple):
+    token_ids: torch.Tensor
+    is_valid: torch.Tensor
+    logprobs: list[TokenLogprobs | None]
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
+    """One step of a new sampler that has these sequences in its slots."""
+    for slot, each in enumerate(sequences):
+        each.state_slot, each.is_counted = slot, False
+    return step(Sampler(load("torch"), len(sequences), logits.shape[1], CPU), logits, sequences)
+
+
+def step(sampler: Sampler, logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
+    arrays = sampling_arrays(sequences, logits.shape[1])
+    batch = SamplingBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    num_top = [each.sampling_params.logprobs for each in sequences]
+    tokens, logprobs = sampler.sample(logits, batch, num_top).wait()
+    token_ids = torch.tensor(tokens)
+    return Drawn(token_ids, token_ids >= 0, logprobs)
 
 
 def reference(logits: np.ndarray, *, temperature=1.0, min_p=0.0, top_k=0, top_p=1.0) -> np.ndarray:
@@ -232,7 +259,7 @@ def test_bad_logits_are_flagged_for_their_row_alone(bad, temperature):
     rows = [sequence([0], seed=i, temperature=temperature, top_p=0.9, top_k=5, logprobs=2) for i in range(5)]
     sampled = sample(logits, rows)
     assert sampled.is_valid.tolist() == [True, True, False, True, True]
-    assert ((sampled.token_ids >= 0) & (sampled.token_ids < 16)).all()
+    assert (sampled.token_ids < 16).all()
 
 
 def test_row_of_minus_infinity_alone_is_flagged():
@@ -246,12 +273,29 @@ def test_half_precision_logits_are_sampled_in_float32(dtype):
     assert sampled.logprobs[0].logprob == logits.float().log_softmax(-1).max().item()
 
 
+def test_penalties_count_tokens_that_the_host_has_not_seen():
+    """Three steps of which no token is known when the next is asked for, then a new owner of the slot."""
+    logits = torch.tensor([[3.0, 2.5, 2.0, 0.0]])
+    params = {"temperature": 0.0, "presence_penalty": 1.2, "max_tokens": 99}
+    row = sequence([3], state_slot=1, **params)
+    sampler = Sampler(load("torch"), 2, 4, CPU)
+    drawn = []
+    for _ in range(4):
+        drawn.append(int(step(sampler, logits, [row]).token_ids[0]))
+        row.output_token_ids.append(UNSEEN)
+    assert drawn == [0, 1, 2, 0]
+    assert sampler.counts[1].tolist() == [4, 2, 2, 1] and not sampler.counts[0].any()
+    assert sampler.last_tokens.tolist() == [0, 0]
+    assert int(step(sampler, logits, [sequence([2], state_slot=1, **params)]).token_ids[0]) == 0
+    assert sampler.counts[1].tolist() == [2, 0, 1, 0]
+
+
 def test_uniform_is_uniform_over_positions_and_over_seeds():
     for numbers in (
-        np.array([uniform(5, position) for position in range(20_000)]),
-        np.array([uniform(seed, 0) for seed in range(20_000)]),
-        np.array([uniform((3 << 32) + seed, 7) for seed in range(20_000)]),
-        np.array([uniform(-seed, 1) for seed in range(20_000)]),
+        uniform([5] * 20_000, list(range(20_000))),
+        uniform(list(range(20_000)), [0] * 20_000),
+        uniform([(3 << 32) + seed for seed in range(20_000)], [7] * 20_000),
+        uniform([-seed for seed in range(20_000)], [1] * 20_000),
     ):
         assert numbers.min() >= 0 and numbers.max() < 1
         counts = np.histogram(numbers, bins=50, range=(0, 1))[0]
@@ -261,6 +305,8 @@ def test_uniform_is_uniform_over_positions_and_over_seeds():
 
 
 def test_uniform_depends_on_nothing_but_seed_and_position():
-    assert uniform(1, 2) == uniform(1, 2)
-    assert len({uniform(seed, position) for seed in range(-3, 3) for position in range(10)}) == 60
-    assert all(0 <= uniform(seed, 0) < 1 for seed in (-(2**63), 2**63 - 1, 2**32))
+    assert uniform([9, 1, 3], [0, 2, 5])[1] == uniform([1], [2])[0]
+    seeds, positions = zip(*[(seed, position) for seed in range(-3, 3) for position in range(10)], strict=True)
+    assert len(set(uniform(list(seeds), list(positions)))) == 60
+    extremes = uniform([-(2**63), 2**63 - 1, 2**32, 2**80], [0] * 4)
+    assert ((extremes >= 0) & (extremes < 1)).all()

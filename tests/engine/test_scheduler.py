@@ -9,7 +9,7 @@ from engines import sequence
 from leyden.engine.block_manager import BlockManager
 from leyden.engine.errors import ContextLengthError, QueueFullError
 from leyden.engine.scheduler import ScheduledBatch, Scheduler
-from leyden.engine.sequence import Sequence, Status
+from leyden.engine.sequence import UNSEEN, Sequence, Status
 from leyden.engine.slots import SlotManager
 
 EOS = 0
@@ -25,15 +25,29 @@ def make_scheduler(*, blocks=8, block_size=4, slots=4, budget=16, max_waiting=10
     )
 
 
-def finish_step(scheduler: Scheduler, batch: ScheduledBatch, next_token) -> list[Sequence]:
-    """What the engine does after a forward pass. Returns who finished."""
+Launched = list[tuple[Sequence, int]]  # who gets a token, and which of its answer's it is
+
+
+def launch(scheduler: Scheduler, batch: ScheduledBatch) -> Launched:
+    """What the engine does when a forward pass is under way."""
+    rows = [batch.sequences[row] for row in batch.completing_rows]
+    launched = [(each, each.num_output_tokens) for each in rows]
     scheduler.update(batch)
-    done = []
+    for each, index in launched:
+        assert each.output_token_ids[index:] == [UNSEEN]
     for each in batch.sequences:
         assert each.num_computed_tokens <= each.num_tokens
-        if each.num_uncomputed_tokens == 0:
-            each.output_token_ids.append(next_token(each))
-            if each.finish_reason() is not None:
+    return launched
+
+
+def deliver(scheduler: Scheduler, launched: Launched, next_token) -> list[Sequence]:
+    """What it does when the tokens have arrived. Returns who finished."""
+    done = []
+    for each, index in launched:
+        if each.status is not Status.FINISHED:
+            each.output_token_ids[index] = next_token(each)
+            if each.finish_reason(index) is not None:
+                del each.output_token_ids[index + 1 :]
                 scheduler.finish(each)
                 done.append(each)
     return done
@@ -41,7 +55,7 @@ def finish_step(scheduler: Scheduler, batch: ScheduledBatch, next_token) -> list
 
 def step(scheduler: Scheduler, next_token=lambda _: 7) -> ScheduledBatch:
     batch = scheduler.schedule()
-    finish_step(scheduler, batch, next_token)
+    deliver(scheduler, launch(scheduler, batch), next_token)
     scheduler.check_integrity()
     return batch
 
@@ -51,10 +65,13 @@ def rows(batch: ScheduledBatch) -> list[tuple[str, int]]:
 
 
 class Simulation:
-    """Random arrivals and aborts against one scheduler, with every law checked after every step."""
+    """Random arrivals and aborts against one scheduler, with every law checked after every step. Where `lags`, the
+    tokens of a step arrive after the next one is launched."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, lags: bool) -> None:
         self.rng = rng = random.Random(seed)
+        self.lags = lags
+        self.in_flight: Launched = []
         slots = rng.randint(1, 6)
         self.scheduler = make_scheduler(
             blocks=rng.randint(2, 24),
@@ -72,7 +89,7 @@ class Simulation:
 
     def run(self, num_requests: int) -> None:
         idle_limit = 200_000
-        while self.num_arrivals < num_requests or self.scheduler.has_work:
+        while self.num_arrivals < num_requests or self.scheduler.has_work or self.in_flight:
             while self.num_arrivals < num_requests and self.rng.random() < 0.4:
                 self.arrive()
             if self.alive and self.rng.random() < 0.05:
@@ -110,7 +127,7 @@ class Simulation:
         assert self.scheduler.abort(request_id)
         assert not self.scheduler.abort(request_id), "a second abort finds nothing"
         gone = self.alive.pop(request_id)
-        assert gone.status is Status.FINISHED and gone.state_slot is None and gone.block_table == []
+        assert gone.status is Status.FINISHED and gone.state_slot is None and not gone.block_table
         self.num_aborted += 1
         self.scheduler.check_integrity()
 
@@ -120,7 +137,10 @@ class Simulation:
         batch = self.scheduler.schedule()
         self.check(batch, waiting_before)
         self.num_fallen += self.scheduler.num_preemptions - preemptions
-        for done in finish_step(self.scheduler, batch, lambda _: self.rng.randint(0, 9)):
+        launched = launch(self.scheduler, batch)
+        if self.lags:
+            launched, self.in_flight = self.in_flight, launched
+        for done in deliver(self.scheduler, launched, lambda _: self.rng.randint(0, 9)):
             del self.alive[done.request_id]
             self.finished.append(done)
         self.scheduler.check_integrity()
@@ -128,7 +148,7 @@ class Simulation:
     def check(self, batch: ScheduledBatch, waiting_before: list[Sequence]) -> None:
         scheduler = self.scheduler
         scheduler.check_integrity()
-        assert not batch.is_empty or not scheduler.has_work, "work is there and nothing runs"
+        assert not batch.is_empty or not scheduler.has_work or self.in_flight, "work is there and nothing runs"
         assert len(set(map(id, batch.sequences))) == len(batch.sequences)
         assert sum(batch.num_scheduled_tokens) <= scheduler.max_num_batched_tokens
         assert [s.is_decoding for s in batch.sequences] == [False] * batch.num_prefills + [True] * (
@@ -140,6 +160,8 @@ class Simulation:
         for row, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
             assert row.status is Status.RUNNING and row.state_slot is not None
             assert 1 <= count <= row.num_uncomputed_tokens
+            start = row.num_computed_tokens
+            assert row.is_decoding or UNSEEN not in row.token_ids(start, start + count), "an unseen token in a prompt"
             held = len(row.block_table)
             assert scheduler.blocks.blocks_for(row.num_computed_tokens + count) <= held
             assert held <= scheduler.blocks.blocks_for(row.num_tokens), "blocks are held for nothing"
@@ -152,7 +174,7 @@ class Simulation:
         scheduler = self.scheduler
         assert not self.alive, "every request that was not aborted finishes"
         for done in self.finished:
-            assert done.status is Status.FINISHED and done.state_slot is None and done.block_table == []
+            assert done.status is Status.FINISHED and done.state_slot is None and not done.block_table
             stopped = done.output_token_ids[-1] == EOS and not done.sampling_params.ignore_eos
             assert done.num_output_tokens == done.max_tokens or stopped
             if not done.sampling_params.ignore_eos:
@@ -186,10 +208,11 @@ def test_nothing_waits_after_a_preemption():
     step(scheduler)
 
 
-def test_thousands_of_random_requests_keep_every_law():
+@pytest.mark.parametrize("lags", [False, True])
+def test_thousands_of_random_requests_keep_every_law(lags):
     fallen = refused = aborted = finished = 0
     for seed in range(80):
-        simulation = Simulation(seed)
+        simulation = Simulation(seed, lags)
         simulation.run(num_requests=50)
         simulation.check_end()
         fallen += simulation.num_fallen
@@ -257,7 +280,7 @@ def test_preemption_takes_the_last_in_order_frees_all_it_holds_and_recomputes_it
     batch = step(scheduler)  # first needs a third block
     assert rows(batch) == [("first", 1)] and scheduler.num_preemptions == 1
     assert second.status is Status.WAITING and second.num_computed_tokens == 0
-    assert second.block_table == [] and second.state_slot is None
+    assert not second.block_table and second.state_slot is None
     assert second.output_token_ids == [7, 7], "what was sampled stays sampled"
     while first.status is not Status.FINISHED:
         batch = step(scheduler)

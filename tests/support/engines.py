@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,14 +99,15 @@ def sequence(
         "seed",
         "eos_token_ids",
         "num_computed_tokens",
-        "block_table",
         "state_slot",
     }
+    table = array("i", fields.pop("block_table", ()))
     params = {name: value for name, value in fields.items() if name not in own}
     return Sequence(
         request_id=request_id,
         prompt_token_ids=list(range(prompt)) if isinstance(prompt, int) else prompt,
         sampling_params=SamplingParams(**params),
         output_token_ids=list(output),
+        block_table=table,
         **{name: value for name, value in fields.items() if name in own},
     )

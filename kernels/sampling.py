@@ -1,0 +1,168 @@
+"""From a row of logits to a token, one program per row, without sorting.
+
+With e_i = exp((x_i - max x) / temperature), each of min-p, top-k and top-p keeps a prefix of the tokens in descending
+order, so all that a row needs is the logit where the prefix ends. It is found by narrowing an interval of logits, eight
+pieces at a time; then the row's uniform number is looked up in the running sum of the kept e_i, in the order of the
+vocabulary (inverse transform sampling).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+EXP_RANGE = tl.constexpr(104.0)  # exp(-104) is 0 in float32
+MAX_ROUNDS = tl.constexpr(64)  # of narrowing; eight pieces per round meet after a dozen
+
+
+@triton.jit
+def _load(p_x, i, V, BV: tl.constexpr):
+    """Logits i .. i + BV as float32, -inf past the end."""
+    o_v = i + tl.arange(0, BV)
+    return tl.load(p_x + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _weight(b_x, top, inverse, min_p):
+    """e of logits, 0 where min-p cuts them."""
+    b_e = tl.exp((b_x - top) * inverse)
+    return tl.where(b_e >= min_p, b_e, 0.0)
+
+
+@triton.jit
+def _find_best(p_x, V, BV: tl.constexpr):
+    """(largest logit, the first token that has it, whether every logit is a number below infinity)."""
+    b_best = tl.full([BV], float("-inf"), tl.float32)
+    b_token = tl.zeros([BV], tl.int32)
+    b_bad = tl.zeros([BV], tl.int32)
+    for i in range(0, V, BV):
+        b_x = _load(p_x, i, V, BV)
+        b_bad |= ((b_x != b_x) | (b_x == float("inf"))).to(tl.int32)
+        b_token = tl.where(b_x > b_best, i + tl.arange(0, BV), b_token)
+        b_best = tl.maximum(b_best, b_x)
+    top = tl.max(b_best)
+    token = tl.min(tl.where(b_best == top, b_token, V))
+    return top, token, (tl.max(b_bad) == 0) & (top > float("-inf"))
+
+
+@triton.jit
+def _mass(p_x, threshold, top, inverse, min_p, COUNT: tl.constexpr, V, BV: tl.constexpr):
+    """Sum of e, or number of tokens, from `threshold` up."""
+    b_sum = tl.zeros([BV], tl.float32)
+    for i in range(0, V, BV):
+        b_x = _load(p_x, i, V, BV)
+        b_w = (b_x > float("-inf")).to(tl.float32) if COUNT else _weight(b_x, top, inverse, min_p)
+        b_sum += tl.where(b_x >= threshold, b_w, 0.0)
+    return tl.sum(b_sum)
+
+
+@triton.jit
+def _narrow(p_x, wanted, low, top, inverse, min_p, COUNT: tl.constexpr, V, BV: tl.constexpr, NP: tl.constexpr):
+    """The largest logit t in [low, top] with _mass(t) >= wanted, or `low` when even that has less.
+
+    Invariant: _mass(low) >= wanted (or nothing lower matters), _mass(high) < wanted, and t lies in [low, high).
+    """
+    o_p = tl.arange(0, NP)
+    threshold = top
+    if _mass(p_x, top, top, inverse, min_p, COUNT, V, BV) < wanted:
+        high = top
+        rounds = 0
+        while rounds < MAX_ROUNDS:
+            b_pivot = low + (high - low) * (o_p.to(tl.float32) / NP)
+            b_sum = tl.zeros([BV, NP], tl.float32)
+            b_least = tl.full([BV], float("inf"), tl.float32)
+            b_most = tl.full([BV], float("-inf"), tl.float32)
+            for i in range(0, V, BV):
+                b_x = _load(p_x, i, V, BV)
+                b_w = (b_x > float("-inf")).to(tl.float32) if COUNT else _weight(b_x, top, inverse, min_p)
+                b_sum += tl.where(b_x[:, None] >= b_pivot[None, :], b_w[:, None], 0.0)
+                inside = (b_x >= low) & (b_x < high)
+                b_least = tl.where(inside, tl.minimum(b_least, b_x), b_least)
+                b_most = tl.where(inside, tl.maximum(b_most, b_x), b_most)
+            b_enough = tl.sum(b_sum, axis=0) >= wanted
+            least, most = tl.min(b_least), tl.max(b_most)
+            # the piece in which the mass falls below `wanted`
+            next_low = tl.max(tl.where(b_enough, b_pivot, low))
+            next_high = tl.min(tl.where(b_enough | (b_pivot <= next_low), high, b_pivot))
+            rounds += 1
+            if least >= most:  # one value is left, or none
+                next_low = tl.minimum(least, high)
+                rounds = MAX_ROUNDS
+            else:
+                next_low = tl.maximum(next_low, least)
+            low, high = next_low, next_high
+        threshold = low
+    return threshold
+
+
+@triton.jit
+def _look_up(p_x, point, threshold, top, inverse, min_p, best, V, BV: tl.constexpr):
+    """The first token at which the running sum of the kept e exceeds `point`; if rounding hides it, the last kept."""
+    token = best
+    passed = 0.0
+    i = 0
+    found = 0
+    while (i < V) & (found == 0):
+        b_x = _load(p_x, i, V, BV)
+        b_w = tl.where(b_x >= threshold, _weight(b_x, top, inverse, min_p), 0.0)
+        o_v = i + tl.arange(0, BV)
+        total = tl.sum(b_w)
+        if passed + total > point:
+            b_after = passed + tl.cumsum(b_w, axis=0)
+            first = tl.min(tl.where((b_after > point) & (b_w > 0.0), o_v, V))
+            found = (first < V).to(tl.int32)
+            token = tl.where(first < V, first, token)
+        if found == 0:
+            last = tl.max(tl.where(b_w > 0.0, o_v, -1))
+            token = tl.where(last >= 0, last, token)
+        passed += total
+        i += BV
+    return token
+
+
+@triton.jit(do_not_specialize=["V", "x_t"])
+def _sample_kernel(
+    p_x, p_temperature, p_top_k, p_top_p, p_min_p, p_uniform, p_token, V, x_t, BV: tl.constexpr, BP: tl.constexpr
+):
+    """BV logits at a time, BP where the pieces of an interval are counted."""
+    i_t = tl.program_id(0)
+    p_x += i_t.to(tl.int64) * x_t
+    top, token, valid = _find_best(p_x, V, BV)
+    temperature = tl.load(p_temperature + i_t)
+    if (temperature > 0.0) & valid:
+        inverse = 1.0 / temperature
+        top_k, top_p, min_p = tl.load(p_top_k + i_t), tl.load(p_top_p + i_t), tl.load(p_min_p + i_t)
+        threshold = top - EXP_RANGE * temperature
+        if (top_k > 0) & (top_k < V):
+            threshold = _narrow(p_x, top_k.to(tl.float32), threshold, top, inverse, min_p, True, V, BP, 8)
+        if top_p < 1.0:
+            total = _mass(p_x, threshold, top, inverse, min_p, False, V, BV)
+            threshold = _narrow(p_x, top_p * total, threshold, top, inverse, min_p, False, V, BP, 8)
+        point = tl.load(p_uniform + i_t) * _mass(p_x, threshold, top, inverse, min_p, False, V, BV)
+        token = _look_up(p_x, point, threshold, top, inverse, min_p, token, V, BV)
+    tl.store(p_token + i_t, tl.where(valid, token, -1))
+
+
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+    """logits [N, V] -> tokens [N] int32. Contract: `Kernels.sample`."""
+    num_rows, vocab = logits.shape
+    tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
+    if num_rows:
+        BV = min(4096, max(64, triton.next_power_of_2(vocab)))
+        _sample_kernel[(num_rows,)](
+            logits,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            uniform,
+            tokens,
+            vocab,
+            logits.stride(0),
+            BV=BV,
+            BP=min(BV, 1024),
+            num_warps=16 if BV == 4096 else 4,
+        )
+    return tokens
