@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,21 @@ from .sequence import Sequence
 
 Arrays = dict[str, np.ndarray]
 ALIGNMENT = 16  # bytes; Triton specialises on it
+_DTYPES = {
+    torch.empty(0, dtype=dtype).numpy().dtype: dtype for dtype in (torch.int64, torch.int32, torch.float32, torch.bool)
+}
+BATCH_TENSORS = (
+    "input_ids",
+    "positions",
+    "query_start_loc",
+    "context_lens",
+    "has_initial_state",
+    "state_indices",
+    "num_pending",
+    "slot_mapping",
+    "block_table",
+    "logits_indices",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +46,12 @@ class Counts:
 
 def build_batch(scheduled: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
     """The batch contract of `models.forward_batch` for one step."""
-    sent = upload(batch_arrays(scheduled, block_size), device)
-    return make_batch(sent.tensors, count_rows(scheduled))
+    return make_batch(upload(batch_arrays(scheduled, block_size), device), count_rows(scheduled))
 
 
-def make_batch(tensors: dict[str, Tensor], counts: Counts) -> ForwardBatch:
-    fields = {name: getattr(counts, name) for name in Counts.__slots__}
-    return ForwardBatch(**{name: tensors[name] for name in ForwardBatch.__slots__ if name in tensors}, **fields)
+def make_batch(tensors: Upload | dict[str, Tensor], counts: Counts) -> ForwardBatch:
+    fields = {name: tensors[name] for name in BATCH_TENSORS}
+    return ForwardBatch(**fields, **dataclasses.asdict(counts))  # type: ignore[arg-type]
 
 
 def count_rows(scheduled: ScheduledBatch) -> Counts:
@@ -81,7 +96,7 @@ def block_tables(sequences: list[Sequence]) -> np.ndarray:
     """[B, M] int32, the tables of the sequences beside each other, 0 past their ends."""
     lengths = np.array([len(sequence.block_table) for sequence in sequences])
     table = np.zeros((len(sequences), lengths.max()), dtype=np.int32)
-    blocks = np.frombuffer(b"".join(memoryview(sequence.block_table) for sequence in sequences), dtype=np.int32)
+    blocks = np.frombuffer(b"".join([sequence.block_table for sequence in sequences]), dtype=np.int32)
     table[np.arange(table.shape[1]) < lengths[:, None]] = blocks
     return table
 
@@ -91,14 +106,22 @@ def _input_ids(sequences: list[Sequence], counts: list[int], num_prefills: int) 
         np.array(s.token_ids(s.num_computed_tokens, s.num_computed_tokens + count), dtype=np.int64)
         for s, count in zip(sequences[:num_prefills], counts[:num_prefills], strict=True)
     ]
-    return np.concatenate([*parts, np.array([s.last_token_id for s in sequences[num_prefills:]], dtype=np.int64)])
+    decoding = [(s.output_token_ids or s.prompt_token_ids)[-1] for s in sequences[num_prefills:]]
+    return np.concatenate([*parts, np.array(decoding, dtype=np.int64)])
 
 
-class Upload(NamedTuple):
-    """Arrays on the device: views of one buffer of bytes, in their order."""
+class Upload:
+    """Arrays on the device, one after another in one buffer of bytes. Indexing by name makes a tensor of one."""
 
-    buffer: Tensor
-    tensors: dict[str, Tensor]
+    def __init__(self, arrays: Arrays, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self._arrays = arrays
+        self._starts = dict(zip(arrays, _starts(arrays), strict=False))
+
+    def __getitem__(self, name: str) -> Tensor:
+        array, start = self._arrays[name], self._starts[name]
+        view = self.buffer[start : start + array.nbytes].view(_DTYPES[array.dtype])
+        return view if array.ndim == 1 else view.view(array.shape)
 
 
 def upload(arrays: Arrays, device: torch.device) -> Upload:
@@ -106,32 +129,22 @@ def upload(arrays: Arrays, device: torch.device) -> Upload:
     is_cuda = device.type == "cuda"
     host = torch.empty(packed_size(arrays), dtype=torch.uint8, pin_memory=is_cuda)
     pack(arrays, host.numpy())
-    buffer = host.to(device, non_blocking=True)
-    return Upload(buffer, unpack(arrays, buffer))
+    return Upload(arrays, host.to(device, non_blocking=True))
 
 
 def packed_size(arrays: Arrays) -> int:
     """Bytes that `pack` writes."""
-    return sum(_padded(array.nbytes) for array in arrays.values())
+    return _starts(arrays)[-1]
 
 
 def pack(arrays: Arrays, buffer: np.ndarray) -> None:
     """Write the arrays one after another into a buffer of bytes."""
-    start = 0
-    for array in arrays.values():
-        buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        start += _padded(array.nbytes)
+    for array, start in zip(arrays.values(), _starts(arrays), strict=False):
+        if array.size:
+            buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def unpack(arrays: Arrays, buffer: Tensor) -> dict[str, Tensor]:
-    """Views of a buffer of bytes, shaped like the arrays packed in it."""
-    tensors, start = {}, 0
-    for name, array in arrays.items():
-        view = buffer[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype)
-        tensors[name] = view.view(array.shape)
-        start += _padded(array.nbytes)
-    return tensors
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def _starts(arrays: Arrays) -> list[int]:
+    """Where each array begins, and where the last ends."""
+    padded = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays.values()]
+    return list(itertools.accumulate(padded, initial=0))

@@ -178,27 +178,32 @@ class EngineCore:
 
     def _advance(self, sequence: Sequence, index: int, token_id: int, logprobs: TokenLogprobs | None) -> StepOutput:
         """Take the index-th token of the sequence's answer."""
-        output = StepOutput(request_id=sequence.request_id)
+        if token_id < 0:
+            output = _bad_logits(sequence.request_id)
+        elif sequence.max_tokens == 0:
+            output = StepOutput(request_id=sequence.request_id, finish_reason="length")
+        else:
+            sequence.output_token_ids[index] = token_id
+            reason = sequence.finish_reason(index)
+            output = StepOutput(request_id=sequence.request_id, token_ids=[token_id], finish_reason=reason)
+            if logprobs is not None:
+                output.logprobs = [logprobs]
+            if reason == "stop":
+                output.stop_token_id = token_id
+            self._stats.generation_tokens_total += 1
         if index == 0:
             self._stats.prompt_tokens_total += sequence.num_prompt_tokens
             output.prompt_logprobs = sequence.prompt_logprobs or None
-        if token_id < 0:
-            logger.error("request %s: the model gave NaN or infinite logits", sequence.request_id)
-            output.finish_reason, output.error_code = "error", "internal"
-            output.error = "the model gave NaN or infinite logits for this request"
-        elif sequence.max_tokens == 0:
-            output.finish_reason = "length"
-        else:
-            sequence.output_token_ids[index] = token_id
-            output.token_ids = [token_id]
-            output.logprobs = None if logprobs is None else [logprobs]
-            output.finish_reason = sequence.finish_reason(index)
-            output.stop_token_id = token_id if output.finish_reason == "stop" else None
-            self._stats.generation_tokens_total += 1
         if output.finish_reason is not None:
             del sequence.output_token_ids[index + 1 :]  # of the step that was computed once too often
             self.scheduler.finish(sequence)
         return output
+
+
+def _bad_logits(request_id: str) -> StepOutput:
+    message = "the model gave NaN or infinite logits for this request"
+    logger.error("request %s: %s", request_id, message)
+    return StepOutput(request_id=request_id, finish_reason="error", error_code="internal", error=message)
 
 
 def _keep_prompt_logprobs(step: LaunchedStep) -> None:

@@ -8,6 +8,7 @@ nothing into the pools.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..models.forward_batch import ForwardBatch
-from .batch import Arrays, Counts, Upload, make_batch, pack, packed_size, unpack
+from .batch import Arrays, Counts, Upload, make_batch, pack, packed_size
 
 Forward = Callable[[ForwardBatch], Tensor]
 
@@ -81,21 +82,24 @@ class DecodeGraphs:
 
     def replay(self, size: int, upload: Upload) -> Tensor:
         """Logits [size, V] of a step whose first arrays are those of `pad_rows`, and whose table is among the rest."""
-        table = upload.tensors["block_table"]
+        table = upload["block_table"]
         self._inputs[size].copy_(upload.buffer[: self._inputs[size].shape[0]])
         self.block_table[: table.shape[0], : table.shape[1]].copy_(table)
         self._graphs[size].replay()
         return self._logits[size]
 
-    def _capture(self, forward: Forward, size: int, pool: tuple[int, int]) -> None:
+    def _capture(self, forward: Forward, size: int, pool: Any) -> None:
         arrays = empty_rows(size)
         host = np.zeros(packed_size(arrays), dtype=np.uint8)
         pack(arrays, host)
         self._inputs[size] = torch.from_numpy(host).to(self.device)
-        tensors = unpack(arrays, self._inputs[size])
-        tensors["block_table"] = self.block_table[:size]
-        tensors["query_start_loc"] = torch.arange(size + 1, dtype=torch.int32, device=self.device)
-        tensors["logits_indices"] = torch.arange(size, device=self.device)
+        static = Upload(arrays, self._inputs[size])
+        tensors = {
+            **{name: static[name] for name in ROW_FIELDS},
+            "block_table": self.block_table[:size],
+            "query_start_loc": torch.arange(size + 1, dtype=torch.int32, device=self.device),
+            "logits_indices": torch.arange(size, device=self.device),
+        }
         batch = make_batch(tensors, Counts(0, 0, size, prefills_pending=False, max_query_len=1))
         forward(batch)  # compiles; padding rows leave the pools alone
         self._graphs[size] = torch.cuda.CUDAGraph()

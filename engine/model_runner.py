@@ -27,7 +27,7 @@ from .errors import ConfigError
 from .memory import MemoryPlan, plan_memory
 from .outputs import TokenLogprobs
 from .pools import KVPool, StatePool
-from .sampler import Sampled, Sampler, SamplingBatch, sampling_arrays, token_logprobs
+from .sampler import Sampled, Sampler, SamplingBatch, token_logprobs
 from .sampling_params import SamplingParams
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
@@ -88,7 +88,7 @@ class ModelRunner:
         complete. On CUDA nothing waits for the device, but for log-probabilities of a prompt."""
         rows = scheduled.completing_rows
         completing = [(scheduled.sequences[row], scheduled.sequences[row].num_output_tokens) for row in rows]
-        sampling = sampling_arrays([sequence for sequence, _ in completing], self.model_config.vocab_size)
+        sampling = self.sampler.arrays([sequence for sequence, _ in completing])
         arrays = batch_arrays(scheduled, self.block_size)
         size = None
         if self.graphs is not None and scheduled.num_prefills == 0:
@@ -99,15 +99,14 @@ class ModelRunner:
             prompt_logprobs = {}
         else:
             sent = upload(arrays | sampling, self.device)
-            batch = make_batch(sent.tensors, count_rows(scheduled))
+            batch = make_batch(sent, count_rows(scheduled))
             hidden = self._forward(batch)
             logits = self.model.compute_logits(hidden[batch.logits_indices]) if rows else hidden
             prompt_logprobs = self._prompt_logprobs(scheduled, hidden)
         sampled = None
         if rows:
-            num_top = [sequence.sampling_params.logprobs for sequence, _ in completing]
-            wanted = SamplingBatch(**{name: sent.tensors[name] for name in SamplingBatch.__slots__})
-            sampled = self.sampler.sample(logits, wanted, num_top)
+            wanted = SamplingBatch(**{name: sent[name] for name in SamplingBatch.__slots__})
+            sampled = self.sampler.sample(logits, wanted)
         return LaunchedStep(completing, sampled, prompt_logprobs)
 
     def _forward(self, batch: ForwardBatch) -> Tensor:

@@ -1,6 +1,6 @@
 """From logits to tokens, on the device. Every row is treated alone, so a text never depends on its neighbours.
 
-What a step needs of its sequences is gathered on the host into plain arrays (`sampling_arrays`), and travels with the
+What a step needs of its sequences is gathered on the host into plain arrays (`sampling_rows`), and travels with the
 batch; what comes back is `Sampled`, whose copy to the host is already under way when the next step is launched.
 """
 
@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels import Kernels
+from .batch import Arrays
 from .outputs import TokenLogprobs
-from .sampling_params import SamplingParams
+from .sampling_rows import SamplingRows
 from .sequence import Sequence
-
-NEGATIVE_INFINITY = float("-inf")
-_MASK64 = (1 << 64) - 1
-_BELOW_ONE = np.float32(1 - 2**-24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +66,9 @@ class Sampled:
 
 
 class Sampler:
-    """Holds what must not leave the device between steps: each slot's last token, and how often each token occurred.
+    """`arrays`, then `sample`, once per step.
+
+    Holds what must not leave the device between steps: each slot's last token, and how often each token occurred.
 
     counts [num_slots, V] int32: twice the times in the answer, plus 1 if in the prompt; of sequences with penalties.
     """
@@ -80,6 +78,8 @@ class Sampler:
         self.last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
 
+        self._rows = SamplingRows([], [])
+
     @property
     def nbytes(self) -> int:
         return self.counts.nbytes + self.last_tokens.nbytes
@@ -88,7 +88,15 @@ class Sampler:
     def bytes_per_slot(vocab_size: int) -> int:
         return 4 * vocab_size + 8
 
-    def sample(self, logits: Tensor, batch: SamplingBatch, num_top: list[int | None]) -> Sampled:
+    def arrays(self, sequences: list[Sequence]) -> Arrays:
+        """The fields of `SamplingBatch` for these sequences, in numpy. Those with penalties count as counted from here
+        on."""
+        slots = [sequence.state_slot for sequence in sequences]
+        if self._rows.sequences != sequences or self._rows.slots != slots:  # most steps have the rows of the last
+            self._rows = SamplingRows(sequences, slots)
+        return self._rows.arrays(self.counts.shape[1])
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
         """Draw the next token of each row. logits: [N, V], not changed.
 
         The order is that of vLLM: logit bias, min_tokens and penalties, then temperature, min-p, top-k, top-p.
@@ -102,6 +110,7 @@ class Sampler:
             at = batch.penalised_slots * self.counts.shape[1] + chosen[batch.penalised_rows]
             self.counts.view(-1).scatter_add_(0, at, torch.full_like(at, 2, dtype=torch.int32))
         logprobs = None
+        num_top = self._rows.num_top
         if batch.logprob_rows.shape[0]:
             width = max(num or 0 for num in num_top)
             logprobs = _logprobs(logits[batch.logprob_rows].float(), chosen[batch.logprob_rows], width)
@@ -132,34 +141,6 @@ class Sampler:
         times = counts >> 1
         penalty = batch.presence[:, None] + batch.frequency[:, None] * times
         return x - torch.where(times > 0, penalty, 0.0)
-
-
-def sampling_arrays(sequences: list[Sequence], vocab_size: int) -> dict[str, np.ndarray]:
-    """The fields of `SamplingBatch` for these sequences, in numpy. Marks those whose tokens will now be counted."""
-    params = [sequence.sampling_params for sequence in sequences]
-    # Far below 1e-6 the division would overflow; every such temperature is greedy but for exact ties.
-    temperatures = [p.temperature and max(p.temperature, 1e-6) for p in params]
-    draws = uniform([s.seed for s in sequences], [s.num_output_tokens for s in sequences])
-    return {
-        "slots": np.array([sequence.state_slot for sequence in sequences], dtype=np.int64),
-        "temperature": np.array(temperatures, dtype=np.float32),
-        "top_k": np.array([max(p.top_k, 0) for p in params], dtype=np.int32),
-        "top_p": np.array([p.top_p for p in params], dtype=np.float32),
-        "min_p": np.array([p.min_p for p in params], dtype=np.float32),
-        "uniform": np.minimum(draws.astype(np.float32), _BELOW_ONE),
-        "logprob_rows": np.array([i for i, p in enumerate(params) if p.logprobs is not None], dtype=np.int64),
-        **_bias_arrays(sequences, vocab_size),
-        **_penalty_arrays(sequences, vocab_size),
-    }
-
-
-def uniform(seeds: list[int], positions: list[int]) -> np.ndarray:
-    """[N] float64 in [0, 1), each a function of its own seed and position: splitmix64 (Steele et al. 2014), 53 bits."""
-    z = np.array([seed & _MASK64 for seed in seeds], dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)
-    z += (np.array(positions, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 def token_logprobs(raw: Tensor, token_ids: Tensor, num_top: list[int]) -> list[TokenLogprobs]:
@@ -205,46 +186,3 @@ def _send_home(tokens: Tensor, logprobs: tuple[Tensor, Tensor, Tensor] | None, n
     event = torch.cuda.Event()
     event.record()
     return Sampled(tokens, logprobs, num_top, event)
-
-
-def _bias_arrays(sequences: list[Sequence], vocab_size: int) -> dict[str, np.ndarray]:
-    at: list[int] = []
-    bias: list[float] = []
-    for row, sequence in enumerate(sequences):
-        params = sequence.sampling_params
-        if params.logit_bias:
-            at += [row * vocab_size + token for token in params.logit_bias]
-            bias += params.logit_bias.values()
-        if sequence.num_output_tokens < params.min_tokens:
-            stops = {*params.stop_token_ids, *(() if params.ignore_eos else sequence.eos_token_ids)}
-            at += [row * vocab_size + token for token in stops]
-            bias += [NEGATIVE_INFINITY] * len(stops)
-    return {"bias_at": np.array(at, dtype=np.int64), "bias": np.array(bias, dtype=np.float32)}
-
-
-def _penalty_arrays(sequences: list[Sequence], vocab_size: int) -> dict[str, np.ndarray]:
-    rows = [row for row, sequence in enumerate(sequences) if _is_penalised(sequence.sampling_params)]
-    penalised = [sequences[row] for row in rows]
-    fresh = [sequence for sequence in penalised if not sequence.is_counted]
-    prompts, answers = [], []
-    for sequence in fresh:
-        assert sequence.state_slot is not None
-        first = sequence.state_slot * vocab_size
-        prompts.append(np.array(sequence.prompt_token_ids, dtype=np.int64) + first)
-        answers.append(np.array(sequence.output_token_ids, dtype=np.int64) + first)
-        sequence.is_counted = True
-    params = [sequence.sampling_params for sequence in penalised]
-    return {
-        "penalised_rows": np.array(rows, dtype=np.int64),
-        "penalised_slots": np.array([sequence.state_slot for sequence in penalised], dtype=np.int64),
-        "repetition": np.array([p.repetition_penalty for p in params], dtype=np.float32),
-        "presence": np.array([p.presence_penalty for p in params], dtype=np.float32),
-        "frequency": np.array([p.frequency_penalty for p in params], dtype=np.float32),
-        "fresh_slots": np.array([sequence.state_slot for sequence in fresh], dtype=np.int64),
-        "prompt_at": np.concatenate([np.empty(0, dtype=np.int64), *prompts]),
-        "answer_at": np.concatenate([np.empty(0, dtype=np.int64), *answers]),
-    }
-
-
-def _is_penalised(params: SamplingParams) -> bool:
-    return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)

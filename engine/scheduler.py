@@ -112,21 +112,19 @@ class Scheduler:
         decoding: dict[Sequence, int] = {}
         prefilling: dict[Sequence, int] = {}
         behind = []
+        block_size = self.blocks.block_size
         for sequence in self.running.copy():
-            num_new = sequence.num_uncomputed_tokens
-            if num_new > 1 or sequence.num_computed_tokens == 0:
+            num_new, num_computed = sequence.num_uncomputed_tokens, sequence.num_computed_tokens
+            if num_new > 1 or num_computed == 0:
                 behind.append(sequence)
-            elif num_new == 1 and sequence.status is Status.RUNNING:  # else preempted for one before it
-                if budget and self._make_room(sequence, 1, decoding):
+            elif num_new and budget:
+                has_room = num_computed < len(sequence.block_table) * block_size  # nearly always
+                if has_room or self._make_room(sequence, 1, decoding):
                     decoding[sequence] = 1
                     budget -= 1
         for sequence in behind:
             num_new = min(sequence.num_uncomputed_tokens, budget)
-            if (
-                num_new
-                and sequence.status is Status.RUNNING
-                and self._make_room(sequence, num_new, decoding, prefilling)
-            ):
+            if num_new and self._make_room(sequence, num_new, decoding, prefilling):
                 prefilling[sequence] = num_new
                 budget -= num_new
         self._admit(prefilling, budget)
@@ -178,15 +176,16 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_new: int, *scheduled: dict[Sequence, int]) -> bool:
         """Give `sequence` the blocks for num_new more tokens, preempting from the end. False if it fell itself."""
         total = sequence.num_computed_tokens + num_new
-        while (missing := self.blocks.missing(sequence, total)) > self.blocks.num_free:
+        if sequence.status is not Status.RUNNING:  # preempted for one before it
+            return False
+        while self.blocks.missing(sequence, total) > self.blocks.num_free:
             victim = self.running[-1]
             self._preempt(victim)
             for rows in scheduled:
                 rows.pop(victim, None)
             if victim is sequence:
                 return False
-        if missing:
-            self.blocks.grow(sequence, total)
+        self.blocks.grow(sequence, total)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

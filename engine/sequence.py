@@ -23,8 +23,9 @@ class Status(enum.Enum):
 class Sequence:
     """One request inside the engine.
 
-    A launched step leaves `UNSEEN` at the end of the answer until its token arrives. There are no phases: `num_computed_tokens` chases `num_tokens`, and every step feeds what lies between. Chunked
-    prefill, decoding and recomputing after a preemption are all that.
+    There are no phases: `num_computed_tokens` chases `num_tokens`, and every step feeds what lies between. Chunked
+    prefill, decoding and recomputing after a preemption are all that. A launched step leaves `UNSEEN` at the end of the
+    answer until its token arrives.
     """
 
     request_id: str
@@ -43,6 +44,13 @@ class Sequence:
     state_slot: int | None = None
     num_pending_tokens: int = 0  # computed tokens that the slot's ring holds and its state does not (`replay`)
     is_counted: bool = False  # the sampler has counted the tokens in this slot (penalties)
+    stop_ids: frozenset[int] = field(init=False)  # tokens that end the answer
+    max_fed: int = field(init=False)  # tokens that are fed to the model before the last one of the answer is drawn
+
+    def __post_init__(self) -> None:
+        params = self.sampling_params
+        self.max_fed = len(self.prompt_token_ids) + max(self.max_tokens - 1, 0)
+        self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -59,9 +67,8 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens still to feed. The last one of the answer never is."""
-        num_prompt = len(self.prompt_token_ids)
-        last = num_prompt + len(self.output_token_ids)
-        return min(last, num_prompt + max(self.max_tokens - 1, 0)) - self.num_computed_tokens
+        num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)
+        return (num_tokens if num_tokens < self.max_fed else self.max_fed) - self.num_computed_tokens
 
     @property
     def is_decoding(self) -> bool:
@@ -80,15 +87,8 @@ class Sequence:
             return self.prompt_token_ids[start:end]
         return self.prompt_token_ids[start:split] + self.output_token_ids[max(start - split, 0) : end - split]
 
-    @property
-    def last_token_id(self) -> int:
-        return (self.output_token_ids or self.prompt_token_ids)[-1]
-
     def finish_reason(self, index: int) -> FinishReason | None:
         """Why the sequence ends with the index-th token of its answer, or None to go on."""
-        params = self.sampling_params
-        if index + 1 >= params.min_tokens:
-            token = self.output_token_ids[index]
-            if token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos):
-                return "stop"
+        if self.output_token_ids[index] in self.stop_ids and index + 1 >= self.sampling_params.min_tokens:
+            return "stop"
         return "length" if index + 1 >= self.max_tokens else None

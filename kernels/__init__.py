@@ -195,6 +195,9 @@ class Kernels(Protocol):
         The norm is over each of `num_groups` equal parts of the last dim.
         """
 
+    def silu_(self, x: Tensor) -> Tensor:
+        """x * sigmoid(x), in place; x: [T, W]. Returns x."""
+
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """x [T, 2F] = [gate | up] -> silu(gate) * up, [T, F]."""
 

@@ -15,6 +15,15 @@ def silu(b_x):
     return b_x / (1.0 + tl.exp(-b_x))
 
 
+@triton.jit(do_not_specialize=["W"])
+def _silu_kernel(p_x, x_t, W, BW: tl.constexpr):
+    i_t, i_w = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_w = i_w * BW + tl.arange(0, BW)
+    p_x += i_t * x_t + o_w
+    b_x = tl.load(p_x, mask=o_w < W, other=0.0).to(tl.float32)
+    tl.store(p_x, silu(b_x).to(p_x.dtype.element_ty), mask=o_w < W)
+
+
 @triton.jit
 def _silu_and_mul_kernel(p_x, p_y, x_t, F, BF: tl.constexpr):
     i_t, i_f = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -23,6 +32,15 @@ def _silu_and_mul_kernel(p_x, p_y, x_t, F, BF: tl.constexpr):
     b_gate = tl.load(p_x + o_f, mask=o_f < F, other=0.0).to(tl.float32)
     b_up = tl.load(p_x + F + o_f, mask=o_f < F, other=0.0).to(tl.float32)
     tl.store(p_y + i_t * F + o_f, (silu(b_gate) * b_up).to(p_y.dtype.element_ty), mask=o_f < F)
+
+
+def silu_(x: Tensor) -> Tensor:
+    """x [T, W] in place. Contract: `Kernels.silu_`."""
+    num_tokens, width = x.shape
+    if num_tokens:
+        BW = min(1024, triton.next_power_of_2(width))
+        _silu_kernel[(num_tokens, triton.cdiv(width, BW))](x, x.stride(0), width, BW=BW, num_warps=4)
+    return x
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """From a row of logits to a token, one program per row, without sorting.
 
 With e_i = exp((x_i - max x) / temperature), each of min-p, top-k and top-p keeps a prefix of the tokens in descending
-order, so all that a row needs is the logit where the prefix ends. It is found by narrowing an interval of logits, eight
-pieces at a time; then the row's uniform number is looked up in the running sum of the kept e_i, in the order of the
-vocabulary (inverse transform sampling).
+order, so all that a row needs is the logit where the prefix ends. It is found by narrowing an interval of logits,
+several pivots at a time; then the row's uniform number is looked up in the running sum of the kept e_i, in the order of
+the vocabulary (inverse transform sampling).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 EXP_RANGE = tl.constexpr(104.0)  # exp(-104) is 0 in float32
-MAX_ROUNDS = tl.constexpr(64)  # of narrowing; eight pieces per round meet after a dozen
+MAX_ROUNDS = tl.constexpr(64)  # of narrowing; about five are needed
+SLACK = tl.constexpr(2.0**-20)  # share of the mass that top-p may keep too much; the sums are no more exact
 
 
 @triton.jit
@@ -32,12 +33,12 @@ def _weight(b_x, top, inverse, min_p):
 
 
 @triton.jit
-def _find_best(p_x, V, BV: tl.constexpr):
+def _find_best(p_x, V, BV: tl.constexpr, STAGES: tl.constexpr):
     """(largest logit, the first token that has it, whether every logit is a number below infinity)."""
     b_best = tl.full([BV], float("-inf"), tl.float32)
     b_token = tl.zeros([BV], tl.int32)
     b_bad = tl.zeros([BV], tl.int32)
-    for i in range(0, V, BV):
+    for i in tl.range(0, V, BV, num_stages=STAGES):
         b_x = _load(p_x, i, V, BV)
         b_bad |= ((b_x != b_x) | (b_x == float("inf"))).to(tl.int32)
         b_token = tl.where(b_x > b_best, i + tl.arange(0, BV), b_token)
@@ -48,51 +49,77 @@ def _find_best(p_x, V, BV: tl.constexpr):
 
 
 @triton.jit
-def _mass(p_x, threshold, top, inverse, min_p, COUNT: tl.constexpr, V, BV: tl.constexpr):
+def _weights(b_x, top, inverse, min_p, COUNT: tl.constexpr):
+    """What a token adds to a prefix: 1, or its e."""
+    return (b_x > float("-inf")).to(tl.float32) if COUNT else _weight(b_x, top, inverse, min_p)
+
+
+@triton.jit
+def _mass(p_x, threshold, top, inverse, min_p, COUNT: tl.constexpr, V, BV: tl.constexpr, STAGES: tl.constexpr):
     """Sum of e, or number of tokens, from `threshold` up."""
     b_sum = tl.zeros([BV], tl.float32)
-    for i in range(0, V, BV):
+    for i in tl.range(0, V, BV, num_stages=STAGES):
         b_x = _load(p_x, i, V, BV)
-        b_w = (b_x > float("-inf")).to(tl.float32) if COUNT else _weight(b_x, top, inverse, min_p)
-        b_sum += tl.where(b_x >= threshold, b_w, 0.0)
+        b_sum += tl.where(b_x >= threshold, _weights(b_x, top, inverse, min_p, COUNT), 0.0)
     return tl.sum(b_sum)
 
 
 @triton.jit
-def _narrow(p_x, wanted, low, top, inverse, min_p, COUNT: tl.constexpr, V, BV: tl.constexpr, NP: tl.constexpr):
+def _narrow(
+    p_x,
+    wanted,
+    low,
+    top,
+    inverse,
+    min_p,
+    COUNT: tl.constexpr,
+    V,
+    BV: tl.constexpr,
+    NP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """The largest logit t in [low, top] with _mass(t) >= wanted, or `low` when even that has less.
 
-    Invariant: _mass(low) >= wanted (or nothing lower matters), _mass(high) < wanted, and t lies in [low, high).
+    The interval [low, high) holds t and its ends' masses are known. Each round measures NP pivots: half of them cut the
+    interval evenly, half lie close around where a straight line between its ends meets `wanted`.
     """
     o_p = tl.arange(0, NP)
+    even = (o_p + 1).to(tl.float32) / (NP // 2 + 1)
+    near = (o_p - (3 * NP // 4)).to(tl.float32)  # ... -1, 0, 1 ...
+    mass_high = _mass(p_x, top, top, inverse, min_p, COUNT, V, BV, STAGES)
     threshold = top
-    if _mass(p_x, top, top, inverse, min_p, COUNT, V, BV) < wanted:
+    if mass_high < wanted:
         high = top
+        mass_low = _mass(p_x, low, top, inverse, min_p, COUNT, V, BV, STAGES)
+        slack = 0.0 if COUNT else wanted * SLACK
         rounds = 0
         while rounds < MAX_ROUNDS:
-            b_pivot = low + (high - low) * (o_p.to(tl.float32) / NP)
+            meets = (mass_low - wanted) / tl.maximum(mass_low - mass_high, 1e-30)
+            b_share = tl.where(o_p < NP // 2, even, meets + near * (1.0 / 64))
+            b_share = tl.minimum(tl.maximum(b_share, 1.0 / 1024), 1.0)
+            b_pivot = tl.minimum(low + (high - low) * b_share, high)
             b_sum = tl.zeros([BV, NP], tl.float32)
             b_least = tl.full([BV], float("inf"), tl.float32)
             b_most = tl.full([BV], float("-inf"), tl.float32)
-            for i in range(0, V, BV):
+            for i in tl.range(0, V, BV, num_stages=STAGES):
                 b_x = _load(p_x, i, V, BV)
-                b_w = (b_x > float("-inf")).to(tl.float32) if COUNT else _weight(b_x, top, inverse, min_p)
+                b_w = _weights(b_x, top, inverse, min_p, COUNT)
                 b_sum += tl.where(b_x[:, None] >= b_pivot[None, :], b_w[:, None], 0.0)
                 inside = (b_x >= low) & (b_x < high)
                 b_least = tl.where(inside, tl.minimum(b_least, b_x), b_least)
                 b_most = tl.where(inside, tl.maximum(b_most, b_x), b_most)
-            b_enough = tl.sum(b_sum, axis=0) >= wanted
+            b_mass = tl.sum(b_sum, axis=0)
             least, most = tl.min(b_least), tl.max(b_most)
-            # the piece in which the mass falls below `wanted`
-            next_low = tl.max(tl.where(b_enough, b_pivot, low))
-            next_high = tl.min(tl.where(b_enough | (b_pivot <= next_low), high, b_pivot))
-            rounds += 1
             if least >= most:  # one value is left, or none
-                next_low = tl.minimum(least, high)
+                low = tl.minimum(least, high)
                 rounds = MAX_ROUNDS
             else:
-                next_low = tl.maximum(next_low, least)
-            low, high = next_low, next_high
+                enough = b_mass >= wanted
+                low = tl.maximum(tl.max(tl.where(enough, b_pivot, low)), least)
+                high = tl.min(tl.where(enough, high, b_pivot))
+                mass_low = tl.min(tl.where(enough, b_mass, mass_low))
+                mass_high = tl.max(tl.where(enough, mass_high, b_mass))
+                rounds = tl.where(mass_low - wanted <= slack, MAX_ROUNDS, rounds + 1)
         threshold = low
     return threshold
 
@@ -122,27 +149,42 @@ def _look_up(p_x, point, threshold, top, inverse, min_p, best, V, BV: tl.constex
     return token
 
 
-@triton.jit(do_not_specialize=["V", "x_t"])
+@triton.jit
 def _sample_kernel(
-    p_x, p_temperature, p_top_k, p_top_p, p_min_p, p_uniform, p_token, V, x_t, BV: tl.constexpr, BP: tl.constexpr
+    p_x,
+    p_temperature,
+    p_top_k,
+    p_top_p,
+    p_min_p,
+    p_uniform,
+    p_token,
+    V,
+    x_t,
+    BV: tl.constexpr,
+    BP: tl.constexpr,
+    NP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """BV logits at a time, BP where the pieces of an interval are counted."""
+    """BV logits at a time, BP where NP pivots are measured."""
     i_t = tl.program_id(0)
     p_x += i_t.to(tl.int64) * x_t
-    top, token, valid = _find_best(p_x, V, BV)
+    top, token, valid = _find_best(p_x, V, BV, STAGES)
     temperature = tl.load(p_temperature + i_t)
     if (temperature > 0.0) & valid:
         inverse = 1.0 / temperature
         top_k, top_p, min_p = tl.load(p_top_k + i_t), tl.load(p_top_p + i_t), tl.load(p_min_p + i_t)
         threshold = top - EXP_RANGE * temperature
         if (top_k > 0) & (top_k < V):
-            threshold = _narrow(p_x, top_k.to(tl.float32), threshold, top, inverse, min_p, True, V, BP, 8)
+            threshold = _narrow(p_x, top_k.to(tl.float32), threshold, top, inverse, min_p, True, V, BP, NP, STAGES)
         if top_p < 1.0:
-            total = _mass(p_x, threshold, top, inverse, min_p, False, V, BV)
-            threshold = _narrow(p_x, top_p * total, threshold, top, inverse, min_p, False, V, BP, 8)
-        point = tl.load(p_uniform + i_t) * _mass(p_x, threshold, top, inverse, min_p, False, V, BV)
+            total = _mass(p_x, threshold, top, inverse, min_p, False, V, BV, STAGES)
+            threshold = _narrow(p_x, top_p * total, threshold, top, inverse, min_p, False, V, BP, NP, STAGES)
+        point = tl.load(p_uniform + i_t) * _mass(p_x, threshold, top, inverse, min_p, False, V, BV, STAGES)
         token = _look_up(p_x, point, threshold, top, inverse, min_p, token, V, BV)
     tl.store(p_token + i_t, tl.where(valid, token, -1))
+
+
+TILE = (8192, 1024, 8, 3, 16)
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
@@ -150,7 +192,7 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     num_rows, vocab = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if num_rows:
-        BV = min(4096, max(64, triton.next_power_of_2(vocab)))
+        block = max(64, triton.next_power_of_2(vocab))
         _sample_kernel[(num_rows,)](
             logits,
             temperature,
@@ -161,8 +203,10 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
             tokens,
             vocab,
             logits.stride(0),
-            BV=BV,
-            BP=min(BV, 1024),
-            num_warps=16 if BV == 4096 else 4,
+            BV=min(block, TILE[0]),
+            BP=min(block, TILE[1]),
+            NP=TILE[2],
+            STAGES=TILE[3],
+            num_warps=min(TILE[4], block // 64),
         )
     return tokens

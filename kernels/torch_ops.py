@@ -35,6 +35,7 @@ __all__ = [
     "rope_and_store_kv",
     "route",
     "sample",
+    "silu_",
     "silu_and_mul",
 ]
 
@@ -90,6 +91,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     rotated = torch.addcmul(first * cos, second, sin, value=-1.0)
     second.copy_(torch.addcmul(second * cos, first, sin))
     first.copy_(rotated)
+
+
+def silu_(x: Tensor) -> Tensor:
+    """x [T, W] in place. Contract: `Kernels.silu_`."""
+    return F.silu(x, inplace=True)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

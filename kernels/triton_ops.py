@@ -5,7 +5,7 @@ See `Kernels` for the contracts.
 
 from __future__ import annotations
 
-from .activation import silu_and_mul
+from .activation import silu_, silu_and_mul
 from .attention.decode import decode as attention_decode
 from .attention.prefill import prefill as attention_prefill
 from .lightning.decode import decode as lightning_decode
@@ -34,5 +34,6 @@ __all__ = [
     "rope_and_store_kv",
     "route",
     "sample",
+    "silu_",
     "silu_and_mul",
 ]

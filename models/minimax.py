@@ -10,6 +10,7 @@ Attention" (2025).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels import Kernels
 from .backends import FullAttentionBackend, LightningCall, LinearAttentionBackend, LinearState
-from .config import LayerSpec, LightningSpec, ModelConfig, SoftmaxSpec
+from .config import LayerSpec, LightningSpec, ModelConfig, Residual, SoftmaxSpec
 from .forward_batch import ForwardBatch
 from .layers import DenseMlp, Projection, RMSNorm, RotaryTable, parameter
 from .moe import SharedExpertMlp, SparseMoe
@@ -42,6 +43,7 @@ class LightningAttention(nn.Module):
         super().__init__()
         self.spec = spec
         self.backend = backend
+        self.kernels = kernels
         width = spec.num_heads * spec.head_dim
         self.in_proj = Projection(
             hidden_size, {"qkv_proj": 3 * width, "output_gate": width}, device=device, dtype=dtype
@@ -55,7 +57,7 @@ class LightningAttention(nn.Module):
         heads, dim = self.spec.num_heads, self.spec.head_dim
         qkv, gate = self.in_proj(x).split([3 * heads * dim, heads * dim], dim=-1)
         # Interleaved per head: rows [q | k | v] of head 0, then of head 1, ...
-        q, k, v = F.silu(qkv, inplace=True).view(-1, heads, 3 * dim).split(dim, dim=-1)
+        q, k, v = self.kernels.silu_(qkv).view(-1, heads, 3 * dim).split(dim, dim=-1)
         out = x.new_empty(x.shape[0], heads, dim)
         self.backend.forward(LightningCall(q, k, v, self.slopes, self.spec.scale, state, batch, out))
         return self.out_proj(self.norm.gated(out.flatten(1), gate))
@@ -109,6 +111,20 @@ class SoftmaxAttention(nn.Module):
         yield from self.o_proj.targets(prefix)
 
 
+class Stream(NamedTuple):
+    """The residual stream, h = alpha * residual + beta * update [T, d]. The sum is left to the norm that reads it."""
+
+    residual: Tensor
+    update: Tensor | None = None
+    factors: Residual = Residual(1.0, 1.0)
+
+    def normed(self, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """(norm(h), h)."""
+        if self.update is None:
+            return norm(self.residual), self.residual
+        return norm.add(self.update, self.residual, self.factors.alpha, self.factors.beta)
+
+
 class DecoderLayer(nn.Module):
     def __init__(
         self,
@@ -128,14 +144,11 @@ class DecoderLayer(nn.Module):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, device=device, dtype=dtype)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels, device=device, dtype=dtype)
 
-    def forward(self, h: Tensor, batch: ForwardBatch, cache: Cache) -> Tensor:
-        """h [T, d] -> [T, d]."""
-        x = self.input_norm(h)
+    def forward(self, stream: Stream, batch: ForwardBatch, cache: Cache) -> Stream:
+        x, h = stream.normed(self.input_norm)
         mixed = self.mixer(x, batch, cache)
-        residual = self.spec.mixer_residual
-        x, h = self.mlp_norm.add(mixed, x if self.postnorm else h, residual.alpha, residual.beta)
-        residual = self.spec.mlp_residual
-        return residual.alpha * (x if self.postnorm else h) + residual.beta * self.mlp(x)
+        x, h = Stream(x if self.postnorm else h, mixed, self.spec.mixer_residual).normed(self.mlp_norm)
+        return Stream(x if self.postnorm else h, self.mlp(x), self.spec.mlp_residual)
 
     def targets(self, layer: str) -> Iterator[Target]:
         yield from self.input_norm.targets(f"{layer}input_layernorm")
@@ -173,10 +186,10 @@ class MiniMaxForCausalLM(nn.Module):
 
     def forward(self, batch: ForwardBatch, caches: list[Cache]) -> Tensor:
         """Hidden states [T, d] after the last layer. `caches` holds one entry per layer, updated in place."""
-        h = F.embedding(batch.input_ids, self.embedding)
+        stream = Stream(F.embedding(batch.input_ids, self.embedding))
         for layer, cache in zip(self.layers, caches, strict=True):
-            h = layer(h, batch, cache)
-        return h
+            stream = layer(stream, batch, cache)
+        return stream.normed(self.norm)[1]
 
     def compute_logits(self, h: Tensor) -> Tensor:
         """h [N, d], rows of what `forward` returned -> logits [N, vocab]."""

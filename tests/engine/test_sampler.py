@@ -11,7 +11,8 @@ import pytest
 import torch
 from engines import sequence
 from leyden.engine.outputs import TokenLogprobs
-from leyden.engine.sampler import Sampler, SamplingBatch, sampling_arrays, token_logprobs, uniform
+from leyden.engine.sampler import Sampler, SamplingBatch, token_logprobs
+from leyden.engine.sampling_rows import uniform
 from leyden.engine.sequence import UNSEEN, Sequence
 from leyden.kernels import load
 
@@ -35,10 +36,9 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
 
 
 def step(sampler: Sampler, logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
-    arrays = sampling_arrays(sequences, logits.shape[1])
+    arrays = sampler.arrays(sequences)
     batch = SamplingBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-    num_top = [each.sampling_params.logprobs for each in sequences]
-    tokens, logprobs = sampler.sample(logits, batch, num_top).wait()
+    tokens, logprobs = sampler.sample(logits, batch).wait()
     token_ids = torch.tensor(tokens)
     return Drawn(token_ids, token_ids >= 0, logprobs)
 
@@ -290,12 +290,16 @@ def test_penalties_count_tokens_that_the_host_has_not_seen():
     assert sampler.counts[1].tolist() == [2, 0, 1, 0]
 
 
+def numbers_of(seeds: list[int], positions: list[int]) -> np.ndarray:
+    return uniform(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64), np.array(positions))
+
+
 def test_uniform_is_uniform_over_positions_and_over_seeds():
     for numbers in (
-        uniform([5] * 20_000, list(range(20_000))),
-        uniform(list(range(20_000)), [0] * 20_000),
-        uniform([(3 << 32) + seed for seed in range(20_000)], [7] * 20_000),
-        uniform([-seed for seed in range(20_000)], [1] * 20_000),
+        numbers_of([5] * 20_000, list(range(20_000))),
+        numbers_of(list(range(20_000)), [0] * 20_000),
+        numbers_of([(3 << 32) + seed for seed in range(20_000)], [7] * 20_000),
+        numbers_of([-seed for seed in range(20_000)], [1] * 20_000),
     ):
         assert numbers.min() >= 0 and numbers.max() < 1
         counts = np.histogram(numbers, bins=50, range=(0, 1))[0]
@@ -305,8 +309,8 @@ def test_uniform_is_uniform_over_positions_and_over_seeds():
 
 
 def test_uniform_depends_on_nothing_but_seed_and_position():
-    assert uniform([9, 1, 3], [0, 2, 5])[1] == uniform([1], [2])[0]
+    assert numbers_of([9, 1, 3], [0, 2, 5])[1] == numbers_of([1], [2])[0]
     seeds, positions = zip(*[(seed, position) for seed in range(-3, 3) for position in range(10)], strict=True)
-    assert len(set(uniform(list(seeds), list(positions)))) == 60
-    extremes = uniform([-(2**63), 2**63 - 1, 2**32, 2**80], [0] * 4)
+    assert len(set(numbers_of(list(seeds), list(positions)))) == 60
+    extremes = numbers_of([-(2**63), 2**63 - 1, 2**32, 2**80], [0] * 4)
     assert ((extremes >= 0) & (extremes < 1)).all()

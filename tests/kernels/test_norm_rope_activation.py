@@ -142,6 +142,20 @@ def test_silu_and_mul_follows_its_formula(backend, dtype, shape, device, rng, as
 
 
 @every_kernel
+@every_dtype
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 100), (2, 1500)], ids=str)
+def test_silu_in_place_changes_its_columns_alone(backend, dtype, shape, device, rng, assert_close):
+    wide = (torch.randn(shape[0], shape[1] + 5, generator=rng) * 4).to(device, dtype)
+    kept = wide.clone()
+    x = wide[:, : shape[1]]
+    assert KERNELS[backend].silu_(x) is x
+    before = kept[:, : shape[1]].double()
+    if shape[0]:
+        assert_close("x", x, before * torch.sigmoid(before), BOUNDS[dtype])
+    assert torch.equal(wide[:, shape[1] :], kept[:, shape[1] :])
+
+
+@every_kernel
 def test_silu_of_a_very_negative_gate_is_zero(backend, device):
     x = torch.tensor([[-200.0, -1e4, 3.0, 3.0]], device=device)
     assert torch.equal(KERNELS[backend].silu_and_mul(x), torch.zeros(1, 2, device=device))

@@ -258,7 +258,7 @@ def test_slots_beyond_two_to_the_31_elements_are_addressed(device, assert_close)
     assert pools[0][:slot].numel() > 2**31
     case.state, case.key_ring, case.value_ring = pools
     case.slots = torch.tensor([slot], dtype=torch.int32, device=device)
-    assert_close("out", case.run("triton"), expected, 1e-5)
+    assert_close("out", case.run("triton"), expected, 4e-3)
     case.fold("triton")
     assert_close("state", case.own_states, final, 4e-3)
     assert not any(pool[:slot].any() for pool in pools)

@@ -1,0 +1,98 @@
+"""What a step's rows ask of the sampler, gathered on the host."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .batch import Arrays
+from .sampling_params import SamplingParams
+from .sequence import UNSEEN, Sequence
+
+_MASK64 = (1 << 64) - 1
+_BELOW_ONE = np.float32(1 - 2**-24)
+_NO_INTS = np.empty(0, dtype=np.int64)
+
+
+class SamplingRows:
+    """The sequences of a step in their slots. Made anew when they change; from step to step only `arrays` is."""
+
+    def __init__(self, sequences: list[Sequence], slots: list[int | None]) -> None:
+        self.sequences = sequences
+        self.slots = slots
+        params = [sequence.sampling_params for sequence in sequences]
+        self.num_top = [p.logprobs for p in params]  # per row, alternatives wanted; None = no log-probabilities at all
+        self._seeds = np.array([sequence.seed & _MASK64 for sequence in sequences], dtype=np.uint64)
+        self._is_drawn = any(not p.is_greedy for p in params)
+        self._biased = [row for row, p in enumerate(params) if p.logit_bias or p.min_tokens]
+        self._penalised = [row for row, p in enumerate(params) if _is_penalised(p)]
+        self._constant = self._constant_arrays(params)
+
+    def arrays(self, vocab_size: int) -> Arrays:
+        """The fields of `SamplingBatch`. Sequences with penalties count as counted from here on."""
+        draws = np.zeros(len(self.sequences), dtype=np.float32)
+        if self._is_drawn:
+            positions = np.array([len(sequence.output_token_ids) for sequence in self.sequences])
+            draws = np.minimum(uniform(self._seeds, positions).astype(np.float32), _BELOW_ONE)
+        return {"uniform": draws, **self._constant, **self._bias(vocab_size), **self._tokens_to_count(vocab_size)}
+
+    def _constant_arrays(self, params: list[SamplingParams]) -> Arrays:
+        penalised = [params[row] for row in self._penalised]
+        # Far below 1e-6 the division would overflow; every such temperature is greedy but for exact ties.
+        temperatures = [p.temperature and max(p.temperature, 1e-6) for p in params]
+        return {
+            "slots": np.array(self.slots, dtype=np.int64),
+            "temperature": np.array(temperatures, dtype=np.float32),
+            "top_k": np.array([max(p.top_k, 0) for p in params], dtype=np.int32),
+            "top_p": np.array([p.top_p for p in params], dtype=np.float32),
+            "min_p": np.array([p.min_p for p in params], dtype=np.float32),
+            "logprob_rows": np.array([row for row, num in enumerate(self.num_top) if num is not None], dtype=np.int64),
+            "penalised_rows": np.array(self._penalised, dtype=np.int64),
+            "penalised_slots": np.array([self.slots[row] for row in self._penalised], dtype=np.int64),
+            "repetition": np.array([p.repetition_penalty for p in penalised], dtype=np.float32),
+            "presence": np.array([p.presence_penalty for p in penalised], dtype=np.float32),
+            "frequency": np.array([p.frequency_penalty for p in penalised], dtype=np.float32),
+        }
+
+    def _bias(self, vocab_size: int) -> Arrays:
+        at: list[int] = []
+        bias: list[float] = []
+        for row in self._biased:
+            sequence = self.sequences[row]
+            params, stops = sequence.sampling_params, sequence.stop_ids
+            if params.logit_bias:
+                at += [row * vocab_size + token for token in params.logit_bias]
+                bias += params.logit_bias.values()
+            if sequence.num_output_tokens < params.min_tokens:
+                at += [row * vocab_size + token for token in stops]
+                bias += [float("-inf")] * len(stops)
+        return {"bias_at": np.array(at, dtype=np.int64), "bias": np.array(bias, dtype=np.float32)}
+
+    def _tokens_to_count(self, vocab_size: int) -> Arrays:
+        """The tokens so far of those whose slot the sampler has not counted."""
+        fresh, prompts, answers = [], [_NO_INTS], [_NO_INTS]
+        for row in self._penalised:
+            sequence, slot = self.sequences[row], self.slots[row]
+            if not sequence.is_counted:
+                assert slot is not None and UNSEEN not in sequence.output_token_ids
+                fresh.append(slot)
+                prompts.append(np.array(sequence.prompt_token_ids, dtype=np.int64) + slot * vocab_size)
+                answers.append(np.array(sequence.output_token_ids, dtype=np.int64) + slot * vocab_size)
+                sequence.is_counted = True
+        return {
+            "fresh_slots": np.array(fresh, dtype=np.int64),
+            "prompt_at": np.concatenate(prompts),
+            "answer_at": np.concatenate(answers),
+        }
+
+
+def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """[N] float64 in [0, 1), each a function of its seed (uint64) and position: splitmix64 (Steele et al. 2014)."""
+    z = seeds * np.uint64(0xD1342543DE82EF95)
+    z += (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+def _is_penalised(params: SamplingParams) -> bool:
+    return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
