@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -71,17 +72,19 @@ def batch_arrays(scheduled: ScheduledBatch, block_size: int) -> Arrays:
     A decode row whose token the host has not seen has input id -1: its slot's last token stands for it.
     """
     sequences, counts = scheduled.sequences, scheduled.num_scheduled_tokens
-    num_prefills = scheduled.num_prefills
     query_start_loc = np.zeros(len(sequences) + 1, dtype=np.int32)
     np.cumsum(counts, out=query_start_loc[1:])
     context_lens = np.array([sequence.num_computed_tokens for sequence in sequences], dtype=np.int32)
     table = block_tables(sequences)
-    rows = np.repeat(np.arange(len(sequences)), counts)  # [T], the row of each token
-    positions = np.arange(len(rows)) + (context_lens.astype(np.int64) - query_start_loc[:-1])[rows]
+    rows, positions = np.arange(len(sequences)), context_lens.astype(np.int64)
+    if scheduled.num_prefills:
+        rows = np.repeat(rows, counts)  # [T], the row of each token
+        positions = np.arange(len(rows)) + (positions - query_start_loc[:-1])[rows]
+    block, offset = np.divmod(positions, block_size)
     return {
-        "input_ids": _input_ids(sequences, counts, num_prefills),
+        "input_ids": _input_ids(sequences, counts, scheduled.num_prefills),
         "positions": positions,
-        "slot_mapping": table[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size,
+        "slot_mapping": table[rows, block].astype(np.int64) * block_size + offset,
         "logits_indices": query_start_loc[1:].astype(np.int64)[scheduled.completing_rows] - 1,
         "query_start_loc": query_start_loc,
         "context_lens": context_lens,
@@ -120,6 +123,8 @@ class Upload:
 
     def __getitem__(self, name: str) -> Tensor:
         array, start = self._arrays[name], self._starts[name]
+        if not array.size:
+            return _empty(_DTYPES[array.dtype], array.shape, self.buffer.device)
         view = self.buffer[start : start + array.nbytes].view(_DTYPES[array.dtype])
         return view if array.ndim == 1 else view.view(array.shape)
 
@@ -130,6 +135,11 @@ def upload(arrays: Arrays, device: torch.device) -> Upload:
     host = torch.empty(packed_size(arrays), dtype=torch.uint8, pin_memory=is_cuda)
     pack(arrays, host.numpy())
     return Upload(arrays, host.to(device, non_blocking=True))
+
+
+@functools.cache
+def _empty(dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def packed_size(arrays: Arrays) -> int:

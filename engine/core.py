@@ -170,10 +170,11 @@ class EngineCore:
     ) -> list[StepOutput]:
         """Put tokens in their places, finish the sequences that end, and say what is new. Those that ended or were
         aborted while the step ran get nothing."""
+        finished = Status.FINISHED
         return [
             self._advance(sequence, index, token_id, entry)
             for (sequence, index), token_id, entry in zip(rows, tokens, logprobs, strict=True)
-            if sequence.status is not Status.FINISHED
+            if sequence.status is not finished
         ]
 
     def _advance(self, sequence: Sequence, index: int, token_id: int, logprobs: TokenLogprobs | None) -> StepOutput:

@@ -86,9 +86,9 @@ class ModelRunner:
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start computing the scheduled tokens, which writes state and KV pools, and sampling where a row's tokens are
         complete. On CUDA nothing waits for the device, but for log-probabilities of a prompt."""
-        rows = scheduled.completing_rows
-        completing = [(scheduled.sequences[row], scheduled.sequences[row].num_output_tokens) for row in rows]
-        sampling = self.sampler.arrays([sequence for sequence, _ in completing])
+        rows = [scheduled.sequences[row] for row in scheduled.completing_rows]
+        completing = [(sequence, len(sequence.output_token_ids)) for sequence in rows]
+        sampling = self.sampler.arrays(rows)
         arrays = batch_arrays(scheduled, self.block_size)
         size = None
         if self.graphs is not None and scheduled.num_prefills == 0:

@@ -65,27 +65,22 @@ def _mass(p_x, threshold, top, inverse, min_p, COUNT: tl.constexpr, V, BV: tl.co
 
 
 @triton.jit
-def _narrow(
-    p_x,
-    wanted,
-    low,
-    top,
-    inverse,
-    min_p,
-    COUNT: tl.constexpr,
-    V,
-    BV: tl.constexpr,
-    NP: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+def _tighten(low, mass_low, high, mass_high, pivot, mass, wanted):
+    """The interval once `mass` is known to lie above `pivot`."""
+    is_low = (mass >= wanted) & (pivot > low)
+    is_high = (mass < wanted) & (pivot < high)
+    low, mass_low = tl.where(is_low, pivot, low), tl.where(is_low, mass, mass_low)
+    high, mass_high = tl.where(is_high, pivot, high), tl.where(is_high, mass, mass_high)
+    return low, mass_low, high, mass_high
+
+
+@triton.jit
+def _narrow(p_x, wanted, low, top, inverse, min_p, COUNT: tl.constexpr, V, BV: tl.constexpr, STAGES: tl.constexpr):
     """The largest logit t in [low, top] with _mass(t) >= wanted, or `low` when even that has less.
 
-    The interval [low, high) holds t and its ends' masses are known. Each round measures NP pivots: half of them cut the
-    interval evenly, half lie close around where a straight line between its ends meets `wanted`.
+    The interval [low, high) holds t, and the masses above its ends are known. Each round measures four pivots: two cut
+    it evenly, two lie close around where a straight line between its ends meets `wanted`.
     """
-    o_p = tl.arange(0, NP)
-    even = (o_p + 1).to(tl.float32) / (NP // 2 + 1)
-    near = (o_p - (3 * NP // 4)).to(tl.float32)  # ... -1, 0, 1 ...
     mass_high = _mass(p_x, top, top, inverse, min_p, COUNT, V, BV, STAGES)
     threshold = top
     if mass_high < wanted:
@@ -95,30 +90,44 @@ def _narrow(
         rounds = 0
         while rounds < MAX_ROUNDS:
             meets = (mass_low - wanted) / tl.maximum(mass_low - mass_high, 1e-30)
-            b_share = tl.where(o_p < NP // 2, even, meets + near * (1.0 / 64))
-            b_share = tl.minimum(tl.maximum(b_share, 1.0 / 1024), 1.0)
-            b_pivot = tl.minimum(low + (high - low) * b_share, high)
-            b_sum = tl.zeros([BV, NP], tl.float32)
+            meets = tl.minimum(tl.maximum(meets, 1.0 / 512), 511.0 / 512)
+            spread = tl.minimum(meets, 1.0 - meets) / 16
+            width = high - low
+            pivot_0, pivot_1 = low + width * (1.0 / 3), low + width * (2.0 / 3)
+            pivot_2, pivot_3 = low + width * (meets - spread), low + width * (meets + spread)
+            b_mass_0 = tl.zeros([BV], tl.float32)
+            b_mass_1 = tl.zeros([BV], tl.float32)
+            b_mass_2 = tl.zeros([BV], tl.float32)
+            b_mass_3 = tl.zeros([BV], tl.float32)
             b_least = tl.full([BV], float("inf"), tl.float32)
             b_most = tl.full([BV], float("-inf"), tl.float32)
             for i in tl.range(0, V, BV, num_stages=STAGES):
                 b_x = _load(p_x, i, V, BV)
                 b_w = _weights(b_x, top, inverse, min_p, COUNT)
-                b_sum += tl.where(b_x[:, None] >= b_pivot[None, :], b_w[:, None], 0.0)
-                inside = (b_x >= low) & (b_x < high)
-                b_least = tl.where(inside, tl.minimum(b_least, b_x), b_least)
-                b_most = tl.where(inside, tl.maximum(b_most, b_x), b_most)
-            b_mass = tl.sum(b_sum, axis=0)
+                b_mass_0 += tl.where(b_x >= pivot_0, b_w, 0.0)
+                b_mass_1 += tl.where(b_x >= pivot_1, b_w, 0.0)
+                b_mass_2 += tl.where(b_x >= pivot_2, b_w, 0.0)
+                b_mass_3 += tl.where(b_x >= pivot_3, b_w, 0.0)
+                b_least = tl.minimum(b_least, tl.where(b_x >= low, b_x, float("inf")))
+                b_most = tl.maximum(b_most, tl.where(b_x < high, b_x, float("-inf")))
             least, most = tl.min(b_least), tl.max(b_most)
             if least >= most:  # one value is left, or none
                 low = tl.minimum(least, high)
                 rounds = MAX_ROUNDS
             else:
-                enough = b_mass >= wanted
-                low = tl.maximum(tl.max(tl.where(enough, b_pivot, low)), least)
-                high = tl.min(tl.where(enough, high, b_pivot))
-                mass_low = tl.min(tl.where(enough, b_mass, mass_low))
-                mass_high = tl.max(tl.where(enough, mass_high, b_mass))
+                low, mass_low, high, mass_high = _tighten(
+                    low, mass_low, high, mass_high, pivot_0, tl.sum(b_mass_0), wanted
+                )
+                low, mass_low, high, mass_high = _tighten(
+                    low, mass_low, high, mass_high, pivot_1, tl.sum(b_mass_1), wanted
+                )
+                low, mass_low, high, mass_high = _tighten(
+                    low, mass_low, high, mass_high, pivot_2, tl.sum(b_mass_2), wanted
+                )
+                low, mass_low, high, mass_high = _tighten(
+                    low, mass_low, high, mass_high, pivot_3, tl.sum(b_mass_3), wanted
+                )
+                low = tl.maximum(low, least)
                 rounds = tl.where(mass_low - wanted <= slack, MAX_ROUNDS, rounds + 1)
         threshold = low
     return threshold
@@ -162,10 +171,9 @@ def _sample_kernel(
     x_t,
     BV: tl.constexpr,
     BP: tl.constexpr,
-    NP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BV logits at a time, BP where NP pivots are measured."""
+    """BV logits at a time, BP where pivots are measured."""
     i_t = tl.program_id(0)
     p_x += i_t.to(tl.int64) * x_t
     top, token, valid = _find_best(p_x, V, BV, STAGES)
@@ -175,10 +183,10 @@ def _sample_kernel(
         top_k, top_p, min_p = tl.load(p_top_k + i_t), tl.load(p_top_p + i_t), tl.load(p_min_p + i_t)
         threshold = top - EXP_RANGE * temperature
         if (top_k > 0) & (top_k < V):
-            threshold = _narrow(p_x, top_k.to(tl.float32), threshold, top, inverse, min_p, True, V, BP, NP, STAGES)
+            threshold = _narrow(p_x, top_k.to(tl.float32), threshold, top, inverse, min_p, True, V, BP, STAGES)
         if top_p < 1.0:
             total = _mass(p_x, threshold, top, inverse, min_p, False, V, BV, STAGES)
-            threshold = _narrow(p_x, top_p * total, threshold, top, inverse, min_p, False, V, BP, NP, STAGES)
+            threshold = _narrow(p_x, top_p * total, threshold, top, inverse, min_p, False, V, BP, STAGES)
         point = tl.load(p_uniform + i_t) * _mass(p_x, threshold, top, inverse, min_p, False, V, BV, STAGES)
         token = _look_up(p_x, point, threshold, top, inverse, min_p, token, V, BV)
     tl.store(p_token + i_t, tl.where(valid, token, -1))
@@ -205,7 +213,6 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
             logits.stride(0),
             BV=min(block, TILE[0]),
             BP=min(block, TILE[1]),
-            NP=TILE[2],
             STAGES=TILE[3],
             num_warps=min(TILE[4], block // 64),
         )

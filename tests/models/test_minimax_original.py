@@ -261,4 +261,4 @@ def test_whole_distributions_and_greedy_tokens_equal_the_recurrence(oracle, back
         assert len(entries) == len(table)
         for position, (entry, row) in enumerate(zip(entries, table, strict=True)):
             measured = np.array([value for _, value in sorted(entry.top)])
-            assert np.abs(measured - row).max() < 1e-4, f"prompt of {length}, position {position}"
+            assert np.abs(measured - row).max() < 2e-4, f"prompt of {length}, position {position}"
