@@ -287,14 +287,22 @@ def returning(
 
 
 def bind_backend(name: str, x: LightningInputs) -> Bound:
-    """A backend as the model calls it. None of these has a ring."""
-    backend = LINEAR_BACKENDS[name](load("triton"))
-    state = LinearState(x.state, *new_rings(x, 0))
+    """A backend as the model calls it, the first time with empty rings, if it has any."""
+    kernels = load("triton")
+    backend = LINEAR_BACKENDS[name](kernels)
+    state = LinearState(x.state, *new_rings(x, backend.ring_size))
 
     def step(i: int) -> None:
         backend.forward(LightningCall(*x.qkv_at(i), x.slopes, x.scale, state, x.batch, x.out[i]))
 
-    return in_place(x, step)
+    def results() -> tuple[Tensor, Tensor]:
+        decoding = slice(x.batch.num_prefills, None)
+        if backend.ring_size and x.batch.num_decodes:
+            rows = (x.batch.state_indices[decoding], x.batch.has_initial_state[decoding])
+            kernels.lightning_fold(x.slopes, *state, *rows, torch.ones_like(rows[0]))
+        return sequences(x.out), x.state[x.batch.state_indices]
+
+    return Bound(step, results)
 
 
 def new_rings(x: LightningInputs, size: int) -> tuple[Tensor, Tensor]:

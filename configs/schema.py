@@ -35,7 +35,8 @@ class EngineConfig(BaseModel):
     )
     linear_backend: LinearBackendName = Field(
         "auto",
-        description="lightning attention; auto = minimax or seg_la by shape, replay = decode that seldom writes states",
+        description="lightning attention; replay = minimax or seg_la by shape, and decode that seldom writes states; "
+        "auto = the fastest measured, today replay",
     )
     kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto = triton on CUDA, torch elsewhere")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")

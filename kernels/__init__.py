@@ -181,6 +181,9 @@ class Kernels(Protocol):
 
     # -- around attention ------------------------------------------------------------------------------------
 
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, in] @ weight [out, in]^T -> [T, out], of one dtype, sums in float32; x contiguous."""
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., d] / sqrt(mean(x^2) + eps) * weight [d], statistics in float32, in x's dtype."""
 

@@ -15,7 +15,7 @@ def silu(b_x):
     return b_x / (1.0 + tl.exp(-b_x))
 
 
-@triton.jit(do_not_specialize=["W"])
+@triton.jit
 def _silu_kernel(p_x, x_t, W, BW: tl.constexpr):
     i_t, i_w = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_w = i_w * BW + tl.arange(0, BW)

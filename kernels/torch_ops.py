@@ -30,6 +30,7 @@ __all__ = [
     "lightning_prefill",
     "lightning_replay",
     "lightning_segments",
+    "linear",
     "moe",
     "rms_norm",
     "rope_and_store_kv",
@@ -38,6 +39,11 @@ __all__ = [
     "silu_",
     "silu_and_mul",
 ]
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, K], weight [N, K] -> [T, N]. Contract: `Kernels.linear`."""
+    return F.linear(x, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

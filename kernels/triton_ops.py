@@ -13,6 +13,7 @@ from .lightning.minimax import prefill as lightning_prefill
 from .lightning.replay import fold as lightning_fold
 from .lightning.replay import replay_decode as lightning_replay
 from .lightning.seg_la import segments as lightning_segments
+from .linear import linear
 from .moe import moe
 from .norm import add_rms_norm, gated_rms_norm, rms_norm
 from .rope import rope_and_store_kv
@@ -29,6 +30,7 @@ __all__ = [
     "lightning_prefill",
     "lightning_replay",
     "lightning_segments",
+    "linear",
     "moe",
     "rms_norm",
     "rope_and_store_kv",

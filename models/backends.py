@@ -86,40 +86,32 @@ class SegLaBackend:
         return self.kernels.lightning_segments(*call[:5], call.state.state, *rows, batch.max_query_len, call.out)
 
 
-class AutoBackend(MinimaxBackend):
-    """Picks by shape: prompts go to seg_la, but a few long ones of few heads to minimax; decode rows have their kernel.
-
-    seg_la walks a row from end to end, so rows x heads is all it has to fill a device with; minimax cuts long rows up,
-    but reads keys and values twice. On an H100 (`docs/kernels.md`) they meet at about 40 long rows x heads.
-    """
-
-    MIN_PARALLEL = 40  # long rows x heads
-    LONG_PROMPT = 1024  # tokens; shorter ones are over before a second launch would help
-
-    def prefill(self, call: LightningCall) -> None:
-        longest = call.batch.max_query_len
-        long_rows = call.batch.num_prefill_tokens / longest  # as many as the tokens would make
-        if long_rows * call.q.shape[1] < self.MIN_PARALLEL and longest >= self.LONG_PROMPT:
-            super().prefill(call)
-        else:
-            self.kernels.lightning_segments(*_prefill_arguments(call))
-
-
-class ReplayBackend(AutoBackend):
+class ReplayBackend(MinimaxBackend):
     """Decode that seldom writes the state: the last tokens wait in a ring per slot, and are folded into the state when
-    it is full. Prefill as `auto` chooses. Best for large decode batches.
+    it is full. The fastest there is, for an eighth more memory per float32 state.
+
+    Prompts go to seg_la, but a few long ones of few heads to minimax: seg_la walks a row from end to end, so rows x
+    heads is all it has to fill a device with; minimax cuts long rows up, but reads keys and values twice. On an H100
+    (`docs/kernels.md`) they meet at about 40 long rows x heads.
 
     A row that brings several tokens after it has decoded is folded first. Today's scheduler makes none; drafts will.
     """
 
     ring_size = 16
+    MIN_PARALLEL = 40  # long rows x heads
+    LONG_PROMPT = 1024  # tokens; shorter ones are over before a second launch would help
 
     def prefill(self, call: LightningCall) -> None:
         batch, rows = call.batch, slice(call.batch.num_prefills)
         if batch.prefills_pending:
             waiting = (batch.state_indices[rows], batch.has_initial_state[rows], batch.num_pending[rows])
             self.kernels.lightning_fold(call.slopes, *call.state, *waiting)
-        super().prefill(call)
+        longest = batch.max_query_len
+        long_rows = batch.num_prefill_tokens / longest  # as many as the tokens would make
+        if long_rows * call.q.shape[1] < self.MIN_PARALLEL and longest >= self.LONG_PROMPT:
+            super().prefill(call)
+        else:
+            self.kernels.lightning_segments(*_prefill_arguments(call))
 
     def decode(self, call: LightningCall) -> None:
         inputs, slots, continues, out = _decode_parts(call)
@@ -153,7 +145,7 @@ LINEAR_BACKENDS: dict[str, Callable[[Kernels], LinearAttentionBackend]] = {
     "minimax": MinimaxBackend,
     "seg_la": SegLaBackend,
     "replay": ReplayBackend,
-    "auto": AutoBackend,
+    "auto": ReplayBackend,  # what the measurements favour, for prompts by shape and for decode
 }
 
 

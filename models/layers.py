@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Kernels
@@ -25,14 +24,17 @@ class Projection(nn.Module):
     pieces: checkpoint name -> rows, in the order of the output channels.
     """
 
-    def __init__(self, in_features: int, pieces: dict[str, int], *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, in_features: int, pieces: dict[str, int], kernels: Kernels, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.pieces = pieces
+        self.kernels = kernels
         self.weight = parameter(sum(pieces.values()), in_features, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
-        return F.linear(x, self.weight)
+        return self.kernels.linear(x, self.weight)
 
     def targets(self, prefix: str) -> Iterator[Target]:
         start = 0
@@ -100,8 +102,9 @@ class DenseMlp(nn.Module):
     ) -> None:
         super().__init__()
         self.kernels = kernels
-        self.gate_up = Projection(hidden_size, {"gate_proj": width, "up_proj": width}, device=device, dtype=dtype)
-        self.down = Projection(width, {"down_proj": hidden_size}, device=device, dtype=dtype)
+        pieces = {"gate_proj": width, "up_proj": width}
+        self.gate_up = Projection(hidden_size, pieces, kernels, device=device, dtype=dtype)
+        self.down = Projection(width, {"down_proj": hidden_size}, kernels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, d] -> [T, d]."""

@@ -46,10 +46,10 @@ class LightningAttention(nn.Module):
         self.kernels = kernels
         width = spec.num_heads * spec.head_dim
         self.in_proj = Projection(
-            hidden_size, {"qkv_proj": 3 * width, "output_gate": width}, device=device, dtype=dtype
+            hidden_size, {"qkv_proj": 3 * width, "output_gate": width}, kernels, device=device, dtype=dtype
         )
         self.norm = RMSNorm(width, spec.norm_eps, kernels, device=device, dtype=dtype)
-        self.out_proj = Projection(width, {"out_proj": hidden_size}, device=device, dtype=dtype)
+        self.out_proj = Projection(width, {"out_proj": hidden_size}, kernels, device=device, dtype=dtype)
         self.slopes = torch.tensor(spec.slopes, dtype=torch.float32, device=device)
 
     def forward(self, x: Tensor, batch: ForwardBatch, state: LinearState) -> Tensor:
@@ -89,10 +89,11 @@ class SoftmaxAttention(nn.Module):
         self.qkv_proj = Projection(
             hidden_size,
             {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width},
+            kernels,
             device=device,
             dtype=dtype,
         )
-        self.o_proj = Projection(q_width, {"o_proj": hidden_size}, device=device, dtype=dtype)
+        self.o_proj = Projection(q_width, {"o_proj": hidden_size}, kernels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, Tensor]) -> Tensor:
         """x [T, d] -> [T, d]; writes this step's keys and values into the cache."""
@@ -171,6 +172,7 @@ class MiniMaxForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.embedding = parameter(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.rotary: RotaryTable | None = None
         self.layers = nn.ModuleList()
@@ -193,7 +195,7 @@ class MiniMaxForCausalLM(nn.Module):
 
     def compute_logits(self, h: Tensor) -> Tensor:
         """h [N, d], rows of what `forward` returned -> logits [N, vocab]."""
-        return F.linear(self.norm(h), self.lm_head)
+        return self.kernels.linear(self.norm(h), self.lm_head)
 
     def reserve_positions(self, max_positions: int) -> None:
         """Make the rope table long enough; must be called before a forward reaches those positions."""

@@ -25,7 +25,7 @@ class SparseMoe(nn.Module):
         self.num_experts = spec.num_experts
         self.width = spec.width
         # float32: which experts a token takes is a comparison, and rounding flips near ties.
-        self.router = Projection(hidden_size, {"gate": spec.num_experts}, device=device, dtype=torch.float32)
+        self.router = Projection(hidden_size, {"gate": spec.num_experts}, kernels, device=device, dtype=torch.float32)
         self.gate_up = parameter(spec.num_experts, 2 * spec.width, hidden_size, device=device, dtype=dtype)
         self.down = parameter(spec.num_experts, hidden_size, spec.width, device=device, dtype=dtype)
 
@@ -64,7 +64,7 @@ class SharedExpertMlp(nn.Module):
         super().__init__()
         self.mlp = mlp
         self.shared = DenseMlp(hidden_size, width, kernels, device=device, dtype=dtype)
-        self.coefficient = Projection(hidden_size, {"coefficient": 1}, device=device, dtype=torch.float32)
+        self.coefficient = Projection(hidden_size, {"coefficient": 1}, kernels, device=device, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, d] -> [T, d]."""

@@ -100,7 +100,7 @@ def place(request) -> tuple[str, str]:
     return request.param
 
 
-@pytest.fixture(params=LINEAR_BACKENDS)
+@pytest.fixture(params=["minimax", "seg_la", "replay"])
 def layer(request, place) -> Layer:
     return Layer(request.param, *place)
 
@@ -124,12 +124,12 @@ class Recorder:
         (16, [4096] * 3, 0, ["segments"]),
         (16, [1023], 0, ["segments"]),
         (16, [1024], 0, ["prefill"]),
-        (16, [8192], 5, ["prefill", "decode"]),
-        (64, [2048] * 4, 60, ["segments", "decode"]),
-        (16, [], 7, ["decode"]),
+        (16, [8192], 5, ["prefill", "replay"]),
+        (64, [2048] * 4, 60, ["segments", "replay"]),
+        (16, [], 7, ["replay"]),
     ],
 )
-def test_auto_chooses_by_shape(heads, prompts, decodes, expected):
+def test_auto_chooses_by_shape_and_replays(heads, prompts, decodes, expected):
     kernels = Recorder()
     tokens = sum(prompts)
     some = torch.zeros(len(prompts) + decodes + 1, dtype=torch.int32)

@@ -10,7 +10,6 @@ from engines import engine_config, sequence
 from leyden.engine.batch import build_batch
 from leyden.engine.model_runner import ModelRunner
 from leyden.engine.scheduler import ScheduledBatch
-from leyden.models.backends import LINEAR_BACKENDS
 from leyden.models.forward_batch import ForwardBatch
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 from torch import Tensor
@@ -25,7 +24,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=LINEAR_BACKENDS)
+@pytest.fixture(params=["minimax", "seg_la", "replay"])
 def runner(request, folder) -> ModelRunner:
     settings = {"device": "cuda", "linear_backend": request.param, "num_kv_blocks": 64}
     return ModelRunner(engine_config(folder, **settings), progress=False)
