@@ -34,6 +34,7 @@ class EngineCore:
             SlotManager(plan.num_state_slots),
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
+            mixed_prefill_tokens=config.mixed_prefill_tokens,
             ring_size=self.runner.ring_size,
         )
         self._stats = EngineStats()

@@ -20,6 +20,7 @@ from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
 Prompt = str | list[int]
+NO_LIMIT = 1 << 20  # tokens
 
 
 @dataclass(slots=True)
@@ -49,12 +50,13 @@ class LLM:
     >>> llm = LLM("demo")
     >>> llm.chat([{"role": "user", "content": "Tell me a story."}])[0].text
 
-    Keyword arguments are the fields of `EngineConfig`. Raises `ConfigError` or `CheckpointError`.
+    Keyword arguments are the fields of `EngineConfig`; nobody reads along, so prompts are not held back for decoding
+    sequences unless `mixed_prefill_tokens` says so. Raises `ConfigError` or `CheckpointError`.
     """
 
     def __init__(self, model: str = "demo", **settings: Any) -> None:
         try:
-            config = EngineConfig(model=model, **settings)
+            config = EngineConfig(model=model, **({"mixed_prefill_tokens": NO_LIMIT} | settings))
         except ValidationError as error:
             raise ConfigError("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
         self.core = EngineCore(config, progress=False)

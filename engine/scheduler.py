@@ -4,6 +4,7 @@ Each step, within `max_num_batched_tokens`:
 1. every running sequence that is one token behind gets it (decoding never waits for a prompt);
 2. running sequences that are further behind continue their prefill, in order;
 3. waiting sequences are admitted in order while a state slot, KV blocks and budget last.
+Beside decoding rows, 2 and 3 together bring at most `mixed_prefill_tokens`, which bounds how long a token takes.
 
 Order is priority, then arrival. When blocks run out, the last in order is preempted: it gives back everything, and is
 computed again from its tokens later.
@@ -50,11 +51,13 @@ class Scheduler:
         *,
         max_num_batched_tokens: int,
         max_waiting: int,
+        mixed_prefill_tokens: int | None = None,
         ring_size: int = 0,
     ) -> None:
         self.blocks = blocks
         self.slots = slots
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.mixed_prefill_tokens = max_num_batched_tokens if mixed_prefill_tokens is None else mixed_prefill_tokens
         self.max_waiting = max_waiting
         self.ring_size = ring_size  # decoded tokens after which a slot's state holds them all; 0 = after each
         self.waiting: list[Sequence] = []  # kept in order
@@ -122,6 +125,8 @@ class Scheduler:
                 if has_room or self._make_room(sequence, 1, decoding):
                     decoding[sequence] = 1
                     budget -= 1
+        if decoding:
+            budget = min(budget, self.mixed_prefill_tokens)
         for sequence in behind:
             num_new = min(sequence.num_uncomputed_tokens, budget)
             if num_new and self._make_room(sequence, num_new, decoding, prefilling):

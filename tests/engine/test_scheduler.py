@@ -15,11 +15,12 @@ from leyden.engine.slots import SlotManager
 EOS = 0
 
 
-def make_scheduler(*, blocks=8, block_size=4, slots=4, budget=16, max_waiting=100, ring_size=0) -> Scheduler:
+def make_scheduler(*, blocks=8, block_size=4, slots=4, budget=16, mixed=None, max_waiting=100, ring_size=0) -> Scheduler:
     return Scheduler(
         BlockManager(blocks, block_size),
         SlotManager(slots),
         max_num_batched_tokens=budget,
+        mixed_prefill_tokens=mixed,
         max_waiting=max_waiting,
         ring_size=ring_size,
     )
@@ -78,6 +79,7 @@ class Simulation:
             block_size=rng.choice([1, 2, 4, 16]),
             slots=slots,
             budget=rng.randint(slots, slots + rng.choice([0, 3, 40])),
+            mixed=rng.choice([None, 1, 5]),
             max_waiting=rng.choice([3, 1000]),
             ring_size=rng.choice([0, 16]),
         )
@@ -151,6 +153,8 @@ class Simulation:
         assert not batch.is_empty or not scheduler.has_work or self.in_flight, "work is there and nothing runs"
         assert len(set(map(id, batch.sequences))) == len(batch.sequences)
         assert sum(batch.num_scheduled_tokens) <= scheduler.max_num_batched_tokens
+        if batch.num_prefills < len(batch.sequences):
+            assert sum(batch.num_scheduled_tokens[: batch.num_prefills]) <= scheduler.mixed_prefill_tokens
         assert [s.is_decoding for s in batch.sequences] == [False] * batch.num_prefills + [True] * (
             len(batch.sequences) - batch.num_prefills
         ), "prefill rows come first"
@@ -246,6 +250,18 @@ def test_decoding_rows_get_their_token_before_a_long_prompt_takes_the_rest_of_th
         assert {"d0", "d1", "d2"} <= {name for name, _ in rows(batch)}
         chunks += [count for name, count in rows(batch) if name == "long"]
     assert chunks == [5, 5, 5, 5, 5, 5]
+
+
+def test_prompts_bring_few_tokens_beside_decoding_rows_and_many_without():
+    scheduler = make_scheduler(budget=16, mixed=3)
+    scheduler.add(sequence(2, request_id="a", max_tokens=3))
+    scheduler.add(sequence(10, request_id="b", arrival=1))
+    assert rows(step(scheduler)) == [("a", 2), ("b", 10)]
+    scheduler.abort("b")
+    scheduler.add(sequence(9, request_id="c", arrival=2))
+    assert rows(step(scheduler)) == [("c", 3), ("a", 1)]
+    assert rows(step(scheduler)) == [("c", 3), ("a", 1)]
+    assert rows(step(scheduler)) == [("c", 3)], "the last of a has come; c ends"
 
 
 def test_prompt_is_cut_to_the_budget_and_sampled_only_when_complete():
