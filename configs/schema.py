@@ -51,7 +51,10 @@ class EngineConfig(BaseModel):
         2048, ge=1, le=1 << 20, description="tokens in one step, prompt chunks included"
     )
     mixed_prefill_tokens: int = Field(
-        512, ge=1, le=1 << 20, description="prompt tokens in a step that also decodes; more delay the decoding sequences"
+        512,
+        ge=1,
+        le=1 << 20,
+        description="prompt tokens in a step that also decodes; more delay its decoding rows",
     )
     max_model_len: int | None = Field(None, ge=1, description="context length; default: the checkpoint's")
     max_waiting: int = Field(1024, ge=1, le=1 << 20, description="requests that may queue before 429")

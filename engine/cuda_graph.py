@@ -8,7 +8,7 @@ nothing into the pools.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,20 +17,34 @@ from tqdm import tqdm
 
 from ..models.forward_batch import ForwardBatch
 from .batch import Arrays, Counts, Upload, make_batch, pack, packed_size
+from .sampler import Draw
 
-Forward = Callable[[ForwardBatch], Tensor]
 
-# What a padding row holds. Its token must exist, its position too.
+class Decoded(NamedTuple):
+    """What a decode step computes."""
+
+    logits: Tensor  # [B, V]
+    tokens: Tensor  # [B] int32, drawn as rows want that look at nothing but their logits
+
+
+DecodeStep = Callable[[ForwardBatch, Draw], Decoded]
+
+# What a padding row holds. Its token must exist, its position too; it is drawn greedily.
 PADDING = {"context_lens": -1, "state_indices": -1, "slot_mapping": -1}
-ROW_FIELDS = (
-    "input_ids",
-    "positions",
-    "slot_mapping",
-    "context_lens",
-    "state_indices",
-    "num_pending",
-    "has_initial_state",
-)
+ROW_DTYPES = {
+    "input_ids": np.int64,
+    "positions": np.int64,
+    "slot_mapping": np.int64,
+    "context_lens": np.int32,
+    "state_indices": np.int32,
+    "num_pending": np.int32,
+    "has_initial_state": np.bool_,
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "uniform": np.float32,
+}
 
 
 def graph_sizes(max_rows: int) -> list[int]:
@@ -40,26 +54,30 @@ def graph_sizes(max_rows: int) -> list[int]:
 
 
 def pad_rows(arrays: Arrays, size: int) -> Arrays:
-    """The arrays of a decode step, widened to `size` rows."""
-    num_rows = arrays["input_ids"].shape[0]
-    padded = {name: np.full(size, PADDING.get(name, 0), dtype=arrays[name].dtype) for name in ROW_FIELDS}
-    for name, array in padded.items():
-        array[:num_rows] = arrays[name]
+    """The arrays of a decode step that hold a value per row, widened to `size` rows."""
+    padded: Arrays = {}
+    for name, dtype in ROW_DTYPES.items():
+        own = arrays[name]
+        padded[name] = np.full(size, PADDING.get(name, 0), dtype=dtype)
+        padded[name][: len(own)] = own
     return padded
 
 
-def empty_rows(size: int) -> Arrays:
-    """`size` padding rows."""
-    kinds = {"input_ids": np.int64, "positions": np.int64, "slot_mapping": np.int64, "has_initial_state": np.bool_}
-    return pad_rows({name: np.empty(0, dtype=kinds.get(name, np.int32)) for name in ROW_FIELDS}, size)
+def record(function: Callable[[], Decoded], pool: Any) -> tuple[Callable[[], None], Decoded]:
+    """(what computes it again, where the results then are). Runs `function` once before, to compile."""
+    function()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        results = function()
+    return graph.replay, results
 
 
 class DecodeGraphs:
-    """`forward` (a batch of decode rows -> logits [B, V]) for some numbers of rows, captured on construction."""
+    """`step` for some numbers of rows, captured on construction."""
 
     def __init__(
         self,
-        forward: Forward,
+        step: DecodeStep,
         sizes: Iterable[int],
         table_width: int,
         device: torch.device,
@@ -69,39 +87,38 @@ class DecodeGraphs:
         self.device = device
         self.sizes = sorted(sizes)
         self.block_table = torch.zeros(self.sizes[-1], table_width, dtype=torch.int32, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, tuple[Callable[[], None], Decoded]] = {}
         self._inputs: dict[int, Tensor] = {}
-        self._logits: dict[int, Tensor] = {}
-        pool = torch.cuda.graph_pool_handle()
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         for size in tqdm(self.sizes[::-1], desc="CUDA graphs", disable=not progress):  # the largest shapes the pool
-            self._capture(forward, size, pool)
+            self._capture(step, size, pool)
 
     def size_for(self, num_rows: int) -> int | None:
         """The graph that holds so many rows, or None."""
         return next((size for size in self.sizes if size >= num_rows), None)
 
-    def replay(self, size: int, upload: Upload) -> Tensor:
-        """Logits [size, V] of a step whose first arrays are those of `pad_rows`, and whose table is among the rest."""
+    def replay(self, size: int, upload: Upload) -> Decoded:
+        """Results of `size` rows. The first arrays of `upload` are those of `pad_rows`, its table is among the rest."""
         table = upload["block_table"]
         self._inputs[size].copy_(upload.buffer[: self._inputs[size].shape[0]])
         self.block_table[: table.shape[0], : table.shape[1]].copy_(table)
-        self._graphs[size].replay()
-        return self._logits[size]
+        compute, results = self._graphs[size]
+        compute()
+        return results
 
-    def _capture(self, forward: Forward, size: int, pool: Any) -> None:
-        arrays = empty_rows(size)
+    def _capture(self, step: DecodeStep, size: int, pool: Any) -> None:
+        arrays = pad_rows({name: np.empty(0) for name in ROW_DTYPES}, size)
         host = np.zeros(packed_size(arrays), dtype=np.uint8)
         pack(arrays, host)
         self._inputs[size] = torch.from_numpy(host).to(self.device)
         static = Upload(arrays, self._inputs[size])
+        rows = torch.arange(size + 1, dtype=torch.int32, device=self.device)
         tensors = {
-            **{name: static[name] for name in ROW_FIELDS},
+            **{name: static[name] for name in ROW_DTYPES},
             "block_table": self.block_table[:size],
-            "query_start_loc": torch.arange(size + 1, dtype=torch.int32, device=self.device),
-            "logits_indices": torch.arange(size, device=self.device),
+            "query_start_loc": rows,
+            "logits_indices": rows[:size].long(),
         }
         batch = make_batch(tensors, Counts(0, 0, size, prefills_pending=False, max_query_len=1))
-        forward(batch)  # compiles; padding rows leave the pools alone
-        self._graphs[size] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graphs[size], pool=pool):
-            self._logits[size] = forward(batch)
+        draw = Draw(*(static[name] for name in Draw._fields))
+        self._graphs[size] = record(lambda: step(batch, draw), pool)

@@ -21,13 +21,13 @@ from ..models.forward_batch import ForwardBatch
 from ..models.minimax import Cache
 from ..models.registry import FAMILIES
 from ..models.weights import fill_with_noise, load_weights
-from .batch import batch_arrays, count_rows, make_batch, upload
-from .cuda_graph import DecodeGraphs, graph_sizes, pad_rows
+from .batch import Arrays, batch_arrays, count_rows, make_batch, upload
+from .cuda_graph import Decoded, DecodeGraphs, graph_sizes, pad_rows
 from .errors import ConfigError
 from .memory import MemoryPlan, plan_memory
 from .outputs import TokenLogprobs
 from .pools import KVPool, StatePool
-from .sampler import Sampled, Sampler, SamplingBatch, token_logprobs
+from .sampler import Draw, Sampled, Sampler, SamplingBatch, send_home, token_logprobs
 from .sampling_params import SamplingParams
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
@@ -88,26 +88,32 @@ class ModelRunner:
         complete. On CUDA nothing waits for the device, but for log-probabilities of a prompt."""
         rows = [scheduled.sequences[row] for row in scheduled.completing_rows]
         completing = [(sequence, len(sequence.output_token_ids)) for sequence in rows]
-        sampling = self.sampler.arrays(rows)
-        arrays = batch_arrays(scheduled, self.block_size)
+        arrays = batch_arrays(scheduled, self.block_size) | self.sampler.arrays(rows)
         size = None
         if self.graphs is not None and scheduled.num_prefills == 0:
-            size = self.graphs.size_for(len(scheduled.sequences))
+            size = self.graphs.size_for(len(rows))
         if self.graphs is not None and size is not None:
-            sent = upload(pad_rows(arrays, size) | {"block_table": arrays["block_table"]} | sampling, self.device)
-            logits = self.graphs.replay(size, sent)[: len(rows)]
-            prompt_logprobs = {}
-        else:
-            sent = upload(arrays | sampling, self.device)
-            batch = make_batch(sent, count_rows(scheduled))
-            hidden = self._forward(batch)
-            logits = self.model.compute_logits(hidden[batch.logits_indices]) if rows else hidden
-            prompt_logprobs = self._prompt_logprobs(scheduled, hidden)
+            return LaunchedStep(completing, self._replay(self.graphs, size, arrays), {})
+        sent = upload(arrays, self.device)
+        batch = make_batch(sent, count_rows(scheduled))
+        hidden = self._forward(batch)
         sampled = None
         if rows:
-            wanted = SamplingBatch(**{name: sent[name] for name in SamplingBatch.__slots__})
-            sampled = self.sampler.sample(logits, wanted)
-        return LaunchedStep(completing, sampled, prompt_logprobs)
+            logits = self.model.compute_logits(hidden[batch.logits_indices])
+            sampled = self.sampler.sample(logits, SamplingBatch.of(sent))
+        return LaunchedStep(completing, sampled, self._prompt_logprobs(scheduled, hidden))
+
+    def _replay(self, graphs: DecodeGraphs, size: int, arrays: Arrays) -> Sampled:
+        """A decode step from its graph, which draws the tokens too; rows that want more are drawn again."""
+        padded = pad_rows(arrays, size)
+        is_plain = self.sampler.is_plain
+        rest = ["block_table"] if is_plain else [name for name in arrays if name not in padded]
+        sent = upload(padded | {name: arrays[name] for name in rest}, self.device)
+        decoded = graphs.replay(size, sent)
+        num_rows = len(arrays["slots"])
+        if is_plain:
+            return send_home(decoded.tokens[:num_rows])
+        return self.sampler.sample(decoded.logits[:num_rows], SamplingBatch.of(sent))
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
         """Hidden states [T, d]. Tokens that the host has not seen are those last drawn for their slots."""
@@ -117,8 +123,10 @@ class ModelRunner:
             ids.copy_(torch.where(ids < 0, last, ids))
         return self.model(batch, self.caches)
 
-    def _forward_logits(self, batch: ForwardBatch) -> Tensor:
-        return self.model.compute_logits(self._forward(batch))
+    def _decode(self, batch: ForwardBatch, draw: Draw) -> Decoded:
+        """A step of decode rows alone, as its graph is to hold it."""
+        logits = self.model.compute_logits(self._forward(batch))
+        return Decoded(logits, self.sampler.draw(logits, draw, batch.state_indices))
 
     def _wants_graphs(self, config: EngineConfig) -> bool:
         return config.cuda_graphs and self.device.type == "cuda" and self.kernel_name == "triton"
@@ -126,7 +134,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _capture(self, sizes: list[int], max_model_len: int, *, progress: bool = False) -> DecodeGraphs:
         width = min(-(-max_model_len // self.block_size), self.kv.num_blocks)
-        return DecodeGraphs(self._forward_logits, sizes, width, self.device, progress=progress)
+        return DecodeGraphs(self._decode, sizes, width, self.device, progress=progress)
 
     @property
     def weight_bytes(self) -> int:

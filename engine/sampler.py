@@ -6,28 +6,36 @@ batch; what comes back is `Sampled`, whose copy to the host is already under way
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import Kernels
-from .batch import Arrays
+from .batch import Arrays, Upload
 from .outputs import TokenLogprobs
 from .sampling_rows import SamplingRows
 from .sequence import Sequence
+
+
+class Draw(NamedTuple):
+    """How N rows are drawn from their logits, on the device. Arguments of `Kernels.sample`."""
+
+    temperature: Tensor  # [N] float32, 0 = greedy
+    top_k: Tensor  # [N] int32, 0 = off
+    top_p: Tensor  # [N] float32
+    min_p: Tensor  # [N] float32
+    uniform: Tensor  # [N] float32 in [0, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
     """What the N rows to sample ask for, on the device. An index into a table of rows x vocabulary is flat."""
 
-    slots: Tensor  # [N] int64, state slots
-    temperature: Tensor  # [N] float32, 0 = greedy
-    top_k: Tensor  # [N] int32, 0 = off
-    top_p: Tensor  # [N] float32
-    min_p: Tensor  # [N] float32
-    uniform: Tensor  # [N] float32 in [0, 1)
+    draw: Draw
+    slots: Tensor  # [N] int32, state slots
     bias_at: Tensor  # [M] int64 in [N, V]: logit bias, and -inf for what min_tokens forbids
     bias: Tensor  # [M] float32
     penalised_rows: Tensor  # [P] int64 in [N]
@@ -39,6 +47,13 @@ class SamplingBatch:
     prompt_at: Tensor  # [..] int64 in [slots, V], tokens of their prompts
     answer_at: Tensor  # [..] int64 in [slots, V], tokens of their answers so far
     logprob_rows: Tensor  # [R] int64 in [N]
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Tensor] | Upload) -> SamplingBatch:
+        """From the tensors of `Sampler.arrays`, by name. Those of `draw` may be longer than N."""
+        slots = arrays["slots"]
+        draw = Draw(*(arrays[name][: slots.shape[0]] for name in Draw._fields))
+        return cls(draw, **{name: arrays[name] for name in cls.__slots__ if name != "draw"})
 
 
 @dataclass(slots=True)
@@ -75,9 +90,8 @@ class Sampler:
 
     def __init__(self, kernels: Kernels, num_slots: int, vocab_size: int, device: torch.device) -> None:
         self.kernels = kernels
-        self.last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)  # [-1]: of padding rows
         self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
-
         self._rows = SamplingRows([], [])
 
     @property
@@ -86,7 +100,7 @@ class Sampler:
 
     @staticmethod
     def bytes_per_slot(vocab_size: int) -> int:
-        return 4 * vocab_size + 8
+        return 4 * vocab_size + 4
 
     def arrays(self, sequences: list[Sequence]) -> Arrays:
         """The fields of `SamplingBatch` for these sequences, in numpy. Those with penalties count as counted from here
@@ -96,6 +110,17 @@ class Sampler:
             self._rows = SamplingRows(sequences, slots)
         return self._rows.arrays(self.counts.shape[1])
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rows of the last `arrays` want nothing but `draw`: no bias, penalty or log-probabilities."""
+        return self._rows.is_plain
+
+    def draw(self, logits: Tensor, draw: Draw, slots: Tensor) -> Tensor:
+        """Tokens [N] int32 of rows of logits [N, V], -1 where these are NaN or inf; noted as their slots' last."""
+        tokens = self.kernels.sample(logits, *draw)
+        self.last_tokens[slots] = tokens.clamp(min=0)
+        return tokens
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
         """Draw the next token of each row. logits: [N, V], not changed.
 
@@ -103,9 +128,8 @@ class Sampler:
         Log-probabilities are of the raw logits.
         """
         adjusted = self._adjust(logits, batch)
-        tokens = self.kernels.sample(adjusted, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.uniform)
+        tokens = self.draw(adjusted, batch.draw, batch.slots)
         chosen = tokens.clamp(min=0).long()
-        self.last_tokens.index_copy_(0, batch.slots, chosen)
         if batch.penalised_rows.shape[0]:
             at = batch.penalised_slots * self.counts.shape[1] + chosen[batch.penalised_rows]
             self.counts.view(-1).scatter_add_(0, at, torch.full_like(at, 2, dtype=torch.int32))
@@ -114,7 +138,7 @@ class Sampler:
         if batch.logprob_rows.shape[0]:
             width = max(num or 0 for num in num_top)
             logprobs = _logprobs(logits[batch.logprob_rows].float(), chosen[batch.logprob_rows], width)
-        return _send_home(tokens, logprobs, num_top)
+        return send_home(tokens, logprobs, num_top)
 
     def _adjust(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """Logits after everything that looks at a sequence's own tokens; `logits` itself when no row asks for it."""
@@ -172,8 +196,11 @@ def _entries(
     return entries
 
 
-def _send_home(tokens: Tensor, logprobs: tuple[Tensor, Tensor, Tensor] | None, num_top: list[int | None]) -> Sampled:
-    """Start the copies to the host, into pinned memory, behind an event."""
+def send_home(
+    tokens: Tensor, logprobs: tuple[Tensor, Tensor, Tensor] | None = None, num_top: list[int | None] | None = None
+) -> Sampled:
+    """Start the copies to the host, into pinned memory, behind an event. num_top None: only tokens are wanted."""
+    num_top = [None] * tokens.shape[0] if num_top is None else num_top
     if tokens.device.type != "cuda":
         return Sampled(tokens, logprobs, num_top, None)
 

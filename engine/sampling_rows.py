@@ -25,6 +25,7 @@ class SamplingRows:
         self._is_drawn = any(not p.is_greedy for p in params)
         self._biased = [row for row, p in enumerate(params) if p.logit_bias or p.min_tokens]
         self._penalised = [row for row, p in enumerate(params) if _is_penalised(p)]
+        self.is_plain = not (self._biased or self._penalised or any(num is not None for num in self.num_top))
         self._constant = self._constant_arrays(params)
 
     def arrays(self, vocab_size: int) -> Arrays:
@@ -40,7 +41,7 @@ class SamplingRows:
         # Far below 1e-6 the division would overflow; every such temperature is greedy but for exact ties.
         temperatures = [p.temperature and max(p.temperature, 1e-6) for p in params]
         return {
-            "slots": np.array(self.slots, dtype=np.int64),
+            "slots": np.array(self.slots, dtype=np.int32),
             "temperature": np.array(temperatures, dtype=np.float32),
             "top_k": np.array([max(p.top_k, 0) for p in params], dtype=np.int32),
             "top_p": np.array([p.top_p for p in params], dtype=np.float32),

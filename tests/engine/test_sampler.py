@@ -37,7 +37,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
 
 def step(sampler: Sampler, logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
     arrays = sampler.arrays(sequences)
-    batch = SamplingBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    batch = SamplingBatch.of({name: torch.from_numpy(array) for name, array in arrays.items()})
     tokens, logprobs = sampler.sample(logits, batch).wait()
     token_ids = torch.tensor(tokens)
     return Drawn(token_ids, token_ids >= 0, logprobs)
@@ -285,7 +285,7 @@ def test_penalties_count_tokens_that_the_host_has_not_seen():
         row.output_token_ids.append(UNSEEN)
     assert drawn == [0, 1, 2, 0]
     assert sampler.counts[1].tolist() == [4, 2, 2, 1] and not sampler.counts[0].any()
-    assert sampler.last_tokens.tolist() == [0, 0]
+    assert sampler.last_tokens[:2].tolist() == [0, 0]
     assert int(step(sampler, logits, [sequence([2], state_slot=1, **params)]).token_ids[0]) == 0
     assert sampler.counts[1].tolist() == [2, 0, 1, 0]
 

@@ -15,7 +15,9 @@ from leyden.engine.slots import SlotManager
 EOS = 0
 
 
-def make_scheduler(*, blocks=8, block_size=4, slots=4, budget=16, mixed=None, max_waiting=100, ring_size=0) -> Scheduler:
+def make_scheduler(
+    *, blocks=8, block_size=4, slots=4, budget=16, mixed=None, max_waiting=100, ring_size=0
+) -> Scheduler:
     return Scheduler(
         BlockManager(blocks, block_size),
         SlotManager(slots),
