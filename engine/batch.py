@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,32 +73,39 @@ def batch_arrays(scheduled: ScheduledBatch, block_size: int) -> Arrays:
     A decode row whose token the host has not seen has input id -1: its slot's last token stands for it.
     """
     sequences, counts = scheduled.sequences, scheduled.num_scheduled_tokens
-    query_start_loc = np.zeros(len(sequences) + 1, dtype=np.int32)
-    np.cumsum(counts, out=query_start_loc[1:])
-    context_lens = np.array([sequence.num_computed_tokens for sequence in sequences], dtype=np.int32)
+    context_lens = _ints([sequence.num_computed_tokens for sequence in sequences])
     table = block_tables(sequences)
-    rows, positions = np.arange(len(sequences)), context_lens.astype(np.int64)
+    query_start_loc = np.arange(len(sequences) + 1, dtype=np.int32)
+    logits_indices = rows = np.arange(len(sequences))  # rows [T], the row of each token
+    positions = context_lens.astype(np.int64)
     if scheduled.num_prefills:
-        rows = np.repeat(rows, counts)  # [T], the row of each token
+        np.cumsum(counts, out=query_start_loc[1:])
+        logits_indices = query_start_loc[1:].astype(np.int64)[scheduled.completing_rows] - 1
+        rows = np.repeat(rows, counts)
         positions = np.arange(len(rows)) + (positions - query_start_loc[:-1])[rows]
     block, offset = np.divmod(positions, block_size)
     return {
         "input_ids": _input_ids(sequences, counts, scheduled.num_prefills),
         "positions": positions,
         "slot_mapping": table[rows, block].astype(np.int64) * block_size + offset,
-        "logits_indices": query_start_loc[1:].astype(np.int64)[scheduled.completing_rows] - 1,
+        "logits_indices": logits_indices,
         "query_start_loc": query_start_loc,
         "context_lens": context_lens,
-        "state_indices": np.array([sequence.state_slot for sequence in sequences], dtype=np.int32),
-        "num_pending": np.array([sequence.num_pending_tokens for sequence in sequences], dtype=np.int32),
+        "state_indices": _ints([sequence.state_slot for sequence in sequences]),
+        "num_pending": _ints([sequence.num_pending_tokens for sequence in sequences]),
         "block_table": table,
         "has_initial_state": context_lens > 0,
     }
 
 
+def _ints(values: list[Any]) -> np.ndarray:
+    """[N] int32; half the time of np.array."""
+    return np.fromiter(values, np.int32, len(values))
+
+
 def block_tables(sequences: list[Sequence]) -> np.ndarray:
     """[B, M] int32, the tables of the sequences beside each other, 0 past their ends."""
-    lengths = np.array([len(sequence.block_table) for sequence in sequences])
+    lengths = _ints([len(sequence.block_table) for sequence in sequences])
     table = np.zeros((len(sequences), lengths.max()), dtype=np.int32)
     blocks = np.frombuffer(b"".join([sequence.block_table for sequence in sequences]), dtype=np.int32)
     table[np.arange(table.shape[1]) < lengths[:, None]] = blocks
@@ -109,8 +117,8 @@ def _input_ids(sequences: list[Sequence], counts: list[int], num_prefills: int) 
         np.array(s.token_ids(s.num_computed_tokens, s.num_computed_tokens + count), dtype=np.int64)
         for s, count in zip(sequences[:num_prefills], counts[:num_prefills], strict=True)
     ]
-    decoding = [(s.output_token_ids or s.prompt_token_ids)[-1] for s in sequences[num_prefills:]]
-    return np.concatenate([*parts, np.array(decoding, dtype=np.int64)])
+    decoding = _ints([(s.output_token_ids or s.prompt_token_ids)[-1] for s in sequences[num_prefills:]])
+    return np.concatenate([*parts, decoding.astype(np.int64)])
 
 
 class Upload:

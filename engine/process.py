@@ -6,6 +6,7 @@ Messages are msgspec over one ZeroMQ ipc socket in a folder that only this user 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -81,6 +82,8 @@ def _serve(config: EngineConfig, link: _Link) -> int:
     from .loop import run_loop
 
     core = EngineCore(config, progress=sys.stderr.isatty())
+    gc.collect()
+    gc.freeze()  # what start-up made lives as long as the process: no collection need look at it between two steps
     link.send(core.info())
     run_loop(core, link.receive, link.send)
     return 0
