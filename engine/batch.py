@@ -61,7 +61,7 @@ def count_rows(scheduled: ScheduledBatch) -> Counts:
     return Counts(
         num_prefills=scheduled.num_prefills,
         num_prefill_tokens=sum(prefill_counts),
-        num_decodes=len(scheduled.sequences) - scheduled.num_prefills,
+        num_decodes=scheduled.num_decodes,
         prefills_pending=any(s.num_pending_tokens for s in scheduled.sequences[: scheduled.num_prefills]),
         max_query_len=max(prefill_counts, default=1),
     )

@@ -172,11 +172,18 @@ class EngineCore:
         """Put tokens in their places, finish the sequences that end, and say what is new. Those that ended or were
         aborted while the step ran get nothing."""
         finished = Status.FINISHED
-        return [
-            self._advance(sequence, index, token_id, entry)
-            for (sequence, index), token_id, entry in zip(rows, tokens, logprobs, strict=True)
-            if sequence.status is not finished
-        ]
+        outputs = []
+        for (sequence, index), token_id, entry in zip(rows, tokens, logprobs, strict=True):
+            if sequence.status is finished:
+                continue
+            ends = index + 1 >= sequence.max_tokens or token_id in sequence.stop_ids
+            if token_id < 0 or ends or index == 0 or entry is not None:
+                outputs.append(self._advance(sequence, index, token_id, entry))
+            else:  # nearly always
+                sequence.output_token_ids[index] = token_id
+                outputs.append(StepOutput(request_id=sequence.request_id, token_ids=[token_id]))
+        self._stats.generation_tokens_total += sum(len(output.token_ids) for output in outputs)
+        return outputs
 
     def _advance(self, sequence: Sequence, index: int, token_id: int, logprobs: TokenLogprobs | None) -> StepOutput:
         """Take the index-th token of the sequence's answer."""
@@ -192,7 +199,6 @@ class EngineCore:
                 output.logprobs = [logprobs]
             if reason == "stop":
                 output.stop_token_id = token_id
-            self._stats.generation_tokens_total += 1
         if index == 0:
             self._stats.prompt_tokens_total += sequence.num_prompt_tokens
             output.prompt_logprobs = sequence.prompt_logprobs or None

@@ -34,6 +34,10 @@ class ScheduledBatch:
         return not self.sequences
 
     @property
+    def num_decodes(self) -> int:
+        return len(self.sequences) - self.num_prefills
+
+    @property
     def completing_rows(self) -> list[int]:
         """Rows whose tokens are all computed after this step: each gets its next one. Asked before `update`."""
         counts, rows = self.num_scheduled_tokens, range(self.num_prefills)
@@ -138,15 +142,18 @@ class Scheduler:
 
     def update(self, batch: ScheduledBatch) -> None:
         """Note that the batch is being computed: what it completes ends in `UNSEEN` until its tokens arrive."""
-        for row in batch.completing_rows:
-            sequence = batch.sequences[row]
-            if sequence.max_tokens > 0:
-                sequence.output_token_ids.append(UNSEEN)
-        for row, (sequence, num_new) in enumerate(zip(batch.sequences, batch.num_scheduled_tokens, strict=True)):
+        num_prefills, last_in_ring = batch.num_prefills, self.ring_size - 1
+        for row in batch.completing_rows[: -batch.num_decodes or None]:
+            if batch.sequences[row].max_tokens > 0:
+                batch.sequences[row].output_token_ids.append(UNSEEN)
+        for sequence, num_new in zip(batch.sequences[:num_prefills], batch.num_scheduled_tokens, strict=False):
             sequence.num_computed_tokens += num_new
-            if self.ring_size:
-                pending = sequence.num_pending_tokens + 1 if row >= batch.num_prefills else 0
-                sequence.num_pending_tokens = pending % self.ring_size
+            sequence.num_pending_tokens = 0
+        for sequence in batch.sequences[num_prefills:]:  # many, and each completes
+            sequence.output_token_ids.append(UNSEEN)
+            sequence.num_computed_tokens += 1
+            pending = sequence.num_pending_tokens
+            sequence.num_pending_tokens = pending + 1 if pending < last_in_ring else 0
 
     def check_integrity(self) -> None:
         """Ownership is whole and the queues are in order. Raises AssertionError."""
