@@ -1,4 +1,4 @@
-"""safetensors -> parameters: streamed tensor by tensor, complete or an error.
+"""safetensors -> parameters: complete or an error, which the headers tell before any data is read.
 
 A module says which checkpoint tensors it wants by yielding `Target`s: a canonical name and the view of a parameter
 that the tensor fills. So fused parameters (q, k and v in one matrix, all experts in one tensor) are filled in place
@@ -8,17 +8,17 @@ from whatever pieces a file holds, and nothing is ever held twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import read_json
 from .errors import CheckpointError
+from .weight_reader import StoredTensor, fill, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -69,27 +69,36 @@ def load_weights(
     unexpected, repeated or wrongly shaped tensor, naming the tensor, the file and both shapes.
     """
     wanted = {target.name: target for target in targets}
+    pairs = _match(folder, wanted, set(ignored))
+    num_bytes = sum(stored.nbytes for stored, _ in pairs)
+    device = next(iter(wanted.values())).view.device
+    with tqdm(total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
+        fill(pairs, device, bar.update)
+
+
+def _match(folder: Path, wanted: dict[str, Target], ignored: set[str]) -> list[tuple[StoredTensor, Tensor]]:
+    """Every stored tensor that is wanted, with the view it fills. Reads headers alone."""
     required = {name for name, target in wanted.items() if not target.covers}
-    skipped = set(ignored)
-    loaded: dict[str, Path] = {}
-    with tqdm(total=len(required), desc="weights", unit="tensor", disable=not progress, leave=False) as bar:
-        for path, name, tensor in _stream(find_files(folder)):
-            canonical = canonical_name(name)
-            if _IGNORED.search(canonical) or canonical in skipped:
-                continue
-            target = wanted.get(canonical)
-            if target is None:
-                raise CheckpointError(f"{path}: unexpected tensor {name} of shape {list(tensor.shape)}")
-            pieces = target.covers or (canonical,)
-            _check_new(name, path, pieces, loaded)
-            _fill(target.view, tensor, name, path)
-            loaded.update(dict.fromkeys(pieces, path))
-            bar.update(len(pieces))
-    missing = sorted(required - loaded.keys())
+    found: dict[str, Path] = {}
+    pairs = []
+    for stored in (stored for path in find_files(folder) for stored in read_header(path)):
+        canonical = canonical_name(stored.name)
+        if _IGNORED.search(canonical) or canonical in ignored:
+            continue
+        target = wanted.get(canonical)
+        if target is None:
+            raise CheckpointError(f"{stored.path}: unexpected tensor {stored.name} of shape {list(stored.shape)}")
+        pieces = target.covers or (canonical,)
+        _check_new(stored, pieces, found)
+        _check_fits(stored, target.view)
+        found.update(dict.fromkeys(pieces, stored.path))
+        pairs.append((stored, target.view))
+    missing = sorted(required - found.keys())
     if missing:
         shown = ", ".join(f"{name} {list(wanted[name].view.shape)}" for name in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise CheckpointError(f"{folder}: missing tensors: {shown}{more}")
+    return pairs
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -121,31 +130,20 @@ def _files_of_index(folder: Path, index: Path) -> list[Path]:
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 
-def _stream(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
-    for path in files:
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    yield path, name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-
-
-def _check_new(name: str, path: Path, pieces: tuple[str, ...], loaded: dict[str, Path]) -> None:
+def _check_new(stored: StoredTensor, pieces: tuple[str, ...], found: dict[str, Path]) -> None:
     for piece in pieces:
-        if piece in loaded:
-            raise CheckpointError(f"{path}: tensor {name} repeats what {loaded[piece].name} already gave")
+        if piece in found:
+            raise CheckpointError(f"{stored.path}: tensor {stored.name} repeats what {found[piece].name} already gave")
 
 
-def _fill(view: Tensor, tensor: Tensor, name: str, path: Path) -> None:
-    if view.shape != tensor.shape:
+def _check_fits(stored: StoredTensor, view: Tensor) -> None:
+    if view.shape != stored.shape:
         raise CheckpointError(
-            f"{path}: tensor {name} has shape {list(tensor.shape)}, the config asks for {list(view.shape)}"
+            f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}, "
+            f"the config asks for {list(view.shape)}"
         )
-    if not tensor.dtype.is_floating_point or tensor.element_size() < 2:
+    if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
         raise CheckpointError(
-            f"{path}: tensor {name} is {tensor.dtype}; quantised weights are not supported, "
+            f"{stored.path}: tensor {stored.name} is {stored.dtype}; quantised weights are not supported, "
             "use float32, bfloat16 or float16"
         )
-    with torch.no_grad():
-        view.copy_(tensor)
