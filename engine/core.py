@@ -157,6 +157,7 @@ class EngineCore:
             num_kv_blocks=plan.num_kv_blocks,
             block_size=self.config.block_size,
             weight_bytes=runner.weight_bytes,
+            memory=runner.memory,
             state_bytes_per_slot=runner.state_bytes_per_slot,
             kv_bytes_per_token=runner.kv_bytes_per_token,
             notes=plan.notes,

@@ -1,10 +1,35 @@
-"""How memory is split between recurrent state and KV cache. Torch-free arithmetic."""
+"""How memory is split between recurrent state and KV cache, and what uses it. Torch-free arithmetic."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from .errors import ConfigError
+
+
+class MemoryUse(msgspec.Struct, kw_only=True):
+    """Bytes by what they are for. `total` is the share that the settings give: of a GPU `memory_fraction`, on a CPU
+    the weights and `cpu_memory_gb`."""
+
+    total: int
+    weights: int = 0  # parameters and the rope table
+    state: int = 0  # the state pool, with its rings
+    kv: int = 0  # the KV pool
+    sampler: int = 0  # tables of token counts, one row per slot
+    workspace: int = 0  # what the largest step takes at its peak beside all of these
+    graphs: int = 0  # CUDA graphs
+    other: int = 0  # the CUDA context, compiled kernels, rounding, other processes
+
+    def by_kind(self) -> dict[str, int]:
+        """Every kind but `total`, which is their sum together with what is `unassigned`."""
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name != "total"}
+
+    @property
+    def unassigned(self) -> int:
+        """What is left; negative when the share is exceeded."""
+        return self.total - sum(self.by_kind().values())
 
 
 @dataclass(frozen=True, slots=True)

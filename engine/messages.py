@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from .memory import MemoryUse
 from .outputs import StepOutput
 from .sampling_params import SamplingParams
 
@@ -53,6 +54,7 @@ class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
     num_kv_blocks: int
     block_size: int
     weight_bytes: int
+    memory: MemoryUse
     state_bytes_per_slot: int
     kv_bytes_per_token: int
     notes: list[str] = []  # what was clamped, and why

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from array import array
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,23 +13,23 @@ from torch import Tensor
 from ..configs.schema import EngineConfig
 from ..kernels import KernelName, default_for
 from ..kernels import load as load_kernels
-from ..models.backends import LINEAR_BACKENDS
+from ..models.backends import LINEAR_BACKENDS, LinearAttentionBackend
 from ..models.checkpoint import read_config, resolve
 from ..models.config import LightningSpec, ModelConfig
 from ..models.forward_batch import ForwardBatch
-from ..models.minimax import Cache
+from ..models.minimax import Cache, MiniMaxForCausalLM
 from ..models.registry import FAMILIES
 from ..models.weights import fill_with_noise, load_weights
 from .batch import Arrays, batch_arrays, count_rows, make_batch, upload
 from .cuda_graph import Decoded, DecodeGraphs, graph_sizes, pad_rows
+from .dummy_steps import StepLimits, smallest_steps
 from .errors import ConfigError
-from .memory import MemoryPlan, plan_memory
 from .outputs import TokenLogprobs
 from .pools import KVPool, StatePool
 from .sampler import Draw, Sampled, Sampler, SamplingBatch, send_home, token_logprobs
-from .sampling_params import SamplingParams
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
+from .sizing import bound_allocator, free_memory, refuse_out_of_memory, size_pools
 
 PROMPT_LOGPROB_ROWS = 64  # rows of vocabulary-wide float32 that exist at once
 
@@ -63,24 +62,25 @@ class ModelRunner:
         self.kernels = load_kernels(self.kernel_name)
         linear_backend = LINEAR_BACKENDS[config.linear_backend](self.kernels)
         self.ring_size = linear_backend.ring_size
-        self.model = FAMILIES[self.model_config.architecture].module()(
-            self.model_config,
-            self.kernels,
-            linear_backend,
-            device=self.device,
-            dtype=self.dtype,
-        )
-        if config.load_format == "dummy":
-            fill_with_noise(self.model.parameters())
-        else:
-            load_weights(self.folder, self.model.targets(), ignored=self.model.ignored_names(), progress=progress)
+        with refuse_out_of_memory("the weights", "take a device with more memory, or a smaller dtype"):
+            self.model = self._load(config, linear_backend, progress=progress)
         self.graphs: DecodeGraphs | None = None
-        self.plan = self._size_pools(config)
-        self.model.reserve_positions(self.plan.max_model_len)
+        self.wants_graphs = config.cuda_graphs and self.device.type == "cuda" and self.kernel_name == "triton"
+        self.plan, self.memory = size_pools(self, config)
         self.warm_up()
-        if self._wants_graphs(config):
-            sizes = graph_sizes(min(self.plan.num_state_slots, config.max_graph_rows))
-            self.graphs = self._capture(sizes, self.plan.max_model_len, progress=progress)
+        if self.wants_graphs:
+            self._keep_graphs(config, progress=progress)
+
+    def _load(
+        self, config: EngineConfig, linear_backend: LinearAttentionBackend, *, progress: bool
+    ) -> MiniMaxForCausalLM:
+        make = FAMILIES[self.model_config.architecture].module()
+        model = make(self.model_config, self.kernels, linear_backend, device=self.device, dtype=self.dtype)
+        if config.load_format == "dummy":
+            fill_with_noise(model.parameters())
+        else:
+            load_weights(self.folder, model.targets(), ignored=model.ignored_names(), progress=progress)
+        return model
 
     @torch.inference_mode()
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
@@ -128,13 +128,29 @@ class ModelRunner:
         logits = self.model.compute_logits(self._forward(batch))
         return Decoded(logits, self.sampler.draw(logits, draw, batch.state_indices))
 
-    def _wants_graphs(self, config: EngineConfig) -> bool:
-        return config.cuda_graphs and self.device.type == "cuda" and self.kernel_name == "triton"
-
     @torch.inference_mode()
-    def _capture(self, sizes: list[int], max_model_len: int, *, progress: bool = False) -> DecodeGraphs:
-        width = min(-(-max_model_len // self.block_size), self.kv.num_blocks)
-        return DecodeGraphs(self._decode, sizes, width, self.device, progress=progress)
+    def capture(self, sizes: list[int], max_model_len: int, *, progress: bool = False) -> DecodeGraphs:
+        """Graphs of decode steps of so many rows. Raises `ConfigError` when they do not fit."""
+        width = -(-max_model_len // self.block_size)
+        remedy = "lower max_graph_rows or max_num_seqs, or set cuda_graphs to false"
+        with refuse_out_of_memory(f"CUDA graphs of up to {sizes[-1]} rows", remedy):
+            return DecodeGraphs(self._decode, sizes, width, self.device, progress=progress)
+
+    def _keep_graphs(self, config: EngineConfig, *, progress: bool) -> None:
+        """Capture the graphs that serve, and account for what they really take."""
+        sizes = graph_sizes(min(self.plan.num_state_slots, config.max_graph_rows))
+        before = free_memory(self.device)[0]
+        self.graphs = self.capture(sizes, self.plan.max_model_len, progress=progress)
+        self.memory.graphs = before - free_memory(self.device)[0]
+        if self.memory.unassigned < 0:
+            self.plan.notes.append(
+                f"CUDA graphs took more than measured: memory_fraction is exceeded by {-self.memory.unassigned:,} bytes"
+            )
+
+    def hold_share(self) -> None:
+        """For a process that does nothing else: keep all of its memory on the device within the configured share."""
+        if self.device.type == "cuda":
+            bound_allocator(self.device, self.memory)
 
     @property
     def weight_bytes(self) -> int:
@@ -175,27 +191,8 @@ class ModelRunner:
             entries += token_logprobs(logits, torch.tensor(part, device=self.device), [num_top] * len(part))
         return entries
 
-    def _size_pools(self, config: EngineConfig) -> MemoryPlan:
-        """Measure what a largest step needs, split what is left, allocate the pools."""
-        max_model_len = config.max_model_len or self.model_config.max_model_len
-        if max_model_len > self.model_config.max_model_len:
-            raise ConfigError(
-                f"max_model_len ({max_model_len}) exceeds the checkpoint's context "
-                f"({self.model_config.max_model_len}); lower it"
-            )
-        plan = plan_memory(
-            self._free_bytes(config) - self.model.position_bytes(max_model_len),
-            state_bytes_per_slot=self.state_bytes_per_slot + Sampler.bytes_per_slot(self.model_config.vocab_size),
-            kv_bytes_per_token=self.kv_bytes_per_token,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=max_model_len,
-            num_kv_blocks=config.num_kv_blocks,
-        )
-        self._allocate(plan.num_state_slots, plan.num_kv_blocks)
-        return plan
-
-    def _allocate(self, num_slots: int, num_blocks: int) -> None:
+    def allocate(self, num_slots: int, num_blocks: int) -> None:
+        """Make the pools, uninitialised, and the sampler's tables."""
         config = self.model_config
         self.states = StatePool(
             config.linear_layers,
@@ -209,69 +206,16 @@ class ModelRunner:
         self.caches = _caches_by_layer(config, self.states, self.kv)
         self.sampler = Sampler(self.kernels, num_slots, config.vocab_size, self.device)
 
-    def _free_bytes(self, config: EngineConfig) -> int:
-        """Bytes for the pools: a setting on a CPU; on CUDA the configured share less weights and the largest step."""
-        if self.device.type != "cuda":
-            return int(config.cpu_memory_gb * 1e9)
-        peak = self._measure_largest_step(config)
-        free, total = torch.cuda.mem_get_info(self.device)
-        others = total - free - torch.cuda.memory_reserved(self.device)
-        return int(total * config.memory_fraction) - others - peak
-
-    def _measure_largest_step(self, config: EngineConfig) -> int:
-        """Peak bytes of one step of max_num_batched_tokens prompt tokens and as many sampled rows as may run."""
-        tokens, max_len = config.max_num_batched_tokens, config.max_model_len or self.model_config.max_model_len
-        rows = min(config.max_num_seqs, tokens)
-        length = min(max_len, tokens // rows)
-        blocks = -(-length // self.block_size)
-        self._allocate(rows, rows * blocks)
-        self.model.reserve_positions(length)
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        dummies = [_dummy(i, length, list(range(i * blocks, (i + 1) * blocks))) for i in range(rows)]
-        try:
-            self.launch(ScheduledBatch(dummies, [length] * rows, rows)).wait()
-            torch.cuda.synchronize(self.device)
-        except torch.OutOfMemoryError:
-            raise ConfigError(
-                f"a step of max_num_batched_tokens = {tokens} tokens does not fit on the device; "
-                "lower it or max_num_seqs"
-            ) from None
-        pools = self.states.nbytes + self.kv.nbytes + self.sampler.nbytes
-        peak = torch.cuda.max_memory_allocated(self.device) - pools
-        if self._wants_graphs(config):
-            peak += self._measure_graphs(graph_sizes(min(rows, config.max_graph_rows)), max_len)
-        del self.states, self.kv, self.caches, self.sampler
-        torch.cuda.empty_cache()
-        return peak
-
-    def _measure_graphs(self, sizes: list[int], max_model_len: int) -> int:
-        """Bytes that graphs of these sizes will take: the largest shapes their memory, each adds its own nodes."""
-        free = [self._reserve_free()]
-        for part in (sizes[-1:], sizes[:1] + sizes[-1:]):
-            graphs = self._capture(part, max_model_len)
-            free.append(self._reserve_free())
-            del graphs
-            self._reserve_free()
-        first, second = free[0] - free[1], free[0] - free[2]
-        return max(first, second) + max(second - first, 0) * len(sizes)
-
-    def _reserve_free(self) -> int:
-        """Bytes free on the device, after giving back what the allocator only keeps."""
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self.device)[0]
-
     def warm_up(self) -> None:
-        """A prefill and a decode step, so that most of the compiling is done before the first request. Uses slot 0 and
-        the first blocks, which are free: what it leaves there is what any former owner leaves."""
-        num_blocks = -(-min(3, self.plan.max_model_len) // self.block_size)
-        dummy = _dummy(0, min(2, self.plan.max_model_len), list(range(num_blocks)))
-        self.launch(ScheduledBatch([dummy], [dummy.num_tokens], 1)).wait()
-        if dummy.num_tokens < self.plan.max_model_len:
-            dummy.num_computed_tokens = dummy.num_tokens
-            dummy.output_token_ids.append(0)
-            self.launch(ScheduledBatch([dummy], [1], 0)).wait()
+        """The first steps on the real pools. Uses slot 0 and the first blocks, which are free: what it leaves there is
+        what any former owner leaves. On CUDA all that serving meets is compiled by now: prefill by
+        `dummy_steps.serving_steps`, which measured it, and decode by that or by the capture of its graphs."""
+        plan = self.plan
+        limits = StepLimits(plan.num_state_slots, plan.num_kv_blocks, self.block_size, plan.max_model_len, 2)
+        remedy = "lower memory_fraction or max_num_batched_tokens"
+        with refuse_out_of_memory("a first step beside the pools", remedy):
+            for step in smallest_steps(limits):
+                self.launch(step).wait()
 
 
 def _spare_cores() -> int:
@@ -328,14 +272,3 @@ def _caches_by_layer(config: ModelConfig, states: StatePool, kv: KVPool) -> list
         states.layer(next(linear)) if isinstance(layer.mixer, LightningSpec) else kv.layer(next(full))
         for layer in config.layers
     ]
-
-
-def _dummy(slot: int, length: int, table: list[int]) -> Sequence:
-    """A prompt that belongs to no request."""
-    return Sequence(
-        request_id=f"dummy-{slot}",
-        prompt_token_ids=[0] * length,
-        sampling_params=SamplingParams(temperature=1.0, top_p=0.9, logprobs=1),
-        block_table=array("i", table),
-        state_slot=slot,
-    )

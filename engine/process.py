@@ -82,6 +82,7 @@ def _serve(config: EngineConfig, link: _Link) -> int:
     from .loop import run_loop
 
     core = EngineCore(config, progress=sys.stderr.isatty())
+    core.runner.hold_share()
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: no collection need look at it between two steps
     link.send(core.info())

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import msgspec
+
 from ..configs.schema import EngineConfig
+from ..engine.errors import ConfigError
+from ..engine.memory import MemoryUse, plan_memory
 from ..engine.messages import EngineInfo
 
+if TYPE_CHECKING:
+    import torch
+
+    from ..models.minimax import MiniMaxForCausalLM
+
 CONTEXTS = (1024, 8192, 32768, 131072, 1048576)
+KINDS = {"kv": "KV cache", "sampler": "sampler tables", "graphs": "CUDA graphs"}  # where the kind's own name says less
 
 
 def banner(info: EngineInfo, *, name: str, address: str, needs_key: bool) -> str:
     """The lines printed once the server answers."""
-    state_bytes = info.num_state_slots * info.state_bytes_per_slot
     kv_tokens = info.num_kv_blocks * info.block_size
     key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
     lines = [
@@ -18,8 +29,7 @@ def banner(info: EngineInfo, *, name: str, address: str, needs_key: bool) -> str
         f"  layers    {info.num_linear_layers} lightning, {info.num_full_layers} softmax",
         f"  backend   {info.linear_backend} ({info.kernels} kernels) on {info.device} ({info.device_name})",
         f"  numbers   {info.dtype} weights, {info.state_dtype} state",
-        f"  memory    {_size(info.weight_bytes)} weights, {_size(state_bytes)} state, "
-        f"{_size(kv_tokens * info.kv_bytes_per_token)} KV cache",
+        f"  memory    {_split(info.memory)}",
         f"  capacity  {info.num_state_slots} sequences at once, {kv_tokens:,} tokens of KV cache, "
         f"context {info.max_model_len:,}",
         *(f"  note      {note}" for note in info.notes),
@@ -69,23 +79,66 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
         f"  state per sequence {_size(state)} in {config.state_dtype}, whatever its length",
         f"  KV cache per token {_size(kv)}",
     ]
-    memory, where = _memory(config, memory_gb, device)
-    left = memory - (weight_bytes if device.type == "cuda" or memory_gb is not None else 0)
-    lines.append(f"  sequences that fit beside the weights in {_size(memory)} ({where}):")
+    use, where = _share(config, memory_gb, device, weight_bytes)
+    lines += _planned(config, model, use, where, state=state, kv=kv)
+    lines.append(f"  sequences that fit beside the weights in {_size(use.total)} ({where}):")
     for length in sorted({min(context, model_config.max_model_len) for context in CONTEXTS}):
-        lines.append(f"    {length:>9,} tokens each: {max(0, left // (state + kv * length)):,}")
+        lines.append(f"    {length:>9,} tokens each: {max(0, use.unassigned // (state + kv * length)):,}")
     return "\n".join(lines)
 
 
-def _memory(config: EngineConfig, memory_gb: float | None, device: object) -> tuple[int, str]:
-    import torch
-
+def _share(
+    config: EngineConfig, memory_gb: float | None, device: torch.device, weight_bytes: int
+) -> tuple[MemoryUse, str]:
+    """The memory to plan for, with the weights in it, and where the number comes from."""
     if memory_gb is not None:
-        return int(memory_gb * 1e9), "as given"
-    if isinstance(device, torch.device) and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return int(total * config.memory_fraction), f"memory_fraction {config.memory_fraction} of the GPU"
-    return int(config.cpu_memory_gb * 1e9), "cpu_memory_gb, weights apart"
+        return MemoryUse(total=int(memory_gb * 1e9), weights=weight_bytes), "as given"
+    if device.type == "cuda":
+        import torch
+
+        total = int(torch.cuda.get_device_properties(device).total_memory * config.memory_fraction)
+        where = f"memory_fraction {config.memory_fraction} of the GPU"
+        return MemoryUse(total=total, weights=weight_bytes), where
+    total = weight_bytes + int(config.cpu_memory_gb * 1e9)
+    return MemoryUse(total=total, weights=weight_bytes), "the weights and cpu_memory_gb"
+
+
+def _planned(
+    config: EngineConfig, model: MiniMaxForCausalLM, use: MemoryUse, where: str, *, state: int, kv: int
+) -> list[str]:
+    """How the engine would share the memory out. `state`: bytes per slot, `kv`: bytes per token."""
+    from ..engine.sampler import Sampler
+
+    max_model_len = config.max_model_len or model.config.max_model_len
+    table = Sampler.bytes_per_slot(model.config.vocab_size)
+    use = msgspec.structs.replace(use, weights=use.weights + model.position_bytes(max_model_len))
+    try:
+        plan = plan_memory(
+            use.unassigned,
+            state_bytes_per_slot=state + table,
+            kv_bytes_per_token=kv,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            num_kv_blocks=config.num_kv_blocks,
+        )
+    except ConfigError as error:
+        return [f"  does not fit in {_size(use.total)} ({where}): {error}"]
+    use.state, use.sampler = plan.num_state_slots * state, plan.num_state_slots * table
+    use.kv = plan.num_kv_blocks * config.block_size * kv
+    return [
+        f"  planned split      {_split(use)}",
+        f"                     for {plan.num_state_slots} sequences at once and "
+        f"{plan.num_kv_blocks * config.block_size:,} tokens of KV cache",
+        "                     (on a GPU workspace and CUDA graphs are measured at start and come off these)",
+        *(f"  note               {note}" for note in plan.notes),
+    ]
+
+
+def _split(use: MemoryUse) -> str:
+    """What the memory is for, and what is left of it."""
+    parts = [f"{_size(num_bytes)} {KINDS.get(kind, kind)}" for kind, num_bytes in use.by_kind().items() if num_bytes]
+    return f"{', '.join(parts)}; {_size(max(0, use.unassigned))} free of {_size(use.total)}"
 
 
 def _size(num_bytes: float) -> str:

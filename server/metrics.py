@@ -112,6 +112,7 @@ class EngineCollector(Collector):
         steps = stats.steps_total
         yield self._summary("engine_step_seconds", "Whole engine steps.", steps, stats.step_seconds_total)
         yield self._summary("schedule_seconds", "Scheduling in a step.", steps, stats.schedule_seconds_total)
+        yield from self._memory()
         yield self._cache_config()
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
@@ -128,6 +129,15 @@ class EngineCollector(Collector):
         family = SummaryMetricFamily(f"{self.prefix}:{name}", text, labels=["model_name"])
         family.add_metric([self.model_name], count_value=count, sum_value=total)
         return family
+
+    def _memory(self) -> Iterator[Metric]:
+        use = self.client.info.memory
+        yield self._gauge("memory_budget_bytes", "Device memory that the settings give.", use.total)
+        text = "Device memory by what it is for, as measured at start."
+        family = GaugeMetricFamily(f"{self.prefix}:memory_bytes", text, labels=["model_name", "kind"])
+        for kind, num_bytes in {**use.by_kind(), "free": max(0, use.unassigned)}.items():
+            family.add_metric([self.model_name, kind], num_bytes)
+        yield family
 
     def _cache_config(self) -> Metric:
         info = self.client.info

@@ -13,6 +13,7 @@ import uvicorn
 from leyden.configs.schema import ServerConfig
 from leyden.engine.async_llm import AsyncLLM
 from leyden.engine.errors import EngineDeadError, QueueFullError, RequestError
+from leyden.engine.memory import MemoryUse
 from leyden.engine.messages import EngineInfo, EngineStats
 from leyden.engine.outputs import StepOutput, TokenLogprobs
 from leyden.server.app import create_app
@@ -86,6 +87,7 @@ class FakeEngine:
             num_kv_blocks=10,
             block_size=16,
             weight_bytes=1,
+            memory=MemoryUse(total=1000, weights=400, state=100, kv=200, sampler=10, workspace=50, graphs=30, other=60),
             state_bytes_per_slot=1,
             kv_bytes_per_token=1,
         )

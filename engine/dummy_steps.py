@@ -1,0 +1,121 @@
+"""Steps that belong to no request. Run at start, they compile what serving will meet and show what memory it takes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .sampling_params import MAX_LOGPROBS, SamplingParams
+from .scheduler import ScheduledBatch
+from .sequence import Sequence
+
+# Asks for everything that costs the sampler memory.
+DEMANDING = SamplingParams(
+    temperature=1.0,
+    top_p=0.9,
+    repetition_penalty=1.1,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    logit_bias={0: 1.0},
+    logprobs=MAX_LOGPROBS,
+)
+SCORED_TOKENS = 65  # of a prompt that asks for log-probabilities: more are computed in parts of 64
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What a step may hold at most. Every slot has an equal run of blocks; rows that need more share them, because
+    what they hold is of no use."""
+
+    num_slots: int
+    num_blocks: int
+    block_size: int
+    max_len: int  # tokens of one sequence
+    max_tokens: int  # tokens of one step
+
+    @property
+    def even_length(self) -> int:
+        """Tokens of each prompt when every slot gets one in the same step."""
+        return max(1, min(self.max_len, self.max_tokens // self.num_slots))
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the largest chunk of one prompt."""
+        return min(self.max_len, self.max_tokens, self.num_blocks * self.block_size)
+
+
+def smallest_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
+    """A prompt of two tokens, and a decode step after it: what runs at all, runs."""
+    yield _prompts(limits, [min(2, limits.max_len)])
+    if limits.max_len > 1:
+        yield _decodes(limits, 1)
+
+
+def serving_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
+    """A step of every kind that serving meets, so that no request waits for a compiler, and the largest of each:
+
+    - a prompt in every slot, together as large as a step may be (many short rows);
+    - one prompt of 1, 2, 4, ... tokens up to the largest chunk (tiles of experts by tokens, walks cut into chunks);
+    - a short prompt that wants its own log-probabilities beside a long one (uneven rows);
+    - half of the slots decoding beside a prompt that takes the rest of the budget (mixed);
+    - 1, 2, 4, ... decoding rows up to every slot, with short tables and with one as wide as the context (split keys).
+    """
+    yield _prompts(limits, [limits.even_length] * min(limits.num_slots, limits.max_tokens))
+    for length in _doubling(limits.longest_prompt):
+        yield _prompts(limits, [length])
+    short = min(SCORED_TOKENS, limits.longest_prompt)
+    rest = min(limits.max_tokens - short, limits.longest_prompt)
+    yield _prompts(limits, [short, rest] if limits.num_slots > 1 and rest else [short], scored=True)
+    if limits.max_len == 1:
+        return
+    if limits.num_slots > 1:
+        yield _mixed(limits, limits.num_slots // 2)
+    for count in _doubling(min(limits.num_slots, limits.max_tokens)):
+        yield _decodes(limits, count)
+        yield _decodes(limits, count, wide=True)
+
+
+def _prompts(limits: StepLimits, lengths: list[int], *, scored: bool = False) -> ScheduledBatch:
+    rows = [_sequence(limits, slot, length, scored=scored and slot == 0) for slot, length in enumerate(lengths)]
+    return ScheduledBatch(rows, lengths, len(rows))
+
+
+def _decodes(limits: StepLimits, count: int, *, wide: bool = False) -> ScheduledBatch:
+    rows = [_decoding(limits, slot) for slot in range(count)]
+    if wide:
+        rows[0].block_table.extend([0] * (-(-limits.max_len // limits.block_size) - len(rows[0].block_table)))
+    return ScheduledBatch(rows, [1] * count, 0)
+
+
+def _mixed(limits: StepLimits, num_decodes: int) -> ScheduledBatch:
+    num_decodes = min(num_decodes, limits.max_tokens - 1)
+    length = min(limits.max_tokens - num_decodes, limits.longest_prompt)
+    rows = [_sequence(limits, 0, length), *(_decoding(limits, slot) for slot in range(1, num_decodes + 1))]
+    return ScheduledBatch(rows, [length] + [1] * num_decodes, 1)
+
+
+def _decoding(limits: StepLimits, slot: int) -> Sequence:
+    """A sequence whose prompt was computed in its slot, at its first own token."""
+    length = min(limits.even_length, limits.max_len - 1)
+    sequence = _sequence(limits, slot, length, extra=1)
+    sequence.num_computed_tokens = length
+    sequence.output_token_ids.append(0)
+    return sequence
+
+
+def _sequence(limits: StepLimits, slot: int, length: int, *, extra: int = 0, scored: bool = False) -> Sequence:
+    first = slot * (limits.num_blocks // limits.num_slots)
+    num_blocks = -(-(length + extra) // limits.block_size)
+    return Sequence(
+        request_id=f"dummy-{slot}",
+        prompt_token_ids=[0] * length,
+        sampling_params=SamplingParams(prompt_logprobs=MAX_LOGPROBS) if scored else DEMANDING,
+        block_table=array("i", [(first + i) % limits.num_blocks for i in range(num_blocks)]),
+        state_slot=slot,
+    )
+
+
+def _doubling(last: int) -> list[int]:
+    """1, 2, 4, ... and `last`."""
+    return [*(1 << i for i in range(last.bit_length()) if 1 << i < last), last]

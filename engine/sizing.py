@@ -1,0 +1,153 @@
+"""The device's memory, shared out at start: measure what steps take, plan the pools, and account for every byte."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..configs.schema import EngineConfig
+from .cuda_graph import graph_sizes
+from .dummy_steps import StepLimits, serving_steps
+from .errors import ConfigError
+from .memory import MemoryPlan, MemoryUse, plan_memory
+from .sampler import Sampler
+
+if TYPE_CHECKING:
+    from .model_runner import ModelRunner
+
+# The allocator takes memory in pieces of 2 MiB: each tensor of the pools and the rope table may leave most of one idle.
+ROUNDING_BYTES = 8 * (2 << 20)
+_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def size_pools(runner: ModelRunner, config: EngineConfig) -> tuple[MemoryPlan, MemoryUse]:
+    """Measure, plan, and let the runner allocate. Raises `ConfigError` when something does not fit."""
+    max_model_len = context_length(config, runner.model_config.max_model_len)
+    use = _measure(runner, config, max_model_len) if runner.device.type == "cuda" else _cpu_share(runner, config)
+    use.weights += runner.model.position_bytes(max_model_len)
+    plan = plan_memory(
+        use.unassigned,
+        state_bytes_per_slot=runner.state_bytes_per_slot + Sampler.bytes_per_slot(runner.model_config.vocab_size),
+        kv_bytes_per_token=runner.kv_bytes_per_token,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        num_kv_blocks=config.num_kv_blocks,
+    )
+    remedy = "lower max_num_seqs or memory_fraction (on a CPU cpu_memory_gb)"
+    with refuse_out_of_memory(f"{plan.num_state_slots} states and {plan.num_kv_blocks} KV blocks", remedy):
+        runner.allocate(plan.num_state_slots, plan.num_kv_blocks)
+        runner.model.reserve_positions(plan.max_model_len)
+    use.state, use.kv, use.sampler = runner.states.nbytes, runner.kv.nbytes, runner.sampler.nbytes
+    return plan, use
+
+
+def context_length(config: EngineConfig, longest: int) -> int:
+    """The context asked for, which the checkpoint's bounds. Raises `ConfigError`."""
+    wanted = config.max_model_len or longest
+    if wanted > longest:
+        raise ConfigError(f"max_model_len ({wanted}) exceeds the checkpoint's context ({longest}); lower it")
+    return wanted
+
+
+@contextlib.contextmanager
+def refuse_out_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """Turn running out of memory into a `ConfigError` that says what did not fit and what to change."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise ConfigError(f"out of memory: {what} did not fit on the device; {remedy}") from None
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error says so, or one that it came after: a capture that fails may fail again as it ends."""
+    if error is None:
+        return False
+    is_told = isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)
+    return is_told or _is_out_of_memory(error.__context__)
+
+
+def _cpu_share(runner: ModelRunner, config: EngineConfig) -> MemoryUse:
+    """On a CPU the share is a setting, beside the weights, and nothing is measured."""
+    return MemoryUse(total=runner.weight_bytes + int(config.cpu_memory_gb * 1e9), weights=runner.weight_bytes)
+
+
+def _measure(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> MemoryUse:
+    """The configured share of a CUDA device, and all that is on it but the pools."""
+    total = int(free_memory(runner.device)[1] * config.memory_fraction)
+    limits = _measured_limits(runner, config, max_model_len, total)
+    step = f"a step of max_num_batched_tokens = {limits.max_tokens} tokens and {limits.num_slots} sequences"
+    with refuse_out_of_memory(step, "lower max_num_batched_tokens or max_num_seqs"):
+        runner.allocate(limits.num_slots, limits.num_blocks)
+        runner.model.reserve_positions(limits.longest_prompt + 1)
+        workspace = _measure_steps(runner, limits)
+    sizes = graph_sizes(min(limits.num_slots, config.max_graph_rows))
+    graphs = _measure_graphs(runner, sizes, max_model_len) if runner.wants_graphs else 0
+    del runner.states, runner.kv, runner.caches, runner.sampler
+    free, everything = free_memory(runner.device)
+    known = runner.weight_bytes + runner.model.position_bytes(limits.longest_prompt + 1)
+    return MemoryUse(
+        total=total,
+        weights=runner.weight_bytes,
+        workspace=workspace,
+        graphs=graphs,
+        other=everything - free - known + ROUNDING_BYTES,
+    )
+
+
+def _measured_limits(runner: ModelRunner, config: EngineConfig, max_model_len: int, total: int) -> StepLimits:
+    """Limits of the steps to measure: no more slots than the plan could have, and blocks for a token budget each."""
+    free, everything = free_memory(runner.device)
+    left = total - (everything - free)
+    slots = min(config.max_num_seqs, config.max_num_batched_tokens, max(1, left // 2 // runner.state_bytes_per_slot))
+    budget = config.max_num_batched_tokens
+    length = max(1, min(max_model_len, budget // slots)) + 1
+    blocks = max(slots * -(-length // config.block_size), -(-min(max_model_len, budget) // config.block_size))
+    return StepLimits(slots, blocks, config.block_size, max_model_len, budget)
+
+
+def _measure_steps(runner: ModelRunner, limits: StepLimits) -> int:
+    """Bytes that steps take at their peak beside weights and pools, as the allocator holds them. Compiles them too."""
+    device = runner.device
+    free_memory(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    for step in serving_steps(limits):
+        runner.launch(step).wait()
+    torch.cuda.synchronize(device)
+    grown = torch.cuda.max_memory_reserved(device) - reserved
+    return max(grown, torch.cuda.max_memory_allocated(device) - allocated)
+
+
+def _measure_graphs(runner: ModelRunner, sizes: list[int], max_model_len: int) -> int:
+    """Bytes that graphs of these sizes will take: the largest shapes their memory, each adds its own nodes."""
+    free = [free_memory(runner.device)[0]]
+    for part in (sizes[-1:], sizes[:1] + sizes[-1:]):
+        graphs = runner.capture(part, max_model_len)
+        free.append(free_memory(runner.device)[0])
+        del graphs
+        free_memory(runner.device)
+    first, second = free[0] - free[1], free[0] - free[2]
+    return max(first, second) + max(second - first, 0) * len(sizes)
+
+
+def bound_allocator(device: torch.device, use: MemoryUse) -> None:
+    """From here on the allocator gives back what it only keeps rather than take more than the share. What was measured
+    stays within reach, even where the share turned out too small for it."""
+    free, everything = free_memory(device)
+    reserved = torch.cuda.memory_reserved(device)
+    outside = everything - free - reserved
+    bound = max(use.total - outside, reserved + use.workspace)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, bound / everything), device)
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """(bytes free on the device, bytes it has), after giving back what the allocator only keeps."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)

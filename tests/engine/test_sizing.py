@@ -1,0 +1,276 @@
+"""Every byte is accounted for, what is printed at start is reached, and what does not fit says which setting to change.
+
+A CUDA device's counters are faked here; `test_memory_on_gpu.py` asks a real one.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engines import engine_config, make_core, request
+from leyden.engine import model_runner, sizing
+from leyden.engine.dummy_steps import StepLimits, serving_steps, smallest_steps
+from leyden.engine.errors import ConfigError
+from leyden.engine.memory import MemoryUse
+from leyden.engine.model_runner import ModelRunner
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def runner(tiny) -> ModelRunner:
+    return ModelRunner(engine_config(tiny.folder), progress=False)
+
+
+# -- accounting -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "replay"])
+def test_every_byte_of_the_share_is_accounted_for(tiny, backend):
+    core = make_core(tiny.folder, linear_backend=backend, cpu_memory_gb=0.05)
+    use, info, runner = core.info().memory, core.info(), core.runner
+    rope = runner.model.position_bytes(core.max_model_len)
+    assert use.weights == info.weight_bytes + rope > info.weight_bytes
+    assert use.state == info.num_state_slots * info.state_bytes_per_slot == runner.states.nbytes
+    assert use.kv == info.num_kv_blocks * info.block_size * info.kv_bytes_per_token == runner.kv.nbytes
+    assert use.sampler == runner.sampler.nbytes
+    assert use.total == info.weight_bytes + int(0.05e9)
+    assert (use.workspace, use.graphs, use.other) == (0, 0, 0)
+    assert sum(use.by_kind().values()) + use.unassigned == use.total
+    assert use.unassigned >= 0
+
+
+class FakeDevice:
+    """The counters of a CUDA device of 10 GB with 1 GB in use by others, where each step reserves 3 MB."""
+
+    def __init__(self, monkeypatch, runner: ModelRunner) -> None:
+        self.reserved = runner.weight_bytes
+        monkeypatch.setattr(runner, "device", CUDA)
+        monkeypatch.setattr(runner, "allocate", self.allocate)
+        monkeypatch.setattr(runner, "launch", self.launch)
+        monkeypatch.setattr(sizing, "free_memory", lambda device: (9 * 10**9 - self.reserved, 10**10))
+        for name in ("memory_allocated", "memory_reserved"):
+            monkeypatch.setattr(torch.cuda, name, lambda device: self.reserved)
+            monkeypatch.setattr(torch.cuda, f"max_{name}", lambda device: self.reserved + 3_000_000 * bool(self.steps))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+        self.runner, self.steps, self.allocated = runner, [], []
+
+    def allocate(self, num_slots: int, num_blocks: int) -> None:
+        self.allocated.append((num_slots, num_blocks))
+        for name in ("states", "kv", "caches", "sampler"):
+            setattr(self.runner, name, SimpleNamespace(nbytes=1000))
+
+    def launch(self, step):
+        self.steps.append(step)
+        return self
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.fixture
+def device(monkeypatch, runner) -> FakeDevice:
+    return FakeDevice(monkeypatch, runner)
+
+
+def test_a_gpus_share_is_less_what_others_and_the_largest_step_take(device, runner, tiny):
+    config = engine_config(tiny.folder, memory_fraction=0.5, max_num_seqs=3)
+    plan, use = sizing.size_pools(runner, config)
+    assert use.total == 5 * 10**9
+    assert use.workspace == 3_000_000
+    assert use.other == pytest.approx(10**9, rel=0.02) and use.other > 10**9
+    assert device.allocated == [device.allocated[0], (plan.num_state_slots, plan.num_kv_blocks)]
+    assert (plan.num_state_slots, plan.num_kv_blocks) == (3, 3 * 256 // 16)
+
+
+def test_states_that_the_plan_would_clamp_are_not_allocated_to_measure(device, runner, tiny):
+    slot = runner.state_bytes_per_slot
+    share = 10**9 + runner.weight_bytes + 41 * slot
+    config = engine_config(tiny.folder, memory_fraction=share / 10**10, max_num_seqs=64)
+    use = sizing._measure(runner, config, 256)
+    assert device.allocated[0][0] == 20, "half of what is left"
+    assert use.unassigned < 41 * slot
+
+
+# -- capacity -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("num_kv_blocks", [None, 16, 37], ids=["every context", "16 blocks", "37 blocks"])
+def test_the_capacity_told_at_start_is_reached_and_nobody_is_preempted(tiny, num_kv_blocks, is_async):
+    settings = {"max_model_len": 1024, "async_scheduling": is_async, "max_num_batched_tokens": 1024}
+    core = make_core(tiny.folder, num_kv_blocks=num_kv_blocks, **settings)
+    info = core.info()
+    share, rest = divmod(info.num_kv_blocks, info.num_state_slots)
+    answer = info.block_size - 1  # within the last block, which a prompt has begun: all hold all of theirs at once
+    for slot in range(info.num_state_slots):
+        room = (share + (rest if slot == 0 else 0)) * info.block_size
+        core.add_request(request(f"r{slot}", [1] * (room - answer), max_tokens=answer, ignore_eos=True))
+    most_running = most_blocks = 0
+    while core.has_work:
+        core.step()
+        stats = core.stats()
+        most_running, most_blocks = max(most_running, stats.num_running), max(most_blocks, stats.kv_blocks_used)
+    assert (most_running, most_blocks) == (info.num_state_slots, info.num_kv_blocks)
+    assert core.stats().preemptions_total == 0
+    core.check_integrity()
+
+
+# -- dummy steps ----------------------------------------------------------------------------------------------
+
+LIMITS = {
+    "plain": StepLimits(num_slots=4, num_blocks=40, block_size=16, max_len=128, max_tokens=256),
+    "one slot": StepLimits(num_slots=1, num_blocks=8, block_size=16, max_len=128, max_tokens=64),
+    "one token": StepLimits(num_slots=3, num_blocks=3, block_size=1, max_len=1, max_tokens=3),
+    "two tokens": StepLimits(num_slots=3, num_blocks=6, block_size=1, max_len=2, max_tokens=3),
+    "a budget of one": StepLimits(num_slots=1, num_blocks=2, block_size=16, max_len=32, max_tokens=1),
+    "a token for each": StepLimits(num_slots=5, num_blocks=10, block_size=1, max_len=64, max_tokens=5),
+    "more slots than blocks": StepLimits(num_slots=4, num_blocks=3, block_size=4, max_len=12, max_tokens=16),
+    "a short context": StepLimits(num_slots=2, num_blocks=2, block_size=16, max_len=9, max_tokens=512),
+}
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS.keys())
+@pytest.mark.parametrize("make", [smallest_steps, serving_steps])
+def test_dummy_steps_keep_within_their_limits(make, limits):
+    steps = list(make(limits))
+    assert steps
+    for step in steps:
+        counts = step.num_scheduled_tokens
+        assert sum(counts) > 0 and len(counts) == len(step.sequences)
+        if make is serving_steps:
+            assert sum(counts) <= limits.max_tokens
+        slots = [sequence.state_slot for sequence in step.sequences]
+        assert len(set(slots)) == len(slots) and max(slots) < limits.num_slots
+        for row, (sequence, count) in enumerate(zip(step.sequences, counts, strict=True)):
+            end = sequence.num_computed_tokens + count
+            assert end <= limits.max_len
+            assert len(sequence.block_table) * limits.block_size >= end
+            assert max(sequence.block_table) < limits.num_blocks
+            assert (sequence.num_computed_tokens > 0) == (row >= step.num_prefills)
+            assert sequence.num_uncomputed_tokens == count
+
+
+def test_dummy_steps_hold_the_largest_of_each_kind():
+    limits = LIMITS["plain"]
+    shapes = {
+        (step.num_prefills, len(step.sequences), sum(step.num_scheduled_tokens)) for step in serving_steps(limits)
+    }
+    for shape in [(4, 4, 256), (1, 1, 128), (1, 1, 1), (2, 2, 193), (1, 3, 130), (0, 1, 1), (0, 4, 4)]:
+        assert shape in shapes, shape
+
+
+@pytest.mark.parametrize("backend", ["auto", "minimax", "replay"])
+def test_a_decoding_dummy_reads_what_a_prompt_wrote_before(tiny, backend):
+    """A state that nobody wrote may hold NaN, and choose experts that do not exist."""
+    core = make_core(tiny.folder, linear_backend=backend)
+    runner = core.runner
+    for pool in (runner.states.state, runner.states.key_ring, runner.states.value_ring, runner.kv.key, runner.kv.value):
+        pool.fill_(float("nan"))
+    limits = StepLimits(4, 64, 16, 256, 64)
+    for step in serving_steps(limits):
+        tokens, _ = runner.launch(step).wait()
+        assert len(tokens) == len(step.sequences) and min(tokens) >= 0
+
+
+# -- what does not fit ----------------------------------------------------------------------------------------
+
+
+def fail(*arguments, **keywords):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def refused(tiny, *words: str, **settings) -> None:
+    with pytest.raises(ConfigError) as error:
+        ModelRunner(engine_config(tiny.folder, **settings), progress=False)
+    for word in ("out of memory", *words):
+        assert word in str(error.value)
+    assert error.value.__suppress_context__
+
+
+def test_weights_that_do_not_fit(tiny, monkeypatch):
+    monkeypatch.setattr(model_runner, "load_weights", fail)
+    refused(tiny, "weights", "dtype")
+
+
+@pytest.mark.parametrize("part", ["StatePool", "KVPool", "Sampler"])
+def test_pools_that_do_not_fit(tiny, monkeypatch, part):
+    monkeypatch.setattr(model_runner, part, fail)
+    monkeypatch.setattr(fail, "bytes_per_slot", lambda vocab: 1, raising=False)
+    refused(tiny, "4 states", "max_num_seqs", "memory_fraction", "cpu_memory_gb")
+
+
+def test_a_rope_table_that_does_not_fit(tiny, monkeypatch):
+    monkeypatch.setattr("leyden.models.layers.RotaryTable.reserve", fail)
+    refused(tiny, "max_num_seqs", "memory_fraction")
+
+
+def test_a_first_step_that_does_not_fit(tiny, monkeypatch):
+    monkeypatch.setattr(ModelRunner, "launch", fail)
+    refused(tiny, "first step", "max_num_batched_tokens", "memory_fraction")
+
+
+def test_a_largest_step_that_does_not_fit(device, runner, tiny, monkeypatch):
+    monkeypatch.setattr(runner, "launch", fail)
+    with pytest.raises(
+        ConfigError, match=r"max_num_batched_tokens = 64 .*lower max_num_batched_tokens or max_num_seqs"
+    ):
+        sizing.size_pools(runner, engine_config(tiny.folder))
+
+
+def test_pools_to_measure_with_that_do_not_fit(device, runner, tiny, monkeypatch):
+    monkeypatch.setattr(runner, "allocate", fail)
+    with pytest.raises(ConfigError, match="max_num_seqs"):
+        sizing.size_pools(runner, engine_config(tiny.folder))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["allocator", "driver", "cublas"],
+)
+def test_graphs_that_do_not_fit(runner, monkeypatch, error):
+    def capture(*arguments, **keywords):
+        try:
+            raise error
+        finally:  # as a capture does that ends after an error
+            raise RuntimeError("capture failed due to a previous error")
+
+    monkeypatch.setattr(model_runner, "DecodeGraphs", capture)
+    with pytest.raises(ConfigError, match=r"8 rows.*max_graph_rows.*cuda_graphs"):
+        runner.capture([1, 8], 64)
+
+
+def test_an_error_that_is_not_about_memory_stays_what_it_is(tiny, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("an illegal instruction was encountered")
+
+    monkeypatch.setattr(ModelRunner, "launch", broken)
+    with pytest.raises(RuntimeError, match="illegal instruction"):
+        ModelRunner(engine_config(tiny.folder), progress=False)
+
+
+def test_graphs_that_take_more_than_measured_are_noted(runner, monkeypatch):
+    free = [9 * 10**9, 9 * 10**9 - runner.memory.unassigned - 1000]
+    monkeypatch.setattr(model_runner, "free_memory", lambda device: (free.pop(0), 10**10))
+    monkeypatch.setattr(runner, "capture", lambda *arguments, **keywords: None)
+    runner._keep_graphs(engine_config("x"), progress=False)
+    assert runner.memory.unassigned == -1000
+    assert "memory_fraction is exceeded by 1,000 bytes" in runner.plan.notes[-1]
+
+
+def test_the_allocators_bound_is_the_share_less_what_lies_outside(monkeypatch):
+    told: list[float] = []
+    monkeypatch.setattr(sizing, "free_memory", lambda device: (4000, 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5000)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
+    sizing.bound_allocator(CUDA, MemoryUse(total=8000, workspace=500))
+    sizing.bound_allocator(CUDA, MemoryUse(total=5800, workspace=500))
+    assert told == [0.7, 0.55], "8000 less 1000 outside; never less than what is held and the workspace"
