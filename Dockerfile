@@ -21,8 +21,10 @@ FROM ${BASE}
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 gcc libc6-dev libpython3-dev \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 10001 leyden
+    && useradd --create-home --uid 10001 leyden \
+    && install --directory --owner=leyden --group=leyden /cache
 COPY --from=build /opt/leyden /opt/leyden
+# /tmp works in a read-only container too; a volume on /cache (TRITON_CACHE_DIR=/cache/triton) outlives the container.
 ENV PATH=/opt/leyden/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
@@ -33,7 +35,7 @@ USER leyden
 # Not the source folder: its `kernels` would shadow a package that transformers looks for.
 WORKDIR /home/leyden
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
+HEALTHCHECK --interval=10s --timeout=3s --start-period=600s \
     CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ.get('LEYDEN_PORT', '8000') + '/health', timeout=2)"]
 ENTRYPOINT ["leyden"]
 CMD ["serve"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +193,19 @@ def test_wrong_command_line_exits_2_and_names_what_is_wrong(arguments, words):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     for word in words:
+        assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_memory_that_is_not_there_exits_2_and_names_the_settings(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "endless")
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 1 << 27}
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = ["--cpu-memory-gb", "1e9", "--max-num-seqs", "2048", "--block-size", "1024", "--port", "0"]
+    command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(folder), "--device", "cpu", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    for word in ("out of memory", "max_num_seqs", "cpu_memory_gb"):
         assert word in done.stderr
     assert "Traceback" not in done.stderr
 

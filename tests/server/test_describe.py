@@ -1,10 +1,12 @@
-"""What `leyden info` says."""
+"""What `leyden info` and the start-up banner say."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from engines import engine_config
-from leyden.server.describe import describe_model
+from engines import engine_config, make_core
+from leyden.server.describe import banner, describe_model
 from tiny_models import FULL, LINEAR, save_minimax
 
 
@@ -13,3 +15,38 @@ def test_the_state_counts_the_rings_beside_it(tmp_path, backend, state):
     save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
     told = describe_model(engine_config(tmp_path, linear_backend=backend), None)
     assert f"state per sequence {state} in float32" in told
+
+
+def memory_line(text: str, label: str) -> str:
+    return re.search(rf"^  {label} +(.*)$", text, re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize("backend", ["auto", "replay"])
+def test_the_split_planned_from_the_config_is_the_one_the_engine_makes(tmp_path, backend):
+    save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
+    config = engine_config(tmp_path, linear_backend=backend, cpu_memory_gb=0.001)
+    core = make_core(tmp_path, linear_backend=backend, cpu_memory_gb=0.001)
+    told = banner(core.info(), name="tiny", address="http://x", needs_key=False)
+    planned = describe_model(config, None)
+    split = memory_line(planned, "planned split")
+    assert split == memory_line(told, "memory")
+    for word in ("weights", "state", "KV cache", "sampler tables", "free of"):
+        assert word in split
+    assert f"for {core.info().num_state_slots} sequences at once" in planned
+
+
+def test_a_gpus_banner_names_what_was_measured(tmp_path):
+    save_minimax(tmp_path, heads=2, layer_types=(LINEAR,))
+    info = make_core(tmp_path).info()
+    info.memory.workspace, info.memory.graphs, info.memory.other = 2_000_000, 3_000_000, 4_000_000
+    told = banner(info, name="tiny", address="http://x", needs_key=False)
+    assert "2 MB workspace, 3 MB CUDA graphs, 4 MB other" in memory_line(told, "memory")
+
+
+def test_what_is_clamped_and_what_does_not_fit_is_said_without_an_engine(tmp_path):
+    save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
+    config = engine_config(tmp_path, max_num_seqs=64, max_model_len=1024)
+    assert "max_num_seqs clamped from 64 to" in describe_model(config, 0.001)
+    told = describe_model(config, 0.0001)
+    assert "does not fit in 100 KB (as given)" in told and "memory_fraction" in told
+    assert "sequences that fit" in told

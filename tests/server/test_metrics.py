@@ -51,6 +51,24 @@ async def test_the_engines_numbers_appear_under_vllms_names(client, engine):
     assert (info["block_size"], info["num_gpu_blocks"]) == ("16", "10")
 
 
+async def test_memory_is_told_by_kind_and_adds_up_to_the_budget(client, engine):
+    samples = await scrape(client)
+    kinds = {dict(labels)["kind"]: n for (name, labels), n in samples.items() if name == "leyden:memory_bytes"}
+    assert kinds == {
+        "weights": 400,
+        "state": 100,
+        "kv": 200,
+        "sampler": 10,
+        "workspace": 50,
+        "graphs": 30,
+        "other": 60,
+        "free": 150,
+    }
+    assert sum(kinds.values()) == samples["leyden:memory_budget_bytes", ()] == 1000
+    engine.info.memory.kv += 151
+    assert (await scrape(client))["leyden:memory_bytes", (("kind", "free"),)] == 0, "never negative"
+
+
 async def test_the_prefix_is_a_setting(make_client):
     client = make_client(metrics_prefix="vllm")
     assert ("vllm:num_requests_running", ()) in await scrape(client)
