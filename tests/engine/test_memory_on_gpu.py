@@ -120,6 +120,26 @@ def test_every_kind_of_memory_is_measured(folder):
     assert use.graphs < 10**9 and use.workspace < 2 * 10**9 and use.other < 4 * 10**9, use
 
 
+@pytest.mark.parametrize("backend", ["auto", "minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "eager"])
+def test_no_request_waits_for_a_compiler(folder, monkeypatch, backend, cuda_graphs):
+    import triton
+
+    core = make(folder, linear_backend=backend, cuda_graphs=cuda_graphs)
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **told: compiled.append(told["repr"]))
+    lengths = [1, 2, 3, 17, 63, 64, 65, 200, 1000, 3001, 4096, 9000]
+    for i, length in enumerate(lengths):  # each begins beside those that decode
+        asked = {"top_k": 5, "temperature": 0.7} if i % 2 else {"prompt_logprobs": 1 if i % 4 else None}
+        core.add_request(request(f"r{i}", [i] * length, max_tokens=40, ignore_eos=True, **asked))
+        core.step()
+    for i in range(16):
+        core.add_request(request(f"together{i}", [i] * (i + 1), max_tokens=3, ignore_eos=True))
+    while core.has_work:
+        core.step()
+    assert compiled == []
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
