@@ -142,7 +142,7 @@ def bound_allocator(device: torch.device, use: MemoryUse) -> None:
     free, everything = free_memory(device)
     reserved = torch.cuda.memory_reserved(device)
     outside = everything - free - reserved
-    bound = max(use.total - outside, reserved + use.workspace)
+    bound = max(use.total - outside - ROUNDING_BYTES, reserved + use.workspace)  # what lies outside may grow a little
     torch.cuda.set_per_process_memory_fraction(min(1.0, bound / everything), device)
 
 
