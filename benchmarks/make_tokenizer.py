@@ -3,8 +3,8 @@
     python -P benchmarks/make_tokenizer.py benchmarks/configs/dense /tmp/dense
     leyden serve /tmp/dense --load-format dummy
 
-The tokenizer is a byte-level BPE trained on the demo's corpus, filled up to the configuration's vocabulary with words that
-do not occur, since every id may be drawn.
+The tokenizer is a byte-level BPE trained on the demo's corpus, filled up to the configuration's vocabulary with words
+that do not occur, since every id may be drawn.
 """
 
 from __future__ import annotations
