@@ -39,7 +39,7 @@ def test_offline_measures_every_case_and_ends_in_json(benchmark, monkeypatch, tm
         )
 
 
-@pytest.mark.parametrize("case", ["0x1x1", "8x8", "8 x 8 x 8", "-1x2x3"])
+@pytest.mark.parametrize("case", ["0x1x1", "8x8", "8 x 8 x 8", "1x-2x3"])
 def test_a_malformed_case_is_refused(benchmark, monkeypatch, capsys, case):
     with pytest.raises(SystemExit):
         run(benchmark, monkeypatch, "offline", "--cases", case)
