@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from .flags import OfflineCase, positive, setting
+from .http_command import add_http, run_http
+from .output import add_out, finish
 
 DESCRIPTION = """Measure a server as its clients see it, or the engine without HTTP.
 
@@ -25,6 +25,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     """Give `leyden bench` its two commands."""
     parser.description = DESCRIPTION
     commands = parser.add_subparsers(dest="bench", required=True, metavar="COMMAND")
+    http = commands.add_parser("http", help="a server, from a client")
+    add_http(http)
+    http.set_defaults(run=run_http, parser=http)
     offline = commands.add_parser("offline", help="the engine alone")
     _add_offline(offline)
     offline.set_defaults(run=run_offline, parser=offline)
@@ -36,23 +39,35 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
         "the last one ends, after a run with short answers that is not counted."
     )
     parser.add_argument("--model", default="demo", help="checkpoint folder, hub id, or 'demo'")
-    parser.add_argument("--cases", nargs="+", type=OfflineCase.parse, metavar="REQUESTSxPROMPTxANSWER",
-                        default=[OfflineCase.parse(case) for case in OFFLINE_CASES.split()],
-                        help="requests at once, tokens of each prompt, tokens of each answer "
-                        f"(default: {OFFLINE_CASES})")  # fmt: skip
-    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto",
-                        help="dummy = random weights, from a config.json alone")  # fmt: skip
-    parser.add_argument("--engine", nargs="*", type=setting, default=[], metavar="KEY=VALUE",
-                        help="engine settings, as in YAML")  # fmt: skip
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        type=OfflineCase.parse,
+        metavar="REQUESTSxPROMPTxANSWER",
+        default=[OfflineCase.parse(case) for case in OFFLINE_CASES.split()],
+        help=f"requests at once, tokens of each prompt, tokens of each answer (default: {OFFLINE_CASES})",
+    )
+    parser.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy = random weights, from a config.json alone",
+    )
+    parser.add_argument(
+        "--engine", nargs="*", type=setting, default=[], metavar="KEY=VALUE", help="engine settings, as in YAML"
+    )
     parser.add_argument("--repeats", type=positive, default=1, help="runs per case; the median one is reported")
-    parser.add_argument("--profile", nargs="?", type=Path, const=Path("profile"), default=None, metavar="DIR",
-                        help="trace some steps of each decode batch and one full prompt step into this folder "
-                        "(default: ./profile) and show what ran in them")  # fmt: skip
-    _add_out(parser)
-
-
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="write the JSON here too")
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        type=Path,
+        const=Path("profile"),
+        default=None,
+        metavar="DIR",
+        help="trace some steps of each decode batch and one full prompt step into this folder "
+        "(default: ./profile) and show what ran in them",
+    )
+    add_out(parser)
 
 
 def run_offline(arguments: argparse.Namespace) -> int:
@@ -69,10 +84,3 @@ def run_offline(arguments: argparse.Namespace) -> int:
     print_offline(report)
     finish(report, arguments.out)
     return 0
-
-
-def finish(report: dict[str, Any], out: Path | None) -> None:
-    """The JSON, as the last line and in a file if one was asked for."""
-    if out is not None:
-        out.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report))

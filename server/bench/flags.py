@@ -6,6 +6,9 @@ import argparse
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
+
+PICTURE_SUFFIXES = (".png", ".svg")
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,11 @@ def setting(text: str) -> tuple[str, str]:
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as linear_backend=replay")
     return key, value
+
+
+def picture_file(text: str) -> Path:
+    """A file whose name tells its format."""
+    path = Path(text)
+    if path.suffix not in PICTURE_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{text!r} must end in {' or '.join(PICTURE_SUFFIXES)}")
+    return path
