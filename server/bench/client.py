@@ -11,6 +11,7 @@ import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -19,7 +20,9 @@ from .parser import MalformedResponse, ResponseParser
 from .target import Target
 
 IDLE_SECONDS = 2.0  # servers drop an idle connection after 5 or so; a younger one is safe to use again
+READ_BYTES = 1 << 16
 DONE = b"[DONE]"
+CLOSED = "connection closed"
 
 
 @dataclass
@@ -56,7 +59,7 @@ class _Usage(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
@@ -69,17 +72,20 @@ class Exchange:
         self.sample = sample
         self.parser = ResponseParser()
         self.is_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.has_begun = False
         self._has_ended = False
+        self._is_done = False  # [DONE] has come
 
     def feed(self, data: bytes, now: float) -> None:
+        self.has_begun = True
         try:
             for payload in self.parser.feed(data):
                 if payload == DONE:
-                    self._has_ended = True
+                    self._is_done = True
                 else:
                     self._take(_decode(payload), now)
         except (MalformedResponse, msgspec.MsgspecError):
-            self.fail("malformed response", now)
+            self.end(now, "malformed response")
         if self.parser.is_complete:
             self._finish(now)
 
@@ -88,27 +94,27 @@ class Exchange:
         try:
             self.parser.close()
         except MalformedResponse:
-            self.fail("connection closed", now)
+            self.end(now, CLOSED)
         self._finish(now)
 
-    def fail(self, kind: str, now: float) -> None:
-        """End it with an error, unless it is over."""
-        if not self.is_over.done():
-            self.sample.error, self.sample.ended = kind, now
+    def end(self, now: float, error: str | None = None) -> None:
+        """It has ended; what comes later changes nothing."""
+        if not self._has_ended:
+            self._has_ended, self.sample.ended, self.sample.error = True, now, error
+        if not self.is_over.done():  # a timeout has cancelled it
             self.is_over.set_result(None)
 
     def _finish(self, now: float) -> None:
         if self.parser.status != 200:
-            self.fail(f"status {self.parser.status}", now)
-        elif not (self._has_ended and self.sample.times):
-            self.fail("stream without [DONE]" if self.sample.times else "no tokens", now)
-        elif not self.is_over.done():
-            self.sample.ended = now
-            self.is_over.set_result(None)
+            self.end(now, f"status {self.parser.status}")
+        elif not (self._is_done and self.sample.times):
+            self.end(now, "stream without [DONE]" if self.sample.times else "no tokens")
+        else:
+            self.end(now)
 
     def _take(self, chunk: _Chunk, now: float) -> None:
         if chunk.error is not None:
-            self.fail("error in the stream", now)
+            self.end(now, "error in the stream")
             return
         sample = self.sample
         num_new = sum(map(_num_tokens, chunk.choices))
@@ -129,11 +135,16 @@ def _num_tokens(choice: _Choice) -> int:
     return int(bool(choice.text or (delta and (delta.content or delta.reasoning_content))))
 
 
-class Connection(asyncio.Protocol):
-    """A connection that carries one exchange after another."""
+class Connection(asyncio.BufferedProtocol):
+    """A connection that carries one exchange after another.
 
-    def __init__(self) -> None:
+    It reads into `buffer`, which all connections of an event loop may share, for it is emptied at once. A plain
+    protocol gets 256 KiB of fresh memory for every read, which takes longer than everything else here.
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
         self.idle_since = 0.0
+        self._buffer = buffer
         self.exchange: Exchange | None = None
         self._transport: asyncio.Transport | None = None
 
@@ -143,9 +154,11 @@ class Connection(asyncio.Protocol):
         return young and self._transport is not None and not self._transport.is_closing()
 
     def begin(self, exchange: Exchange, wire: bytes) -> None:
-        assert self._transport is not None
         self.exchange = exchange
-        self._transport.write(wire)
+        if self._transport is None:  # closed as soon as it was made
+            exchange.close(time.perf_counter())
+        else:
+            self._transport.write(wire)
 
     def close(self) -> None:
         if self._transport is not None:
@@ -155,9 +168,12 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         if self.exchange is not None:
-            self.exchange.feed(data, time.perf_counter())
+            self.exchange.feed(bytes(self._buffer[:nbytes]), time.perf_counter())
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -174,30 +190,41 @@ class Client:
         self.wants_exact_length = ignore_eos
         self.timeout = timeout
         self._idle: list[Connection] = []
+        self._buffer = memoryview(bytearray(READ_BYTES))
 
     def write(self, request: Request) -> bytes:
         return self.target.post(self.route, request.body)
 
     async def send(self, request: Request, wire: bytes, *, lag: float = 0.0) -> Sample:
         """The request's sample, whatever becomes of it. The clock runs from before the connection is made."""
-        sample = Sample(request.index, time.perf_counter(), lag=lag)
-        exchange = Exchange(sample)
-        connection = None
+        started = time.perf_counter()
+        exchange = Exchange(Sample(request.index, started, lag=lag))
         try:
             async with asyncio.timeout(self.timeout):
-                connection = self._take_idle() or await self._connect()
-                connection.begin(exchange, wire)
-                await exchange.is_over
+                connection = self._take_idle()
+                if connection is not None and await self._exchange(connection, exchange, wire):
+                    # The server had dropped the idle connection; as any HTTP client does, try again on a new one.
+                    exchange = Exchange(Sample(request.index, started, lag=lag))
+                    connection = None
+                if connection is None:
+                    await self._exchange(await self._connect(), exchange, wire)
         except TimeoutError:
-            exchange.fail("timeout", time.perf_counter())
+            exchange.end(time.perf_counter(), "timeout")
         except OSError as error:
-            exchange.fail(f"connection: {type(error).__name__}", time.perf_counter())
-        finally:
-            if connection is not None:
-                self._put_back(connection, exchange)
+            exchange.end(time.perf_counter(), f"connection: {type(error).__name__}")
+        sample = exchange.sample
         if sample.error is None and self.wants_exact_length and sample.num_output_tokens != request.max_tokens:
             sample.error = "answer not of max_tokens"
         return sample
+
+    async def _exchange(self, connection: Connection, exchange: Exchange, wire: bytes) -> bool:
+        """Run it to its end. True if the connection was closed before anything came."""
+        try:
+            connection.begin(exchange, wire)
+            await exchange.is_over
+        finally:
+            self._put_back(connection, exchange)
+        return exchange.sample.error == CLOSED and not exchange.has_begun
 
     def close(self) -> None:
         for connection in self._idle:
@@ -224,7 +251,9 @@ class Client:
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
         tls = True if self.target.is_tls else None
-        _, connection = await loop.create_connection(Connection, self.target.host, self.target.port, ssl=tls)
+        _, connection = await loop.create_connection(
+            lambda: Connection(self._buffer), self.target.host, self.target.port, ssl=tls
+        )
         return connection
 
 

@@ -133,7 +133,7 @@ def short_name(name: str) -> str:
     depth = 0
     for index, char in enumerate(name):  # parameters open outside of all template arguments
         depth += (char == "<") - (char == ">")
-        if char == "(" and depth == 0 and index:
+        if char == "(" and depth == 0 and index and name[index - 1] != " ":
             name = name[:index]
             break
     return name if len(name) <= MAX_NAME_CHARS else name[: MAX_NAME_CHARS - 1] + "…"
