@@ -24,8 +24,9 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """Descriptions keep their lines; a default is told where there is one and the text does not tell it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        is_told = action.default in (None, []) or "(default" in (action.help or "")
-        return action.help if is_told else super()._get_help_string(action)
+        has_default = action.default is not None and action.default is not False and action.default not in ("", [])
+        is_told = "(default" in (action.help or "")
+        return super()._get_help_string(action) if has_default and not is_told else action.help
 
 
 class _Parser(argparse.ArgumentParser):

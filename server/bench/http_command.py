@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 
 from ...configs.schema import DEMO_MODEL
-from .flags import Span, picture_file, positive, positive_number
+from .errors import BenchError
+from .flags import Span, number, picture_file, positive, positive_number
 from .goodput import Bound
 from .load import Load, Workload
 from .output import add_out, finish
-from .plan import Background, Plan
+from .plan import Background, Case, Plan
 
 HTTP = """Measure a server from outside: time to first token, time between tokens, end to end, throughput, goodput.
 
   --concurrency 1 8 64         three cases: so many streams, each sends its next request when the last one ends
   --rate 2 8                   two cases: so many requests per second arrive by themselves, at random (Poisson)
-  --background-rate 1          beside them, long prompts arrive: what do they do to the time between tokens?
+  --background-rate 0 2        each of them alone, then while 2 long prompts arrive per second: what do these do to the
+                               time between tokens?
 
 Prompts differ, every answer has exactly --max-tokens (--no-ignore-eos: at most), and a warm-up round is not counted.
 server/bench/report.py says how each latency is taken."""
@@ -78,10 +80,12 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--background-rate",
-        type=positive_number,
-        default=None,
+        type=number,
+        nargs="+",
+        default=[0.0],
         metavar="RATE",
-        help="requests per second that arrive beside each case and are not in its latencies",
+        help="requests per second that arrive beside each case and are not in its latencies; several give a case "
+        "each (default: 0)",
     )
     group.add_argument(
         "--background-prompt-tokens",
@@ -101,8 +105,9 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prompt",
         choices=("ids", "text"),
-        default="ids",
-        help="completions: random token ids, of exact length, or common words; chat: words",
+        default=None,
+        help="random token ids, of exact length, or common words, of about one token each (default: ids for "
+        "completions, text for chat)",
     )
     group.add_argument(
         "--vocab-size",
@@ -169,6 +174,8 @@ def run_http(arguments: argparse.Namespace) -> int:
     from .report import print_report
     from .serving import first_model, measure_serving, serving
 
+    if arguments.endpoint == "chat" and arguments.prompt == "ids":
+        raise BenchError("--prompt ids needs --endpoint completions: the messages of a chat are text")
     if arguments.picture:
         require_matplotlib()
     checkpoint = arguments.model or DEMO_MODEL
@@ -194,7 +201,7 @@ def _plan(arguments: argparse.Namespace, model: str, vocab_size: int) -> Plan:
     workload = Workload(
         endpoint=arguments.endpoint,
         model=model,
-        prompt_kind="text" if arguments.endpoint == "chat" else arguments.prompt,
+        prompt_kind=arguments.prompt or ("ids" if arguments.endpoint == "completions" else "text"),
         prompt_tokens=arguments.prompt_tokens,
         max_tokens=arguments.max_tokens,
         vocab_size=vocab_size,
@@ -203,19 +210,21 @@ def _plan(arguments: argparse.Namespace, model: str, vocab_size: int) -> Plan:
         wants_token_ids=arguments.token_ids,
         seed=arguments.seed,
     )
-    background = None
-    if arguments.background_rate is not None:
-        lengths = (arguments.background_prompt_tokens, arguments.background_max_tokens)
-        background = Background(arguments.background_rate, *lengths)
     return Plan(
-        workload,
-        _loads(arguments),
-        arguments.goodput,
-        background,
-        arguments.workers,
-        arguments.warmup,
-        arguments.timeout,
+        workload=workload,
+        cases=_cases(arguments),
+        bounds=arguments.goodput,
+        num_workers=arguments.workers,
+        warm_up_rounds=arguments.warmup,
+        timeout=arguments.timeout,
     )
+
+
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    """Every load beside every background."""
+    lengths = (arguments.background_prompt_tokens, arguments.background_max_tokens)
+    backgrounds = [Background(rate, *lengths) if rate else None for rate in arguments.background_rate]
+    return [Case(load, background) for load in _loads(arguments) for background in backgrounds]
 
 
 def _loads(arguments: argparse.Namespace) -> list[Load]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -27,3 +28,12 @@ def hardware() -> str:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         name = found.group(1).strip() if found else name
     return f"{num_cores()} cores of {name}"
+
+
+def software() -> dict[str, str]:
+    """Versions of what decides the speed, of those that are installed."""
+    found = {}
+    for package in ("torch", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

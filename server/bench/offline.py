@@ -15,7 +15,7 @@ from ...engine.core import EngineCore
 from ...engine.messages import EngineInfo, EngineStats
 from .errors import BenchError
 from .flags import OfflineCase
-from .machine import hardware
+from .machine import hardware, software
 from .profile import StepProfile, print_profile, profile_decode, profile_prefill, tokens_to_profile
 from .submit import random_requests, submit
 
@@ -45,6 +45,7 @@ def measure_offline(
     report = {
         "model": model,
         "hardware": hardware(),
+        "software": software(),
         "linear_backend": info.linear_backend,
         "dtype": info.dtype,
         "state_dtype": info.state_dtype,

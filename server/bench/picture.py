@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from .report import TITLES, Latencies
 
 PANELS = ("ttft", "itl", "e2e")
 MAX_POINTS = 2000  # of a curve; more cannot be seen
+LEAST_SECONDS = 1e-4  # what is shorter is drawn here: chunks that were read at once would stretch the axis
 
 
 def require_matplotlib() -> None:
@@ -28,21 +30,28 @@ def ecdf(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def draw(cases: dict[str, Latencies], title: str, path: Path) -> None:
     """One panel per latency, one curve per case, milliseconds on a logarithmic axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
     for axes, latency in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS, strict=True):
-        for name, latencies in cases.items():
-            if len(latencies[latency]):
-                values, shares = ecdf(latencies[latency])
-                axes.step(1e3 * np.maximum(values, 1e-6), shares, where="post", label=name, linewidth=1.6)
-        axes.set(title=TITLES[latency], xscale="log", xlabel="milliseconds", ylim=(0, 1.02))
-        axes.grid(which="both", alpha=0.25)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _draw_panel(axes, {name: latencies[latency] for name, latencies in cases.items()}, TITLES[latency])
     figure.axes[0].set_ylabel("share at most as slow")
-    figure.axes[0].legend(loc="lower right")
     figure.suptitle(title)
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=8, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _draw_panel(axes: Any, cases: dict[str, np.ndarray], title: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+
+    for name, latencies in cases.items():
+        if len(latencies):
+            values, shares = ecdf(latencies)
+            axes.step(1e3 * np.maximum(values, LEAST_SECONDS), shares, where="post", label=name, linewidth=1.8)
+    axes.set(title=title, xscale="log", xlabel="milliseconds", ylim=(0, 1.01))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(alpha=0.3)

@@ -14,7 +14,7 @@ from .flags import Span
 from .host import own_server
 from .load import Load
 from .machine import hardware
-from .plan import Plan
+from .plan import Background, Case, Plan
 from .report import Latencies, background_numbers, measured
 from .target import Target
 from .workers import Share, Workers, default_workers
@@ -48,14 +48,13 @@ def first_model(target: Target) -> str:
 
 def measure_serving(target: Target, plan: Plan) -> tuple[dict[str, Any], dict[str, Latencies]]:
     """The numbers of every case, and the latencies behind them by the case's name. Raises `BenchError`."""
-    largest = max(load.concurrency or load.rate or 0 for load in plan.loads)
-    num_workers = plan.num_workers or default_workers(largest)
-    workers = Workers(num_workers, has_background=plan.background is not None)
+    num_workers = plan.num_workers or default_workers(plan.largest_load)
+    workers = Workers(num_workers, has_background=plan.has_background)
     try:
         cases, latencies = [], {}
-        for number, load in enumerate(plan.loads):
-            case, latencies[load.name] = _measure_case(workers, target, plan, load, number)
-            cases.append(case)
+        for number, case in enumerate(plan.cases):
+            numbers, latencies[case.name] = _measure_case(workers, target, plan, case, number)
+            cases.append(numbers)
     finally:
         workers.close()
     return _told(target, plan) | {"cases": cases}, latencies
@@ -79,19 +78,24 @@ def _told(target: Target, plan: Plan) -> dict[str, Any]:
 
 
 def _measure_case(
-    workers: Workers, target: Target, plan: Plan, load: Load, number: int
+    workers: Workers, target: Target, plan: Plan, case: Case, number: int
 ) -> tuple[dict[str, Any], Latencies]:
-    _warm_up(workers, target, plan, load, number)
-    workload = replace(plan.workload, name=f"case {number}")
-    background = _background_share(target, plan, number)
-    results, behind = workers.run(Share(target, workload, load, plan.timeout), background)
-    case = measured(results, plan.bounds)
-    numbers = {"name": load.name, "concurrency": load.concurrency, "rate": load.rate, **case.numbers}
+    _warm_up(workers, target, plan, case.load, number)
+    share = Share(target, replace(plan.workload, name=f"case {number}"), case.load, plan.timeout)
+    background = None if case.background is None else _background_share(share, case.background, number)
+    results, behind = workers.run(share, background)
+    found = measured(results, plan.bounds)
+    numbers = {"name": case.name, "concurrency": case.load.concurrency, "rate": case.load.rate, **found.numbers}
     if sum(numbers["errors"].values()) == numbers["requests"]:
-        raise BenchError(f"{load.name}: no request was answered ({numbers['errors']})")
-    if behind is not None and plan.background is not None:
-        numbers["background"] = {"rate": plan.background.rate, **background_numbers(behind)}
-    return numbers, case.latencies
+        raise BenchError(f"{case.name}: no request was answered ({numbers['errors']})")
+    if behind is not None and case.background is not None:
+        numbers["background"] = {
+            "rate": case.background.rate,
+            "prompt_tokens": str(case.background.prompt_tokens),
+            "max_tokens": str(case.background.max_tokens),
+            **background_numbers(behind),
+        }
+    return numbers, found.latencies
 
 
 def _warm_up(workers: Workers, target: Target, plan: Plan, load: Load, number: int) -> None:
@@ -104,13 +108,11 @@ def _warm_up(workers: Workers, target: Target, plan: Plan, load: Load, number: i
         workers.run(Share(target, workload, Load(streams, concurrency=streams), plan.timeout))
 
 
-def _background_share(target: Target, plan: Plan, number: int) -> Share | None:
-    if plan.background is None:
-        return None
+def _background_share(share: Share, background: Background, number: int) -> Share:
     workload = replace(
-        plan.workload,
+        share.workload,
         name=f"background {number}",
-        prompt_tokens=plan.background.prompt_tokens,
-        max_tokens=plan.background.max_tokens,
+        prompt_tokens=background.prompt_tokens,
+        max_tokens=background.max_tokens,
     )
-    return Share(target, workload, Load(ENDLESS, rate=plan.background.rate), plan.timeout, is_endless=True)
+    return replace(share, workload=workload, load=Load(ENDLESS, rate=background.rate), is_endless=True)

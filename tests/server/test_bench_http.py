@@ -45,17 +45,19 @@ def test_streams_give_a_case_each_and_the_json_is_the_last_line_and_a_file(bench
 
 
 def test_a_background_load_is_in_no_latency_and_is_reported(bench, engine):
-    flags = ("--rate", "40", "--requests", "20", "--vocab-size", "200", "--background-rate", "50", "--warmup", "0")
+    flags = ("--rate", "40", "--requests", "20", "--vocab-size", "200", "--background-rate", "0", "50", "--warmup", "0")
     lengths = ("--background-prompt-tokens", "40", "--background-max-tokens", "1")
     code, text, _, report = bench(*flags, *lengths)
     assert code == 0
-    (case,) = report["cases"]
+    alone, case = report["cases"]
+    assert "background" not in alone
+    assert case["name"] == "40 requests/s beside 50 requests/s of 40 tokens"
     assert (case["rate"], case["requests"], case["errors"]) == (40.0, 20, {})
     assert case["background"]["requests"] > 0
     assert case["background"]["errors"] == {}
     assert "in the background" in text
     lengths = [len(request.prompt_token_ids) for request in engine.requests]
-    assert sum(length <= 6 for length in lengths) == 20
+    assert sum(length <= 6 for length in lengths) == 20 + 20
     assert lengths.count(40) >= case["background"]["requests"]
 
 
@@ -87,10 +89,12 @@ def test_no_server_is_said_with_the_remedy(bench):
         (["--concurency", "3"], ["--concurency", "did you mean --concurrency?"]),
         (["--concurrency", "0"], ["--concurrency", "at least 1"]),
         (["--concurrency", "1", "--rate", "2"], ["--rate", "not allowed with argument --concurrency"]),
+        (["--background-rate", "-1"], ["--background-rate"]),
         (["--max-tokens", "9:3"], ["--max-tokens", "MIN:MAX"]),
         (["--goodput", "speed:1ms"], ["--goodput", "ttft, itl, tpot, e2e"]),
         (["--picture", "x.gif"], ["--picture", ".png or .svg"]),
         (["--url", "ftp://x"], ["ftp://x"]),
+        (["--endpoint", "chat", "--prompt", "ids"], ["--prompt ids", "--endpoint completions"]),
     ],
 )
 def test_a_wrong_flag_is_named(flags, words, capsys):

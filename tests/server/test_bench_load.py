@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
-from leyden.server.bench.flags import Span, positive, positive_number, setting
+from leyden.server.bench.flags import Span, number, positive, positive_number, setting
 from leyden.server.bench.load import Load, Workload, poisson_arrivals
 from leyden.server.bench.target import Target
 from leyden.server.bench.workers import Share, default_workers
@@ -80,7 +80,7 @@ def test_a_worker_per_sixteen_streams_within_bounds(monkeypatch):
     ("parse", "text"),
     [(Span.parse, "0"), (Span.parse, "5:4"), (Span.parse, "a"), (Span.parse, "1:2:3"), (positive, "0"), (positive, "x")]
     + [(positive_number, text) for text in ("0", "-1", "inf", "nan", "x")]
-    + [(setting, "key"), (setting, "=1")],
+    + [(number, "-0.1"), (setting, "key"), (setting, "=1")],
 )
 def test_a_wrong_value_is_refused_by_name(parse, text):
     with pytest.raises(argparse.ArgumentTypeError, match=text):
