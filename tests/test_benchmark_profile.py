@@ -76,6 +76,7 @@ def test_room_to_profile_is_enough_when_prompts_arrive_in_many_steps(checkpoint,
 def test_overlapping_kernels_are_busy_once():
     events = [event("b", 2, 4), event("a", 0, 3), event("in b", 3, 1), event("c", 10, 5)]
     assert busy_time(events) == 6 + 5
+    assert busy_time([event("long", 0, 10), event("within", 1, 2), event("within, later", 5, 3)]) == 10
     assert busy_time([]) == 0
 
 

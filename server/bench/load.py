@@ -169,8 +169,8 @@ class Workload:
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
-        if self.ignore_eos:
-            body["ignore_eos"] = True
+        if self.ignore_eos:  # what comes after an end is often another one: without its text it would have no chunk
+            body |= {"ignore_eos": True, "skip_special_tokens": False}
         if self.wants_token_ids:
             body["return_token_ids"] = True
         return Request(index, body, max_tokens)

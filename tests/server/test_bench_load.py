@@ -50,7 +50,8 @@ def test_endpoints_and_prompt_kinds_have_their_bodies():
     assert 3 <= len(text["prompt"].split()) <= 9
     chat = replace(WORKLOAD, endpoint="chat", prompt_kind="text", ignore_eos=False).request(0).body
     assert chat["messages"][0]["role"] == "user"
-    assert "prompt" not in chat and "ignore_eos" not in chat
+    assert not {"prompt", "ignore_eos", "skip_special_tokens"} & set(chat)
+    assert (text["ignore_eos"], text["skip_special_tokens"]) == (True, False)
     assert "return_token_ids" not in chat
     assert replace(WORKLOAD, wants_token_ids=True).request(0).body["return_token_ids"] is True
 
@@ -67,6 +68,11 @@ def test_workers_share_every_request_and_arrival_once(load, num_workers):
     else:
         seen = sorted(at for share in shares for at in islice(share.arrivals(), len(list(share.requests()))))
         assert seen == list(islice(poisson_arrivals(2.0, "1/"), load.num_requests))
+
+
+def test_a_worker_gets_the_requests_of_its_streams_and_no_stream_waits_for_another_worker():
+    shares = [Share(TARGET, WORKLOAD, Load(30, concurrency=3), 1.0, rank, 2) for rank in range(2)]
+    assert [(share.streams, len(list(share.requests()))) for share in shares] == [(2, 20), (1, 10)]
 
 
 def test_a_worker_per_sixteen_streams_within_bounds(monkeypatch):
