@@ -26,7 +26,7 @@ from ...engine.messages import AddRequest
 from .errors import BenchError
 from .submit import clear, random_requests, submit
 
-DECODE_STEPS = 8
+DECODE_STEPS = 16  # whole rounds of the replay backend, which writes its states once in 16 steps
 WARM_UP_STEPS = 4
 DEVICE_WORK = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 MAX_NAME_CHARS = 90

@@ -34,6 +34,7 @@ TITLES = {
 PERCENTILES = {"p50": 50, "p95": 95, "p99": 99}
 LATE_SECONDS = 0.01
 BUSY_SHARE = 0.9
+MANY_TOKENS = 1.2
 
 Latencies = dict[str, np.ndarray]
 
@@ -167,16 +168,20 @@ def case_lines(case: dict[str, Any]) -> list[str]:
             f"  in the background {behind['requests']} requests, {counted(behind['errors'])}, "
             f"{behind['prompt_tokens_per_s']:g} prompt tokens/s"
         )
-    return lines + client_warnings(case["client"])
+    return lines + warnings_of(case)
 
 
-def client_warnings(client: dict[str, Any]) -> list[str]:
-    """What makes the numbers the client's rather than the server's."""
-    warnings = []
+def warnings_of(case: dict[str, Any]) -> list[str]:
+    """What makes the numbers the client's rather than the server's, or averages."""
+    client, warnings = case["client"], []
     if client["cpu_share"] > BUSY_SHARE:
         warnings.append(f"  a client process was busy {client['cpu_share']:.0%} of the time: raise --workers")
     if client["lag_s"] > LATE_SECONDS:
         warnings.append(f"  requests were sent up to {1e3 * client['lag_s']:.1f} ms late: raise --workers")
+    if case["tokens_per_chunk"] > MANY_TOKENS:
+        warnings.append(
+            "  many chunks hold several tokens, whose gap is divided: --token-ids asks for a chunk for each"
+        )
     return warnings
 
 

@@ -100,12 +100,14 @@ def test_a_malformed_bound_is_refused(text):
         Bound.parse(text)
 
 
-def test_a_busy_or_late_client_is_said():
+def test_a_busy_or_late_client_and_chunks_of_several_tokens_are_said():
     numbers = measured([Result(10.0, [sample(lag=0.02)], 0.95)], ()).numbers
     lines = case_lines({"name": "x", **numbers})
     assert any("busy 95%" in line and "--workers" in line for line in lines)
     assert any("20.0 ms late" in line for line in lines)
-    assert not any("--workers" in line for line in case_lines({"name": "x", **case(sample())}))
+    assert any("--token-ids" in line for line in lines)
+    quiet = "".join(case_lines({"name": "x", **case(sample(tokens=(1, 1, 1)))}))
+    assert "--workers" not in quiet and "--token-ids" not in quiet
 
 
 def test_a_curve_has_few_points_and_keeps_its_ends():
