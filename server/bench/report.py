@@ -56,7 +56,7 @@ def measured(results: Sequence[Result], bounds: Sequence[Bound]) -> Measured:
     output = sum(sample.num_output_tokens for sample in answered)
     numbers: dict[str, Any] = {
         "requests": len(samples),
-        "errors": dict(Counter(sample.error for sample in samples if sample.error is not None).most_common()),
+        "errors": error_counts(samples),
         "seconds": round(seconds, 4),
         "requests_per_s": round(len(answered) / seconds, 3),
         "output_tokens_per_s": round(output / seconds, 2),
@@ -124,15 +124,19 @@ def distribution(values: np.ndarray) -> dict[str, float] | None:
 def background_numbers(result: Result) -> dict[str, Any]:
     """What ran beside a case. Requests under way when the case ended are not counted."""
     answered = [sample for sample in result.samples if sample.error is None]
+    prompt_tokens = sum(sample.num_prompt_tokens for sample in answered)
     seconds = max((sample.ended for sample in result.samples), default=result.start) - result.start
     return {
         "requests": len(result.samples),
-        "errors": dict(Counter(sample.error for sample in result.samples if sample.error is not None).most_common()),
-        "prompt_tokens_per_s": round(sum(sample.num_prompt_tokens for sample in answered) / seconds, 2)
-        if seconds
-        else 0.0,
-        "ttft_s": distribution(np.array([sample.times[0] - sample.started for sample in answered])),
+        "errors": error_counts(result.samples),
+        "prompt_tokens_per_s": round(prompt_tokens / seconds, 2) if seconds else 0.0,
+        "ttft_s": distribution(latencies_of(answered)["ttft"]),
     }
+
+
+def error_counts(samples: Sequence[Sample]) -> dict[str, int]:
+    """How many requests failed in which way, the commonest first."""
+    return dict(Counter(sample.error for sample in samples if sample.error is not None).most_common())
 
 
 def print_report(report: dict[str, Any]) -> None:
