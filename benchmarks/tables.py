@@ -17,19 +17,56 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def serving_table(report: dict[str, Any]) -> str:
+    """A row per case of `leyden bench http`."""
+    started = f"start to ready {report['start_to_ready_s']} s; " if report["start_to_ready_s"] is not None else ""
     lines = [
-        f"Embedded model, {report['hardware']}; start to ready {report['start_to_ready_s']} s; "
-        f"{report['max_tokens']} tokens per answer.",
+        f"Model {report['model']}, {report['hardware']}; {started}prompts of {report['prompt_tokens']} tokens, "
+        f"answers of {report['max_tokens']}.",
         "",
-        "| streams | time to first token, median | slowest | tokens/s |",
-        "|---:|---:|---:|---:|",
+        "| load | first token, median | p99 | between tokens, median | p99 | tokens/s |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    lines += [
-        f"| {case['streams']} | {case['ttft_s'] * 1e3:.0f} ms | {case['ttft_max_s'] * 1e3:.0f} ms "
-        f"| {case['tokens_per_s']:.0f} |"
-        for case in report["cases"]
-    ]
+    for case in report["cases"]:
+        first, between = case["ttft_s"], case["itl_s"]
+        cells = [milliseconds(times[point]) for times in (first, between) for point in ("p50", "p99")]
+        failed = sum(case["errors"].values())
+        name = case["name"] + (f" ({failed} of {case['requests']} requests failed)" if failed else "")
+        lines.append(f"| {name} | {' | '.join(cells)} | {case['output_tokens_per_s']:,.0f} |")
     return "\n".join(lines)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 0.1 else f"{1e3 * seconds:,.0f} ms"
+
+
+MEASURES = {
+    "ms_per_step": ("{:.1f}", "ms per step"),
+    "answer_tokens_per_s": ("{:,.0f}", "answer tokens/s"),
+    "prompt_tokens_per_s": ("{:,.0f}", "prompt tokens/s"),
+}
+
+
+def offline_table(dense: dict[str, Any], moe: dict[str, Any], reference: dict[str, Any]) -> str:
+    """Each case of `leyden bench offline` by the measure that the reference has for it."""
+    lines = [
+        f"{dense['hardware']}; {versions(dense['software'])}; state in {dense['state_dtype']}. "
+        f"{reference['software']}: {reference['hardware']}, state in bfloat16.",
+        "",
+        f"| model | requests x prompt x answer | | leyden, {dense['linear_backend']} | {reference['software']} |",
+        "|---|---|---|---:|---:|",
+    ]
+    for name, report in (("dense", dense), ("moe", moe)):
+        for case in report["cases"]:
+            label = f"{case['requests']}x{case['prompt']}x{case['answer']}"
+            for measure, value in reference[name].get(label, {}).items():
+                number, unit = MEASURES[measure]
+                cells = f"{number.format(case[measure])} | {number.format(value)}"
+                lines.append(f"| {name} | {label.replace('x', ' x ')} | {unit} | {cells} |")
+    return "\n".join(lines)
+
+
+def versions(software: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in software.items() if version)
 
 
 KERNEL_GROUPS = {
@@ -43,9 +80,9 @@ KERNEL_GROUPS = {
 
 def kernels_table(report: dict[str, Any]) -> str:
     """One table per group of `benchmarks/kernels.py`; implementations that were not measured have no column."""
-    versions = ", ".join(f"{name} {version}" for name, version in report["software"].items() if version)
     lines = [
-        f"{report['hardware']}; {versions}. The floor is the time to move the bytes that must be read and written once "
+        f"{report['hardware']}; {versions(report['software'])}. The floor is the time to move the bytes that must be "
+        "read and written once "
         f"at the bandwidth of a copy ({report['copy_tb_per_s']:.2f} TB/s), or to multiply at the rate of a large "
         f"bfloat16 product ({report['matrix_tflop_per_s']:.0f} Tflop/s), whichever is longer."
     ]
@@ -79,17 +116,27 @@ def kernel_cell(case: dict[str, Any], name: str) -> str:
     return f"{result['us']:.0f} µs, {100 / result['times_floor']:.0f} %{mark}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"serving-cpu": serving_table, "kernels-h100": kernels_table}
+# A table's name -> how it is made, and the recorded runs that it needs.
+TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
+    "serving-cpu": (serving_table, ["serving-cpu"]),
+    "serving-offline-h100": (offline_table, ["serving-dense-h100", "serving-moe-h100", "vllm-0.23-h100"]),
+    "serving-http-h100": (serving_table, ["serving-http-h100"]),
+    "kernels-h100": (kernels_table, ["kernels-h100"]),
+}
 
 
-def render(readme: str) -> str:
-    """The README with every table as the results have it."""
-    for name, table in TABLES.items():
-        report = json.loads((RESULTS / f"{name}.json").read_text())
+def render(readme: str, results: Path = RESULTS) -> str:
+    """The README with every table as the results have it; one whose runs are not recorded has no place there."""
+    for name, (table, files) in TABLES.items():
+        paths = [results / f"{file}.json" for file in files]
+        missing = [path.name for path in paths if not path.exists()]
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(readme):
-            raise SystemExit(f"README.md has no place for the table {name}")
-        readme = pattern.sub(lambda m, text=table(report): f"{m.group(1)}{text}\n{m.group(2)}", readme)
+        if bool(pattern.search(readme)) == bool(missing):
+            wrong = f"of {', '.join(missing)}, which is not recorded" if missing else "no place for it"
+            raise SystemExit(f"README.md has {wrong}: <!-- {name} --> <!-- /{name} -->")
+        if not missing:
+            text = table(*(json.loads(path.read_text()) for path in paths))
+            readme = pattern.sub(lambda m, text=text: f"{m.group(1)}{text}\n{m.group(2)}", readme)
     return readme
 
 

@@ -1,4 +1,4 @@
-"""`leyden serve | generate | chat | info`. Every setting is a flag; the flags are made from the schema."""
+"""`leyden serve | generate | chat | info | bench`. Every setting is a flag; the flags are made from the schema."""
 
 from __future__ import annotations
 
@@ -15,15 +15,25 @@ from pydantic import BaseModel
 from .. import __version__
 from ..configs.schema import EngineConfig, Settings, SettingsError, load_settings
 from ..engine.errors import LeydenError
+from .bench.command import add_bench
 
 EXIT_USAGE = 2
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Descriptions keep their lines; a default is told where there is one and the text does not tell it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default is not None and action.default is not False and action.default not in ("", [])
+        is_told = "(default" in (action.help or "")
+        return super()._get_help_string(action) if has_default and not is_told else action.help
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse that suggests the flag that was meant."""
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs |= {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+        kwargs |= {"allow_abbrev": False, "formatter_class": _Help}
         super().__init__(**kwargs)
 
     def error(self, message: str) -> NoReturn:
@@ -37,10 +47,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0, 1 for a failure, 2 for a wrong flag, setting or checkpoint."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser, commands = _build_parser()
-    known, unknown = parser.parse_known_args(arguments)
+    known, unknown = _build_parser().parse_known_args(arguments)
     if unknown:  # let the command's own parser say it, so that the hint knows its flags
-        commands.get(known.command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+        known.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         code = known.run(known)
         sys.stdout.flush()
@@ -55,14 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
+def _build_parser() -> _Parser:
+    """Each command sets `run`, and `parser` to its own."""
     parser = _Parser(prog="leyden", description="Serve hybrid linear-attention language models.")
     parser.add_argument("--version", action="version", version=f"leyden {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     serve = commands.add_parser("serve", help="serve a model over an OpenAI-compatible HTTP API")
     _add_settings(serve, Settings)
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=_serve, parser=serve)
 
     generate = commands.add_parser("generate", help="continue prompts, without a server")
     generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="text to continue")
@@ -70,7 +80,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     generate.add_argument("--model", default=argparse.SUPPRESS, help=EngineConfig.model_fields["model"].description)
     _add_sampling(generate)
     _add_settings(generate, EngineConfig, positional_model=False)
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_generate, parser=generate)
 
     chat = commands.add_parser("chat", help="talk to a running server in the terminal")
     chat.add_argument("--url", default="http://127.0.0.1:8000", help="address of the server")
@@ -78,13 +88,15 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     chat.add_argument("--model", default=None, help="served model; default: the first one")
     chat.add_argument("--system", default=None, help="system message")
     _add_sampling(chat)
-    chat.set_defaults(run=_chat)
+    chat.set_defaults(run=_chat, parser=chat)
 
     info = commands.add_parser("info", help="show what a model is and how many sequences fit")
     _add_settings(info, EngineConfig)
     info.add_argument("--memory-gb", type=float, default=None, help="memory to plan for; default: this machine's")
-    info.set_defaults(run=_info)
-    return parser, {"serve": serve, "generate": generate, "chat": chat, "info": info}
+    info.set_defaults(run=_info, parser=info)
+
+    add_bench(commands.add_parser("bench", help="measure a server, or the engine alone"))
+    return parser
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The engine's benchmark on a tiny model, and what it refuses."""
+"""The benchmarks that start what they measure, on tiny models, and what they refuse."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import httpx
 import pytest
 from tiny_models import FULL, LINEAR, save_minimax
 
@@ -39,7 +40,7 @@ def test_offline_measures_every_case_and_ends_in_json(benchmark, monkeypatch, tm
         )
 
 
-@pytest.mark.parametrize("case", ["0x1x1", "8x8", "8 x 8 x 8", "-1x2x3"])
+@pytest.mark.parametrize("case", ["0x1x1", "8x8", "8 x 8 x 8", "1x-2x3"])
 def test_a_malformed_case_is_refused(benchmark, monkeypatch, capsys, case):
     with pytest.raises(SystemExit):
         run(benchmark, monkeypatch, "offline", "--cases", case)
@@ -54,3 +55,90 @@ def test_the_configurations_to_measure_are_what_they_say(name, parameters, state
     told = describe_model(EngineConfig(model=str(ROOT / "benchmarks" / "configs" / name), device="cpu"), None)
     assert f"parameters         {parameters} " in told
     assert f"state per sequence {state} in float32" in told
+
+
+def test_repeats_report_the_median_run_and_the_host_time_of_each_step(benchmark, monkeypatch, tmp_path, capsys):
+    save_minimax(tmp_path, layer_types=(LINEAR, FULL))
+    flags = (
+        "--model",
+        str(tmp_path),
+        "--cases",
+        "2x5x4",
+        "--repeats",
+        "3",
+        "--engine",
+        "cpu_memory_gb=0.1",
+        "device=cpu",
+    )
+    assert run(benchmark, monkeypatch, "offline", *flags) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (case,) = report["cases"]
+    assert case["seconds"] == sorted(case["all_seconds"])[1]
+    assert case["engine_steps"] == 4
+    assert 0 < case["schedule_ms_per_step"] < case["host_ms_per_step"] <= case["ms_per_step"]
+    assert report["engine_startup_s"] > 0
+    assert report["memory_bytes"]["weight_bytes"] > 0 and report["memory_bytes"]["kv_bytes"] > 0
+
+
+def test_a_profile_of_each_batch_and_of_a_prompt_step_goes_into_the_folder(benchmark, monkeypatch, tmp_path, capsys):
+    save_minimax(tmp_path / "model", layer_types=(LINEAR, FULL))
+    engine = ("--engine", "cpu_memory_gb=0.1", "device=cpu", "max_num_batched_tokens=16")
+    flags = ("--model", str(tmp_path / "model"), "--cases", "2x5x4", "4x5x4", "2x7x1", "--profile", str(tmp_path / "p"))
+    assert run(benchmark, monkeypatch, "offline", *flags, *engine) == 0
+    text = capsys.readouterr().out
+    report = json.loads(text.splitlines()[-1])
+    assert [profile["name"] for profile in report["profiles"]] == [
+        "decode, 2 rows after 5", "decode, 4 rows after 5", "prefill, 16 tokens of 3 prompts"
+    ]  # fmt: skip
+    names = {path.name for path in (tmp_path / "p").iterdir()}
+    assert names == {
+        f"{step}.{kind}"
+        for step in ("decode-2x5", "decode-4x5", "prefill-16")
+        for kind in ("trace.json.gz", "table.json")
+    }
+    assert "rms_norm" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--cases", "1x2x3", "--engine", "max_num_seq=3"], ["max_num_seq", "did you mean 'max_num_seqs'?"]),
+        (["--cases", "1x2x3", "--engine", "max_num_seqs"], ["--engine", "KEY=VALUE"]),
+        (["--repeats", "0"], ["--repeats", "at least 1"]),
+        (["--profil"], ["--profil", "did you mean --profile?"]),
+        (["--model", "/nowhere"], ["/nowhere"]),
+    ],
+)
+def test_a_wrong_flag_or_setting_is_named(benchmark, monkeypatch, capsys, flags, words):
+    try:
+        code = run(benchmark, monkeypatch, "offline", *flags)
+    except SystemExit as error:
+        code = error.code
+    err = capsys.readouterr().err
+    assert code == 2
+    assert all(word in err for word in words), err
+
+
+def test_http_starts_its_own_server_measures_it_and_stops_it(benchmark, monkeypatch, tmp_path, capfd):
+    save_minimax(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    lengths = ("--prompt-tokens", "4", "--max-tokens", "4")
+    flags = (
+        "--model",
+        str(tmp_path),
+        "--concurrency",
+        "2",
+        "--requests",
+        "4",
+        "--serve-args",
+        "--max-num-seqs 3",
+        *lengths,
+    )
+    assert run(benchmark, monkeypatch, "http", *flags) == 0
+    out, err = capfd.readouterr()
+    report = json.loads(out.splitlines()[-1])
+    assert report["start_to_ready_s"] > 0
+    assert report["cases"][0]["errors"] == {}
+    assert "3 sequences at once" in err
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(report["url"])

@@ -2,14 +2,78 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+REFERENCE = json.loads((RESULTS / "vllm-0.23-h100.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("benchmarks_tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def offline_report(**values: float) -> dict:
+    cases = [
+        {"requests": r, "prompt": p, "answer": a, "ms_per_step": 5.25, "answer_tokens_per_s": 6000.4, **values}
+        for r, p, a in ((1, 128, 256), (64, 1024, 256), (64, 4096, 1), (3, 3, 3))
+    ]
+    return {
+        "hardware": "a GPU",
+        "software": {"torch": "2", "triton": "3"},
+        "state_dtype": "float32",
+        "linear_backend": "replay",
+        "cases": [case | {"prompt_tokens_per_s": 70000.0} for case in cases],
+    }
+
+
+def http_report() -> dict:
+    times = {"mean": 0.02, "p50": 0.0123, "p95": 0.03, "p99": 0.25, "max": 0.4}
+    case = {"name": "8 streams", "ttft_s": times, "itl_s": times, "output_tokens_per_s": 1234.5, "requests": 9}
+    told = {"model": "m", "hardware": "a GPU", "start_to_ready_s": None, "prompt_tokens": "128", "max_tokens": "64"}
+    return told | {"cases": [case | {"errors": {}}, case | {"name": "64 streams", "errors": {"timeout": 2}}]}
 
 
 def test_readme_shows_what_was_recorded():
     command = [sys.executable, "-P", "benchmarks/tables.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_each_offline_case_is_shown_by_the_measure_that_the_reference_has(tables):
+    text = tables.offline_table(offline_report(), offline_report(ms_per_step=3.0), REFERENCE)
+    assert "| dense | 1 x 128 x 256 | ms per step | 5.2 | 13.3 |" in text
+    assert "| dense | 64 x 1024 x 256 | answer tokens/s | 6,000 | 1,058 |" in text
+    assert "| moe | 64 x 4096 x 1 | prompt tokens/s | 70,000 | 39,242 |" in text
+    assert "| moe | 1 x 128 x 256 | ms per step | 3.0 | 9.0 |" in text
+    assert "3 x 3 x 3" not in text, "nothing to compare with"
+    assert "vLLM 0.23.0" in text and "state in float32" in text and "state in bfloat16" in text
+
+
+def test_a_served_case_is_a_row_and_its_failures_are_told(tables):
+    text = tables.serving_table(http_report())
+    assert "| 8 streams | 12.3 ms | 250 ms | 12.3 ms | 250 ms | 1,234 |" in text
+    assert "| 64 streams (2 of 9 requests failed) |" in text
+    assert "start to ready" not in text
+
+
+def test_a_table_has_a_place_if_and_only_if_its_run_is_recorded(tables, tmp_path):
+    for name in ("serving-cpu", "kernels-h100"):
+        (tmp_path / f"{name}.json").write_text((RESULTS / f"{name}.json").read_text())
+    readme = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("serving-cpu", "kernels-h100"))
+    assert "old" not in tables.render(readme, tmp_path)
+    with pytest.raises(SystemExit, match=r"serving-http-h100\.json, which is not recorded"):
+        tables.render(readme + "<!-- serving-http-h100 -->\n<!-- /serving-http-h100 -->", tmp_path)
+    (tmp_path / "serving-http-h100.json").write_text(json.dumps(http_report()))
+    with pytest.raises(SystemExit, match="no place for it: <!-- serving-http-h100 -->"):
+        tables.render(readme, tmp_path)

@@ -1,0 +1,1 @@
+"""`leyden bench`: measure a server from a client, or the engine alone."""

@@ -1,0 +1,11 @@
+"""What can go wrong with a measurement."""
+
+from __future__ import annotations
+
+from ...engine.errors import LeydenError
+
+
+class BenchError(LeydenError):
+    """The measurement cannot be made. The message names what is missing and the remedy."""
+
+    is_failure = True

@@ -1,0 +1,93 @@
+"""Values of flags that are more than a word or a number. Each raises what argparse turns into a message."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+PICTURE_SUFFIXES = (".png", ".svg")
+
+
+@dataclass(frozen=True)
+class OfflineCase:
+    """So many requests at once, each a prompt of so many tokens that gets an answer of so many."""
+
+    requests: int
+    prompt: int
+    answer: int
+
+    @classmethod
+    def parse(cls, text: str) -> OfflineCase:
+        """REQUESTSxPROMPTxANSWER."""
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+        if not found:
+            raise argparse.ArgumentTypeError(f"{text!r} is not REQUESTSxPROMPTxANSWER, such as 32x128x256")
+        return cls(*map(int, found.groups()))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Numbers of tokens from `low` to `high`, both included, all equally likely."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def parse(cls, text: str) -> Span:
+        """NUMBER or MIN:MAX."""
+        found = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", text)
+        low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if low > high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens or MIN:MAX, such as 128 or 64:256")
+        return cls(low, high)
+
+    def draw(self, choose: random.Random) -> int:
+        return choose.randint(self.low, self.high)
+
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low}:{self.high}"
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """A number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    value = number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return value
+
+
+def setting(text: str) -> tuple[str, str]:
+    """KEY=VALUE."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as linear_backend=replay")
+    return key, value
+
+
+def picture_file(text: str) -> Path:
+    """A file whose name tells its format."""
+    path = Path(text)
+    if path.suffix not in PICTURE_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{text!r} must end in {' or '.join(PICTURE_SUFFIXES)}")
+    return path

@@ -1,0 +1,161 @@
+"""The engine alone: token ids in, token ids out, no HTTP. All requests of a case are there from the start, greedy."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ...configs.schema import load_settings
+from ...engine.core import EngineCore
+from ...engine.messages import EngineInfo, EngineStats
+from .errors import BenchError
+from .flags import OfflineCase
+from .machine import hardware, software
+from .profile import StepProfile, print_profile, profile_decode, profile_prefill, tokens_to_profile
+from .submit import random_requests, submit
+
+WARM_UP_ANSWER = 4
+BATCHED_TOKENS = 8192
+
+
+def measure_offline(
+    model: str,
+    cases: list[OfflineCase],
+    *,
+    load_format: str = "auto",
+    engine: dict[str, str],
+    repeats: int = 1,
+    profile_folder: Path | None = None,
+) -> dict[str, Any]:
+    """Every case on one engine that has room for the largest, then the profiles. `engine` are settings as in YAML.
+
+    Raises `SettingsError`, `ConfigError`, `CheckpointError` or `BenchError`.
+    """
+    settings = _room_for(cases, engine, is_profiled=profile_folder is not None) | engine
+    config = load_settings({"model": model, "load_format": load_format} | settings).engine()
+    started = time.perf_counter()
+    core = EngineCore(config)
+    startup = time.perf_counter() - started
+    info = core.info()
+    report = {
+        "model": model,
+        "hardware": hardware(),
+        "software": software(),
+        "linear_backend": info.linear_backend,
+        "dtype": info.dtype,
+        "state_dtype": info.state_dtype,
+        "engine": settings,
+        "engine_startup_s": round(startup, 2),
+        "memory_bytes": memory_bytes(info),
+        "cases": [_measure_case(core, case, repeats) for case in cases],
+    }
+    if profile_folder is not None:
+        report["profiles"] = [_summary(profile) for profile in profile_steps(core, cases, profile_folder)]
+    return report
+
+
+def profile_steps(core: EngineCore, cases: list[OfflineCase], folder: Path) -> list[StepProfile]:
+    """A decode step of each number of rows among the cases that answer, and a full step of the longest prompt. Each is
+    printed, and its trace and table are written to `folder`."""
+    batches = {case.requests: case.prompt for case in reversed(cases) if case.answer > 1}
+    profiles = []
+    for num_requests, prompt in sorted(batches.items()):
+        profiles.append(profile_decode(core, num_requests, prompt, folder))
+        print_profile(profiles[-1])
+    profiles.append(profile_prefill(core, max(case.prompt for case in cases), folder))
+    print_profile(profiles[-1])
+    return profiles
+
+
+def _summary(profile: StepProfile) -> dict[str, Any]:
+    """A profile without its table, which has a file of its own."""
+    return {name: value for name, value in asdict(profile).items() if name != "operations"}
+
+
+def _room_for(cases: list[OfflineCase], engine: dict[str, str], *, is_profiled: bool) -> dict[str, Any]:
+    budget = int(engine.get("max_num_batched_tokens", BATCHED_TOKENS))
+    lengths = [case.prompt + case.answer for case in cases]
+    if is_profiled:
+        lengths += [case.prompt + tokens_to_profile(case.requests, case.prompt, budget) for case in cases]
+    return {
+        "max_num_seqs": max(case.requests for case in cases),
+        "max_model_len": max(lengths),
+        "max_num_batched_tokens": budget,
+    }
+
+
+def memory_bytes(info: EngineInfo) -> dict[str, int]:
+    """What lives on the device: weights, and the pools of states and of keys and values."""
+    told = {name: value for name, value in msgspec.structs.asdict(info).items() if name.endswith("_bytes")}
+    return told | {
+        "state_bytes": info.num_state_slots * info.state_bytes_per_slot,
+        "kv_bytes": info.num_kv_blocks * info.block_size * info.kv_bytes_per_token,
+    }
+
+
+def _measure_case(core: EngineCore, case: OfflineCase, repeats: int) -> dict[str, Any]:
+    """The run of median time, after one with short answers that is not counted."""
+    _run(core, case.requests, case.prompt, min(case.answer, WARM_UP_ANSWER), seed=0)
+    runs = [_run(core, case.requests, case.prompt, case.answer, seed=1 + i) for i in range(repeats)]
+    seconds = statistics.median_low(seconds for seconds, _ in runs)
+    spent = next(spent for other, spent in runs if other == seconds)
+    return {
+        **asdict(case),
+        "seconds": round(seconds, 4),
+        "all_seconds": [round(seconds, 4) for seconds, _ in runs],
+        "ms_per_step": round(seconds / case.answer * 1e3, 3),
+        "answer_tokens_per_s": round(case.requests * case.answer / seconds, 1),
+        "prompt_tokens_per_s": round(case.requests * case.prompt / seconds, 1),
+        **spent,
+    }
+
+
+def _run(core: EngineCore, num_requests: int, prompt: int, answer: int, *, seed: int) -> tuple[float, dict[str, Any]]:
+    """Seconds from the first request to the last token, and what the engine's host did meanwhile."""
+    requests = random_requests(core, num_requests, prompt, answer, seed=seed)
+    before = core.stats()
+    started, tokens = time.perf_counter(), 0
+    submit(core, requests)
+    while core.has_work:
+        tokens += sum(len(output.token_ids) for output in core.step())
+    seconds = time.perf_counter() - started
+    if tokens != num_requests * answer:
+        raise BenchError(
+            f"expected {num_requests * answer} tokens, got {tokens}: the model gave NaN or infinite logits"
+        )
+    return seconds, _host_time(before, core.stats())
+
+
+def _host_time(before: EngineStats, now: EngineStats) -> dict[str, Any]:
+    """Of each engine step: milliseconds of the host apart from waiting for the device, and those of scheduling."""
+    steps = now.steps_total - before.steps_total
+    return {
+        "engine_steps": steps,
+        "host_ms_per_step": round((now.host_seconds_total - before.host_seconds_total) / steps * 1e3, 3),
+        "schedule_ms_per_step": round((now.schedule_seconds_total - before.schedule_seconds_total) / steps * 1e3, 3),
+    }
+
+
+def print_offline(report: dict[str, Any]) -> None:
+    memory = report["memory_bytes"]
+    print(
+        f"\n{report['model']} on {report['hardware']}, {report['linear_backend']}, {report['dtype']}, state "
+        f"{report['state_dtype']}; engine ready in {report['engine_startup_s']} s; "
+        f"{memory['weight_bytes'] / 1e9:.2f} GB weights, {memory['state_bytes'] / 1e9:.2f} GB state, "
+        f"{memory['kv_bytes'] / 1e9:.2f} GB KV cache"
+    )
+    print(
+        f"{'requests':>9} {'prompt':>7} {'answer':>7} {'ms/step':>9} {'answer tokens/s':>16} {'prompt tokens/s':>16} "
+        f"{'host ms/step':>13} {'scheduling':>11}"
+    )
+    for case in report["cases"]:
+        print(
+            f"{case['requests']:>9} {case['prompt']:>7} {case['answer']:>7} {case['ms_per_step']:>9} "
+            f"{case['answer_tokens_per_s']:>16} {case['prompt_tokens_per_s']:>16} "
+            f"{case['host_ms_per_step']:>13} {case['schedule_ms_per_step']:>11}"
+        )

@@ -1,0 +1,57 @@
+"""A picture of the latencies: for each case, which share of the requests or tokens was at least as fast as that."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import BenchError
+from .report import TITLES, Latencies
+
+PANELS = ("ttft", "itl", "e2e")
+MAX_POINTS = 2000  # of a curve; more cannot be seen
+LEAST_SECONDS = 1e-4  # what is shorter is drawn here: chunks that were read at once would stretch the axis
+
+
+def require_matplotlib() -> None:
+    """Before minutes of measuring. Raises `BenchError` with the remedy."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BenchError("--picture needs matplotlib: pip install 'leyden[bench]', or leave --picture out")
+
+
+def ecdf(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(value, share of the values that are at most as large), increasing, in at most MAX_POINTS points."""
+    shares = np.linspace(0.0, 1.0, min(len(values), MAX_POINTS))
+    return np.quantile(values, shares, method="inverted_cdf"), shares
+
+
+def draw(cases: dict[str, Latencies], title: str, path: Path) -> None:
+    """One panel per latency, one curve per case, milliseconds on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
+    for axes, latency in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS, strict=True):
+        _draw_panel(axes, {name: latencies[latency] for name, latencies in cases.items()}, TITLES[latency])
+    figure.axes[0].set_ylabel("share at most as slow")
+    figure.suptitle(title)
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=8, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_panel(axes: Any, cases: dict[str, np.ndarray], title: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+
+    for name, latencies in cases.items():
+        if len(latencies):
+            values, shares = ecdf(latencies)
+            axes.step(1e3 * np.maximum(values, LEAST_SECONDS), shares, where="post", label=name, linewidth=1.8)
+    axes.set(title=title, xscale="log", xlabel="milliseconds", ylim=(0, 1.01))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(alpha=0.3)

@@ -1,0 +1,118 @@
+"""`leyden bench http`: a server under load."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+
+from .errors import BenchError
+from .flags import Span
+from .host import own_server
+from .load import Load
+from .machine import hardware
+from .plan import Background, Case, Plan
+from .report import Latencies, background_numbers, measured
+from .target import Target
+from .workers import Share, Workers, default_workers
+
+TIMEOUT_SECONDS = 30.0
+WARM_UP_TOKENS = 8
+WARM_UP_STREAMS = 8  # when requests arrive by themselves
+ENDLESS = 1 << 40
+
+
+@contextlib.contextmanager
+def serving(url: str | None, api_key: str | None, model: str, serve_args: str) -> Iterator[tuple[Target, float | None]]:
+    """The server to measure, and the seconds it took to start if it was started here."""
+    if url is not None:
+        yield Target.parse(url, api_key), None
+        return
+    with own_server(model, serve_args) as (own_url, ready):
+        yield Target.parse(own_url, api_key), ready
+
+
+def first_model(target: Target) -> str:
+    """The first name that the server serves. Raises `BenchError` when it does not answer."""
+    try:
+        response = httpx.get(f"{target.url}/v1/models", headers=target.headers, timeout=TIMEOUT_SECONDS)
+    except httpx.HTTPError as error:
+        raise BenchError(f"no server at {target.url} ({error}); start one, or leave --url out") from None
+    if response.status_code != 200:
+        raise BenchError(f"{target.url}/v1/models answers {response.status_code}; is --api-key right?")
+    return response.json()["data"][0]["id"]
+
+
+def measure_serving(target: Target, plan: Plan) -> tuple[dict[str, Any], dict[str, Latencies]]:
+    """The numbers of every case, and the latencies behind them by the case's name. Raises `BenchError`."""
+    num_workers = plan.num_workers or default_workers(plan.largest_load)
+    workers = Workers(num_workers, has_background=plan.has_background)
+    try:
+        cases, latencies = [], {}
+        for number, case in enumerate(plan.cases):
+            numbers, latencies[case.name] = _measure_case(workers, target, plan, case, number)
+            cases.append(numbers)
+    finally:
+        workers.close()
+    return _told(target, plan) | {"cases": cases}, latencies
+
+
+def _told(target: Target, plan: Plan) -> dict[str, Any]:
+    """What was asked for."""
+    workload = plan.workload
+    return {
+        "model": workload.model,
+        "url": target.url,
+        "hardware": hardware() if target.is_local else None,
+        "endpoint": workload.endpoint,
+        "prompt": workload.prompt_kind,
+        "prompt_tokens": str(workload.prompt_tokens),
+        "max_tokens": str(workload.max_tokens),
+        "temperature": workload.temperature,
+        "ignore_eos": workload.ignore_eos,
+        "seed": workload.seed,
+    }
+
+
+def _measure_case(
+    workers: Workers, target: Target, plan: Plan, case: Case, number: int
+) -> tuple[dict[str, Any], Latencies]:
+    _warm_up(workers, target, plan, case.load, number)
+    share = Share(target, replace(plan.workload, name=f"case {number}"), case.load, plan.timeout)
+    background = None if case.background is None else _background_share(share, case.background, number)
+    results, behind = workers.run(share, background)
+    found = measured(results, plan.bounds)
+    numbers = {"name": case.name, "concurrency": case.load.concurrency, "rate": case.load.rate, **found.numbers}
+    if sum(numbers["errors"].values()) == numbers["requests"]:
+        raise BenchError(f"{case.name}: no request was answered ({numbers['errors']})")
+    if behind is not None and case.background is not None:
+        numbers["background"] = {
+            "rate": case.background.rate,
+            "prompt_tokens": str(case.background.prompt_tokens),
+            "max_tokens": str(case.background.max_tokens),
+            **background_numbers(behind),
+        }
+    return numbers, found.latencies
+
+
+def _warm_up(workers: Workers, target: Target, plan: Plan, load: Load, number: int) -> None:
+    """Rounds of short answers on as many streams as the case has; nothing of them is counted."""
+    streams = load.concurrency or WARM_UP_STREAMS
+    low, high = min(plan.workload.max_tokens.low, WARM_UP_TOKENS), min(plan.workload.max_tokens.high, WARM_UP_TOKENS)
+    for round_number in range(plan.warm_up_rounds):
+        name = f"warm-up {number}.{round_number}"
+        workload = replace(plan.workload, name=name, max_tokens=Span(low, high))
+        workers.run(Share(target, workload, Load(streams, concurrency=streams), plan.timeout))
+
+
+def _background_share(share: Share, background: Background, number: int) -> Share:
+    workload = replace(
+        share.workload,
+        name=f"background {number}",
+        prompt_tokens=background.prompt_tokens,
+        max_tokens=background.max_tokens,
+    )
+    return replace(share, workload=workload, load=Load(ENDLESS, rate=background.rate), is_endless=True)

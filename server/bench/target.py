@@ -1,0 +1,62 @@
+"""Where requests go, and how one is written down for the wire."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from .errors import BenchError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server's address. `path` stands before /v1."""
+
+    host: str
+    port: int
+    is_tls: bool
+    path: str
+    api_key: str | None
+
+    @classmethod
+    def parse(cls, url: str, api_key: str | None) -> Target:
+        """http://host:port, with or without a path and /v1. Raises `BenchError`."""
+        try:
+            parts = urlsplit(url)
+            scheme, host, port = parts.scheme, parts.hostname, parts.port
+        except ValueError:
+            scheme, host, port = "", None, None
+        if scheme not in ("http", "https") or not host:
+            raise BenchError(f"--url {url} is not an address such as http://127.0.0.1:8000")
+        is_tls = scheme == "https"
+        path = parts.path.rstrip("/").removesuffix("/v1")
+        return cls(host, port or (443 if is_tls else 80), is_tls, path, api_key)
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.is_tls else 'http'}://{host}:{self.port}{self.path}"
+
+    @property
+    def is_local(self) -> bool:
+        return self.host in ("localhost", "127.0.0.1", "::1")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def post(self, route: str, body: dict[str, Any]) -> bytes:
+        """The whole request, head and JSON body."""
+        content = json.dumps(body, separators=(",", ":")).encode()
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        head = {
+            "Host": f"{host}:{self.port}",
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+            "Accept": "text/event-stream",
+            **self.headers,
+        }
+        lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
+        return f"POST {self.path}{route} HTTP/1.1\r\n{lines}\r\n".encode() + content
