@@ -119,6 +119,9 @@ class EngineCore:
         self._stats.step_seconds_total += seconds
         self._stats.schedule_seconds_total += scheduled - started
         self._stats.host_seconds_total += seconds - waited
+        if batch.sequences and not batch.num_prefills:
+            self._stats.decode_steps_total += 1
+            self._stats.decode_host_seconds_total += seconds - waited
         return outputs
 
     def stats(self) -> EngineStats:

@@ -74,6 +74,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     step_seconds_total: float = 0.0
     schedule_seconds_total: float = 0.0
     host_seconds_total: float = 0.0  # of step_seconds_total, all but waiting for the device
+    decode_steps_total: int = 0  # steps of decode rows alone
+    decode_host_seconds_total: float = 0.0  # of host_seconds_total, that of these
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True):

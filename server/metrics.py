@@ -112,6 +112,9 @@ class EngineCollector(Collector):
         steps = stats.steps_total
         yield self._summary("engine_step_seconds", "Whole engine steps.", steps, stats.step_seconds_total)
         yield self._summary("schedule_seconds", "Scheduling in a step.", steps, stats.schedule_seconds_total)
+        yield self._summary("engine_host_seconds", "A step without its waits.", steps, stats.host_seconds_total)
+        decodes, host = stats.decode_steps_total, stats.decode_host_seconds_total
+        yield self._summary("engine_decode_host_seconds", "The same of steps that only decode.", decodes, host)
         yield from self._memory()
         yield self._cache_config()
 

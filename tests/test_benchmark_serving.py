@@ -47,7 +47,7 @@ def test_a_malformed_case_is_refused(benchmark, monkeypatch, capsys, case):
     assert "REQUESTSxPROMPTxANSWER" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "parameters", "state"), [("dense", "7.108B", "58.7 MB"), ("moe", "13.89B", "22 MB")])
+@pytest.mark.parametrize(("name", "parameters", "state"), [("dense", "7.108B", "73.4 MB"), ("moe", "13.89B", "27.5 MB")])
 def test_the_configurations_to_measure_are_what_they_say(name, parameters, state):
     from leyden.configs.schema import EngineConfig
     from leyden.server.describe import describe_model
@@ -75,9 +75,9 @@ def test_repeats_report_the_median_run_and_the_host_time_of_each_step(benchmark,
     (case,) = report["cases"]
     assert case["seconds"] == sorted(case["all_seconds"])[1]
     assert case["engine_steps"] == 4
-    assert 0 < case["schedule_ms_per_step"] < case["host_ms_per_step"] <= case["ms_per_step"]
+    assert case["decode_steps"] == 3 and case["host_ms_per_decode_step"] > 0
     assert report["engine_startup_s"] > 0
-    assert report["memory_bytes"]["weight_bytes"] > 0 and report["memory_bytes"]["kv_bytes"] > 0
+    assert report["memory_bytes"]["weights"] > 0 and report["memory_bytes"]["kv"] > 0
 
 
 def test_a_profile_of_each_batch_and_of_a_prompt_step_goes_into_the_folder(benchmark, monkeypatch, tmp_path, capsys):

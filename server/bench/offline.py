@@ -12,7 +12,7 @@ import msgspec
 
 from ...configs.schema import load_settings
 from ...engine.core import EngineCore
-from ...engine.messages import EngineInfo, EngineStats
+from ...engine.messages import EngineStats
 from .errors import BenchError
 from .flags import OfflineCase
 from .machine import hardware, software
@@ -51,7 +51,7 @@ def measure_offline(
         "state_dtype": info.state_dtype,
         "engine": settings,
         "engine_startup_s": round(startup, 2),
-        "memory_bytes": memory_bytes(info),
+        "memory_bytes": msgspec.structs.asdict(info.memory),
         "cases": [_measure_case(core, case, repeats) for case in cases],
     }
     if profile_folder is not None:
@@ -86,15 +86,7 @@ def _room_for(cases: list[OfflineCase], engine: dict[str, str], *, is_profiled: 
         "max_num_seqs": max(case.requests for case in cases),
         "max_model_len": max(lengths),
         "max_num_batched_tokens": budget,
-    }
-
-
-def memory_bytes(info: EngineInfo) -> dict[str, int]:
-    """What lives on the device: weights, and the pools of states and of keys and values."""
-    told = {name: value for name, value in msgspec.structs.asdict(info).items() if name.endswith("_bytes")}
-    return told | {
-        "state_bytes": info.num_state_slots * info.state_bytes_per_slot,
-        "kv_bytes": info.num_kv_blocks * info.block_size * info.kv_bytes_per_token,
+        "mixed_prefill_tokens": budget,  # nobody reads along
     }
 
 
@@ -132,12 +124,13 @@ def _run(core: EngineCore, num_requests: int, prompt: int, answer: int, *, seed:
 
 
 def _host_time(before: EngineStats, now: EngineStats) -> dict[str, Any]:
-    """Of each engine step: milliseconds of the host apart from waiting for the device, and those of scheduling."""
-    steps = now.steps_total - before.steps_total
+    """Milliseconds of the host per step of decode rows alone, apart from waiting for the device."""
+    steps = now.decode_steps_total - before.decode_steps_total
+    host = now.decode_host_seconds_total - before.decode_host_seconds_total
     return {
-        "engine_steps": steps,
-        "host_ms_per_step": round((now.host_seconds_total - before.host_seconds_total) / steps * 1e3, 3),
-        "schedule_ms_per_step": round((now.schedule_seconds_total - before.schedule_seconds_total) / steps * 1e3, 3),
+        "engine_steps": now.steps_total - before.steps_total,
+        "decode_steps": steps,
+        "host_ms_per_decode_step": round(host / steps * 1e3, 3) if steps else None,
     }
 
 
@@ -146,16 +139,16 @@ def print_offline(report: dict[str, Any]) -> None:
     print(
         f"\n{report['model']} on {report['hardware']}, {report['linear_backend']}, {report['dtype']}, state "
         f"{report['state_dtype']}; engine ready in {report['engine_startup_s']} s; "
-        f"{memory['weight_bytes'] / 1e9:.2f} GB weights, {memory['state_bytes'] / 1e9:.2f} GB state, "
-        f"{memory['kv_bytes'] / 1e9:.2f} GB KV cache"
+        f"{memory['weights'] / 1e9:.2f} GB weights, {memory['state'] / 1e9:.2f} GB state, "
+        f"{memory['kv'] / 1e9:.2f} GB KV cache"
     )
     print(
         f"{'requests':>9} {'prompt':>7} {'answer':>7} {'ms/step':>9} {'answer tokens/s':>16} {'prompt tokens/s':>16} "
-        f"{'host ms/step':>13} {'scheduling':>11}"
+        f"{'host ms/decode step':>20}"
     )
     for case in report["cases"]:
         print(
             f"{case['requests']:>9} {case['prompt']:>7} {case['answer']:>7} {case['ms_per_step']:>9} "
             f"{case['answer_tokens_per_s']:>16} {case['prompt_tokens_per_s']:>16} "
-            f"{case['host_ms_per_step']:>13} {case['schedule_ms_per_step']:>11}"
+            f"{case['host_ms_per_decode_step'] or '-':>20}"
         )

@@ -31,6 +31,9 @@ async def test_the_engines_numbers_appear_under_vllms_names(client, engine):
         steps_total=9,
         step_seconds_total=1.5,
         schedule_seconds_total=0.25,
+        host_seconds_total=0.75,
+        decode_steps_total=6,
+        decode_host_seconds_total=0.5,
     )
     samples = await scrape(client)
     expected = {
@@ -45,6 +48,9 @@ async def test_the_engines_numbers_appear_under_vllms_names(client, engine):
         "engine_step_seconds_count": 9,
         "engine_step_seconds_sum": 1.5,
         "schedule_seconds_sum": 0.25,
+        "engine_host_seconds_sum": 0.75,
+        "engine_decode_host_seconds_count": 6,
+        "engine_decode_host_seconds_sum": 0.5,
     }
     assert {name: samples[f"leyden:{name}", ()] for name in expected} == expected
     info = next(dict(labels) for name, labels in samples if name == "leyden:cache_config_info")
