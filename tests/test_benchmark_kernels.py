@@ -140,6 +140,10 @@ def test_floors():
     assert linear.work().num_bytes == 4096 * 11008 * 2
     (silu,) = benchmark.chosen_cases(["around/silu_/t128"])
     assert silu.work().num_bytes == 2 * 128 * 12288 * 2
+    (add,) = benchmark.chosen_cases(["around/add_rms_norm/t8192"])
+    assert add.work().num_bytes == 4 * 8192 * 4096 * 2
+    (gate,) = benchmark.chosen_cases(["around/silu_and_mul/t8192"])
+    assert gate.work().num_bytes == 8192 * (22016 + 11008) * 2
     (gated,) = benchmark.chosen_cases(["around/gated_rms_norm/t8192"])
     assert gated.work().num_bytes == 3 * 8192 * 4096 * 2
     assert moe.work_for(64).floor_us(limits) == pytest.approx(6 * 8192 * 4 * 2048 * 1408 / 800e6)
