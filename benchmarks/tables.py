@@ -74,6 +74,9 @@ KERNEL_GROUPS = {
     "decode": "Lightning decode, time per step over the floor",
     "attention-decode": "Softmax attention, decode over a paged cache, time and share of the copy bandwidth",
     "attention-prefill": "Softmax attention, prefill, time and share of the matrix rate",
+    "linear": "One row times a bfloat16 matrix, N x K, time and share of the copy bandwidth",
+    "around": "Around attention at hidden size 4096 (silu_ on 12,288 of 16,384 channels, silu_and_mul from 22,016 to "
+    "11,008), time and share of the copy bandwidth",
     "moe": "64 experts of 1408, 4 per token, hidden size 2048: time and share of the rate that bounds it",
 }
 
@@ -90,8 +93,11 @@ def kernels_table(report: dict[str, Any]) -> str:
         cases = [case for case in report["cases"] if case["group"] == group]
         if cases:
             lines += ["", f"{title}:", "", *group_table(cases)]
-    if any("inaccurate" in result for case in report["cases"] for result in case["results"].values()):
+    results = [result for case in report["cases"] for result in case["results"].values()]
+    if any("inaccurate" in result for result in results):
         lines += ["", "\\* error above 5 % of the result."]
+    if any(result.get("timed_by") == "events" for result in results):
+        lines += ["", "† called from Python, which is part of the time: a CUDA graph cannot hold it."]
     return "\n".join(lines)
 
 
@@ -109,8 +115,8 @@ def kernel_cell(case: dict[str, Any], name: str) -> str:
     """Lightning kernels as a multiple of the floor, the others as a time and a share of what bounds them."""
     result = case["results"].get(name, {})
     if "us" not in result:
-        return "failed" if "failure" in result else "–"
-    mark = "\\*" if "inaccurate" in result else ""
+        return f"failed: {result['failure']}".replace("|", "\\|") if "failure" in result else "–"
+    mark = ("\\*" if "inaccurate" in result else "") + ("†" if result.get("timed_by") == "events" else "")
     if "heads" in case:
         return f"{result['times_floor']:.2f}x{mark}"
     return f"{result['us']:.0f} µs, {100 / result['times_floor']:.0f} %{mark}"

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from leyden.benchmarks import kernel_cases as cases
+from leyden.benchmarks import kernel_peers as peers
 from leyden.kernels import torch_ops
 from leyden.kernels.lightning.reference import recurrence
 
@@ -29,20 +31,22 @@ benchmark, tables = load_script("kernels"), load_script("tables")
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases on the CPU, in float32, with the PyTorch kernels in place of Triton's."""
-    monkeypatch.setattr(benchmark, "DEVICE", "cpu")
-    monkeypatch.setattr(benchmark, "DTYPE", torch.float32)
-    monkeypatch.setattr(benchmark, "load", lambda name: torch_ops)
+    monkeypatch.setattr(cases, "DEVICE", "cpu")
+    monkeypatch.setattr(cases, "DTYPE", torch.float32)
+    monkeypatch.setattr(cases, "load", lambda name: torch_ops)
     yield
-    benchmark.lightning_batch.cache_clear()
-    benchmark.expert_weights.cache_clear()
+    cases.lightning_batch.cache_clear()
+    cases.expert_weights.cache_clear()
 
 
 SMALL_CASES = [
-    benchmark.LightningCase("mixed", 2, (70, 3, 1), 2),
-    benchmark.LightningCase("B=3", 2, (), 3),
-    benchmark.AttentionCase(is_prefill=False, num_rows=2, length=48, head_dim=16, heads=4, kv_heads=2),
-    benchmark.AttentionCase(is_prefill=True, num_rows=2, length=32, head_dim=16, heads=4, kv_heads=2),
-    benchmark.MoeCase(5, num_experts=4, top_k=2, size=24, width=16),
+    cases.LightningCase("mixed", 2, (70, 3, 1), 2),
+    cases.LightningCase("B=3", 2, (), 3),
+    cases.AttentionCase(is_prefill=False, num_rows=2, length=48, head_dim=16, heads=4, kv_heads=2),
+    cases.AttentionCase(is_prefill=True, num_rows=2, length=32, head_dim=16, heads=4, kv_heads=2),
+    cases.MoeCase(5, num_experts=4, top_k=2, size=24, width=16),
+    cases.LinearCase(24, 40),
+    *[cases.AroundCase(operation, 3) for operation in cases.OPERATIONS],
 ]
 OWN = [
     (case, name)
@@ -57,14 +61,14 @@ def test_reference_by_blocks_is_the_recurrence():
     lengths, heads, dim = [1, 40, 17, 32], 3, 8
     q, k, v = (torch.randn(sum(lengths), heads, dim, generator=generator) for _ in range(3))
     arguments = (
-        benchmark.alibi_slopes(heads),
+        cases.alibi_slopes(heads),
         0.3,
         torch.randn(6, heads, dim, dim, generator=generator),
         torch.tensor([4, 0, 5, 2]),
         torch.tensor([True, False, True, False]),
         torch.tensor([0, *lengths]).cumsum(0),
     )
-    out, state = benchmark.blocked_recurrence(q, k, v, *arguments, block=16)
+    out, state = cases.blocked_recurrence(q, k, v, *arguments, block=16)
     expected_out, expected_state = recurrence(q, k, v, *arguments)
     torch.testing.assert_close(out, expected_out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(state, expected_state, rtol=1e-12, atol=1e-12)
@@ -82,7 +86,7 @@ def test_a_kernel_that_writes_nothing_is_a_failure_and_is_not_timed(on_cpu, monk
     monkeypatch.setattr(benchmark, "time_us", lambda *_: pytest.fail("timed"))
     case = SMALL_CASES[0]
     expected = case.expected(case.inputs(benchmark.CHECK_SEED, checked=True))
-    idle = benchmark.Implementation(lambda x: benchmark.in_place(x, lambda i: None))
+    idle = cases.Implementation(lambda x: cases.in_place(x, lambda i: None))
     result = benchmark.measure_one(case, idle, expected, [], 1.0, 0.1)
     assert result["failure"].startswith("out error nan")
     assert result["errors"]["out"] is None
@@ -90,8 +94,39 @@ def test_a_kernel_that_writes_nothing_is_a_failure_and_is_not_timed(on_cpu, monk
     assert failures == [f"c idle: {result['failure']}"]
 
 
+def test_a_peer_that_fails_is_reported_with_its_reason_and_is_no_failure_of_ours(on_cpu, monkeypatch):
+    def bind(inputs):
+        raise TypeError("no such argument\nand more")
+
+    modules = {
+        "lightning_attn": ModuleType("lightning_attn"),
+        "seg_la": "ImportError: none",
+        "fla": "ImportError: none",
+    }
+    monkeypatch.setattr(peers, "peer_module", modules.get)
+    monkeypatch.setattr(peers, "bind_sglang_minimax_prefill", bind)
+    case = SMALL_CASES[0]
+    found = benchmark.implementations(case, peers=True)
+    assert set(found) - set(case.implementations()) == {"sglang minimax"}
+    result = benchmark.measure_one(case, found["sglang minimax"], {}, [], 1.0, 0.1)
+    assert result == {"peer": True, "failure": "TypeError: no such argument"}
+    assert benchmark.own_failures([{"case": "c", "results": {"sglang minimax": result}}]) == []
+
+
+def test_without_peers_ours_alone_are_measured(monkeypatch):
+    monkeypatch.setattr(peers, "peer_module", lambda name: ModuleType(name))
+    assert set(benchmark.implementations(cases.LinearCase(8, 8), peers=False)) == {"leyden"}
+    assert set(benchmark.implementations(cases.LinearCase(8, 8), peers=True)) == {"leyden", "torch"}
+    between_ours = [case for case in benchmark.all_cases() if not getattr(case, "has_peers", True)]
+    assert between_ours and all(peers.implementations(case) == {} for case in between_ours)
+
+
+def test_every_group_has_a_table():
+    assert {case.group for case in benchmark.all_cases()} == set(tables.KERNEL_GROUPS)
+
+
 def test_floors():
-    limits = benchmark.Limits(3.01e12, 800e12)
+    limits = cases.Limits(3.01e12, 800e12)
     (prefill,) = benchmark.chosen_cases(["prefill/h64/1x2048"])
     num_bytes = 2048 * 64 * 128 * 4 * 2 + 2 * 64 * 128 * 128 * 4
     assert prefill.work().num_bytes == num_bytes
@@ -101,11 +136,21 @@ def test_floors():
     (attention,) = benchmark.chosen_cases(["attention-prefill/*/1x4096"])
     assert attention.work().flops == 4 * 32 * 128 * sum(range(1, 4097))
     (moe,) = benchmark.chosen_cases(["moe/t8192"])
+    (linear,) = benchmark.chosen_cases(["linear/4096x11008"])
+    assert linear.work().num_bytes == 4096 * 11008 * 2
+    (silu,) = benchmark.chosen_cases(["around/silu_/t128"])
+    assert silu.work().num_bytes == 2 * 128 * 12288 * 2
+    (add,) = benchmark.chosen_cases(["around/add_rms_norm/t8192"])
+    assert add.work().num_bytes == 4 * 8192 * 4096 * 2
+    (gate,) = benchmark.chosen_cases(["around/silu_and_mul/t8192"])
+    assert gate.work().num_bytes == 8192 * (22016 + 11008) * 2
+    (gated,) = benchmark.chosen_cases(["around/gated_rms_norm/t8192"])
+    assert gated.work().num_bytes == 3 * 8192 * 4096 * 2
     assert moe.work_for(64).floor_us(limits) == pytest.approx(6 * 8192 * 4 * 2048 * 1408 / 800e6)
 
 
 def test_case_names_are_unique_and_a_glob_without_a_match_is_refused():
-    names = [case.name for case in benchmark.all_cases()]
+    names = [case.name for case in cases.all_cases()]
     assert len(set(names)) == len(names)
     with pytest.raises(SystemExit, match="no case matches"):
         benchmark.chosen_cases(["decoed/*"])
@@ -137,6 +182,7 @@ def test_a_report_becomes_tables():
         "cases": [
             entry("prefill", "1 x 2048", {"minimax": {"us": 94.8, "times_floor": 2.0}, "fla": {}}, heads=64),
             entry("prefill", "64 x 128", {"sglang": {"us": 94.8, "times_floor": 2.0, "inaccurate": "out"}}, heads=16),
+            entry("linear", "8 x 4", {"leyden": {"us": 60.0, "times_floor": 1.25, "timed_by": "events"}}),
             entry("moe", "T=1", {"leyden": {"us": 60.0, "times_floor": 1.25}, "other": {"failure": "no memory"}}),
         ],
     }
@@ -149,13 +195,21 @@ def test_a_report_becomes_tables():
         "| 64 heads, 1 x 2048 | 47 µs | 2.00x | – | – |",
         r"| 16 heads, 64 x 128 | 47 µs | – | – | 2.00x\* |",
         "",
+        "One row times a bfloat16 matrix, N x K, time and share of the copy bandwidth:",
+        "",
+        "| case | floor | leyden |",
+        "|---|---:|---:|",
+        "| 8 x 4 | 47 µs | 60 µs, 80 %† |",
+        "",
         "64 experts of 1408, 4 per token, hidden size 2048: time and share of the rate that bounds it:",
         "",
         "| case | floor | leyden | other |",
         "|---|---:|---:|---:|",
-        "| T=1 | 47 µs | 60 µs, 80 % | failed |",
+        "| T=1 | 47 µs | 60 µs, 80 % | failed: no memory |",
         "",
         r"\* error above 5 % of the result.",
+        "",
+        "† called from Python, which is part of the time: a CUDA graph cannot hold it.",
     ]
 
 
