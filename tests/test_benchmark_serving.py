@@ -47,7 +47,9 @@ def test_a_malformed_case_is_refused(benchmark, monkeypatch, capsys, case):
     assert "REQUESTSxPROMPTxANSWER" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "parameters", "state"), [("dense", "7.108B", "73.4 MB"), ("moe", "13.89B", "27.5 MB")])
+@pytest.mark.parametrize(
+    ("name", "parameters", "state"), [("dense", "7.108B", "73.4 MB"), ("moe", "13.89B", "27.5 MB")]
+)
 def test_the_configurations_to_measure_are_what_they_say(name, parameters, state):
     from leyden.configs.schema import EngineConfig
     from leyden.server.describe import describe_model

@@ -98,8 +98,8 @@ def _measure_case(core: EngineCore, case: OfflineCase, repeats: int) -> dict[str
     spent = next(spent for other, spent in runs if other == seconds)
     return {
         **asdict(case),
-        "seconds": round(seconds, 4),
-        "all_seconds": [round(seconds, 4) for seconds, _ in runs],
+        "seconds": round(seconds, 6),
+        "all_seconds": [round(seconds, 6) for seconds, _ in runs],
         "ms_per_step": round(seconds / case.answer * 1e3, 3),
         "answer_tokens_per_s": round(case.requests * case.answer / seconds, 1),
         "prompt_tokens_per_s": round(case.requests * case.prompt / seconds, 1),
