@@ -247,7 +247,7 @@ def finish(text: str) -> str:
     """a or an, and a capital letter where a sentence begins."""
     vowel = re.compile(r"(?!uni|use|one\b|eu)[aeiou]|honest|hour", re.IGNORECASE)
     text = re.sub(r"\b([Aa])n? (?=(\w+))", lambda m: m[1] + ("n " if vowel.match(m[2]) else " "), text)
-    return re.sub(r'(^|[.!?] |\." |\n\n)([a-z])', lambda m: m[1] + m[2].upper(), text)
+    return re.sub(r'(^|[.!?] "?|\." |\n\n"?)([a-z])', lambda m: m[1] + m[2].upper(), text)
 
 
 def draw_line(key: str, slots: dict[str, str | None], rng: random.Random) -> str:
@@ -292,7 +292,7 @@ def tell(plan: Plan, rng: random.Random, with_moral: bool) -> str:
 def extra(story: str, rng: random.Random) -> str:
     """One more wish that the story fulfils."""
     sentences = len(re.findall(r'[.!?]"?(?=\s|$)', story))
-    wishes = list(words()["extras"])
+    wishes = words()["extras"] + words()["short extras"] * (len(story.split()) < 150)
     wishes += ["Include some dialogue."] * ('"' in story) + ["Write 6-10 sentences."] * (6 <= sentences <= 10)
     wishes += ["Tell it in a few short paragraphs."] * (2 <= story.count("\n\n") <= 5)
     return rng.choice(wishes)

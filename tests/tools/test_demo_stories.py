@@ -76,12 +76,11 @@ def test_story_has_what_its_plan_and_so_its_request_names(told: list[tuple[Any, 
 
 
 def test_event_of_the_request_happens_in_the_story(told: list[tuple[Any, str, str]]) -> None:
-    past = {"finds": "found", "loses": "lost", "gets": "got", "makes": "made", "cannot": "could"}
     small = {"a", "an", "the", "to", "of", "is", "in", "for", "on"}
     for plan, request, story in told:
         stems = {word[:3] for word in words(story)}
-        named = [past.get(word, word) for word in words(plan.plot.event) if word not in small]
-        missing = [word for word in named if word[:3] not in stems]
+        _, *rest = words(plan.plot.event) or [""]
+        missing = [word for word in rest if word not in small and word[:3] not in stems]
         assert len(missing) <= 1, (missing, request, story)
 
 
@@ -100,8 +99,8 @@ def test_article_agrees_with_the_next_word(told: list[tuple[Any, str, str]]) -> 
 
 
 def test_sentences_begin_with_a_capital_letter(told: list[tuple[Any, str, str]]) -> None:
-    verb = r"(?:said|asked|cr|call|wonder|thought|heard|whisper|wanted)"
-    speech = r"(?:the|he|she|somebody|everybody|they|people)(?: \w+){0,3} " + verb
+    verb = r"(?:said|asked|cr|call|wonder|thought|heard|whisper|want|scream|mutter)"
+    speech = r"(?:the|he|she|it|somebody|everybody|they)(?: \w+){0,3} " + verb
     for _, request, story in told:
         assert not re.search(r'(?:^|[.!?] |\." |\n)"?[a-z]', story), (request, story)
         for after in re.findall(r'[?!]" ([a-z].{0,60})', story):
