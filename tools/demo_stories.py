@@ -32,7 +32,7 @@ HE, SHE = ("he", "him", "his", "himself"), ("she", "her", "her", "herself")
 
 @functools.cache
 def words() -> dict[str, list[str]]:
-    """The lists of words.txt."""
+    """The lists of words.txt, and the names of names.txt among those for girls and boys."""
     lists: dict[str, list[str]] = {}
     for line in (CORPUS / "words.txt").read_text().splitlines():
         if line.startswith("  "):
@@ -43,6 +43,8 @@ def words() -> dict[str, list[str]]:
         else:
             continue
         lists[key] += [entry.strip() for entry in entries.split(" | ")]
+    for key, names in zip(("girls", "boys"), (CORPUS / "names.txt").read_text().splitlines(), strict=True):
+        lists[key] += names.split()
     return lists
 
 

@@ -140,7 +140,7 @@ def test_greedy_answer_ends_its_turn(
 ) -> None:
     message = [{"role": "user", "content": request_text}]
     ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    out = loaded[0].generate(ids, max_new_tokens=300, do_sample=False)[0]
+    out = loaded[0].generate(ids, max_new_tokens=400, do_sample=False)[0]
     assert out[-1] == script.END
     assert len(tokenizer.decode(out[ids.shape[1] :], skip_special_tokens=True)) > 10
 
