@@ -287,7 +287,8 @@ def tell(plan: Plan, rng: random.Random, with_moral: bool) -> str:
     text = ""
     for i, beat in enumerate(beats):
         text += "" if not i else "\n\n" if paragraphs and rng.random() < 0.5 else " "
-        text += fill(beat, slots, rng, told)
+        beat = fill(beat, slots, rng, told)
+        text += beat[0].upper() + beat[1:]
     return finish(text)
 
 
