@@ -60,7 +60,7 @@ PAD, START, STOP, SYSTEM, USER, ASSISTANT, END = range(len(SPECIAL))
 STORIES = ("story", "planned")
 PROMPT_WEIGHT = 0.1  # loss weight of what the user says; what the model says weighs 1
 HELD_OUT_SEED = "held out"  # of the planned stories that measure; the training's seeds are numbers
-NUM_PARTS = 4  # the rows are shuffled, varied and encoded a quarter at a time, ahead of the training
+NUM_PARTS, NUM_WORKERS = 8, 5  # processes shuffle, vary and encode an eighth of the rows each, ahead of the training
 
 CHAT_TEMPLATE = """{{- bos_token -}}
 {%- for message in messages -%}
@@ -372,15 +372,15 @@ class Feed:
     def __init__(self, args: argparse.Namespace, device: str, first_part: int) -> None:
         self.args, self.device, self.next_part = args, device, first_part
         self.rows, self.held_out = (read_rows(args.data / f"{s}.jsonl.xz", args.limit) for s in ("train", "heldout"))
-        self.workers = ProcessPoolExecutor(5, multiprocessing.get_context("spawn"))
+        self.workers = ProcessPoolExecutor(NUM_WORKERS, multiprocessing.get_context("spawn"))
         self.tidy = self.workers.submit(tidy_rows, self.rows)
         self.pending: collections.deque[Future[tuple[np.ndarray, np.ndarray]]] = collections.deque()
 
     def part(self, progress: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of the next quarter of the rows; late in the run, the parts then begun are of tidier rows."""
+        """Batches of the next eighth of the rows; late in the run, the parts then begun are of tidier rows."""
         args, late = self.args, progress > self.args.tidy_from
         rows, planned = (self.tidy.result(), args.planned_late) if late else (self.rows, args.planned)
-        while len(self.pending) < NUM_PARTS:
+        while len(self.pending) < NUM_WORKERS:
             number = self.next_part + len(self.pending)
             some, seed = rows[number % NUM_PARTS :: NUM_PARTS], args.seed * 1000 + number
             self.pending.append(self.workers.submit(build_stream, args.tokenizer, some, seed, planned))
@@ -591,7 +591,7 @@ def main() -> None:
     )
     sub.add_argument("--minutes", type=float, default=5.0, help="time budget; the learning rate falls to 0 over it")
     sub.add_argument("--steps", type=int, help="a number of steps instead of a time budget")
-    sub.add_argument("--tidy-from", type=float, default=0.5, help="share of the run after which rows must be tidy")
+    sub.add_argument("--tidy-from", type=float, default=0.45, help="share of the run after which rows must be tidy")
     sub.add_argument("--planned", type=float, default=0.6, help="share of planned stories among the stories")
     sub.add_argument("--planned-late", type=float, default=0.95, help="the same after --tidy-from")
     sub.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt, written every two minutes")
