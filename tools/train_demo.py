@@ -1,16 +1,19 @@
-"""Train the small hybrid model that ships in models/demo, from the text in tools/demo_corpus.
+"""Train the small hybrid model that ships in models/demo, from the rows in tools/demo_corpus and planned stories.
 
 The model is Hugging Face's own `MiniMaxForCausalLM`: six lightning and two softmax attention layers, each with a
-mixture of four experts, 11 million parameters. Anyone with a GPU can repeat it (three minutes on an H100):
+mixture of four experts, 11 million parameters. Anyone with a GPU can repeat it (five minutes on an H100):
 
     pip install torch transformers tokenizers matplotlib
     python tools/train_demo.py tokenizer     # 4,096-entry byte-level BPE and chat template -> models/demo
-    python tools/train_demo.py train         # weights, configuration, training.json -> models/demo
+    python tools/train_demo.py train         # weights, configurations, training.json -> models/demo
     python tools/train_demo.py evaluate      # held-out perplexity of the shipped files
     python tools/train_demo.py plot          # loss curve -> models/demo/loss.png
     python tools/train_demo.py samples       # five prompts, five seeds, nothing selected, from `leyden serve demo`
 
 A few steps also run on a CPU: `train --steps 3 --batch-tokens 512 --seq-len 256 --limit 50 --out /tmp/demo`.
+
+The rows' stories ramble. Planned stories (demo_stories.py), new ones in every pass, take the place of more than half of
+them, and of nearly all toward the end; explanations and talk stay. The tokenizer is trained on the rows alone.
 
 A document is `<|startoftext|>`, turns or plain text, `<|endoftext|>`; a turn is its role token, the text, `<|end|>`.
 Documents are packed end to end into rows. The recurrent state runs on from one document into the next: the model
@@ -29,6 +32,8 @@ import math
 import multiprocessing
 import random
 import re
+import shutil
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -38,18 +43,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+sys.path.append(str(Path(__file__).resolve().parent))  # `python -P` leaves it out
+
+import demo_stories
+
 if TYPE_CHECKING:
     import torch
     from transformers import MiniMaxConfig, PreTrainedTokenizerBase
 
-Row = dict[str, str]  # "kind" (story, explain or talk), "user", "assistant"
+Row = dict[str, str]  # "kind" (story, planned, explain or talk), "user", "assistant"
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS, MODEL = ROOT / "tools" / "demo_corpus", ROOT / "models" / "demo"
 SPECIAL = ["<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 PAD, START, STOP, SYSTEM, USER, ASSISTANT, END = range(len(SPECIAL))
+STORIES = ("story", "planned")
 PROMPT_WEIGHT = 0.1  # loss weight of what the user says; what the model says weighs 1
-NUM_PARTS = 4  # the rows are shuffled, varied and encoded a quarter at a time, ahead of the training
+HELD_OUT_SEED = "held out"  # of the planned stories that measure; the training's seeds are numbers
+NUM_PARTS, NUM_WORKERS = 8, 5  # processes shuffle, vary and encode an eighth of the rows each, ahead of the training
 
 CHAT_TEMPLATE = """{{- bos_token -}}
 {%- for message in messages -%}
@@ -126,8 +137,15 @@ def other_names() -> tuple[list[str], list[str]]:
     return girls.split(), boys.split()
 
 
+def plan_rows(rows: list[Row], share: float, seed: int) -> list[Row]:
+    """The rows with about that share of the stories replaced by planned ones."""
+    rng = random.Random(seed)
+    kept = [row for row in rows if row["kind"] != "story" or rng.random() >= share]
+    return kept + demo_stories.draw_rows(len(rows) - len(kept), seed)
+
+
 def vary(row: Row, rng: random.Random) -> tuple[str, str]:
-    """The row's user and assistant text; a story may get other names, and its request another, shorter wording."""
+    """The row's user and assistant text; a row's story may get other names, its request another, shorter wording."""
     user, text = row["user"], row["assistant"]
     if row["kind"] == "story":
         names = set(NAME_IN_PROMPT.findall(user)) - {"Will"}  # "Will" also opens questions
@@ -156,7 +174,7 @@ def compose(rows: list[Row], rng: random.Random) -> list[list[tuple[int, str]]]:
     """
     documents, i = [], 0
     while i < len(rows):
-        if rows[i]["kind"] == "story" and rng.random() < 0.15:
+        if rows[i]["kind"] in STORIES and rng.random() < 0.15:
             documents.append([(STOP, vary(rows[i], rng)[1])])
             i += 1
             continue
@@ -164,7 +182,7 @@ def compose(rows: list[Row], rng: random.Random) -> list[list[tuple[int, str]]]:
         num_turns = rng.choice((2, 3)) if rng.random() < 0.2 else 1
         for turn, row in enumerate(rows[i : i + num_turns]):
             user, text = vary(row, rng)
-            if turn and row["kind"] == "story" and rng.random() < 0.3:
+            if turn and row["kind"] in STORIES and rng.random() < 0.3:
                 user = pick(NEXT_ASKS, rng)
             document += [(USER, user), (ASSISTANT, text)]
         documents.append(document)
@@ -172,11 +190,15 @@ def compose(rows: list[Row], rng: random.Random) -> list[list[tuple[int, str]]]:
     return documents
 
 
-def build_stream(tokenizer_dir: Path, rows: list[Row], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """One pass over the rows as one long document stream: token ids [N] int32 and loss weights [N] float32."""
+def build_stream(tokenizer_dir: Path, rows: list[Row], seed: int, planned: float) -> tuple[np.ndarray, np.ndarray]:
+    """One pass over the rows as one long document stream: token ids [N] int32 and loss weights [N] float32.
+
+    `planned` is the share of the stories that planned ones replace.
+    """
     from tokenizers import Tokenizer
 
     bpe, rng = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")), random.Random(seed)
+    rows = plan_rows(rows, planned, seed)
     documents = compose(rng.sample(rows, len(rows)), rng)
     texts = [text for document in documents for _, text in document]
     encoded = iter(bpe.encode_batch_fast(texts, add_special_tokens=False))
@@ -350,17 +372,18 @@ class Feed:
     def __init__(self, args: argparse.Namespace, device: str, first_part: int) -> None:
         self.args, self.device, self.next_part = args, device, first_part
         self.rows, self.held_out = (read_rows(args.data / f"{s}.jsonl.xz", args.limit) for s in ("train", "heldout"))
-        self.workers = ProcessPoolExecutor(5, multiprocessing.get_context("spawn"))
+        self.workers = ProcessPoolExecutor(NUM_WORKERS, multiprocessing.get_context("spawn"))
         self.tidy = self.workers.submit(tidy_rows, self.rows)
         self.pending: collections.deque[Future[tuple[np.ndarray, np.ndarray]]] = collections.deque()
 
     def part(self, progress: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of the next quarter of the rows; late in the run, the parts then begun are of tidy rows alone."""
-        args, rows = self.args, self.tidy.result() if progress > self.args.tidy_from else self.rows
-        while len(self.pending) < NUM_PARTS:
+        """Batches of the next eighth of the rows; late in the run, the parts then begun are of tidier rows."""
+        args, late = self.args, progress > self.args.tidy_from
+        rows, planned = (self.tidy.result(), args.planned_late) if late else (self.rows, args.planned)
+        while len(self.pending) < NUM_WORKERS:
             number = self.next_part + len(self.pending)
             some, seed = rows[number % NUM_PARTS :: NUM_PARTS], args.seed * 1000 + number
-            self.pending.append(self.workers.submit(build_stream, args.tokenizer, some, seed))
+            self.pending.append(self.workers.submit(build_stream, args.tokenizer, some, seed, planned))
         stream = self.pending.popleft().result()
         self.next_part += 1
         return self.batches(stream, np.random.default_rng([args.seed, self.next_part]))
@@ -378,13 +401,13 @@ class Feed:
             index = torch.from_numpy(starts[i : i + B, None] * T + np.arange(T + 1)).to(self.device)
             yield ids[index].long(), weights[index]
 
-    def held_out_batches(self, num_batches: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        batches = self.batches(build_stream(self.args.tokenizer, self.held_out, 0), np.random.default_rng(0))
+    def held_out_batches(self, rows: list[Row], num_batches: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        batches = self.batches(build_stream(self.args.tokenizer, rows, 0, 0.0), np.random.default_rng(0))
         return [batch for batch, _ in zip(batches, range(num_batches), strict=False)]
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train for a number of steps or minutes; write the model and training.json."""
+    """Train for a number of steps or minutes; write the model, its tokenizer's files and training.json."""
     import torch
     from tokenizers import Tokenizer
     from transformers import MiniMaxForCausalLM
@@ -408,7 +431,9 @@ def train(args: argparse.Namespace) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         step, part, earlier, curve = (saved[key] for key in ("step", "part", "seconds", "curve"))
     feed = Feed(args, device, part)
-    held_out, start, last_save = feed.held_out_batches(4), time.time(), time.time()
+    planned = demo_stories.draw_rows(len(feed.held_out), HELD_OUT_SEED)
+    held_out = {"held_out": feed.held_out_batches(feed.held_out, 4), "planned": feed.held_out_batches(planned, 4)}
+    start = last_save = time.time()
 
     def loss_on(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         router_logits.clear()
@@ -435,8 +460,8 @@ def train(args: argparse.Namespace) -> None:
             seconds = time.time() - start + earlier
             if step % args.log_every == 0:
                 with torch.no_grad():
-                    held = sum(loss_on(*batch)[0].item() for batch in held_out) / len(held_out)
-                point = {"step": step, "train": loss.item(), "held_out": held, "balance": balance.item()}
+                    held = {k: sum(loss_on(*b)[0].item() for b in some) / len(some) for k, some in held_out.items()}
+                point = {"step": step, "train": loss.item(), **held, "balance": balance.item()}
                 curve.append(point | {"seconds": round(seconds, 1)})
                 print(f"part {feed.next_part} {curve[-1]}", flush=True)
             if time.time() - last_save > 120:
@@ -446,6 +471,9 @@ def train(args: argparse.Namespace) -> None:
     seconds, tokens = time.time() - start + earlier, step * args.batch_tokens
     feed.workers.shutdown(wait=False, cancel_futures=True)
     save_model(dict(model.named_parameters()), config, args.out)
+    if args.out.resolve() != args.tokenizer.resolve():
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copyfile(args.tokenizer / name, args.out / name)
     summary = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -475,13 +503,17 @@ def load(model_dir: Path) -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Held-out perplexity of what the assistant says, `<|end|>` included, one conversation at a time from its start."""
+    """Held-out perplexity of what the assistant says, `<|end|>` included, one conversation at a time from its start.
+
+    The held-out rows, and 500 planned stories (or as many as there are rows, if fewer) that are in no training.
+    """
     import torch
 
     model, bpe = load(args.model)
     rows = read_rows(args.data / "heldout.jsonl.xz", args.limit)
+    planned = demo_stories.draw_rows(min(len(rows), 500), HELD_OUT_SEED)
     sums: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0, 0])
-    for row in rows:
+    for row in rows + planned:
         user = {"role": "user", "content": row["user"]}
         prompt = bpe.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
         prompt_ids, answer_ids = (
@@ -491,7 +523,7 @@ def evaluate(args: argparse.Namespace) -> None:
         with torch.inference_mode():
             logits = model(ids[:, :-1], use_cache=False).logits[0, len(prompt_ids) - 1 :]
         nats = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt_ids) :], reduction="sum").item()
-        for kind in ("all", row["kind"]):
+        for kind in ("planned",) if row["kind"] == "planned" else ("all rows", row["kind"]):
             for i, value in enumerate((nats, len(answer_ids), len(row["assistant"]))):
                 sums[kind][i] += value
     for kind, (nats, tokens, num_bytes) in sums.items():
@@ -508,9 +540,9 @@ def plot(args: argparse.Namespace) -> None:
 
     curve = json.loads((args.model / "training.json").read_text())["curve"]
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, label in (("train", "training batch"), ("held_out", "held out")):
+    for key, label in (("train", "training batch"), ("held_out", "held-out rows"), ("planned", "planned")):
         axes.plot([p["step"] for p in curve], [p[key] for p in curve], label=label, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0.9, 3))
+    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, 3))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(args.model / "loss.png", dpi=110, bbox_inches="tight")
@@ -557,9 +589,11 @@ def main() -> None:
     sub = command(
         train, out=MODEL, tokenizer=MODEL, seed=1, batch_tokens=32768, seq_len=2048, lr=3e-3, warmup=200, log_every=100
     )
-    sub.add_argument("--minutes", type=float, default=2.85, help="time budget; the learning rate falls to 0 over it")
+    sub.add_argument("--minutes", type=float, default=5.0, help="time budget; the learning rate falls to 0 over it")
     sub.add_argument("--steps", type=int, help="a number of steps instead of a time budget")
-    sub.add_argument("--tidy-from", type=float, default=0.6, help="share of the run after which rows must be tidy")
+    sub.add_argument("--tidy-from", type=float, default=0.45, help="share of the run after which rows must be tidy")
+    sub.add_argument("--planned", type=float, default=0.6, help="share of planned stories among the stories")
+    sub.add_argument("--planned-late", type=float, default=0.95, help="the same after --tidy-from")
     sub.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt, written every two minutes")
     for run in (evaluate, plot):
         command(run, model=MODEL)

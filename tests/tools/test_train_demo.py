@@ -55,6 +55,7 @@ def test_three_steps_of_training_leave_a_model_that_transformers_loads(tmp_path:
     (point,) = json.loads((tmp_path / "training.json").read_text())["curve"]
     assert math.isfinite(point["train"]) and point["held_out"] < math.log(4096) + 1
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == AutoTokenizer.from_pretrained(DEMO).chat_template
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
@@ -74,7 +75,7 @@ def test_dense_training_forms_compute_what_the_transformers_forward_computes(scr
 
 def test_only_what_the_model_says_weighs_fully(script: ModuleType, tokenizer: Any) -> None:
     rows = [{"kind": "talk", "user": "Hello there", "assistant": "Hi! How are you?"}]
-    ids, weights = script.build_stream(DEMO, rows, seed=3)
+    ids, weights = script.build_stream(DEMO, rows, seed=3, planned=0.0)
     said = tokenizer.decode([i for i, weight in zip(ids.tolist(), weights, strict=True) if weight == 1])
     assert said == "Hi! How are you?<|end|>"
 
@@ -139,6 +140,13 @@ def test_greedy_answer_ends_its_turn(
 ) -> None:
     message = [{"role": "user", "content": request_text}]
     ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    out = loaded[0].generate(ids, max_new_tokens=300, do_sample=False)[0]
+    out = loaded[0].generate(ids, max_new_tokens=400, do_sample=False)[0]
     assert out[-1] == script.END
     assert len(tokenizer.decode(out[ids.shape[1] :], skip_special_tokens=True)) > 10
+
+
+def test_planned_stories_take_the_place_of_stories_alone(script: ModuleType) -> None:
+    rows = [{"kind": kind, "user": "a", "assistant": "b"} for kind in ("story", "explain", "talk") for _ in range(40)]
+    kinds = [row["kind"] for row in script.plan_rows(rows, 1.0, seed=1)]
+    assert [kinds.count(kind) for kind in ("story", "planned", "explain", "talk")] == [0, 40, 40, 40]
+    assert script.plan_rows(rows, 0.0, seed=1) == rows
