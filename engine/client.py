@@ -222,6 +222,9 @@ class ProcessClient(_StreamingClient):
     """The engine in its own process, over a ZeroMQ ipc socket in a private folder."""
 
     STOP_SECONDS = 5.0
+    # What Python is to run, the socket's address and its parent's id being added to it.
+    # -P: the working directory must not shadow packages (a folder "kernels" would).
+    ENGINE: tuple[str, ...] = ("-P", "-m", "leyden.engine.process")
 
     async def _launch(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="leyden-")  # mode 0700
@@ -234,9 +237,8 @@ class ProcessClient(_StreamingClient):
             self._socket.bind(address)
         except zmq.ZMQError as error:  # above all a path longer than the system allows a socket
             raise ConfigError(f"cannot open a socket in {self._folder}: {error}; set TMPDIR to a short path") from None
-        # -P: the working directory must not shadow packages (a folder "kernels" would).
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "leyden.engine.process", address, str(os.getpid())),
+            *(sys.executable, *self.ENGINE, address, str(os.getpid())),
             stdin=asyncio.subprocess.PIPE,
         )
         assert self._process.stdin is not None

@@ -40,7 +40,7 @@ def serve(settings: Settings) -> int:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    listener = _bind(settings.host, settings.port)
+    listener = bind(settings.host, settings.port)
     try:
         return asyncio.run(_serve(settings, listener))
     finally:
@@ -61,7 +61,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
         app = create_app(AsyncLLM(client, tokenizer), settings, model_name=name)
         address = _address(*listener.getsockname()[:2])
         print(banner(info, name=name, address=address, needs_key=_needs_key(settings)), flush=True)
-        return await _Service(settings, client, app).run(listener)
+        return await Service(settings, client, app).run(listener)
     except EngineDeadError as error:
         logger.error("the engine did not start: %s", error)
         return 1
@@ -90,7 +90,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Service:
+class Service:
     """One run of the HTTP server over a living engine."""
 
     def __init__(self, settings: Settings, client: ProcessClient, app: FastAPI) -> None:
@@ -174,7 +174,7 @@ def _throughput(before: EngineStats, now: EngineStats, seconds: float, client: P
     )
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Take the port before the model is loaded: a port in use should not cost a minute."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

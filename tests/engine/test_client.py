@@ -20,7 +20,7 @@ from leyden.engine.async_llm import AsyncLLM
 from leyden.engine.client import InProcessClient, ProcessClient
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ConfigError, ContextLengthError, EngineDeadError, QueueFullError, RequestError
-from leyden.engine.process import _Link
+from leyden.engine.process import Link
 from leyden.engine.sampling_params import SamplingParams
 from tiny_models import greedy, random_prompt
 
@@ -233,7 +233,7 @@ async def test_text_over_a_client_stops_at_a_stop_string_and_frees_the_engine(ti
 
 
 def test_engine_whose_parent_died_before_it_looked_leaves_too(tmp_path):
-    link = _Link(f"ipc://{tmp_path}/engine.sock", parent=os.getppid() + 1)
+    link = Link(f"ipc://{tmp_path}/engine.sock", parent=os.getppid() + 1)
     with pytest.raises(SystemExit, match="the server is gone"):
         link.receive(wait=True)
     link._socket.close()
