@@ -26,17 +26,17 @@ Events = AsyncGenerator[Event, None]
 QUEUE_PER_CHOICE = 2
 
 
-async def generate(state: ServerState, jobs: list[Job], answer_id: str) -> Events:
-    """Outputs of all jobs as they come. Closing this aborts whatever still runs.
+def generate(state: ServerState, jobs: list[Job], answer_id: str) -> Events:
+    """Outputs of all jobs as they come; those that a choice gets before they are asked for come as one. Closing this
+    aborts whatever still runs.
 
     All or nothing: as soon as one choice fails, for instance because the queue is full, the rest is aborted and the
     error is raised, even ahead of outputs that came before it.
     """
-    if len(jobs) == 1:
-        async with aclosing(_run_job(state, jobs[0], answer_id)) as outputs:
-            async for event in outputs:
-                yield event
-        return
+    return _run_job(state, jobs[0], answer_id) if len(jobs) == 1 else _run_side_by_side(state, jobs, answer_id)
+
+
+async def _run_side_by_side(state: ServerState, jobs: list[Job], answer_id: str) -> Events:
     queue: asyncio.Queue[Event | None] = asyncio.Queue(maxsize=QUEUE_PER_CHOICE * len(jobs))
     failures: list[Exception] = []
 

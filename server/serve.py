@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -82,6 +83,13 @@ async def _unless_interrupted(starting: asyncio.Task[EngineInfo]) -> EngineInfo 
     return await starting if starting.done() else None
 
 
+def _spare_the_garbage_collector() -> None:
+    """What is imported and loaded by now stays: looking through it again took a tenth of a second each time, of every
+    stream."""
+    gc.collect()
+    gc.freeze()
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handlers: a signal drains first."""
 
@@ -119,6 +127,7 @@ class Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        _spare_the_garbage_collector()
         watchers = [asyncio.create_task(self._watch_engine()), asyncio.create_task(self._log_throughput())]
         try:
             await self.server.serve(sockets=[listener])
