@@ -261,6 +261,7 @@ class ProcessClient(_StreamingClient):
     """The engine in its own process, over a ZeroMQ ipc socket in a private folder."""
 
     STOP_SECONDS = 5.0
+    READS_PER_TURN = 16
     # What Python is to run, the socket's address and its parent's id being added to it.
     # -P: the working directory must not shadow packages (a folder "kernels" would).
     ENGINE: tuple[str, ...] = ("-P", "-m", "leyden.engine.process")
@@ -313,9 +314,12 @@ class ProcessClient(_StreamingClient):
         self._socket.send(msgspec.msgpack.encode(message))
 
     async def _read(self) -> None:
+        """Take together what has come, so that streams that lag behind get it as one, but let them have their turn."""
         decoder = msgspec.msgpack.Decoder(FromEngine)
         while True:
-            self._receive(decoder.decode(await self._socket.recv()))
+            for _ in range(self.READS_PER_TURN):
+                self._receive(decoder.decode(await self._socket.recv()))
+            await asyncio.sleep(0)
 
     async def _watch(self) -> None:
         code = await self._process.wait()

@@ -41,10 +41,7 @@ class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     def extend(self, later: StepOutput) -> None:
         """Take in what the same request got next, unless that is a failure."""
         self.token_ids += later.token_ids
-        if self.logprobs is None:
-            self.logprobs = later.logprobs
-        else:
-            self.logprobs += later.logprobs or ()
+        self.logprobs = _joined(self.logprobs, later.logprobs)
         self.finish_reason = later.finish_reason
         self.stop_token_id = later.stop_token_id
 
@@ -66,3 +63,18 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     error: str | None = None
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+
+    def extend(self, later: RequestOutput) -> None:
+        """Take in all but the text of what the same request got next: many small texts are better joined once."""
+        self.token_ids += later.token_ids
+        self.logprobs = _joined(self.logprobs, later.logprobs)
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.num_output_tokens = later.num_output_tokens
+
+
+def _joined(logprobs: list[TokenLogprobs] | None, more: list[TokenLogprobs] | None) -> list[TokenLogprobs] | None:
+    """`logprobs`, grown in place."""
+    if logprobs is None:
+        return more
+    logprobs += more or ()
+    return logprobs
