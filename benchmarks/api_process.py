@@ -1,12 +1,13 @@
-"""What a token costs the API process: the real app, tokenizer and ZeroMQ link between a scripted engine and raw sockets.
+"""What a token costs the API process: the real app, tokenizer and link between a scripted engine and raw sockets.
 
-    python -P benchmarks/api_process.py                               256 streams, a step of 19 ms, 128 tokens each
-    python -P benchmarks/api_process.py --step-ms 0                   an engine that is faster than HTTP can be
+    python -P benchmarks/api_process.py                      256 streams of 128 tokens at several times of a step
+    python -P benchmarks/api_process.py --step-ms 0          an engine that is faster than HTTP can be
 
 This process is the API process; the engine, which speaks `engine/messages.py` and computes nothing, and the client,
-which only counts frames, are processes of their own. With a step time the engine keeps its pace and µs per token is the
-measure: at 60 µs one core carries 16,600 tokens/s. Without, tokens pile up and leave as fewer chunks; every stream must
-still be told exactly --max-tokens. The last line is one JSON object.
+`raw_streams.py`, are processes of their own. While the process keeps up, µs per token is the measure: at 60 µs one core
+carries 16,600 tokens/s. When it does not, tokens pile up and leave as fewer chunks; every stream must still be told
+exactly --max-tokens. A core that sleeps between steps or is shared counts more µs for the same work than a busy one of
+its own. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -42,39 +43,40 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=256, help="concurrent streams")
     parser.add_argument("--rounds", type=int, default=3, help="requests of each stream, one after the other")
     parser.add_argument("--max-tokens", type=int, default=128, help="length of each answer")
-    parser.add_argument("--step-ms", type=float, default=19.0, help="time of an engine step; 0 = as fast as it can")
+    parser.add_argument("--step-ms", type=float, nargs="+", default=[19.0, 12.0, 0.0], help="times of an engine step")
     parser.add_argument("--route", choices=("completions", "chat/completions"), default="completions", help="API route")
     parser.add_argument("--out", type=Path, default=None, help="write the JSON here too")
     arguments = parser.parse_args()
-    report = asyncio.run(measure(arguments))
-    print(f"{report['streams']} streams on {report['hardware']}: {report['tokens_per_s']} tokens/s in "
-          f"{report['chunks_per_s']} chunks/s, {report['cpu_us_per_token']} µs of the API process per token, "
-          f"{report['cpu_us_per_chunk']} per chunk; first token {report['ttft_ms']} ms (median)")  # fmt: skip
+    sizes = {name: getattr(arguments, name) for name in ("streams", "max_tokens", "route")}
+    cases = [asyncio.run(measure(arguments, step_ms)) for step_ms in arguments.step_ms]
+    report = {"hardware": hardware(), **sizes, "cases": cases}
+    print_table(report)
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
     return 0
 
 
-async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+async def measure(arguments: argparse.Namespace, step_ms: float) -> dict[str, Any]:
     """One round of warm-up, then the measured ones."""
     settings = Settings(model="demo", max_num_seqs=arguments.streams, port=0, stats_interval=0, log_level="warning")
-    ScriptedClient.ENGINE = ("-P", __file__, "engine", str(arguments.step_ms))
+    ScriptedClient.ENGINE = ("-P", __file__, "engine", str(step_ms))
     client = ScriptedClient(settings.engine())
     listener = bind(settings.host, settings.port)
+    listener.listen(arguments.streams)  # the client may be quicker than the app
     try:
         await client.start()
         app = create_app(AsyncLLM(client, Tokenizer(resolve("demo", None))), settings, model_name="demo")
         service = Service(settings, client, app)
         serving = asyncio.create_task(service.run(listener))
         await drive(listener.getsockname()[1], arguments, rounds=1)
-        report = await timed(listener.getsockname()[1], arguments, client)
+        case = {"step_ms": step_ms, **await timed(listener.getsockname()[1], arguments, client)}
         service.server.should_exit = True
         await serving
     finally:
         await client.close()
         listener.close()
-    return report
+    return case
 
 
 async def timed(port: int, arguments: argparse.Namespace, client: ProcessClient) -> dict[str, Any]:
@@ -85,11 +87,6 @@ async def timed(port: int, arguments: argparse.Namespace, client: ProcessClient)
     sending = client.stats.host_seconds_total - before.host_seconds_total
     tokens = counts["streams"] * arguments.max_tokens
     return {
-        "hardware": hardware(),
-        "streams": arguments.streams,
-        "max_tokens": arguments.max_tokens,
-        "step_ms": arguments.step_ms,
-        "route": arguments.route,
         "streams_per_s": round(counts["streams"] / seconds, 1),
         "tokens_per_s": round(tokens / seconds),
         "chunks_per_s": round(counts["chunks"] / seconds),
@@ -105,13 +102,22 @@ async def timed(port: int, arguments: argparse.Namespace, client: ProcessClient)
 async def drive(port: int, arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
     """What the client's process counted. Raises RuntimeError when a stream did not get all of its tokens."""
     wishes = [port, arguments.streams, rounds, arguments.max_tokens, arguments.route]
+    script = str(Path(__file__).with_name("raw_streams.py"))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", __file__, "client", *map(str, wishes)), stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-P", script, *map(str, wishes)), stdout=asyncio.subprocess.PIPE
     )
     told, _ = await process.communicate()
     if process.returncode:
         raise RuntimeError("the client failed; see above")
     return json.loads(told)
+
+
+def print_table(report: dict[str, Any]) -> None:
+    print(f"\n{report['streams']} streams of {report['max_tokens']} tokens on {report['hardware']}")
+    print(f"{'step':>8} {'tokens/s':>10} {'chunks/s':>10} {'µs per token':>14} {'of a core':>10} {'first token':>12}")
+    for case in report["cases"]:
+        print(f"{case['step_ms']:>5g} ms {case['tokens_per_s']:>10} {case['chunks_per_s']:>10} "
+              f"{case['cpu_us_per_token']:>14} {case['cpu_share']:>10.0%} {case['ttft_ms']:>9} ms")  # fmt: skip
 
 
 def hardware() -> str:
@@ -183,65 +189,8 @@ def run_engine(step_ms: str, address: str, parent: str) -> None:
     link.close()
 
 
-# -- the client's process -------------------------------------------------------------------------------------
-
-
-class StreamReader(asyncio.Protocol):
-    """Sends one request and counts the frames of its answer."""
-
-    def __init__(self, request: bytes) -> None:
-        self._request = request
-        self._tail = b""
-        self.done = asyncio.get_running_loop().create_future()
-        self.chunks = 0
-        self.started = time.perf_counter()
-        self.ttft_s = 0.0
-
-    def connection_made(self, transport: Any) -> None:
-        transport.write(self._request)
-
-    def data_received(self, data: bytes) -> None:
-        if not self.chunks and b"data: " in data:
-            self.ttft_s = time.perf_counter() - self.started
-        self.chunks += data.count(b"data: {")  # a frame is sent whole, and far smaller than a segment of loopback
-        self._tail = (self._tail + data)[-1000:]
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.done.set_result(self._tail)
-
-
-async def run_client(port: str, streams: str, rounds: str, max_tokens: str, route: str) -> None:
-    body: dict[str, Any] = {"stream": True, "max_tokens": int(max_tokens), "stream_options": {"include_usage": True}}
-    said = "Tell me of a river"
-    body |= {"messages": [{"role": "user", "content": said}]} if "chat" in route else {"prompt": said}
-    raw = json.dumps(body | {"ignore_eos": True}).encode()
-    head = f"POST /v1/{route} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    request = head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(raw), raw)
-    readers: list[StreamReader] = []
-
-    async def stream() -> None:
-        for _ in range(int(rounds)):
-            reader = StreamReader(request)
-            await asyncio.get_running_loop().create_connection(lambda reader=reader: reader, "127.0.0.1", int(port))
-            tail = await reader.done
-            told = re.search(rb'"completion_tokens":(\d+)', tail)
-            if told is None or int(told[1]) != int(max_tokens) or b"data: [DONE]\n\n" not in tail:
-                raise SystemExit(f"a stream ended with {tail!r}")
-            readers.append(reader)
-
-    started = time.perf_counter()
-    await asyncio.gather(*[stream() for _ in range(int(streams))])
-    seconds = time.perf_counter() - started
-    first = sorted(reader.ttft_s for reader in readers)
-    chunks = sum(reader.chunks - 1 for reader in readers)  # without the one of usage
-    told = {"streams": len(readers), "chunks": chunks, "seconds": seconds, "ttft_s": first[len(first) // 2]}
-    print(json.dumps(told))
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["engine"]:
         run_engine(*sys.argv[2:])
-    elif sys.argv[1:2] == ["client"]:
-        asyncio.run(run_client(*sys.argv[2:]))
     else:
         sys.exit(main())

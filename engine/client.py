@@ -65,7 +65,7 @@ class EngineClient(Protocol):
         """Stop the engine and free what it holds. May be called twice."""
 
 
-class _Stream:
+class Stream:
     """One sequence's outputs on their way to its reader, who pulls at its own pace.
 
     Outputs that have piled up are one: a reader that falls behind gets fewer and longer ones, and what waits here is
@@ -104,14 +104,14 @@ class _Stream:
             self._arrival.set_result(None)
 
 
-class _StreamingClient(ABC):
+class StreamingClient(ABC):
     """Sorts the engine's messages to the requests that wait for them."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.info: EngineInfo
         self.stats = EngineStats()
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self._ready: asyncio.Future[EngineInfo]
         self._death: asyncio.Future[str]
         self._is_closing = False
@@ -137,7 +137,7 @@ class _StreamingClient(ABC):
         if request.request_id in self._streams:
             raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
         self._check_room()
-        stream = self._streams[request.request_id] = _Stream()
+        stream = self._streams[request.request_id] = Stream()
         is_finished = False
         try:
             self._send(request)
@@ -214,7 +214,7 @@ class _StreamingClient(ABC):
         """Hand a message over without waiting."""
 
 
-class InProcessClient(_StreamingClient):
+class InProcessClient(StreamingClient):
     """The engine in a thread of this process."""
 
     async def _launch(self) -> None:
@@ -257,7 +257,7 @@ class InProcessClient(_StreamingClient):
             self._loop.call_soon_threadsafe(self._receive, message)
 
 
-class ProcessClient(_StreamingClient):
+class ProcessClient(StreamingClient):
     """The engine in its own process, over a ZeroMQ ipc socket in a private folder."""
 
     STOP_SECONDS = 5.0
