@@ -32,6 +32,22 @@ def serving_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def api_process_table(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['streams']} streams of {report['max_tokens']} tokens; {report['hardware']}, shared by the API "
+        "process, the scripted engine and the client.",
+        "",
+        "| step | tokens/s | chunks/s | API process, per token | of a core | time to first token, median |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {case['step_ms']:g} ms | {case['tokens_per_s']:,} | {case['chunks_per_s']:,} "
+        f"| {case['cpu_us_per_token']:.0f} µs | {100 * case['cpu_share']:.0f} % | {case['ttft_ms']:.0f} ms |"
+        for case in report["cases"]
+    ]
+    return "\n".join(lines)
+
+
 KERNEL_GROUPS = {
     "prefill": "Lightning prefill and mixed steps, time over the floor",
     "decode": "Lightning decode, time per step over the floor",
@@ -79,7 +95,11 @@ def kernel_cell(case: dict[str, Any], name: str) -> str:
     return f"{result['us']:.0f} µs, {100 / result['times_floor']:.0f} %{mark}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"serving-cpu": serving_table, "kernels-h100": kernels_table}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "serving-cpu": serving_table,
+    "api-process-cpu": api_process_table,
+    "kernels-h100": kernels_table,
+}
 
 
 def render(readme: str) -> str:
