@@ -6,6 +6,7 @@ Messages are msgspec over one ZeroMQ ipc socket in a folder that only this user 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -81,6 +82,8 @@ def _serve(config: EngineConfig, link: Link) -> int:
     from .loop import run_loop
 
     core = EngineCore(config, progress=sys.stderr.isatty())
+    gc.collect()
+    gc.freeze()  # what is loaded stays: looking through it again would stall a step each time
     link.send(core.info())
     run_loop(core, link.receive, link.send)
     return 0
