@@ -69,6 +69,22 @@ def versions(software: dict[str, str | None]) -> str:
     return ", ".join(f"{name} {version}" for name, version in software.items() if version)
 
 
+def api_process_table(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['streams']} streams of {report['max_tokens']} tokens; {report['hardware']}, shared by the API "
+        "process, the scripted engine and the client.",
+        "",
+        "| step | tokens/s | chunks/s | API process, per token | of a core | time to first token, median |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {case['step_ms']:g} ms | {case['tokens_per_s']:,} | {case['chunks_per_s']:,} "
+        f"| {case['cpu_us_per_token']:.0f} µs | {100 * case['cpu_share']:.0f} % | {case['ttft_ms']:.0f} ms |"
+        for case in report["cases"]
+    ]
+    return "\n".join(lines)
+
+
 KERNEL_GROUPS = {
     "prefill": "Lightning prefill and mixed steps, time over the floor",
     "decode": "Lightning decode, time per step over the floor",
@@ -127,6 +143,7 @@ TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "serving-cpu": (serving_table, ["serving-cpu"]),
     "serving-offline-h100": (offline_table, ["serving-dense-h100", "serving-moe-h100", "vllm-0.23-h100"]),
     "serving-http-h100": (serving_table, ["serving-http-h100"]),
+    "api-process-cpu": (api_process_table, ["api-process-cpu"]),
     "kernels-h100": (kernels_table, ["kernels-h100"]),
 }
 

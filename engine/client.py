@@ -65,14 +65,53 @@ class EngineClient(Protocol):
         """Stop the engine and free what it holds. May be called twice."""
 
 
-class _StreamingClient(ABC):
+class Stream:
+    """One sequence's outputs on their way to its reader, who pulls at its own pace.
+
+    Outputs that have piled up are one: a reader that falls behind gets fewer and longer ones, and what waits here is
+    never more than the ids (and log-probabilities) of one answer. Nothing waits for company: the first goes at once.
+    """
+
+    def __init__(self) -> None:
+        self._outputs: list[StepOutput] = []  # more than one only when the last is a failure
+        self._death: EngineDeadError | None = None
+        self._arrival: asyncio.Future[None] | None = None
+
+    def put(self, output: StepOutput) -> None:
+        if self._outputs and not output.is_failure:
+            self._outputs[-1].extend(output)
+        else:
+            self._outputs.append(output)
+        self._wake()
+
+    def fail(self, error: EngineDeadError) -> None:
+        """Nothing more will come."""
+        self._death = error
+        self._wake()
+
+    async def get(self) -> StepOutput:
+        """All that is there. Raises `EngineDeadError` once there is nothing left of a dead engine."""
+        if not self._outputs and self._death is None:
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        if self._outputs:
+            return self._outputs.pop(0)
+        assert self._death is not None
+        raise self._death
+
+    def _wake(self) -> None:
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
+
+
+class StreamingClient(ABC):
     """Sorts the engine's messages to the requests that wait for them."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.info: EngineInfo
         self.stats = EngineStats()
-        self._streams: dict[str, asyncio.Queue[StepOutput | EngineDeadError]] = {}
+        self._streams: dict[str, Stream] = {}
         self._ready: asyncio.Future[EngineInfo]
         self._death: asyncio.Future[str]
         self._is_closing = False
@@ -98,15 +137,15 @@ class _StreamingClient(ABC):
         if request.request_id in self._streams:
             raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
         self._check_room()
-        stream: asyncio.Queue[StepOutput | EngineDeadError] = asyncio.Queue()
-        self._streams[request.request_id] = stream
+        stream = self._streams[request.request_id] = Stream()
         is_finished = False
         try:
             self._send(request)
             while not is_finished:
                 output = await stream.get()
-                is_finished = isinstance(output, EngineDeadError) or output.finish_reason is not None
-                yield _checked(output)
+                is_finished = output.finish_reason is not None
+                _raise_if_refused(output)
+                yield output
         finally:
             del self._streams[request.request_id]
             if not is_finished and self.is_healthy:
@@ -128,7 +167,7 @@ class _StreamingClient(ABC):
                 for output in message.outputs:
                     stream = self._streams.get(output.request_id)
                     if stream is not None:  # its reader may have left
-                        stream.put_nowait(output)
+                        stream.put(output)
             case EngineInfo():
                 if not self._ready.done():  # the start may have been cancelled
                     self._ready.set_result(message)
@@ -146,7 +185,7 @@ class _StreamingClient(ABC):
 
     def _fail_streams(self, reason: str) -> None:
         for stream in self._streams.values():
-            stream.put_nowait(EngineDeadError(reason))
+            stream.fail(EngineDeadError(reason))
 
     def _check_room(self) -> None:
         """The queue's bound, known here too, so that a refusal comes before any output of a request's other choices."""
@@ -175,7 +214,7 @@ class _StreamingClient(ABC):
         """Hand a message over without waiting."""
 
 
-class InProcessClient(_StreamingClient):
+class InProcessClient(StreamingClient):
     """The engine in a thread of this process."""
 
     async def _launch(self) -> None:
@@ -218,10 +257,14 @@ class InProcessClient(_StreamingClient):
             self._loop.call_soon_threadsafe(self._receive, message)
 
 
-class ProcessClient(_StreamingClient):
+class ProcessClient(StreamingClient):
     """The engine in its own process, over a ZeroMQ ipc socket in a private folder."""
 
     STOP_SECONDS = 5.0
+    READS_PER_TURN = 16
+    # What Python is to run, the socket's address and its parent's id being added to it.
+    # -P: the working directory must not shadow packages (a folder "kernels" would).
+    ENGINE: tuple[str, ...] = ("-P", "-m", "leyden.engine.process")
 
     async def _launch(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="leyden-")  # mode 0700
@@ -234,9 +277,8 @@ class ProcessClient(_StreamingClient):
             self._socket.bind(address)
         except zmq.ZMQError as error:  # above all a path longer than the system allows a socket
             raise ConfigError(f"cannot open a socket in {self._folder}: {error}; set TMPDIR to a short path") from None
-        # -P: the working directory must not shadow packages (a folder "kernels" would).
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "leyden.engine.process", address, str(os.getpid())),
+            *(sys.executable, *self.ENGINE, address, str(os.getpid())),
             stdin=asyncio.subprocess.PIPE,
         )
         assert self._process.stdin is not None
@@ -272,9 +314,12 @@ class ProcessClient(_StreamingClient):
         self._socket.send(msgspec.msgpack.encode(message))
 
     async def _read(self) -> None:
+        """Take together what has come, so that streams that lag behind get it as one, but let them have their turn."""
         decoder = msgspec.msgpack.Decoder(FromEngine)
         while True:
-            self._receive(decoder.decode(await self._socket.recv()))
+            for _ in range(self.READS_PER_TURN):
+                self._receive(decoder.decode(await self._socket.recv()))
+            await asyncio.sleep(0)
 
     async def _watch(self) -> None:
         code = await self._process.wait()
@@ -283,10 +328,8 @@ class ProcessClient(_StreamingClient):
         self._die(f"the engine process (pid {self._process.pid}) ended {how}")
 
 
-def _checked(output: StepOutput | EngineDeadError) -> StepOutput:
+def _raise_if_refused(output: StepOutput) -> None:
     """Raise what the engine answered instead of tokens."""
-    if isinstance(output, EngineDeadError):
-        raise output
     match output.error_code:
         case "queue_full":
             raise QueueFullError(output.error or "the queue is full")
@@ -294,4 +337,3 @@ def _checked(output: StepOutput | EngineDeadError) -> StepOutput:
             raise ContextLengthError(output.error or "the request does not fit the context", output.error_param)
         case "invalid":
             raise RequestError(output.error or "the request is invalid", output.error_param)
-    return output

@@ -26,13 +26,14 @@ class IncrementalDetokenizer:
 
     def push(self, token_ids: list[int]) -> str:
         """The text that `token_ids` complete."""
-        return "".join(map(self._push, token_ids))
+        return "".join(map(self.push_one, token_ids))
 
     def flush(self) -> str:
         """What is left at the end; bytes that never became a character are dropped."""
         return self._give(self._decode(self._prefix, len(self._ids)).rstrip(REPLACEMENT))
 
-    def _push(self, token_id: int) -> str:
+    def push_one(self, token_id: int) -> str:
+        """The text that one more token completes."""
         self._ids.append(token_id)
         text = self._decode(self._prefix, len(self._ids))
         closed = text.rstrip(REPLACEMENT)
@@ -117,10 +118,13 @@ class TextStream:
         self._num_output_tokens = 0
 
     def push(self, step: StepOutput) -> RequestOutput:
-        """The text of a step. finish_reason "stop" may be set by a stop string before the engine knows of it."""
-        self._num_output_tokens += len(step.token_ids)
+        """The text of a step. finish_reason "stop" may be set by a stop string before the engine knows of it; tokens
+        that came after the one that completed it are dropped, so that an answer does not depend on what piled up."""
+        num_before = self._num_output_tokens
+        text, stop = self._read(step)
         output = RequestOutput(
             request_id=step.request_id,
+            text=text,
             token_ids=step.token_ids,
             logprobs=step.logprobs,
             prompt_logprobs=step.prompt_logprobs,
@@ -130,24 +134,31 @@ class TextStream:
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
         )
-        text = self._detokenizer.push(self._visible(step))
-        if step.finish_reason is not None:
-            text += self._detokenizer.flush()
-        output.text = self._scan(text, output)
+        if stop is not None:
+            num_kept = self._num_output_tokens - num_before
+            output.finish_reason, output.stop_reason = "stop", stop
+            output.token_ids = step.token_ids[:num_kept]
+            output.logprobs = step.logprobs and step.logprobs[:num_kept]
         return output
 
-    def _visible(self, step: StepOutput) -> list[int]:
-        """The stop token itself is not part of the text, unless asked for."""
-        if step.stop_token_id is not None and not self._params.include_stop_str_in_output:
-            return step.token_ids[:-1]
-        return step.token_ids
+    def _read(self, step: StepOutput) -> tuple[str, str | None]:
+        """(text that is safe to show, the stop string that ends it or None). Counts the tokens up to there."""
+        text = ""
+        # The stop token itself is not part of the text, unless asked for.
+        is_hidden = step.stop_token_id is not None and not self._params.include_stop_str_in_output
+        num_visible = len(step.token_ids) - is_hidden
+        for i, token_id in enumerate(step.token_ids):
+            self._num_output_tokens += 1
+            safe, stop = self._scan(self._detokenizer.push_one(token_id) if i < num_visible else "")
+            text += safe
+            if stop is not None:
+                return text, stop
+        if step.finish_reason is None:
+            return text, None
+        safe, stop = self._scan(self._detokenizer.flush())
+        return text + safe + ("" if stop is not None else self._stops.flush()), stop
 
-    def _scan(self, text: str, output: RequestOutput) -> str:
-        if self._num_output_tokens <= self._params.min_tokens:
-            return text  # no stop string counts yet
-        safe, stop = self._stops.push(text)
-        if stop is not None:
-            output.finish_reason, output.stop_reason = "stop", stop
-        elif output.finish_reason is not None:
-            safe += self._stops.flush()
-        return safe
+    def _scan(self, text: str) -> tuple[str, str | None]:
+        if not self._params.stop or self._num_output_tokens <= self._params.min_tokens:
+            return text, None  # no stop string counts, or not yet
+        return self._stops.push(text)

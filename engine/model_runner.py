@@ -227,8 +227,8 @@ def _spare_cores() -> int:
 def pick_device(name: str) -> torch.device:
     """The device of a setting; `auto` is CUDA where there is one. Raises `ConfigError`."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda:0" if name == "cuda" else name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:

@@ -21,8 +21,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: list[tuple[int, float]]
 
 
-class StepOutput(msgspec.Struct, kw_only=True):
-    """What one engine step adds to one request."""
+class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one engine step adds to one request, or several steps when their outputs have piled up."""
 
     request_id: str
     token_ids: list[int] = []
@@ -33,6 +33,17 @@ class StepOutput(msgspec.Struct, kw_only=True):
     error: str | None = None  # the message of finish_reason "error"
     error_code: ErrorCode | None = None
     error_param: str | None = None  # the request field at fault, when one is
+
+    @property
+    def is_failure(self) -> bool:
+        return self.finish_reason in ("error", "abort")
+
+    def extend(self, later: StepOutput) -> None:
+        """Take in what the same request got next, unless that is a failure."""
+        self.token_ids += later.token_ids
+        self.logprobs = _joined(self.logprobs, later.logprobs)
+        self.finish_reason = later.finish_reason
+        self.stop_token_id = later.stop_token_id
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
@@ -52,3 +63,18 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     error: str | None = None
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+
+    def extend(self, later: RequestOutput) -> None:
+        """Take in all but the text of what the same request got next: many small texts are better joined once."""
+        self.token_ids += later.token_ids
+        self.logprobs = _joined(self.logprobs, later.logprobs)
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.num_output_tokens = later.num_output_tokens
+
+
+def _joined(logprobs: list[TokenLogprobs] | None, more: list[TokenLogprobs] | None) -> list[TokenLogprobs] | None:
+    """`logprobs`, grown in place."""
+    if logprobs is None:
+        return more
+    logprobs += more or ()
+    return logprobs

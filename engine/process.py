@@ -24,7 +24,7 @@ logger = logging.getLogger("leyden.engine")
 PARENT_POLL_MS = 1000
 
 
-class _Link:
+class Link:
     """The engine's end of the socket."""
 
     def __init__(self, address: str, parent: int) -> None:
@@ -62,7 +62,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group or container; the server decides
         signal.signal(number, signal.SIG_IGN)
-    link = _Link(sys.argv[1], int(sys.argv[2]))
+    link = Link(sys.argv[1], int(sys.argv[2]))
     try:
         config = EngineConfig.model_validate_json(sys.stdin.buffer.read())
         return _serve(config, link)
@@ -77,7 +77,7 @@ def main() -> int:
         link.close()
 
 
-def _serve(config: EngineConfig, link: _Link) -> int:
+def _serve(config: EngineConfig, link: Link) -> int:
     from .core import EngineCore
     from .loop import run_loop
 

@@ -10,8 +10,7 @@ import inspect
 import logging
 import re
 import secrets
-from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ class Tokenizer:
         self._control_start = _start_of_any(controls)
         self._control_prefixes = {token[:n] for token in controls for n in range(1, len(token))}
         self._max_prefix = max(map(len, self._control_prefixes), default=0)
+        self._decode_one = cache(self._decode)  # never more entries than twice the vocabulary
         self.vocab_size = int(self._with_control.get_vocab_size(with_added_tokens=True))
         self.bos_token_id: int | None = self._hf.bos_token_id
         own_eos = () if self._hf.eos_token_id is None else (self._hf.eos_token_id,)
@@ -120,13 +120,18 @@ class Tokenizer:
         except Exception:  # it wants something else in a conversation; a real one will say what
             return ""
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Bytes that form no character come out as U+FFFD."""
-        return self._with_control.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        if len(ids) == 1:  # remembered: a stream asks for every token alone, too
+            return self._decode_one(ids[0], skip_special_tokens)
+        return str(self._with_control.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def _decode(self, token_id: int, skip_special_tokens: bool) -> str:
+        return str(self._with_control.decode([token_id], skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:
         """One token as text, control tokens included."""
-        return self.decode([token_id], skip_special_tokens=False)
+        return self._decode_one(token_id, False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, also where they are part of a character."""

@@ -26,17 +26,17 @@ Events = AsyncGenerator[Event, None]
 QUEUE_PER_CHOICE = 2
 
 
-async def generate(state: ServerState, jobs: list[Job], answer_id: str) -> Events:
-    """Outputs of all jobs as they come. Closing this aborts whatever still runs.
+def generate(state: ServerState, jobs: list[Job], answer_id: str) -> Events:
+    """Outputs of all jobs as they come; those that a choice gets before they are asked for come as one. Closing this
+    aborts whatever still runs.
 
     All or nothing: as soon as one choice fails, for instance because the queue is full, the rest is aborted and the
     error is raised, even ahead of outputs that came before it.
     """
-    if len(jobs) == 1:
-        async with aclosing(_run_job(state, jobs[0], answer_id)) as outputs:
-            async for event in outputs:
-                yield event
-        return
+    return _run_job(state, jobs[0], answer_id) if len(jobs) == 1 else _run_side_by_side(state, jobs, answer_id)
+
+
+async def _run_side_by_side(state: ServerState, jobs: list[Job], answer_id: str) -> Events:
     queue: asyncio.Queue[Event | None] = asyncio.Queue(maxsize=QUEUE_PER_CHOICE * len(jobs))
     failures: list[Exception] = []
 
@@ -113,28 +113,18 @@ async def first_event(events: Events) -> Event:
 
 async def collect(events: Events) -> list[Event]:
     """All outputs of each job as one, in the order of the jobs' indices."""
-    parts: dict[int, list[Event]] = {}
+    merged: dict[int, Event] = {}
+    texts: dict[int, list[str]] = {}
     async for event in events:
-        parts.setdefault(event[0].index, []).append(event)
-    return [_merge(parts[index]) for index in sorted(parts)]
-
-
-def _merge(events: list[Event]) -> Event:
-    job, last = events[-1]
-    outputs = [output for _, output in events]
-    has_logprobs = any(output.logprobs is not None for output in outputs)
-    merged = RequestOutput(
-        request_id=last.request_id,
-        text="".join(output.text for output in outputs),
-        token_ids=[token_id for output in outputs for token_id in output.token_ids],
-        logprobs=[entry for output in outputs for entry in output.logprobs or ()] if has_logprobs else None,
-        prompt_logprobs=outputs[0].prompt_logprobs,
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        num_prompt_tokens=last.num_prompt_tokens,
-        num_output_tokens=last.num_output_tokens,
-    )
-    return job, merged
+        index, output = event[0].index, event[1]
+        texts.setdefault(index, []).append(output.text)
+        if index in merged:
+            merged[index][1].extend(output)
+        else:
+            merged[index] = event
+    for index, (_, output) in merged.items():
+        output.text = "".join(texts[index])
+    return [merged[index] for index in sorted(merged)]
 
 
 async def cancel_all(*tasks: asyncio.Task[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -40,7 +41,7 @@ def serve(settings: Settings) -> int:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    listener = _bind(settings.host, settings.port)
+    listener = bind(settings.host, settings.port)
     try:
         return asyncio.run(_serve(settings, listener))
     finally:
@@ -61,7 +62,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
         app = create_app(AsyncLLM(client, tokenizer), settings, model_name=name)
         address = _address(*listener.getsockname()[:2])
         print(banner(info, name=name, address=address, needs_key=_needs_key(settings)), flush=True)
-        return await _Service(settings, client, app).run(listener)
+        return await Service(settings, client, app).run(listener)
     except EngineDeadError as error:
         logger.error("the engine did not start: %s", error)
         return 1
@@ -82,6 +83,13 @@ async def _unless_interrupted(starting: asyncio.Task[EngineInfo]) -> EngineInfo 
     return await starting if starting.done() else None
 
 
+def _spare_the_garbage_collector() -> None:
+    """What is imported and loaded by now stays: looking through it again took a tenth of a second each time, of every
+    stream."""
+    gc.collect()
+    gc.freeze()
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handlers: a signal drains first."""
 
@@ -90,7 +98,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Service:
+class Service:
     """One run of the HTTP server over a living engine."""
 
     def __init__(self, settings: Settings, client: ProcessClient, app: FastAPI) -> None:
@@ -119,6 +127,7 @@ class _Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        _spare_the_garbage_collector()
         watchers = [asyncio.create_task(self._watch_engine()), asyncio.create_task(self._log_throughput())]
         try:
             await self.server.serve(sockets=[listener])
@@ -174,7 +183,7 @@ def _throughput(before: EngineStats, now: EngineStats, seconds: float, client: P
     )
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Take the port before the model is loaded: a port in use should not cost a minute."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

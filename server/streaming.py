@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from .errors import describe, log_failure
 from .generation import Event, Events, unless_disconnected
 
+ENCODE = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -71,4 +72,7 @@ async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
 
 
 def _encode(chunks: Iterable[msgspec.Struct]) -> bytes:
-    return b"".join(b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks)
+    frames = b""
+    for chunk in chunks:
+        frames += b"data: %b\n\n" % ENCODE(chunk)
+    return frames

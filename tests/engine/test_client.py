@@ -14,13 +14,17 @@ import time
 from collections.abc import Iterator
 from contextlib import aclosing
 
+import msgspec
 import pytest
 from engines import engine_config, request
+from leyden.configs.schema import EngineConfig
 from leyden.engine.async_llm import AsyncLLM
-from leyden.engine.client import InProcessClient, ProcessClient
+from leyden.engine.client import InProcessClient, ProcessClient, Stream
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ConfigError, ContextLengthError, EngineDeadError, QueueFullError, RequestError
-from leyden.engine.process import _Link
+from leyden.engine.messages import EngineStats, StepOutputs
+from leyden.engine.outputs import StepOutput
+from leyden.engine.process import Link
 from leyden.engine.sampling_params import SamplingParams
 from tiny_models import greedy, random_prompt
 
@@ -233,10 +237,49 @@ async def test_text_over_a_client_stops_at_a_stop_string_and_frees_the_engine(ti
 
 
 def test_engine_whose_parent_died_before_it_looked_leaves_too(tmp_path):
-    link = _Link(f"ipc://{tmp_path}/engine.sock", parent=os.getppid() + 1)
+    link = Link(f"ipc://{tmp_path}/engine.sock", parent=os.getppid() + 1)
     with pytest.raises(SystemExit, match="the server is gone"):
         link.receive(wait=True)
     link._socket.close()
+
+
+async def test_outputs_that_pile_up_are_one_and_failures_come_after_them():
+    stream = Stream()
+    waiting = asyncio.create_task(stream.get())
+    await asyncio.sleep(0)
+    stream.put(StepOutput(request_id="r", token_ids=[1]))
+    assert (await waiting).token_ids == [1], "the first one goes at once"
+    for token in range(2, 100):
+        stream.put(StepOutput(request_id="r", token_ids=[token]))
+    stream.put(StepOutput(request_id="r", finish_reason="error", error="NaN"))
+    stream.fail(EngineDeadError("dead"))
+    assert (await stream.get()).token_ids == list(range(2, 100))
+    assert (await stream.get()).error == "NaN"
+    with pytest.raises(EngineDeadError):
+        await stream.get()
+
+
+async def test_an_engine_faster_than_its_reader_leaves_streams_their_turn():
+    class EndlessSocket:
+        """A message is always there, so that receiving never waits."""
+
+        num_reads = 0
+
+        async def recv(self) -> bytes:
+            self.num_reads += 1
+            assert self.num_reads < 1000, "nobody else got a turn"
+            return message
+
+    message = msgspec.msgpack.encode(StepOutputs(outputs=[], stats=EngineStats()))
+    client = ProcessClient(EngineConfig())
+    client._socket = EndlessSocket()
+    reading = asyncio.create_task(client._read())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert 1 < client._socket.num_reads < 1000
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    assert reading.cancelled()
 
 
 PARENT = """

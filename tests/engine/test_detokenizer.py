@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from leyden.engine.detokenizer import MAX_OPEN, IncrementalDetokenizer, StopStrings, TextStream
-from leyden.engine.outputs import StepOutput
+from leyden.engine.outputs import RequestOutput, StepOutput, TokenLogprobs
 from leyden.engine.sampling_params import SamplingParams
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
@@ -207,6 +208,46 @@ def test_stop_string_that_spans_tokens_ends_the_stream(tokenizer, size, include)
     )
     assert text == ("one € two STOP" if include else "one € two ")
     assert (last.finish_reason, last.stop_reason) == ("stop", "STOP")
+
+
+def merged(steps: list[StepOutput], sizes: list[int]) -> list[StepOutput]:
+    """The steps as a slow reader gets them: so many as one, again and again."""
+    piles = [msgspec.msgpack.decode(msgspec.msgpack.encode(pile), type=list[StepOutput]) for pile in cut(steps, sizes)]
+    for pile in piles:
+        for later in pile[1:]:
+            pile[0].extend(later)
+    return [pile[0] for pile in piles]
+
+
+@relaxed
+@given(
+    text=st.text("abé€", min_size=1, max_size=20),
+    stops=st.lists(st.text("abé", min_size=1, max_size=3), max_size=3).map(tuple),
+    min_tokens=st.integers(0, 6),
+    include=st.booleans(),
+    ends_with_token=st.booleans(),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+)
+def test_an_answer_does_not_depend_on_how_its_steps_pile_up(
+    tokenizer, text, stops, min_tokens, include, ends_with_token, sizes
+):
+    ids = tokenizer.encode(text)
+    steps = [StepOutput(request_id="r", token_ids=[i], logprobs=[TokenLogprobs(i, -1.0, [])]) for i in ids]
+    steps[0].prompt_logprobs = [None]
+    steps[-1].finish_reason = "stop" if ends_with_token else "length"
+    steps[-1].stop_token_id = ids[-1] if ends_with_token else None
+    params = SamplingParams(
+        max_tokens=None, stop=stops, min_tokens=min_tokens, include_stop_str_in_output=include, logprobs=0
+    )
+
+    def whole(steps: list[StepOutput]) -> RequestOutput:
+        first, *rest = finish(TextStream(tokenizer, params, 3), steps)
+        for output in rest:
+            first.extend(output)
+            first.text += output.text
+        return first
+
+    assert whole(merged(steps, sizes)) == whole(merged(steps, [1]))
 
 
 def test_stop_string_may_begin_inside_a_multibyte_character_run(tokenizer):
