@@ -57,7 +57,7 @@ def run(core: EngineCore, prompts: dict[str, list[int]], num_tokens: int = NUM_T
     return answers
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "auto", "replay"])
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
 def test_alone(checkpoint, backend, device):
     folder, expected = checkpoint
     core = make_core(folder, device=device, linear_backend=backend)
