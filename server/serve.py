@@ -29,6 +29,7 @@ logger = logging.getLogger("leyden.server")
 
 MAX_HEADER_BYTES = 65536
 KEEP_ALIVE_SECONDS = 5
+BACKLOG = 2048  # connections that the kernel holds before they are accepted; uvicorn's own default
 FLUSH_SECONDS = 2  # for streams to carry the engine's last word to their clients
 
 
@@ -61,6 +62,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
         name = settings.served_model_name or _model_name(settings.model)
         app = create_app(AsyncLLM(client, tokenizer), settings, model_name=name)
         address = _address(*listener.getsockname()[:2])
+        listener.listen(BACKLOG)  # who reads the address may come at once; uvicorn takes them a moment later
         print(banner(info, name=name, address=address, needs_key=_needs_key(settings)), flush=True)
         return await Service(settings, client, app).run(listener)
     except EngineDeadError as error:

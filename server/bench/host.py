@@ -27,8 +27,7 @@ def own_server(model: str, serve_args: str) -> Iterator[tuple[str, float]]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     try:
         url = _wait_for_address(process)
-        while httpx.get(f"{url}/health").status_code != 200:
-            time.sleep(0.01)
+        httpx.get(f"{url}/health").raise_for_status()
         yield url, round(time.perf_counter() - started, 2)
     finally:
         process.send_signal(signal.SIGTERM)

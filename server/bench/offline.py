@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from dataclasses import asdict
@@ -41,6 +42,8 @@ def measure_offline(
     started = time.perf_counter()
     core = EngineCore(config)
     startup = time.perf_counter() - started
+    gc.collect()
+    gc.freeze()  # as the engine's own process does
     info = core.info()
     report = {
         "model": model,
