@@ -27,6 +27,7 @@ from leyden.configs.schema import Settings
 from leyden.engine.async_llm import AsyncLLM
 from leyden.engine.client import ProcessClient
 from leyden.engine.loop import run_loop
+from leyden.engine.memory import MemoryUse
 from leyden.engine.messages import AddRequest, EngineInfo, EngineStats
 from leyden.engine.outputs import StepOutput
 from leyden.engine.process import Link
@@ -183,6 +184,7 @@ def run_engine(step_ms: str, address: str, parent: str) -> None:
     sizes = dict.fromkeys(EngineInfo.__struct_fields__, 1)
     names = dict.fromkeys(("model_path", "architecture", "device", "device_name", "dtype"), "scripted")
     kinds = {"state_dtype": "float32", "linear_backend": "auto", "kernels": "torch", "eos_token_ids": [0], "notes": []}
+    kinds["memory"] = MemoryUse(total=1)
     bounds = {"vocab_size": 10**6, "max_model_len": 4096, "num_state_slots": 4096, "max_waiting": 4096}
     link.send(EngineInfo(**(sizes | names | kinds | bounds)))
     run_loop(core, link.receive, send)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import queue
 import shutil
@@ -36,6 +37,8 @@ from .messages import (
     ToEngine,
 )
 from .outputs import StepOutput
+
+logger = logging.getLogger("leyden.engine")
 
 
 class EngineClient(Protocol):
@@ -316,10 +319,14 @@ class ProcessClient(StreamingClient):
     async def _read(self) -> None:
         """Take together what has come, so that streams that lag behind get it as one, but let them have their turn."""
         decoder = msgspec.msgpack.Decoder(FromEngine)
-        while True:
-            for _ in range(self.READS_PER_TURN):
-                self._receive(decoder.decode(await self._socket.recv()))
-            await asyncio.sleep(0)
+        try:
+            while True:
+                for _ in range(self.READS_PER_TURN):
+                    self._receive(decoder.decode(await self._socket.recv()))
+                await asyncio.sleep(0)
+        except Exception as error:  # nobody would be told anything any more
+            logger.exception("reading from the engine failed")
+            self._die(f"the engine process (pid {self._process.pid}) cannot be understood: {error}")
 
     async def _watch(self) -> None:
         code = await self._process.wait()

@@ -151,6 +151,18 @@ async def test_killed_process_fails_every_stream_and_turns_health_red(tiny):
     assert socket_folders() <= before
 
 
+async def test_an_engine_that_cannot_be_understood_is_dead(tiny, monkeypatch):
+    """Another version, say: its first message is none of ours."""
+    speaks = "import sys, zmq; s = zmq.Context().socket(zmq.PAIR); s.connect(sys.argv[1]); s.send(b'hello'); input()"
+    monkeypatch.setattr(ProcessClient, "ENGINE", ("-c", speaks + "; sys.stdin.read(); import time; time.sleep(60)"))
+    client = ProcessClient(engine_config(tiny.folder))
+    async with asyncio.timeout(DEADLINE):
+        with pytest.raises(EngineDeadError, match="cannot be understood"):
+            await client.start()
+        await client.close()
+    assert not is_alive(client.pid)
+
+
 @pytest.mark.parametrize("kind", [InProcessClient, ProcessClient])
 async def test_wrong_checkpoint_is_a_config_error_at_start(kind, tmp_path):
     before = socket_folders()
