@@ -1,6 +1,8 @@
-"""Write the README's tables from the recorded runs in `benchmarks/results`, between their markers.
+"""Write the tables of the README and of docs/performance.md from the recorded runs in `benchmarks/results`.
 
-python -P benchmarks/tables.py [--check]     --check only says whether the README is up to date
+Each has its place between two markers.
+
+python -P benchmarks/tables.py [--check]     --check only says whether they are up to date
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from leyden.benchmarks.step_table import steps_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -138,39 +142,56 @@ def kernel_cell(case: dict[str, Any], name: str) -> str:
     return f"{result['us']:.0f} µs, {100 / result['times_floor']:.0f} %{mark}"
 
 
-# A table's name -> how it is made, and the recorded runs that it needs.
-TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
-    "serving-cpu": (serving_table, ["serving-cpu"]),
-    "serving-offline-h100": (offline_table, ["serving-dense-h100", "serving-moe-h100", "vllm-0.23-h100"]),
-    "serving-http-h100": (serving_table, ["serving-http-h100"]),
-    "api-process-cpu": (api_process_table, ["api-process-cpu"]),
-    "kernels-h100": (kernels_table, ["kernels-h100"]),
+README, PERFORMANCE = "README.md", "docs/performance.md"
+# A table's name -> the page it is on, how it is made, and the recorded runs that it needs.
+TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
+    "serving-cpu": (README, serving_table, ["serving-cpu"]),
+    "serving-offline-h100": (README, offline_table, ["serving-dense-h100", "serving-moe-h100", "vllm-0.23-h100"]),
+    "serving-http-h100": (README, serving_table, ["serving-http-h100"]),
+    "api-process-cpu": (README, api_process_table, ["api-process-cpu"]),
+    "kernels-h100": (README, kernels_table, ["kernels-h100"]),
+    "steps-dense-h100": (PERFORMANCE, steps_table, ["profile-dense-h100", "../configs/dense/config", "kernels-h100"]),
+    "steps-moe-h100": (PERFORMANCE, steps_table, ["profile-moe-h100", "../configs/moe/config", "kernels-h100"]),
 }
 
 
-def render(readme: str, results: Path = RESULTS) -> str:
-    """The README with every table as the results have it; one whose runs are not recorded has no place there."""
-    for name, (table, files) in TABLES.items():
-        paths = [results / f"{file}.json" for file in files]
-        missing = [path.name for path in paths if not path.exists()]
+def load(name: str, results: Path) -> Any:
+    """A recorded run; None when there is none. A profile is a folder with a table for each step."""
+    folder, file = results / name, results / f"{name}.json"
+    if folder.is_dir():
+        return [json.loads(path.read_text()) for path in sorted(folder.glob("*.table.json"))]
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def render(page: str, text: str, results: Path = RESULTS) -> str:
+    """The page with every table as the results have it; one whose runs are not recorded has no place there."""
+    for name, (home, table, files) in TABLES.items():
+        if home != page:
+            continue
+        runs = [load(file, results) for file in files]
+        missing = [file for file, run in zip(files, runs, strict=True) if run is None]
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if bool(pattern.search(readme)) == bool(missing):
+        if bool(pattern.search(text)) == bool(missing):
             wrong = f"of {', '.join(missing)}, which is not recorded" if missing else "no place for it"
-            raise SystemExit(f"README.md has {wrong}: <!-- {name} --> <!-- /{name} -->")
+            raise SystemExit(f"{page} has {wrong}: <!-- {name} --> <!-- /{name} -->")
         if not missing:
-            text = table(*(json.loads(path.read_text()) for path in paths))
-            readme = pattern.sub(lambda m, text=text: f"{m.group(1)}{text}\n{m.group(2)}", readme)
-    return readme
+            made = table(*runs)
+            text = pattern.sub(lambda m, made=made: f"{m.group(1)}{made}\n{m.group(2)}", text)
+    return text
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = render(before)
+    stale = []
+    for page in (README, PERFORMANCE):
+        before = (ROOT / page).read_text()
+        after = render(page, before)
+        if before != after:
+            stale.append(page)
+            if "--check" not in sys.argv[1:]:
+                (ROOT / page).write_text(after)
     if "--check" in sys.argv[1:]:
-        print("up to date" if before == after else "README.md is stale; run benchmarks/tables.py")
-        return int(before != after)
-    path.write_text(after)
+        print(f"stale: {', '.join(stale)}; run benchmarks/tables.py" if stale else "up to date")
+        return int(bool(stale))
     return 0
 
 

@@ -70,10 +70,38 @@ def test_a_served_case_is_a_row_and_its_failures_are_told(tables):
 def test_a_table_has_a_place_if_and_only_if_its_run_is_recorded(tables, tmp_path):
     for name in ("serving-cpu", "kernels-h100"):
         (tmp_path / f"{name}.json").write_text((RESULTS / f"{name}.json").read_text())
-    readme = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("serving-cpu", "kernels-h100"))
-    assert "old" not in tables.render(readme, tmp_path)
-    with pytest.raises(SystemExit, match=r"serving-http-h100\.json, which is not recorded"):
-        tables.render(readme + "<!-- serving-http-h100 -->\n<!-- /serving-http-h100 -->", tmp_path)
+    readme = "".join(f"<!-- {name} -->\nyesterday\n<!-- /{name} -->\n" for name in ("serving-cpu", "kernels-h100"))
+    assert "yesterday" not in tables.render("README.md", readme, tmp_path)
+    with pytest.raises(SystemExit, match=r"serving-http-h100, which is not recorded"):
+        tables.render("README.md", readme + "<!-- serving-http-h100 -->\n<!-- /serving-http-h100 -->", tmp_path)
     (tmp_path / "serving-http-h100.json").write_text(json.dumps(http_report()))
     with pytest.raises(SystemExit, match="no place for it: <!-- serving-http-h100 -->"):
-        tables.render(readme, tmp_path)
+        tables.render("README.md", readme, tmp_path)
+
+
+CONFIG = json.loads((ROOT / "benchmarks" / "configs" / "dense" / "config.json").read_text())
+KERNELS = {"copy_tb_per_s": 3.0, "matrix_tflop_per_s": 700.0}
+
+
+def profile(name: str, **operations: float) -> dict:
+    times = [{"name": operation, "calls": 1.0, "us": us} for operation, us in operations.items()]
+    return {"name": name, "steps": 16, "wall_us": 9000.0, "device_us": 8000.0, "operations": times}
+
+
+def test_a_step_is_shown_by_kind_beside_its_floor(tables):
+    steps = [
+        profile("prefill, 8192 tokens of 2 prompts", nvjet_x=150000.0, _segment_kernel=4000.0),
+        profile("decode, 1 rows after 128", _row_kernel=4000.0, nvjet_y=1000.0, _replay_kernel=100.0, what_else=7.0),
+    ]
+    lines = tables.steps_table(steps, CONFIG, KERNELS).splitlines()
+    assert lines[0] == "| ms per step | decode, 1 rows after 128 | prefill, 8192 tokens of 2 prompts |"
+    weights = 2 * (7.108e9 - 32000 * 4096) / 3e12 * 1e3  # all but the embedding, once
+    products = next(line for line in lines if line.startswith("| matrix products"))
+    assert products.startswith(f"| matrix products | 5.00 ({weights:.2f}) | 150.00 (160.")
+    assert "| sampling, copies, the rest | 0.01 | 0.00 |" in lines
+    assert not any(line.startswith("| experts") for line in lines), "a model without experts has no such row"
+
+
+def test_a_profile_of_something_else_is_refused(tables):
+    with pytest.raises(SystemExit, match="no profiled step"):
+        tables.steps_table([profile("training")], CONFIG, KERNELS)
