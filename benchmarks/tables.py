@@ -97,6 +97,7 @@ KERNEL_GROUPS = {
     "linear": "One row times a bfloat16 matrix, N x K, time and share of the copy bandwidth",
     "around": "Around attention at hidden size 4096 (silu_ on 12,288 of 16,384 channels, silu_and_mul from 22,016 to "
     "11,008), time and share of the copy bandwidth",
+    "sampling": "A token for each of 256 rows of bfloat16 logits, time and share of the copy bandwidth for one read",
     "moe": "64 experts of 1408, 4 per token, hidden size 2048: time and share of the rate that bounds it",
 }
 

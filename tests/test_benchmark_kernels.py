@@ -47,6 +47,7 @@ SMALL_CASES = [
     cases.MoeCase(5, num_experts=4, top_k=2, size=24, width=16),
     cases.LinearCase(24, 40),
     *[cases.AroundCase(operation, 3) for operation in cases.OPERATIONS],
+    *[cases.SamplingCase(sampler, rows=6, vocab=300) for sampler in cases.SAMPLERS],
 ]
 OWN = [
     (case, name)
@@ -216,3 +217,15 @@ def test_a_report_becomes_tables():
 def test_reports_hold_no_nan():
     assert benchmark.rounded(math.nan) is None
     assert benchmark.rounded(123456.0) == 123500.0
+
+
+@pytest.mark.parametrize("sampler", cases.SAMPLERS)
+def test_a_token_that_another_row_should_have_is_an_error(on_cpu, sampler):
+    case = cases.SamplingCase(sampler, rows=6, vocab=300)
+    inputs = case.inputs(1, checked=True)
+    bound = case.bind(inputs)
+    bound.step(0)
+    assert torch.allclose(bound.results()[0], torch.ones(6, dtype=torch.float64), atol=1e-5)
+    shifted = inputs._replace(logits=inputs.logits.roll(1, 0))
+    missed = torch.stack([case._miss(inputs, torch_ops.sample(*shifted), i) for i in range(6)])
+    assert missed.max() > 0.01
