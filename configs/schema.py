@@ -17,6 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 LinearBackendName = Literal["auto", "minimax", "seg_la", "replay"]
 ENV_PREFIX = "LEYDEN_"
 DEMO_MODEL = "demo"
+STRICT = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+STRICT = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class SettingsError(Exception):
@@ -26,7 +30,7 @@ class SettingsError(Exception):
 class EngineConfig(BaseModel):
     """Settings of the engine: model, numbers, memory, scheduling."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = STRICT
 
     model: str = Field(DEMO_MODEL, description="checkpoint folder, hub id, or 'demo' for the embedded model")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
@@ -82,7 +86,7 @@ class EngineConfig(BaseModel):
 class ServerConfig(BaseModel):
     """Settings of the HTTP layer."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = STRICT
 
     host: str = Field("127.0.0.1", description="address to bind; 0.0.0.0 = all interfaces")
     port: int = Field(8000, ge=0, le=65535, description="0 = any free port")
@@ -106,7 +110,8 @@ class Settings(EngineConfig, ServerConfig):
     """Every setting."""
 
     def engine(self) -> EngineConfig:
-        return EngineConfig(**self.model_dump(include=set(EngineConfig.model_fields)))
+        """The engine's part of what was set."""
+        return EngineConfig(**self.model_dump(include=set(EngineConfig.model_fields), exclude_unset=True))
 
 
 def load_settings(

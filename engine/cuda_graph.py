@@ -87,8 +87,10 @@ class DecodeGraphs:
         self.device = device
         self.sizes = sorted(sizes)
         self.block_table = torch.zeros(self.sizes[-1], table_width, dtype=torch.int32, device=device)
+        self.logits: Tensor | None = None  # of the last replay; one for all graphs, since a vocabulary is large
         self._graphs: dict[int, tuple[Callable[[], None], Decoded]] = {}
         self._inputs: dict[int, Tensor] = {}
+        self._batches: dict[int, ForwardBatch] = {}  # a graph knows addresses alone: these keep the tensors there
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         for size in tqdm(self.sizes[::-1], desc="CUDA graphs", disable=not progress):  # the largest shapes the pool
             self._capture(step, size, pool)
@@ -121,4 +123,13 @@ class DecodeGraphs:
         }
         batch = make_batch(tensors, Counts(0, 0, size, prefills_pending=False, max_query_len=1))
         draw = Draw(*(static[name] for name in Draw._fields))
-        self._graphs[size] = record(lambda: step(batch, draw), pool)
+
+        def compute() -> Decoded:
+            logits, tokens = step(batch, draw)
+            if self.logits is None:  # the largest comes first, and runs once before it is recorded
+                self.logits = torch.empty_like(logits)
+            self.logits[:size].copy_(logits)
+            return Decoded(self.logits[:size], tokens)
+
+        self._batches[size] = batch
+        self._graphs[size] = record(compute, pool)

@@ -34,6 +34,8 @@ class IncrementalDetokenizer:
 
     def push_one(self, token_id: int) -> str:
         """The text that one more token completes."""
+        if self._skip_special_tokens and token_id in self._tokenizer.control_ids:
+            return ""  # it has no text and changes none: a long run of them must not make the rest longer to decode
         self._ids.append(token_id)
         text = self._decode(self._prefix, len(self._ids))
         closed = text.rstrip(REPLACEMENT)

@@ -206,6 +206,10 @@ class ModelRunner:
         self.caches = _caches_by_layer(config, self.states, self.kv)
         self.sampler = Sampler(self.kernels, num_slots, config.vocab_size, self.device)
 
+    def release(self) -> None:
+        """Give back what `allocate` made."""
+        del self.states, self.kv, self.caches, self.sampler
+
     def warm_up(self) -> None:
         """The first steps on the real pools. Uses slot 0 and the first blocks, which are free: what it leaves there is
         what any former owner leaves. On CUDA all that serving meets is compiled by now: prefill by

@@ -88,7 +88,7 @@ def _measure(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> M
         workspace = _measure_steps(runner, limits)
     sizes = graph_sizes(min(limits.num_slots, config.max_graph_rows))
     graphs = _measure_graphs(runner, sizes, max_model_len) if runner.wants_graphs else 0
-    del runner.states, runner.kv, runner.caches, runner.sampler
+    runner.release()
     free, everything = free_memory(runner.device)
     known = runner.weight_bytes + runner.model.position_bytes(limits.longest_prompt + 1)
     return MemoryUse(

@@ -41,7 +41,8 @@ class Tokenizer:
         self._with_control: Any = Backend.from_str(source)
         self._as_text: Any = Backend.from_str(source)
         self._as_text.encode_special_tokens = True
-        controls = [t.content for t in self._hf.added_tokens_decoder.values() if t.special]
+        special = {i: token.content for i, token in self._hf.added_tokens_decoder.items() if token.special}
+        controls, self.control_ids = list(special.values()), frozenset(special)
         self._control_start = _start_of_any(controls)
         self._control_prefixes = {token[:n] for token in controls for n in range(1, len(token))}
         self._max_prefix = max(map(len, self._control_prefixes), default=0)

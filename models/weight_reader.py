@@ -83,7 +83,7 @@ def read_header(path: Path) -> list[StoredTensor]:
     for name, code, shape in reversed(tensors):
         if code not in DTYPES:
             raise CheckpointError(
-                f"{path}: tensor {name} is {code}; quantised weights are not supported, "
+                f"{path}: tensor {name!r} is {code}; quantised weights are not supported, "
                 "use float32, bfloat16 or float16"
             )
         end -= math.prod(shape) * DTYPES[code].itemsize

@@ -16,6 +16,7 @@ from .. import __version__
 from ..configs.schema import EngineConfig, Settings, SettingsError, load_settings
 from ..engine.errors import LeydenError
 from .bench.command import add_bench
+from .bench.flags import positive_number
 
 EXIT_USAGE = 2
 
@@ -92,7 +93,9 @@ def _build_parser() -> _Parser:
 
     info = commands.add_parser("info", help="show what a model is and how many sequences fit")
     _add_settings(info, EngineConfig)
-    info.add_argument("--memory-gb", type=float, default=None, help="memory to plan for; default: this machine's")
+    info.add_argument(
+        "--memory-gb", type=positive_number, default=None, help="memory to plan for; default: this machine's"
+    )
     info.set_defaults(run=_info, parser=info)
 
     add_bench(commands.add_parser("bench", help="measure a server, or the engine alone"))
@@ -150,7 +153,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from ..engine.sampling_params import SamplingParams
 
     params = SamplingParams(max_tokens=arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p)
-    llm = LLM(**config.model_dump())
+    llm = LLM(**config.model_dump(exclude_unset=True))
     if arguments.chat:
         answers = llm.chat([[{"role": "user", "content": prompt}] for prompt in arguments.prompts], params)
     else:

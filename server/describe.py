@@ -108,8 +108,9 @@ def _planned(
 ) -> list[str]:
     """How the engine would share the memory out. `state`: bytes per slot, `kv`: bytes per token."""
     from ..engine.sampler import Sampler
+    from ..engine.sizing import context_length
 
-    max_model_len = config.max_model_len or model.config.max_model_len
+    max_model_len = context_length(config, model.config.max_model_len)
     table = Sampler.bytes_per_slot(model.config.vocab_size)
     use = msgspec.structs.replace(use, weights=use.weights + model.position_bytes(max_model_len))
     try:

@@ -103,6 +103,8 @@ def test_unknown_key_is_named_with_its_source_and_a_suggestion(tmp_path):
         ("port", "70000", "65535"),
         ("memory_fraction", "0", "greater than 0"),
         ("memory_fraction", "1.5", "less than or equal to 1"),
+        ("cpu_memory_gb", "inf", "finite"),
+        ("drain_seconds", "nan", "finite"),
         ("device", "tpu", "cuda"),
         ("metrics_prefix", "9 lives", "pattern"),
         ("block_size", "1.5", "integer"),
@@ -177,3 +179,7 @@ def test_settings_cannot_be_changed():
 
 def test_every_setting_has_a_help_text():
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_the_engine_is_told_what_was_set_and_keeps_its_own_defaults():
+    assert load_settings({"max_num_seqs": "8", "port": "1"}, environ={}).engine().model_fields_set == {"max_num_seqs"}

@@ -103,6 +103,13 @@ def test_more_rows_than_the_largest_graph_run_without_one(folder):
     assert {n: a.token_ids for n, a in answers.items()} == {n: a.token_ids for n, a in expected.items()}
 
 
+@torch.inference_mode()
+def test_graphs_share_one_place_for_logits(folder):
+    graphs = with_graphs(folder).runner.graphs
+    places = {results.logits.data_ptr() for _, results in graphs._graphs.values()}
+    assert places == {graphs.logits.data_ptr()} and graphs.logits.shape == (SIZES[-1], 320)
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 64, 65, 256, 300, 512])
 def test_sizes_grow_to_the_most_rows_and_padding_stays_small(most):
     sizes = graph_sizes(most)

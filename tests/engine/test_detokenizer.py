@@ -97,6 +97,7 @@ class ByteFallback:
     """A sentencepiece-like tokenizer: words carry their space in front, everything else is spelled in bytes."""
 
     WORDS = ("▁the", "▁a", "b", "▁")
+    control_ids = frozenset()
 
     def __init__(self) -> None:
         names = [*self.WORDS, *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -143,6 +144,17 @@ def test_valid_text_after_a_long_run_of_broken_bytes_is_not_lost(tokenizer):
 def test_incomplete_character_at_the_end_is_dropped(tokenizer):
     detokenizer = IncrementalDetokenizer(tokenizer)
     assert detokenizer.push(tokenizer.encode("ab€")[:-1]) + detokenizer.flush() == "ab"
+
+
+def test_a_run_of_control_tokens_makes_no_token_dearer(tokenizer, monkeypatch):
+    asked: list[int] = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, skip=True: asked.append(len(ids)) or decode(ids, skip))
+    control = min(tokenizer.control_ids)
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    text = detokenizer.push([*byte_ids(tokenizer, b"a\xc3"), *[control] * 500, *byte_ids(tokenizer, b"\xa4b")])
+    assert text + detokenizer.flush() == "aäb"
+    assert max(asked) <= 4, "what is decoded again grows"
 
 
 def test_control_tokens_are_skipped_unless_asked_for(tokenizer):

@@ -94,7 +94,7 @@ def test_a_header_longer_than_the_file_is_refused_at_once(tmp_path, length):
 def test_a_type_of_half_a_byte_is_refused_by_name(tmp_path):
     path = tmp_path / "four.safetensors"
     write_raw(path, {"packed": entry(dtype="F4", shape=(4,), offsets=(0, 2))}, bytes(2))
-    with pytest.raises(CheckpointError, match="packed is F4; quantised"):
+    with pytest.raises(CheckpointError, match="'packed' is F4; quantised"):
         read_header(path)
 
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 from engines import engine_config, make_core
+from leyden.engine.errors import ConfigError
 from leyden.server.describe import banner, describe_model
 from tiny_models import FULL, LINEAR, save_minimax
 
@@ -50,3 +51,9 @@ def test_what_is_clamped_and_what_does_not_fit_is_said_without_an_engine(tmp_pat
     told = describe_model(config, 0.0001)
     assert "does not fit in 100 KB (as given)" in told and "memory_fraction" in told
     assert "sequences that fit" in told
+
+
+def test_a_context_that_the_engine_refuses_is_not_planned(tmp_path):
+    save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
+    with pytest.raises(ConfigError, match=r"max_model_len \(4096\) exceeds the checkpoint's context"):
+        describe_model(engine_config(tmp_path, max_model_len=4096), None)
