@@ -6,11 +6,13 @@ Messages are msgspec over one ZeroMQ ipc socket in a folder that only this user 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -33,6 +35,7 @@ class Link:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(address)
+        self._path = Path(address.removeprefix("ipc://"))
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._encoder = msgspec.msgpack.Encoder()
         self._parent = parent
@@ -44,6 +47,9 @@ class Link:
         """Messages that are there. Leaves the process when the parent is gone: nobody would ever ask again."""
         while not self._socket.poll(PARENT_POLL_MS if wait else 0):
             if os.getppid() != self._parent:
+                with contextlib.suppress(OSError):  # it made them, and can no longer remove them
+                    self._path.unlink(missing_ok=True)
+                    self._path.parent.rmdir()
                 raise SystemExit("the server is gone")
             if not wait:
                 return []

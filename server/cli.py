@@ -85,7 +85,7 @@ def _build_parser() -> _Parser:
 
     chat = commands.add_parser("chat", help="talk to a running server in the terminal")
     chat.add_argument("--url", default="http://127.0.0.1:8000", help="address of the server")
-    chat.add_argument("--api-key", default=None, help="key, when the server wants one")
+    chat.add_argument("--api-key", default=None, help="key, when the server wants one; or the first of LEYDEN_API_KEY")
     chat.add_argument("--model", default=None, help="served model; default: the first one")
     chat.add_argument("--system", default=None, help="system message")
     _add_sampling(chat)

@@ -141,6 +141,7 @@ class Service:
     def _on_signal(self, name: str) -> None:
         if self._draining is not None:
             logger.warning("%s again: stopping at once", name)
+            logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # every stream that is cut off would be a traceback
             self.server.should_exit = self.server.force_exit = True
             return
         self.app.state.draining = True

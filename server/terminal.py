@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,8 @@ class ChatError(LeydenError):
 
 def chat(arguments: argparse.Namespace) -> int:
     """Read, send, print as it streams, until the user leaves. Raises `ChatError`."""
-    headers = {"Authorization": f"Bearer {arguments.api_key}"} if arguments.api_key else {}
+    key = arguments.api_key or os.environ.get("LEYDEN_API_KEY", "").split(",")[0]
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(base_url=arguments.url, headers=headers, timeout=TIMEOUT) as http:
         model = arguments.model or _first_model(http)
         print(f"{model} at {arguments.url}. {HELP}")

@@ -313,7 +313,7 @@ def test_engine_ends_when_its_parent_is_killed(tiny, tmp_path, short_folder):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     arguments = [sys.executable, str(script), engine_config(tiny.folder, max_model_len=1024).model_dump_json()]
-    env = os.environ | {"TMPDIR": short_folder}  # a killed parent cannot remove its folder
+    env = os.environ | {"TMPDIR": short_folder}
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=env, text=True) as parent:
         pid = int(parent.stdout.readline())
         assert is_alive(pid)
@@ -322,3 +322,4 @@ def test_engine_ends_when_its_parent_is_killed(tiny, tmp_path, short_folder):
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_alive(pid), "the engine outlives its server"
+    assert not os.listdir(short_folder), "a killed server cannot remove its folder: its engine does"
