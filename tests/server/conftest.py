@@ -32,6 +32,7 @@ class FakeTokenizer:
         self.vocab_size = VOCAB_SIZE
         self.bos_token_id = BOS
         self.eos_token_ids = frozenset({EOS})
+        self.control_ids = frozenset(range(256, VOCAB_SIZE))
         self.has_chat_template = True
         self.default_sampling = {}
         self.threads = set()
