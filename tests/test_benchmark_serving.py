@@ -144,18 +144,3 @@ def test_http_starts_its_own_server_measures_it_and_stops_it(benchmark, monkeypa
     assert "3 sequences at once" in err
     with pytest.raises(httpx.ConnectError):
         httpx.get(report["url"])
-
-
-def test_whoever_names_no_case_gets_those_that_the_context_holds(capsys):
-    from leyden.server.bench.command import cases_within
-
-    fitting = cases_within(2048)
-    assert {case.prompt + case.answer for case in fitting} == {128 + 256, 1024 + 256, 1024 + 128}
-    assert "left out 64x4096x1: the context is 2,048 tokens" in capsys.readouterr().err
-    assert len(cases_within(1 << 20)) == 7 and not capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["http", "offline"])
-def test_a_folder_that_is_missing_is_said_before_anything_is_measured(benchmark, monkeypatch, capsys, command):
-    assert run(benchmark, monkeypatch, command, "--out", "/nowhere/x.json") != 0
-    assert "there is no folder /nowhere" in capsys.readouterr().err

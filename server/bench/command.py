@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from .flags import OfflineCase, positive, setting
 from .http_command import add_http, run_http
-from .output import add_out, check_folders, finish
+from .output import add_out, finish
 
 DESCRIPTION = """Measure a server as its clients see it, or the engine without HTTP.
 
@@ -45,9 +44,8 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=OfflineCase.parse,
         metavar="REQUESTSxPROMPTxANSWER",
-        default=None,
-        help=f"requests at once, tokens of each prompt, tokens of each answer (default: those of {OFFLINE_CASES} that "
-        "the context holds)",
+        default=[OfflineCase.parse(case) for case in OFFLINE_CASES.split()],
+        help=f"requests at once, tokens of each prompt, tokens of each answer (default: {OFFLINE_CASES})",
     )
     parser.add_argument(
         "--load-format",
@@ -72,29 +70,12 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
     add_out(parser)
 
 
-def cases_within(context: int) -> list[OfflineCase]:
-    """The cases for whoever names none; tells which of them the context does not hold."""
-    cases = [OfflineCase.parse(case) for case in OFFLINE_CASES.split()]
-    fitting = [case for case in cases if case.prompt + case.answer <= context]
-    left_out = [text for text, case in zip(OFFLINE_CASES.split(), cases, strict=True) if case not in fitting]
-    if left_out:
-        print(f"left out {', '.join(left_out)}: the context is {context:,} tokens", file=sys.stderr)
-    return fitting
-
-
-def _context(model: str) -> int:
-    from ...models.checkpoint import read_config, resolve
-
-    return read_config(resolve(model, None, weights=False)).max_model_len
-
-
 def run_offline(arguments: argparse.Namespace) -> int:
     from .offline import measure_offline, print_offline
 
-    check_folders(arguments.out)
     report = measure_offline(
         arguments.model,
-        arguments.cases or cases_within(_context(arguments.model)),
+        arguments.cases,
         load_format=arguments.load_format,
         engine=dict(arguments.engine),
         repeats=arguments.repeats,

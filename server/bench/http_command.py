@@ -9,7 +9,7 @@ from .errors import BenchError
 from .flags import Span, number, picture_file, positive, positive_number
 from .goodput import Bound
 from .load import Load, Workload
-from .output import add_out, check_folders, finish
+from .output import add_out, finish
 from .plan import Background, Case, Plan
 
 HTTP = """Measure a server from outside: time to first token, time between tokens, end to end, throughput, goodput.
@@ -178,7 +178,6 @@ def run_http(arguments: argparse.Namespace) -> int:
         raise BenchError("--prompt ids needs --endpoint completions: the messages of a chat are text")
     if arguments.picture:
         require_matplotlib()
-    check_folders(arguments.out, arguments.picture)
     checkpoint = arguments.model or DEMO_MODEL
     with serving(arguments.url, arguments.api_key, checkpoint, arguments.serve_args) as (target, ready):
         name = arguments.model if arguments.url and arguments.model else first_model(target)
@@ -186,9 +185,9 @@ def run_http(arguments: argparse.Namespace) -> int:
         report, latencies = measure_serving(target, _plan(arguments, name, vocab_size))
     report = {"start_to_ready_s": ready, **report}
     print_report(report)
-    finish(report, arguments.out)
     if arguments.picture:
         draw(latencies, f"{report['model']}, {report['endpoint']}", arguments.picture)
+    finish(report, arguments.out)
     return 0
 
 

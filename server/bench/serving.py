@@ -95,17 +95,7 @@ def _measure_case(
             "max_tokens": str(case.background.max_tokens),
             **background_numbers(behind),
         }
-        _refuse_idle_background(case, numbers["background"])
     return numbers, found.latencies
-
-
-def _refuse_idle_background(case: Case, numbers: dict[str, Any]) -> None:
-    """Latencies beside a background that was refused are those beside none."""
-    if 0 < numbers["requests"] == sum(numbers["errors"].values()):
-        raise BenchError(
-            f"{case.name}: no request of the background was answered ({numbers['errors']}); do prompts of "
-            f"{numbers['prompt_tokens']} tokens fit the context? See --background-prompt-tokens"
-        )
 
 
 def _warm_up(workers: Workers, target: Target, plan: Plan, load: Load, number: int) -> None:
