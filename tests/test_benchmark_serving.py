@@ -109,6 +109,11 @@ def test_a_profile_of_each_batch_and_of_a_prompt_step_goes_into_the_folder(bench
         (["--repeats", "0"], ["--repeats", "at least 1"]),
         (["--profil"], ["--profil", "did you mean --profile?"]),
         (["--model", "/nowhere"], ["/nowhere"]),
+        (["--engine", "model=x"], ["--engine", "model has a flag of its own: --model x"]),
+        (["--engine", "max_num_batched_tokens=abc"], ["max_num_batched_tokens", "'abc'", "integer"]),
+        (["--cases", "1x8x8", "64x4096x1"], ["--cases 64x4096x1", "4,097", "the context is 2,048"]),
+        (["--cases", "1x8x8", "--engine", "max_model_len=15"], ["--cases 1x8x8", "the context is 15"]),
+        (["--engine", "max_model_len=15"], ["--cases", "the context is 15"]),
     ],
 )
 def test_a_wrong_flag_or_setting_is_named(benchmark, monkeypatch, capsys, flags, words):
@@ -119,6 +124,25 @@ def test_a_wrong_flag_or_setting_is_named(benchmark, monkeypatch, capsys, flags,
     err = capsys.readouterr().err
     assert code == 2
     assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("is_profiled", [False, True])
+def test_the_default_cases_that_exceed_the_context_are_left_out_and_said(capsys, is_profiled):
+    from leyden.server.bench.flags import OFFLINE_CASES
+    from leyden.server.bench.offline import choose
+
+    cases, settings = choose({"model": "demo"}, None, {}, is_profiled=is_profiled)
+    assert [str(case) for case in cases] == OFFLINE_CASES.split()[:-1]
+    assert capsys.readouterr().err == "left out 64x4096x1: the context is 2,048\n"
+    assert settings["max_num_seqs"] == 256
+    assert max(case.prompt + case.answer for case in cases) <= settings["max_model_len"] <= 2048
+
+
+@pytest.mark.parametrize("flag", ["--out", "--profile"])
+def test_what_cannot_be_written_is_said_before_anything_is_measured(benchmark, monkeypatch, tmp_path, capsys, flag):
+    (tmp_path / "file").touch()
+    assert run(benchmark, monkeypatch, "offline", flag, str(tmp_path / "file" / "x")) == 1
+    assert f"{flag} {tmp_path / 'file' / 'x'}" in capsys.readouterr().err
 
 
 def test_http_starts_its_own_server_measures_it_and_stops_it(benchmark, monkeypatch, tmp_path, capfd):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .flags import OfflineCase, positive, setting
+from .flags import OFFLINE_CASES, OfflineCase, positive, setting
 from .http_command import add_http, run_http
-from .output import add_out, finish
+from .output import add_out, finish, require_folder, require_writable
 
 DESCRIPTION = """Measure a server as its clients see it, or the engine without HTTP.
 
@@ -17,8 +17,6 @@ DESCRIPTION = """Measure a server as its clients see it, or the engine without H
   leyden bench offline --profile                  the same, and where the time of a step goes
 
 Both print a table, and one JSON object as the last line."""
-# requests, prompt tokens, answer tokens: latency of a step, then throughput of answers, then of prompts
-OFFLINE_CASES = "1x128x256 32x128x256 128x128x256 256x128x256 64x1024x256 256x1024x128 64x4096x1"
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +42,9 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=OfflineCase.parse,
         metavar="REQUESTSxPROMPTxANSWER",
-        default=[OfflineCase.parse(case) for case in OFFLINE_CASES.split()],
-        help=f"requests at once, tokens of each prompt, tokens of each answer (default: {OFFLINE_CASES})",
+        default=None,
+        help="requests at once, tokens of each prompt, tokens of each answer (default: those that fit the context of "
+        f"{OFFLINE_CASES})",
     )
     parser.add_argument(
         "--load-format",
@@ -73,6 +72,8 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
 def run_offline(arguments: argparse.Namespace) -> int:
     from .offline import measure_offline, print_offline
 
+    require_writable("--out", arguments.out)
+    require_folder("--profile", arguments.profile)
     report = measure_offline(
         arguments.model,
         arguments.cases,

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PICTURE_SUFFIXES = (".png", ".svg")
+# requests, prompt tokens, answer tokens: latency of a step, then throughput of answers, then of prompts
+OFFLINE_CASES = "1x128x256 32x128x256 128x128x256 256x128x256 64x1024x256 256x1024x128 64x4096x1"
+OWN_FLAGS = ("model", "load_format")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class OfflineCase:
         if not found:
             raise argparse.ArgumentTypeError(f"{text!r} is not REQUESTSxPROMPTxANSWER, such as 32x128x256")
         return cls(*map(int, found.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.requests}x{self.prompt}x{self.answer}"
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,12 @@ def positive_number(text: str) -> float:
 
 
 def setting(text: str) -> tuple[str, str]:
-    """KEY=VALUE."""
+    """KEY=VALUE, of an engine setting that has no flag of its own."""
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as linear_backend=replay")
+    if key in OWN_FLAGS:
+        raise argparse.ArgumentTypeError(f"{key} has a flag of its own: --{key.replace('_', '-')} {value}")
     return key, value
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from ...configs.schema import DEMO_MODEL
 from .errors import BenchError
 from .flags import Span, number, picture_file, positive, positive_number
 from .goodput import Bound
 from .load import Load, Workload
-from .output import add_out, finish
+from .output import add_out, finish, require_writable
 from .plan import Background, Case, Plan
+from .target import Target
 
 HTTP = """Measure a server from outside: time to first token, time between tokens, end to end, throughput, goodput.
 
@@ -25,6 +27,7 @@ DEFAULT_STREAMS = [1, 8]
 REQUESTS_PER_STREAM = 5
 SECONDS_OF_ARRIVALS = 30
 VOCAB_SIZE = 1000
+BACKGROUND_PROMPT = 4096
 
 
 def add_http(parser: argparse.ArgumentParser) -> None:
@@ -90,9 +93,9 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--background-prompt-tokens",
         type=Span.parse,
-        default=Span(4096, 4096),
+        default=None,
         metavar="TOKENS",
-        help="length of their prompts",
+        help=f"length of their prompts (default: {BACKGROUND_PROMPT}, or what fits the context)",
     )
     group.add_argument(
         "--background-max-tokens", type=Span.parse, default=Span(1, 1), metavar="TOKENS", help="length of their answers"
@@ -172,22 +175,26 @@ def _add_client(group: argparse._ArgumentGroup) -> None:
 def run_http(arguments: argparse.Namespace) -> int:
     from .picture import draw, require_matplotlib
     from .report import print_report
-    from .serving import first_model, measure_serving, serving
+    from .serving import measure_serving, served_models, serving
 
     if arguments.endpoint == "chat" and arguments.prompt == "ids":
         raise BenchError("--prompt ids needs --endpoint completions: the messages of a chat are text")
     if arguments.picture:
         require_matplotlib()
+    require_writable("--out", arguments.out)
+    require_writable("--picture", arguments.picture)
     checkpoint = arguments.model or DEMO_MODEL
     with serving(arguments.url, arguments.api_key, checkpoint, arguments.serve_args) as (target, ready):
-        name = arguments.model if arguments.url and arguments.model else first_model(target)
+        name = arguments.model if arguments.url and arguments.model else next(iter(served_models(target)))
         vocab_size = arguments.vocab_size or (VOCAB_SIZE if arguments.url else _vocab_size(checkpoint))
+        if any(arguments.background_rate) and arguments.background_prompt_tokens is None:
+            arguments.background_prompt_tokens = _background_prompt(target, name, arguments.background_max_tokens)
         report, latencies = measure_serving(target, _plan(arguments, name, vocab_size))
     report = {"start_to_ready_s": ready, **report}
     print_report(report)
+    finish(report, arguments.out)
     if arguments.picture:
         draw(latencies, f"{report['model']}, {report['endpoint']}", arguments.picture)
-    finish(report, arguments.out)
     return 0
 
 
@@ -195,6 +202,18 @@ def _vocab_size(checkpoint: str) -> int:
     from ...models.checkpoint import read_config, resolve
 
     return read_config(resolve(checkpoint, None, weights=False)).vocab_size
+
+
+def _background_prompt(target: Target, model: str, answer: Span) -> Span:
+    """The default length, or what the served model's context leaves beside the answer."""
+    from .serving import served_models
+
+    context = served_models(target).get(model)
+    if context is None or BACKGROUND_PROMPT + answer.high <= context:
+        return Span(BACKGROUND_PROMPT, BACKGROUND_PROMPT)
+    length = max(1, context - answer.high)
+    print(f"background prompts have {length:,} tokens: the context is {context:,}", file=sys.stderr)
+    return Span(length, length)
 
 
 def _plan(arguments: argparse.Namespace, model: str, vocab_size: int) -> Plan:

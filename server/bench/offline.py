@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 import msgspec
 
-from ...configs.schema import load_settings
+from ...configs.schema import EngineConfig, SettingsError, load_settings
 from ...engine.core import EngineCore
 from ...engine.messages import EngineStats
+from ...models.checkpoint import read_config, resolve
 from .errors import BenchError
-from .flags import OfflineCase
+from .flags import OFFLINE_CASES, OfflineCase
 from .machine import hardware, software
 from .profile import StepProfile, print_profile, profile_decode, profile_prefill, tokens_to_profile
 from .submit import random_requests, submit
@@ -26,19 +28,21 @@ BATCHED_TOKENS = 8192
 
 def measure_offline(
     model: str,
-    cases: list[OfflineCase],
+    named: list[OfflineCase] | None,
     *,
     load_format: str = "auto",
     engine: dict[str, str],
     repeats: int = 1,
     profile_folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Every case on one engine that has room for the largest, then the profiles. `engine` are settings as in YAML.
+    """Every case on one engine that has room for the largest, then the profiles. The cases are those `named`, else the
+    default ones that fit. `engine` are settings as in YAML.
 
     Raises `SettingsError`, `ConfigError`, `CheckpointError` or `BenchError`.
     """
-    settings = _room_for(cases, engine, is_profiled=profile_folder is not None) | engine
-    config = load_settings({"model": model, "load_format": load_format} | settings).engine()
+    given = {"model": model, "load_format": load_format}
+    cases, settings = choose(given, named, engine, is_profiled=profile_folder is not None)
+    config = load_settings(given | settings).engine()
     started = time.perf_counter()
     core = EngineCore(config)
     startup = time.perf_counter() - started
@@ -80,14 +84,48 @@ def _summary(profile: StepProfile) -> dict[str, Any]:
     return {name: value for name, value in asdict(profile).items() if name != "operations"}
 
 
-def _room_for(cases: list[OfflineCase], engine: dict[str, str], *, is_profiled: bool) -> dict[str, Any]:
-    budget = int(engine.get("max_num_batched_tokens", BATCHED_TOKENS))
-    lengths = [case.prompt + case.answer for case in cases]
-    if is_profiled:
-        lengths += [case.prompt + tokens_to_profile(case.requests, case.prompt, budget) for case in cases]
+def choose(
+    given: dict[str, str], named: list[OfflineCase] | None, engine: dict[str, str], *, is_profiled: bool
+) -> tuple[list[OfflineCase], dict[str, Any]]:
+    """The cases to measure, and the settings that give them room: those of `engine`, and what these leave open.
+
+    Raises `SettingsError` when a case that was named, or each of the default ones, exceeds the context.
+    """
+    cases = named or [OfflineCase.parse(case) for case in OFFLINE_CASES.split()]
+    room = {"max_num_seqs": max(case.requests for case in cases), "max_num_batched_tokens": BATCHED_TOKENS}
+    asked = load_settings(given | room | engine).engine()
+    budget = asked.max_num_batched_tokens
+    lengths = {case: _length(case, budget, is_profiled=is_profiled) for case in cases}
+    context = _context(asked, is_limited="max_model_len" in engine)
+    too_long = [case for case in cases if lengths[case] > context]
+    if too_long and (named or too_long == cases):
+        longest = max(too_long, key=lengths.__getitem__)
+        raise SettingsError(
+            f"--cases {longest}{' with --profile' * is_profiled} takes {lengths[longest]:,} tokens per request; "
+            f"the context is {context:,}: name shorter cases"
+        )
+    for case in too_long:
+        print(f"left out {case}: the context is {context:,}", file=sys.stderr)
+    cases = [case for case in cases if case not in too_long]
+    return cases, _room_for(cases, max(lengths[case] for case in cases), budget) | engine
+
+
+def _length(case: OfflineCase, budget: int, *, is_profiled: bool) -> int:
+    """Tokens that a sequence of the case may come to have."""
+    profiled = tokens_to_profile(case.requests, case.prompt, budget) if is_profiled else 0
+    return case.prompt + max(case.answer, profiled)
+
+
+def _context(config: EngineConfig, *, is_limited: bool) -> int:
+    """The checkpoint's context in tokens, or what `max_model_len` leaves of it."""
+    longest = read_config(resolve(config.model, config.revision, weights=False)).max_model_len
+    return min(longest, config.max_model_len or longest) if is_limited else longest
+
+
+def _room_for(cases: list[OfflineCase], length: int, budget: int) -> dict[str, Any]:
     return {
         "max_num_seqs": max(case.requests for case in cases),
-        "max_model_len": max(lengths),
+        "max_model_len": length,
         "max_num_batched_tokens": budget,
         "mixed_prefill_tokens": budget,  # nobody reads along
     }

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import httpx
+import msgspec
 
 from .errors import BenchError
 from .flags import Span
@@ -17,7 +18,7 @@ from .machine import hardware
 from .plan import Background, Case, Plan
 from .report import Latencies, background_numbers, measured
 from .target import Target
-from .workers import Share, Workers, default_workers
+from .workers import Result, Share, Workers, default_workers
 
 TIMEOUT_SECONDS = 30.0
 WARM_UP_TOKENS = 8
@@ -35,15 +36,35 @@ def serving(url: str | None, api_key: str | None, model: str, serve_args: str) -
         yield Target.parse(own_url, api_key), ready
 
 
-def first_model(target: Target) -> str:
-    """The first name that the server serves. Raises `BenchError` when it does not answer."""
+class _Card(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Cards(msgspec.Struct):
+    data: list[_Card]
+
+
+def served_models(target: Target) -> dict[str, int | None]:
+    """The names that the server serves, each with its context in tokens where the server tells it.
+
+    Raises `BenchError` when it does not answer, or with anything but a list of at least one model.
+    """
     try:
         response = httpx.get(f"{target.url}/v1/models", headers=target.headers, timeout=TIMEOUT_SECONDS)
     except httpx.HTTPError as error:
         raise BenchError(f"no server at {target.url} ({error}); start one, or leave --url out") from None
     if response.status_code != 200:
         raise BenchError(f"{target.url}/v1/models answers {response.status_code}; is --api-key right?")
-    return response.json()["data"][0]["id"]
+    try:
+        cards = msgspec.json.decode(response.content, type=_Cards).data
+    except msgspec.MsgspecError:
+        raise BenchError(
+            f"{target.url}/v1/models answers no list of models; is --url that of an OpenAI-compatible server?"
+        ) from None
+    if not cards:
+        raise BenchError(f"{target.url}/v1/models lists no model; name one with --model")
+    return {card.id: card.max_model_len for card in cards}
 
 
 def measure_serving(target: Target, plan: Plan) -> tuple[dict[str, Any], dict[str, Latencies]]:
@@ -89,6 +110,7 @@ def _measure_case(
     if sum(numbers["errors"].values()) == numbers["requests"]:
         raise BenchError(f"{case.name}: no request was answered ({numbers['errors']})")
     if behind is not None and case.background is not None:
+        _require_background(case.name, behind)
         numbers["background"] = {
             "rate": case.background.rate,
             "prompt_tokens": str(case.background.prompt_tokens),
@@ -96,6 +118,16 @@ def _measure_case(
             **background_numbers(behind),
         }
     return numbers, found.latencies
+
+
+def _require_background(case: str, behind: Result) -> None:
+    """Latencies beside requests that all failed would be latencies beside nothing."""
+    errors = [sample.error for sample in behind.samples if sample.error is not None]
+    if errors and len(errors) == len(behind.samples):
+        raise BenchError(
+            f"{case}: all {len(errors)} background requests failed, the first with {errors[0]!r}; do "
+            "--background-prompt-tokens and --background-max-tokens fit the context?"
+        )
 
 
 def _warm_up(workers: Workers, target: Target, plan: Plan, load: Load, number: int) -> None:

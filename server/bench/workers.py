@@ -89,8 +89,11 @@ async def run_until_told(share: Share, client: Client, start: float, pipe: Conne
     waiting = asyncio.create_task(told.wait())
     await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
     asyncio.get_running_loop().remove_reader(pipe.fileno())
-    running.cancel()
+    for task in (running, waiting):  # one of them is left
+        task.cancel()
     await asyncio.gather(running, waiting, return_exceptions=True)
+    if not running.cancelled():
+        running.result()  # it ended by itself: raises what ended it
     return samples
 
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import subprocess
+import sys
+from multiprocessing import Pipe
 
+import httpx
 import pytest
-from leyden.server.bench import workers
+from leyden.server.bench import host, workers
+from leyden.server.bench.client import Client
+from leyden.server.bench.errors import BenchError
+from leyden.server.bench.flags import Span
+from leyden.server.bench.load import Load, Workload
+from leyden.server.bench.output import finish
+from leyden.server.bench.target import Target
 from leyden.server.cli import main
 
 
@@ -61,6 +72,21 @@ def test_a_background_load_is_in_no_latency_and_is_reported(bench, engine):
     assert lengths.count(40) >= case["background"]["requests"]
 
 
+def test_background_prompts_of_no_given_length_fit_the_context_and_it_is_said(bench):
+    flags = ("--rate", "40", "--requests", "20", "--vocab-size", "200", "--background-rate", "50", "--warmup", "0")
+    code, _, err, report = bench(*flags)
+    assert code == 0
+    assert "background prompts have 127 tokens: the context is 128" in err
+    assert report["cases"][0]["background"]["errors"] == {}
+
+
+def test_latencies_beside_a_background_that_all_failed_are_no_measurement(bench):
+    flags = ("--rate", "40", "--requests", "20", "--vocab-size", "200", "--background-rate", "50", "--warmup", "0")
+    code, _, err, _ = bench(*flags, "--background-prompt-tokens", "500")
+    assert code == 1
+    assert "background requests failed, the first with 'status 400'" in err and "--background-prompt-tokens" in err
+
+
 def test_errors_are_counted_and_told(bench, engine):
     engine.fail_after = 2
     engine.is_faulty = lambda request: sum(request.prompt_token_ids) % 2 == 0
@@ -94,6 +120,9 @@ def test_no_server_is_said_with_the_remedy(bench):
         (["--goodput", "speed:1ms"], ["--goodput", "ttft, itl, tpot, e2e"]),
         (["--picture", "x.gif"], ["--picture", ".png or .svg"]),
         (["--url", "ftp://x"], ["ftp://x"]),
+        (["--serve-args", "--host '"], ["--serve-args", "No closing quotation"]),
+        (["--out", "/nowhere/x.json"], ["--out", "no folder /nowhere"]),
+        (["--out", "/"], ["--out /", "cannot be written"]),
         (["--endpoint", "chat", "--prompt", "ids"], ["--prompt ids", "--endpoint completions"]),
     ],
 )
@@ -105,6 +134,61 @@ def test_a_wrong_flag_is_named(flags, words, capsys):
     err = capsys.readouterr().err
     assert code in (1, 2)
     assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"<html>welcome</html>", "no list of models"),
+        (b'{"data": [{"name": "x"}]}', "no list of models"),
+        (b"\xff\xfe", "no list of models"),
+        (b'{"data": []}', "lists no model; name one with --model"),
+    ],
+)
+def test_a_server_without_a_list_of_models_is_said(make_live, capsys, answer, words):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": answer})
+
+    assert main(["bench", "http", "--url", make_live(app).url]) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("outcome", [httpx.ReadTimeout("timed out"), 503], ids=["timeout", "503"])
+def test_a_server_that_starts_unhealthy_is_said(monkeypatch, outcome):
+    def get(url, **options):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return httpx.Response(outcome, request=httpx.Request("GET", url))
+
+    monkeypatch.setattr(host.httpx, "get", get)
+    with pytest.raises(BenchError, match=r"http://x started but is not healthy .*(timed out|503)"):
+        host._require_health("http://x")
+
+
+def test_a_server_that_does_not_stop_is_killed(monkeypatch, capsys):
+    monkeypatch.setattr(host, "STOP_SECONDS", 0.1)
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+    process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    host._stop(process)
+    assert process.returncode == -9
+    assert "is killed" in capsys.readouterr().err
+
+
+async def test_an_endless_share_that_ends_by_itself_waits_for_nobody():
+    workload = Workload("completions", "m", "ids", Span(3, 3), Span(1, 1), 50, 0.0, True, False, seed=1)
+    share = workers.Share(Target("127.0.0.1", 1, False, "", None), workload, Load(0, rate=1.0), 1.0, is_endless=True)
+    client = Client(share.target, "completions", ignore_eos=True, timeout=1.0)
+    mine, theirs = Pipe()
+    with mine, theirs:
+        assert await asyncio.wait_for(workers.run_until_told(share, client, 0.0, mine), 5.0) == []
+
+
+def test_the_json_is_printed_even_if_the_file_cannot_be_written(capsys, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        finish({"x": 1}, tmp_path / "gone" / "x.json")
+    assert json.loads(capsys.readouterr().out) == {"x": 1}
 
 
 def test_a_worker_that_dies_ends_the_measurement(bench, monkeypatch):
