@@ -19,7 +19,7 @@ LEAST_SECONDS = 1e-4  # what is shorter is drawn here: chunks that were read at 
 def require_matplotlib() -> None:
     """Before minutes of measuring. Raises `BenchError` with the remedy."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise BenchError("--picture needs matplotlib: pip install 'leyden[bench]', or leave --picture out")
+        raise BenchError("--picture needs matplotlib: pip install matplotlib, or leave --picture out")
 
 
 def ecdf(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -127,5 +127,5 @@ def test_a_picture_is_drawn(tmp_path, suffix):
 def test_without_matplotlib_the_remedy_is_said(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
-    with pytest.raises(BenchError, match=r"leyden\[bench\]"):
+    with pytest.raises(BenchError, match=r"pip install matplotlib"):
         require_matplotlib()
