@@ -38,11 +38,15 @@ class ScheduledBatch:
         return len(self.sequences) - self.num_prefills
 
     @property
-    def completing_rows(self) -> list[int]:
-        """Rows whose tokens are all computed after this step: each gets its next one. Asked before `update`."""
+    def completing_prefills(self) -> list[int]:
+        """Prefill rows whose tokens are all computed after this step. Asked before `update`."""
         counts, rows = self.num_scheduled_tokens, range(self.num_prefills)
-        ending = [row for row in rows if self.sequences[row].num_uncomputed_tokens == counts[row]]
-        return [*ending, *range(self.num_prefills, len(self.sequences))]
+        return [row for row in rows if self.sequences[row].num_uncomputed_tokens == counts[row]]
+
+    @property
+    def completing_rows(self) -> list[int]:
+        """These and the decode rows: each gets its next token."""
+        return [*self.completing_prefills, *range(self.num_prefills, len(self.sequences))]
 
 
 class Scheduler:
@@ -143,7 +147,7 @@ class Scheduler:
     def update(self, batch: ScheduledBatch) -> None:
         """Note that the batch is being computed: what it completes ends in `UNSEEN` until its tokens arrive."""
         num_prefills, last_in_ring = batch.num_prefills, self.ring_size - 1
-        for row in batch.completing_rows[: -batch.num_decodes or None]:
+        for row in batch.completing_prefills:
             if batch.sequences[row].max_tokens > 0:
                 batch.sequences[row].output_token_ids.append(UNSEEN)
         for sequence, num_new in zip(batch.sequences[:num_prefills], batch.num_scheduled_tokens, strict=False):
