@@ -56,13 +56,14 @@ def serving_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
     """A step of every kind that serving meets, so that no request waits for a compiler, and the largest of each:
 
     - a prompt in every slot, together as large as a step may be (many short rows);
-    - one prompt of 1, 2, 4, ... tokens up to the largest chunk (tiles of experts by tokens, walks cut into chunks);
+    - one prompt of 1, 2, 3, 4, 5, 8, 9, ... tokens up to the largest chunk: where a kernel takes another tile, or
+      cuts its work in two, a power of two is the last of a kind or the first;
     - a short prompt that wants its own log-probabilities beside a long one (uneven rows);
     - half of the slots decoding beside a prompt that takes the rest of the budget (mixed);
     - 1, 2, 4, ... decoding rows up to every slot, with short tables and with one as wide as the context (split keys).
     """
     yield _prompts(limits, [limits.even_length] * min(limits.num_slots, limits.max_tokens))
-    for length in _doubling(limits.longest_prompt):
+    for length in _both_sides(limits.longest_prompt):
         yield _prompts(limits, [length])
     short = min(SCORED_TOKENS, limits.longest_prompt)
     rest = min(limits.max_tokens - short, limits.longest_prompt)
@@ -119,3 +120,9 @@ def _sequence(limits: StepLimits, slot: int, length: int, *, extra: int = 0, sco
 def _doubling(last: int) -> list[int]:
     """1, 2, 4, ... and `last`."""
     return [*(1 << i for i in range(last.bit_length()) if 1 << i < last), last]
+
+
+def _both_sides(last: int) -> list[int]:
+    """1, 2, 3, 4, 5, 8, 9, ... and `last`: each power of two, and one more."""
+    powers = [1 << i for i in range(last.bit_length())]
+    return sorted({min(length, last) for power in powers for length in (power, power + 1)} | {last})

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # The allocator takes memory in pieces of 2 MiB: each tensor of the pools and the rope table may leave most of one idle.
 ROUNDING_BYTES = 8 * (2 << 20)
+# Tensors of 1 to 10 MB share pieces of 20 MiB; steps that come in another order than those measured fill them worse.
+FRAGMENTATION_BYTES = 4 * (20 << 20)
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -117,11 +119,15 @@ def _measure_steps(runner: ModelRunner, limits: StepLimits) -> int:
     free_memory(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
+    before = None
     for step in serving_steps(limits):
-        runner.launch(step).wait()
+        launched = runner.launch(step)
+        if before is not None:  # as when serving: what a step returns is held while the next runs
+            before.wait()
+        before = launched
     torch.cuda.synchronize(device)
     grown = torch.cuda.max_memory_reserved(device) - reserved
-    return max(grown, torch.cuda.max_memory_allocated(device) - allocated)
+    return max(grown, torch.cuda.max_memory_allocated(device) - allocated) + FRAGMENTATION_BYTES
 
 
 def _measure_graphs(runner: ModelRunner, sizes: list[int], max_model_len: int) -> int:

@@ -93,9 +93,9 @@ def moe_few(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: 
     hidden = torch.empty(num_tokens * top_k, width, dtype=x.dtype, device=x.device)
     y = torch.empty(num_tokens, size, dtype=x.dtype, device=x.device)
     experts = experts.contiguous()
-    sizes = {"TOP_K": top_k, "SIZE": size, "F": width, "STAGES": 3, "num_warps": 4}
+    sizes = {"TOP_K": top_k, "SIZE": size, "F": width}
     BP = triton.next_power_of_2(top_k)
-    _gate_up_kernel[(triton.cdiv(width, 8), num_tokens * top_k)](
+    _gate_up_kernel[(triton.cdiv(width, 4), num_tokens * top_k)](
         x,
         gate_up,
         weights.contiguous(),
@@ -103,8 +103,10 @@ def moe_few(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: 
         hidden,
         x.stride(0),
         *gate_up.stride()[:2],
-        BN=8,
+        BN=4,
         BK=min(256, triton.next_power_of_2(size)),
+        STAGES=3,
+        num_warps=2,
         **sizes,
     )
     _down_kernel[(triton.cdiv(size, 4), num_tokens)](
@@ -115,7 +117,9 @@ def moe_few(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: 
         *down.stride()[:2],
         BP=BP,
         BN=4,
-        BK=min(max(16, 1024 // BP), triton.next_power_of_2(width)),
+        BK=min(max(16, 512 // BP), triton.next_power_of_2(width)),
+        STAGES=4,
+        num_warps=4,
         **sizes,
     )
     return y

@@ -122,7 +122,7 @@ class _Staging:
         self.buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=stream is not None)
         self.arrived = torch.cuda.Event(blocking=True) if stream is not None else None
 
-    @torch.no_grad()
+    @torch.inference_mode()  # of this thread: the caller may have made the tensors in it
     def move(self, piece: Piece) -> int:
         """Read, send, and wait until the buffer may be used again; host memory of the right dtype takes the bytes at
         once. Returns their number."""

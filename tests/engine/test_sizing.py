@@ -80,7 +80,7 @@ def test_a_gpus_share_is_less_what_others_and_the_largest_step_take(device, runn
     config = engine_config(tiny.folder, memory_fraction=0.5, max_num_seqs=3)
     plan, use = sizing.size_pools(runner, config)
     assert use.total == 5 * 10**9
-    assert use.workspace == 3_000_000
+    assert use.workspace == 3_000_000 + sizing.FRAGMENTATION_BYTES
     assert use.other == pytest.approx(10**9, rel=0.02) and use.other > 10**9
     assert device.allocated == [device.allocated[0], (plan.num_state_slots, plan.num_kv_blocks)]
     assert (plan.num_state_slots, plan.num_kv_blocks) == (3, 3 * 256 // 16)
