@@ -1,13 +1,14 @@
-"""CUDA graphs of decode steps: one launch instead of hundreds.
+"""CUDA graphs of whole steps: one launch instead of hundreds.
 
-A graph is bound to shapes and addresses, so there is one for each of a few numbers of rows, over static inputs; a step
-takes the smallest that holds it. The rows beyond its own are padding (slot -1): the kernels write zeros for them, and
-nothing into the pools.
+A graph is bound to shapes and addresses, so there is one for each of a few shapes, over static inputs; a step takes the
+smallest that holds it. What a step leaves of the shape is padding: rows of slot -1, for which the kernels write zeros,
+and nothing into the pools. Steps of decoding rows alone have graphs of many sizes. Those with prompts have fewer, up to
+as many tokens as take the device no longer than the host takes to launch kernel by kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,51 +20,113 @@ from ..models.forward_batch import ForwardBatch
 from .batch import Arrays, Counts, Upload, make_batch, pack, packed_size
 from .sampler import Draw
 
+PREFILL_TOKENS = (64, 128, 256, 512)
+PREFILL_ROWS = 32  # the last is the padding's
 
-class Decoded(NamedTuple):
-    """What a decode step computes."""
 
-    logits: Tensor  # [B, V]
+class GraphShape(NamedTuple):
+    """Room for decoding rows and, before them, for prompts of so many tokens in `PREFILL_ROWS` rows; 0 = none."""
+
+    num_decodes: int
+    num_prefill_tokens: int = 0
+
+    @property
+    def num_prefills(self) -> int:
+        return PREFILL_ROWS if self.num_prefill_tokens else 0
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_prefills + self.num_decodes
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefill_tokens + self.num_decodes
+
+    def holds(self, counts: Counts) -> bool:
+        if counts.num_decodes > self.num_decodes or counts.prefills_pending:
+            return False
+        if not counts.num_prefills:
+            return not self.num_prefills
+        return counts.num_prefills < self.num_prefills and counts.num_prefill_tokens <= self.num_prefill_tokens
+
+
+class Computed(NamedTuple):
+    """What a step computes for each row, those of padding included."""
+
+    logits: Tensor  # [B, V], after the row's last token
     tokens: Tensor  # [B] int32, drawn as rows want that look at nothing but their logits
 
 
-DecodeStep = Callable[[ForwardBatch, Draw], Decoded]
+Step = Callable[[ForwardBatch, Draw], Computed]
 
-# What a padding row holds. Its token must exist, its position too; it is drawn greedily.
-PADDING = {"context_lens": -1, "state_indices": -1, "slot_mapping": -1}
+TOKEN_DTYPES = {"input_ids": np.int64, "positions": np.int64, "slot_mapping": np.int64}
 ROW_DTYPES = {
-    "input_ids": np.int64,
-    "positions": np.int64,
-    "slot_mapping": np.int64,
     "context_lens": np.int32,
     "state_indices": np.int32,
     "num_pending": np.int32,
     "has_initial_state": np.bool_,
+}
+DRAW_DTYPES = {
     "temperature": np.float32,
     "top_k": np.int32,
     "top_p": np.float32,
     "min_p": np.float32,
     "uniform": np.float32,
 }
+# What a padding row or token holds. Its token must exist, its position too; it is drawn greedily.
+PADDING = {"context_lens": -1, "state_indices": -1, "slot_mapping": -1}
 
 
-def graph_sizes(max_rows: int) -> list[int]:
-    """Numbers of rows worth a graph, increasing: at most 8 rows of padding up to 64, 16 up to 256, then 32."""
+def graph_shapes(max_rows: int, max_tokens: int) -> list[GraphShape]:
+    """Shapes worth a graph for steps of up to so many decoding rows and tokens in all, increasing. Without prompts at
+    most 8 rows are padding up to 64, 16 up to 256, then 32; beside prompts at most 64."""
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows, 32)]
-    return [*(size for size in steps if size < max_rows), max_rows]
+    beside = [0, 8, 32, *range(64, max_rows, 64)]
+    shapes = [GraphShape(size) for size in (*(size for size in steps if size < max_rows), max_rows)]
+    for tokens in PREFILL_TOKENS:
+        if tokens <= max_tokens:
+            sizes = (*(size for size in beside if size < max_rows), max_rows)
+            shapes += [GraphShape(size, tokens) for size in sizes]
+    return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_rows))
 
 
-def pad_rows(arrays: Arrays, size: int) -> Arrays:
-    """The arrays of a decode step that hold a value per row, widened to `size` rows."""
+def pad(arrays: Arrays, counts: Counts, shape: GraphShape, graph_rows: np.ndarray) -> Arrays:
+    """The arrays of a step at their places in the shape. `graph_rows`: places of the rows to draw, in their order."""
+    rows, tokens = (counts.num_prefills, shape.num_prefills), (counts.num_prefill_tokens, shape.num_prefill_tokens)
     padded: Arrays = {}
-    for name, dtype in ROW_DTYPES.items():
-        own = arrays[name]
-        padded[name] = np.full(size, PADDING.get(name, 0), dtype=dtype)
-        padded[name][: len(own)] = own
+    for dtypes, size, (own, first) in ((TOKEN_DTYPES, shape.num_tokens, tokens), (ROW_DTYPES, shape.num_rows, rows)):
+        for name, dtype in dtypes.items():
+            padded[name] = np.full(size, PADDING.get(name, 0), dtype=dtype)
+            padded[name][:own] = arrays[name][:own]
+            padded[name][first : first + counts.num_decodes] = arrays[name][own:]
+    for name, dtype in DRAW_DTYPES.items():
+        padded[name] = np.zeros(shape.num_rows, dtype=dtype)
+        padded[name][graph_rows] = arrays[name]
+    if shape.num_prefills:
+        starts = _row_starts(arrays["query_start_loc"][: counts.num_prefills + 1], shape)
+        padded |= {"query_start_loc": starts, "logits_indices": np.maximum(starts[1:] - 1, 0).astype(np.int64)}
     return padded
 
 
-def record(function: Callable[[], Decoded], pool: Any) -> tuple[Callable[[], None], Decoded]:
+def pad_table(table: np.ndarray, counts: Counts, shape: GraphShape) -> np.ndarray:
+    """The block table [B, M] with its rows at their places, up to the last that is no padding."""
+    if not shape.num_prefills:
+        return table
+    padded = np.zeros((shape.num_prefills + counts.num_decodes, table.shape[1]), dtype=table.dtype)
+    padded[: counts.num_prefills] = table[: counts.num_prefills]
+    padded[shape.num_prefills :] = table[counts.num_prefills :]
+    return padded
+
+
+def _row_starts(own: np.ndarray, shape: GraphShape) -> np.ndarray:
+    """query_start_loc of a shape: the prompts at `own`, empty rows after them, the last with all that is left."""
+    starts = np.full(shape.num_rows + 1, own[-1], dtype=np.int32)
+    starts[: len(own)] = own
+    starts[shape.num_prefills :] = np.arange(shape.num_prefill_tokens, shape.num_tokens + 1)
+    return starts
+
+
+def record(function: Callable[[], Computed], pool: Any) -> tuple[Callable[[], None], Computed]:
     """(what computes it again, where the results then are). Runs `function` once before, to compile."""
     function()
     graph = torch.cuda.CUDAGraph()
@@ -72,64 +135,71 @@ def record(function: Callable[[], Decoded], pool: Any) -> tuple[Callable[[], Non
     return graph.replay, results
 
 
-class DecodeGraphs:
-    """`step` for some numbers of rows, captured on construction."""
+class StepGraphs:
+    """`step` for some shapes, in the order of `graph_shapes`, captured on construction."""
 
     def __init__(
         self,
-        step: DecodeStep,
-        sizes: Iterable[int],
+        step: Step,
+        shapes: Sequence[GraphShape],
         table_width: int,
         device: torch.device,
         *,
         progress: bool = False,
     ) -> None:
         self.device = device
-        self.sizes = sorted(sizes)
-        self.block_table = torch.zeros(self.sizes[-1], table_width, dtype=torch.int32, device=device)
+        self.shapes = shapes
+        most_rows = max(shape.num_rows for shape in self.shapes)
+        self.block_table = torch.zeros(most_rows, table_width, dtype=torch.int32, device=device)
         self.logits: Tensor | None = None  # of the last replay; one for all graphs, since a vocabulary is large
-        self._graphs: dict[int, tuple[Callable[[], None], Decoded]] = {}
-        self._inputs: dict[int, Tensor] = {}
-        self._batches: dict[int, ForwardBatch] = {}  # a graph knows addresses alone: these keep the tensors there
+        self._most_rows = most_rows
+        self._graphs: dict[GraphShape, tuple[Callable[[], None], Computed]] = {}
+        self._inputs: dict[GraphShape, Tensor] = {}
+        self._batches: dict[GraphShape, ForwardBatch] = {}  # a graph knows addresses alone: these keep the tensors
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        for size in tqdm(self.sizes[::-1], desc="CUDA graphs", disable=not progress):  # the largest shapes the pool
-            self._capture(step, size, pool)
+        for shape in tqdm(self.shapes[::-1], desc="CUDA graphs", disable=not progress):  # the largest shapes the pool
+            self._capture(step, shape, pool)
 
-    def size_for(self, num_rows: int) -> int | None:
-        """The graph that holds so many rows, or None."""
-        return next((size for size in self.sizes if size >= num_rows), None)
+    def shape_for(self, counts: Counts) -> GraphShape | None:
+        """The smallest graph that holds such a step, or None."""
+        return next((shape for shape in self.shapes if shape.holds(counts)), None)
 
-    def replay(self, size: int, upload: Upload) -> Decoded:
-        """Results of `size` rows. The first arrays of `upload` are those of `pad_rows`, its table is among the rest."""
-        table = upload["block_table"]
-        self._inputs[size].copy_(upload.buffer[: self._inputs[size].shape[0]])
+    def replay(self, shape: GraphShape, buffer: Tensor, table: Tensor) -> Computed:
+        """Results of every row of the shape. `buffer` begins with the arrays of `pad`, packed."""
+        inputs = self._inputs[shape]
+        inputs.copy_(buffer[: inputs.shape[0]])
         self.block_table[: table.shape[0], : table.shape[1]].copy_(table)
-        compute, results = self._graphs[size]
+        compute, results = self._graphs[shape]
         compute()
         return results
 
-    def _capture(self, step: DecodeStep, size: int, pool: Any) -> None:
-        arrays = pad_rows({name: np.empty(0) for name in ROW_DTYPES}, size)
+    def _capture(self, step: Step, shape: GraphShape, pool: Any) -> None:
+        arrays = _padding_alone(shape)
         host = np.zeros(packed_size(arrays), dtype=np.uint8)
         pack(arrays, host)
-        self._inputs[size] = torch.from_numpy(host).to(self.device)
-        static = Upload(arrays, self._inputs[size])
-        rows = torch.arange(size + 1, dtype=torch.int32, device=self.device)
-        tensors = {
-            **{name: static[name] for name in ROW_DTYPES},
-            "block_table": self.block_table[:size],
-            "query_start_loc": rows,
-            "logits_indices": rows[:size].long(),
-        }
-        batch = make_batch(tensors, Counts(0, 0, size, prefills_pending=False, max_query_len=1))
+        self._inputs[shape] = torch.from_numpy(host).to(self.device)
+        static = Upload(arrays, self._inputs[shape])
+        tensors = {name: static[name] for name in arrays} | {"block_table": self.block_table[: shape.num_rows]}
+        if not shape.num_prefills:  # the same in every step
+            starts = torch.arange(shape.num_rows + 1, dtype=torch.int32, device=self.device)
+            tensors |= {"query_start_loc": starts, "logits_indices": starts[:-1].long()}
+        counts = (shape.num_prefills, shape.num_prefill_tokens, shape.num_decodes)
+        batch = make_batch(tensors, Counts(*counts, prefills_pending=False, max_query_len=counts[1] or 1))
         draw = Draw(*(static[name] for name in Draw._fields))
 
-        def compute() -> Decoded:
+        def compute() -> Computed:
             logits, tokens = step(batch, draw)
-            if self.logits is None:  # the largest comes first, and runs once before it is recorded
-                self.logits = torch.empty_like(logits)
-            self.logits[:size].copy_(logits)
-            return Decoded(self.logits[:size], tokens)
+            if self.logits is None:
+                self.logits = logits.new_empty(self._most_rows, logits.shape[1])
+            self.logits[: shape.num_rows].copy_(logits)
+            return Computed(self.logits[: shape.num_rows], tokens)
 
-        self._batches[size] = batch
-        self._graphs[size] = record(compute, pool)
+        self._batches[shape] = batch
+        self._graphs[shape] = record(compute, pool)
+
+
+def _padding_alone(shape: GraphShape) -> Arrays:
+    """The arrays of `pad` for a step without rows."""
+    names = (*TOKEN_DTYPES, *ROW_DTYPES, *DRAW_DTYPES)
+    nothing: Arrays = {name: np.empty(0) for name in names} | {"query_start_loc": np.zeros(1, dtype=np.int32)}
+    return pad(nothing, Counts(0, 0, 0, prefills_pending=False, max_query_len=1), shape, np.empty(0, dtype=np.int64))

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,8 @@ from ..models.forward_batch import ForwardBatch
 from ..models.minimax import Cache, MiniMaxForCausalLM
 from ..models.registry import FAMILIES
 from ..models.weights import fill_with_noise, load_weights
-from .batch import Arrays, batch_arrays, count_rows, make_batch, upload
-from .cuda_graph import Decoded, DecodeGraphs, graph_sizes, pad_rows
+from .batch import BATCH_TENSORS, Arrays, Counts, batch_arrays, count_rows, make_batch, upload
+from .cuda_graph import Computed, GraphShape, StepGraphs, graph_shapes, pad, pad_table
 from .dummy_steps import StepLimits, smallest_steps
 from .errors import ConfigError
 from .outputs import TokenLogprobs
@@ -64,7 +65,7 @@ class ModelRunner:
         self.ring_size = linear_backend.ring_size
         with refuse_out_of_memory("the weights", "take a device with more memory, or a smaller dtype"):
             self.model = self._load(config, linear_backend, progress=progress)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self.wants_graphs = config.cuda_graphs and self.device.type == "cuda" and self.kernel_name == "triton"
         self.plan, self.memory = size_pools(self, config)
         self.warm_up()
@@ -89,13 +90,13 @@ class ModelRunner:
         rows = [scheduled.sequences[row] for row in scheduled.completing_rows]
         completing = [(sequence, len(sequence.output_token_ids)) for sequence in rows]
         arrays = batch_arrays(scheduled, self.block_size) | self.sampler.arrays(rows)
-        size = None
-        if self.graphs is not None and scheduled.num_prefills == 0:
-            size = self.graphs.size_for(len(rows))
-        if self.graphs is not None and size is not None:
-            return LaunchedStep(completing, self._replay(self.graphs, size, arrays), {})
+        counts = count_rows(scheduled)
+        if self.graphs is not None and not scheduled.wants_prompt_logprobs:
+            shape = self.graphs.shape_for(counts)
+            if shape is not None:
+                return LaunchedStep(completing, self._replay(self.graphs, shape, scheduled, counts, arrays), {})
         sent = upload(arrays, self.device)
-        batch = make_batch(sent, count_rows(scheduled))
+        batch = make_batch(sent, counts)
         hidden = self._forward(batch)
         sampled = None
         if rows:
@@ -103,17 +104,25 @@ class ModelRunner:
             sampled = self.sampler.sample(logits, SamplingBatch.of(sent))
         return LaunchedStep(completing, sampled, self._prompt_logprobs(scheduled, hidden))
 
-    def _replay(self, graphs: DecodeGraphs, size: int, arrays: Arrays) -> Sampled:
-        """A decode step from its graph, which draws the tokens too; rows that want more are drawn again."""
-        padded = pad_rows(arrays, size)
-        is_plain = self.sampler.is_plain
-        rest = ["block_table"] if is_plain else [name for name in arrays if name not in padded]
-        sent = upload(padded | {name: arrays[name] for name in rest}, self.device)
-        decoded = graphs.replay(size, sent)
-        num_rows = len(arrays["slots"])
-        if is_plain:
-            return send_home(decoded.tokens[:num_rows])
-        return self.sampler.sample(decoded.logits[:num_rows], SamplingBatch.of(sent))
+    def _replay(
+        self, graphs: StepGraphs, shape: GraphShape, scheduled: ScheduledBatch, counts: Counts, arrays: Arrays
+    ) -> Sampled | None:
+        """A step from its graph, which draws the tokens too; rows that want more are drawn again."""
+        completing = scheduled.completing_rows
+        graph_rows = np.array(completing, dtype=np.int64)
+        graph_rows[graph_rows >= counts.num_prefills] += shape.num_prefills - counts.num_prefills
+        padded = pad(arrays, counts, shape, graph_rows)
+        rest = {"table": pad_table(arrays["block_table"], counts, shape), "graph_rows": graph_rows}
+        if not self.sampler.is_plain:
+            rest |= {name: array for name, array in arrays.items() if name not in BATCH_TENSORS}
+        sent = upload({f"padded_{name}": array for name, array in padded.items()} | rest, self.device)
+        computed = graphs.replay(shape, sent.buffer, sent["table"])
+        if not completing:
+            return None
+        rows = sent["graph_rows"] if shape.num_prefills else slice(len(completing))
+        if self.sampler.is_plain:
+            return send_home(computed.tokens[rows])
+        return self.sampler.sample(computed.logits[rows], SamplingBatch.of(sent))
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
         """Hidden states [T, d]. Tokens that the host has not seen are those last drawn for their slots."""
@@ -123,24 +132,26 @@ class ModelRunner:
             ids.copy_(torch.where(ids < 0, last, ids))
         return self.model(batch, self.caches)
 
-    def _decode(self, batch: ForwardBatch, draw: Draw) -> Decoded:
-        """A step of decode rows alone, as its graph is to hold it."""
-        logits = self.model.compute_logits(self._forward(batch))
-        return Decoded(logits, self.sampler.draw(logits, draw, batch.state_indices))
+    def _compute(self, batch: ForwardBatch, draw: Draw) -> Computed:
+        """A step as its graph is to hold it."""
+        hidden = self._forward(batch)
+        logits = self.model.compute_logits(hidden[batch.logits_indices] if batch.num_prefills else hidden)
+        return Computed(logits, self.sampler.draw(logits, draw, batch.state_indices))
 
     @torch.inference_mode()
-    def capture(self, sizes: list[int], max_model_len: int, *, progress: bool = False) -> DecodeGraphs:
-        """Graphs of decode steps of so many rows. Raises `ConfigError` when they do not fit."""
+    def capture(self, shapes: list[GraphShape], max_model_len: int, *, progress: bool = False) -> StepGraphs:
+        """Graphs of steps of these shapes. Raises `ConfigError` when they do not fit."""
         width = -(-max_model_len // self.block_size)
+        most = max(shape.num_decodes for shape in shapes)
         remedy = "lower max_graph_rows or max_num_seqs, or set cuda_graphs to false"
-        with refuse_out_of_memory(f"CUDA graphs of up to {sizes[-1]} rows", remedy):
-            return DecodeGraphs(self._decode, sizes, width, self.device, progress=progress)
+        with refuse_out_of_memory(f"CUDA graphs of up to {most} rows", remedy):
+            return StepGraphs(self._compute, shapes, width, self.device, progress=progress)
 
     def _keep_graphs(self, config: EngineConfig, *, progress: bool) -> None:
         """Capture the graphs that serve, and account for what they really take."""
-        sizes = graph_sizes(min(self.plan.num_state_slots, config.max_graph_rows))
+        shapes = graph_shapes(min(self.plan.num_state_slots, config.max_graph_rows), config.max_num_batched_tokens)
         before = free_memory(self.device)[0]
-        self.graphs = self.capture(sizes, self.plan.max_model_len, progress=progress)
+        self.graphs = self.capture(shapes, self.plan.max_model_len, progress=progress)
         self.memory.graphs = before - free_memory(self.device)[0]
         if self.memory.unassigned < 0:
             self.plan.notes.append(

@@ -50,9 +50,8 @@ class SamplingBatch:
 
     @classmethod
     def of(cls, arrays: Mapping[str, Tensor] | Upload) -> SamplingBatch:
-        """From the tensors of `Sampler.arrays`, by name. Those of `draw` may be longer than N."""
-        slots = arrays["slots"]
-        draw = Draw(*(arrays[name][: slots.shape[0]] for name in Draw._fields))
+        """From the tensors of `Sampler.arrays`, by name."""
+        draw = Draw(*(arrays[name] for name in Draw._fields))
         return cls(draw, **{name: arrays[name] for name in cls.__slots__ if name != "draw"})
 
 

@@ -38,6 +38,12 @@ class ScheduledBatch:
         return len(self.sequences) - self.num_prefills
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether some prompt's tokens are to be scored."""
+        prompts = self.sequences[: self.num_prefills]
+        return any(s.sampling_params.prompt_logprobs is not None and not s.num_output_tokens for s in prompts)
+
+    @property
     def completing_prefills(self) -> list[int]:
         """Prefill rows whose tokens are all computed after this step. Asked before `update`."""
         counts, rows = self.num_scheduled_tokens, range(self.num_prefills)

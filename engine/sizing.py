@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..configs.schema import EngineConfig
-from .cuda_graph import graph_sizes
+from .cuda_graph import GraphShape, graph_shapes
 from .dummy_steps import StepLimits, serving_steps
 from .errors import ConfigError
 from .memory import MemoryPlan, MemoryUse, plan_memory
@@ -88,8 +88,8 @@ def _measure(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> M
         runner.allocate(limits.num_slots, limits.num_blocks)
         runner.model.reserve_positions(limits.longest_prompt + 1)
         workspace = _measure_steps(runner, limits)
-    sizes = graph_sizes(min(limits.num_slots, config.max_graph_rows))
-    graphs = _measure_graphs(runner, sizes, max_model_len) if runner.wants_graphs else 0
+    shapes = graph_shapes(min(limits.num_slots, config.max_graph_rows), limits.max_tokens)
+    graphs = _measure_graphs(runner, shapes, max_model_len) if runner.wants_graphs else 0
     runner.release()
     free, everything = free_memory(runner.device)
     known = runner.weight_bytes + runner.model.position_bytes(limits.longest_prompt + 1)
@@ -130,16 +130,16 @@ def _measure_steps(runner: ModelRunner, limits: StepLimits) -> int:
     return max(grown, torch.cuda.max_memory_allocated(device) - allocated) + FRAGMENTATION_BYTES
 
 
-def _measure_graphs(runner: ModelRunner, sizes: list[int], max_model_len: int) -> int:
-    """Bytes that graphs of these sizes will take: the largest shapes their memory, each adds its own nodes."""
+def _measure_graphs(runner: ModelRunner, shapes: list[GraphShape], max_model_len: int) -> int:
+    """Bytes that graphs of these shapes will take: the largest shapes their memory, each adds its own nodes."""
     free = [free_memory(runner.device)[0]]
-    for part in (sizes[-1:], sizes[:1] + sizes[-1:]):
+    for part in (shapes[-1:], shapes[:1] + shapes[-1:]):
         graphs = runner.capture(part, max_model_len)
         free.append(free_memory(runner.device)[0])
         del graphs
         free_memory(runner.device)
     first, second = free[0] - free[1], free[0] - free[2]
-    return max(first, second) + max(second - first, 0) * len(sizes)
+    return max(first, second) + max(second - first, 0) * len(shapes)
 
 
 def bound_allocator(device: torch.device, use: MemoryUse) -> None:

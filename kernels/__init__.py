@@ -161,7 +161,7 @@ class Kernels(Protocol):
 
         q, out: [T, H, D], H a multiple of H_kv; caches as in `rope_and_store_kv`, this step's keys and values
         included; block_table: [B, M] int32; context_lens: [B] int32, tokens before this step: token i of row b sees
-        context_lens[b] + i + 1 positions. Returns `out`.
+        context_lens[b] + i + 1 positions; context_lens -1 = padding row: sees nothing, writes zeros. Returns `out`.
         """
 
     def attention_decode(

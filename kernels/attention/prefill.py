@@ -61,6 +61,10 @@ def _prefill_kernel(
     i_token = o_m // G
     o_h_q = i_kv * G + o_m % G
     m_q = (i_token < n)[:, None] & (o_d < D)[None, :]
+    p_out = p_o + ((first + i_token) * o_t + o_h_q * o_h)[:, None] + o_d[None, :]
+    if context < 0:  # padding row
+        tl.store(p_out, tl.zeros([BM, BD], p_o.dtype.element_ty), mask=m_q)
+        return
     b_q = tl.load(p_q + ((first + i_token) * q_t + o_h_q * q_h)[:, None] + o_d[None, :], mask=m_q, other=0.0)
 
     b_o = tl.zeros([BM, BD], tl.float32)
@@ -84,7 +88,6 @@ def _prefill_kernel(
                 b_score = tl.where(o_n[None, :] <= b_position[:, None], b_score, float("-inf"))
             b_o, b_max, b_sum = online_softmax(b_o, b_max, b_sum, b_score, b_v, scale_log2, PRECISION)
     b_o = b_o / b_sum[:, None]
-    p_out = p_o + ((first + i_token) * o_t + o_h_q * o_h)[:, None] + o_d[None, :]
     tl.store(p_out, b_o.to(p_o.dtype.element_ty), mask=m_q)
 
 

@@ -34,7 +34,9 @@ def prefill(
     starts = query_start_loc.tolist()
     for row, context in enumerate(context_lens.tolist()):
         start, end = starts[row], starts[row + 1]
-        if start == end:
+        if context < 0:  # padding row
+            out[start:end] = 0
+        if start == end or context < 0:
             continue
         keys, values = (_history(cache, block_table[row], context + end - start) for cache in (key_cache, value_cache))
         mask = None

@@ -1,4 +1,4 @@
-"""Decode steps from graphs answer as steps without, whatever their padding. Where there is no GPU a graph is played by
+"""Steps from graphs answer as steps without, whatever their padding. Where there is no GPU a graph is played by
 running its step again over the same static tensors."""
 
 from __future__ import annotations
@@ -7,11 +7,13 @@ import pytest
 import torch
 from engines import drain, make_core, request
 from leyden.engine import cuda_graph
+from leyden.engine.batch import Counts
 from leyden.engine.core import EngineCore
-from leyden.engine.cuda_graph import DecodeGraphs, graph_sizes
+from leyden.engine.cuda_graph import PREFILL_ROWS, GraphShape, StepGraphs, graph_shapes
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 
-SIZES = [2, 8]
+DECODES = [GraphShape(2), GraphShape(8)]
+MIXED = [GraphShape(0, 16), GraphShape(8, 16), GraphShape(0, 64), GraphShape(8, 64)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -41,9 +43,9 @@ def plain(folder, **settings) -> EngineCore:
     return make_core(folder, max_num_seqs=8, device=DEVICE, cuda_graphs=False, **settings)
 
 
-def with_graphs(folder, sizes=SIZES, **settings) -> EngineCore:
+def with_graphs(folder, shapes=DECODES, **settings) -> EngineCore:
     core = plain(folder, **settings)
-    core.runner.graphs = DecodeGraphs(core.runner._decode, sizes, 16, core.runner.device)
+    core.runner.graphs = StepGraphs(core.runner._compute, shapes, 16, core.runner.device)
     return core
 
 
@@ -99,7 +101,7 @@ def test_padding_rows_touch_no_slot_and_no_block(folder, backend):
 def test_more_rows_than_the_largest_graph_run_without_one(folder):
     requests = [request(str(i), random_prompt(6, i), max_tokens=6) for i in range(4)]
     expected = drain(plain(folder), *requests)
-    answers = drain(with_graphs(folder, sizes=[2]), *requests)
+    answers = drain(with_graphs(folder, shapes=[GraphShape(2)]), *requests)
     assert {n: a.token_ids for n, a in answers.items()} == {n: a.token_ids for n, a in expected.items()}
 
 
@@ -107,13 +109,92 @@ def test_more_rows_than_the_largest_graph_run_without_one(folder):
 def test_graphs_share_one_place_for_logits(folder):
     graphs = with_graphs(folder).runner.graphs
     places = {results.logits.data_ptr() for _, results in graphs._graphs.values()}
-    assert places == {graphs.logits.data_ptr()} and graphs.logits.shape == (SIZES[-1], 320)
+    assert places == {graphs.logits.data_ptr()} and graphs.logits.shape == (8, 320)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lags", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["at once", "a step behind"])
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+def test_a_step_with_prompts_answers_as_one_without_graphs(folder, backend, lags):
+    settings = {"linear_backend": backend, "async_scheduling": lags, "mixed_prefill_tokens": 24}
+    lengths = (1, 70, 5, 64, 23, 40)  # chunks, several prompts in a step, a graph filled to the last token, and one not
+    requests = [
+        request(name, random_prompt(length, length), max_tokens=12, **PARAMS[name])
+        for name, length in zip(PARAMS, lengths, strict=True)
+    ]
+    expected = drain(plain(folder, **settings), *requests)
+    core = with_graphs(folder, MIXED + DECODES, **settings)
+    eager = []
+    core.runner._prompt_logprobs = lambda *arguments: eager.append(arguments) or {}
+    for _ in range(2):
+        answers = drain(core, *requests)
+        for name in PARAMS:
+            assert answers[name].token_ids == expected[name].token_ids, name
+            scores = [[entry.logprob for entry in each[name].logprobs] for each in (answers, expected)]
+            assert scores[0] == pytest.approx(scores[1], abs=1e-4), name
+    assert not eager, "every step was to come from a graph"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+def test_the_padding_of_prompts_touches_no_slot_and_no_block(folder, backend):
+    core = with_graphs(folder, MIXED, linear_backend=backend)
+    runner = core.runner
+    core.add_request(request("a", random_prompt(7, 1), max_tokens=3))
+    batch = core.scheduler.schedule()
+    own = batch.sequences[0]
+    slots = [slot for slot in range(runner.plan.num_state_slots) if slot != own.state_slot]
+    blocks = [block for block in range(runner.kv.num_blocks) if block not in own.block_table]
+    pools = [(pool, slots) for pool in (runner.states.state, runner.states.key_ring, runner.states.value_ring)]
+    pools += [(runner.kv.key, blocks), (runner.kv.value, blocks)]
+    for pool, others in pools:
+        pool[:, others] = 7
+    runner.launch(batch).wait()
+    for pool, others in pools:
+        assert (pool[:, others] == 7).all()
+
+
+@torch.inference_mode()
+def test_a_prompt_that_is_scored_runs_without_a_graph(folder):
+    asked = request("a", random_prompt(9, 1), max_tokens=3, prompt_logprobs=2)
+    expected = drain(plain(folder), asked)
+    answers = drain(with_graphs(folder, MIXED + DECODES), asked)
+    assert answers["a"].token_ids == expected["a"].token_ids
+    assert len(answers["a"].prompt_logprobs) == len(expected["a"].prompt_logprobs) > 0
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 64, 65, 256, 300, 512])
 def test_sizes_grow_to_the_most_rows_and_padding_stays_small(most):
-    sizes = graph_sizes(most)
+    shapes = graph_shapes(most, 0)
+    sizes = [shape.num_decodes for shape in shapes]
+    assert shapes == [GraphShape(size) for size in sizes]
     assert sizes == sorted(set(sizes)) and sizes[-1] == most
     for rows in range(1, most + 1):
         padding = next(size for size in sizes if size >= rows) - rows
         assert padding < (8 if rows <= 64 else 16 if rows <= 256 else 32)
+
+
+@pytest.mark.parametrize("most", [1, 8, 65, 272])
+@pytest.mark.parametrize("tokens", [1, 63, 65, 512, 4096])
+def test_shapes_with_prompts_grow_and_waste_little(most, tokens):
+    shapes = graph_shapes(most, max_tokens=tokens)
+    assert shapes == sorted(shapes, key=lambda shape: shape.num_tokens) and len(set(shapes)) == len(shapes)
+    room = max(shape.num_prefill_tokens for shape in shapes)
+    assert room == (0 if tokens < 64 else min(1 << tokens.bit_length() - 1, 512))
+    for num_decodes in range(most + 1):
+        for num_tokens in {1, 64, 65, 300, room} & set(range(room + 1)) - {0}:
+            counts = Counts(1, num_tokens, num_decodes, prefills_pending=False, max_query_len=num_tokens)
+            shape = next(shape for shape in shapes if shape.holds(counts))
+            assert shape.num_tokens <= max(64, 2 * num_tokens) + num_decodes + 64
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(PREFILL_ROWS, 40, 2, False), (1, 65, 2, False), (1, 40, 9, False), (1, 40, 2, True), (0, 0, 2, False)],
+    ids=["rows", "tokens", "decodes", "pending", "no prompt"],
+)
+def test_what_a_shape_does_not_hold(counts):
+    shape = GraphShape(8, 64)
+    assert shape.holds(Counts(PREFILL_ROWS - 1, 64, 8, prefills_pending=False, max_query_len=64))
+    prefills, tokens, decodes, pending = counts
+    assert not shape.holds(Counts(prefills, tokens, decodes, prefills_pending=pending, max_query_len=tokens or 1))

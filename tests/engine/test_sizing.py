@@ -11,6 +11,7 @@ import pytest
 import torch
 from engines import engine_config, make_core, request
 from leyden.engine import model_runner, sizing
+from leyden.engine.cuda_graph import GraphShape
 from leyden.engine.dummy_steps import StepLimits, serving_steps, smallest_steps
 from leyden.engine.errors import ConfigError
 from leyden.engine.memory import MemoryUse
@@ -243,9 +244,9 @@ def test_graphs_that_do_not_fit(runner, monkeypatch, error):
         finally:  # as a capture does that ends after an error
             raise RuntimeError("capture failed due to a previous error")
 
-    monkeypatch.setattr(model_runner, "DecodeGraphs", capture)
+    monkeypatch.setattr(model_runner, "StepGraphs", capture)
     with pytest.raises(ConfigError, match=r"8 rows.*max_graph_rows.*cuda_graphs"):
-        runner.capture([1, 8], 64)
+        runner.capture([GraphShape(1), GraphShape(8)], 64)
 
 
 def test_an_error_that_is_not_about_memory_stays_what_it_is(tiny, monkeypatch):

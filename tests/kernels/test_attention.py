@@ -224,6 +224,17 @@ def test_padding_rows_of_decode_write_zeros(backend, contexts, device, assert_cl
 
 
 @every_kernel
+def test_padding_rows_of_prefill_write_zeros(backend, device, assert_close):
+    lengths, contexts = [40, 70, 0, 130], [3, -1, -1, -1]
+    case = make_case(device, lengths, [max(c, 0) for c in contexts])
+    case.context_lens.copy_(torch.tensor(contexts))
+    case.block_table[1:] = 0
+    out = prefill(backend, case, max(lengths))
+    assert_close("row 0", out[:40], case.expected[:40], 1e-6)
+    assert out[40:].count_nonzero() == 0
+
+
+@every_kernel
 def test_prefill_in_chunks_ends_like_decode_and_like_one_prefill(backend, device, assert_close):
     whole = make_case(device, [70], [0])
     out = prefill(backend, whole, 70).clone()
