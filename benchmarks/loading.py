@@ -35,6 +35,9 @@ from leyden.models.weights import INDEX_FILE, load_weights
 from safetensors.torch import save_file
 
 
+NOISE_ITEMS = 1 << 24
+
+
 def main() -> int:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="leyden-") as temporary:
@@ -73,11 +76,14 @@ def write_checkpoint(config: Path, folder: Path, layers: int | None, shard_bytes
 
 
 def shards(model: MiniMaxForCausalLM, shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Random tensors for every target, in groups of about so many bytes."""
+    """Tensors of noise for every target, the same over and over, in groups of about so many bytes."""
+    noise = torch.empty(NOISE_ITEMS).uniform_(-0.05, 0.05)
     shard: dict[str, torch.Tensor] = {}
     for target in model.targets():
         if not target.covers:
-            shard[target.name] = torch.empty(target.view.shape, dtype=target.view.dtype).uniform_(-0.05, 0.05)
+            times = -(-target.view.numel() // NOISE_ITEMS)
+            items = noise.to(target.view.dtype).repeat(times)[: target.view.numel()]
+            shard[target.name] = items.view(target.view.shape).clone()
         if sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes:
             yield shard
             shard = {}

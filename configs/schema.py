@@ -55,7 +55,7 @@ class EngineConfig(BaseModel):
         2048, ge=1, le=1 << 20, description="tokens in one step, prompt chunks included"
     )
     mixed_prefill_tokens: int = Field(
-        512,
+        256,
         ge=1,
         le=1 << 20,
         description="prompt tokens in a step that also decodes; more delay its decoding rows",

@@ -81,7 +81,7 @@ def graph_shapes(max_rows: int, max_tokens: int) -> list[GraphShape]:
     """Shapes worth a graph for steps of up to so many decoding rows and tokens in all, increasing. Without prompts at
     most 8 rows are padding up to 64, 16 up to 256, then 32; beside prompts at most 64."""
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows, 32)]
-    beside = [0, 8, 32, *range(64, max_rows, 64)]
+    beside = [0, 16, *range(64, max_rows, 64)]
     shapes = [GraphShape(size) for size in (*(size for size in steps if size < max_rows), max_rows)]
     for tokens in PREFILL_TOKENS:
         if tokens <= max_tokens:

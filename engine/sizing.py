@@ -131,15 +131,17 @@ def _measure_steps(runner: ModelRunner, limits: StepLimits) -> int:
 
 
 def _measure_graphs(runner: ModelRunner, shapes: list[GraphShape], max_model_len: int) -> int:
-    """Bytes that graphs of these shapes will take: the largest shapes their memory, each adds its own nodes."""
+    """Bytes that graphs of these shapes will take: the largest shapes their memory, each adds its own nodes, as some
+    of every kind tell."""
     free = [free_memory(runner.device)[0]]
-    for part in (shapes[-1:], shapes[:1] + shapes[-1:]):
+    some = shapes[:-1 : max(1, len(shapes) // 8)]
+    for part in (shapes[-1:], [*some, shapes[-1]]):
         graphs = runner.capture(part, max_model_len)
         free.append(free_memory(runner.device)[0])
         del graphs
         free_memory(runner.device)
-    first, second = free[0] - free[1], free[0] - free[2]
-    return max(first, second) + max(second - first, 0) * len(shapes)
+    largest, others = free[0] - free[1], max(0, free[1] - free[2])
+    return largest + others * len(shapes) // max(1, len(some)) + ROUNDING_BYTES
 
 
 def bound_allocator(device: torch.device, use: MemoryUse) -> None:
