@@ -34,7 +34,6 @@ from leyden.models.registry import FAMILIES
 from leyden.models.weights import INDEX_FILE, load_weights
 from safetensors.torch import save_file
 
-
 NOISE_ITEMS = 1 << 24
 
 

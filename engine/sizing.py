@@ -134,7 +134,7 @@ def _measure_graphs(runner: ModelRunner, shapes: list[GraphShape], max_model_len
     """Bytes that graphs of these shapes will take: the largest shapes their memory, each adds its own nodes, as some
     of every kind tell."""
     free = [free_memory(runner.device)[0]]
-    some = shapes[:-1 : max(1, len(shapes) // 8)]
+    some = shapes[: -1 : max(1, len(shapes) // 8)]
     for part in (shapes[-1:], [*some, shapes[-1]]):
         graphs = runner.capture(part, max_model_len)
         free.append(free_memory(runner.device)[0])
