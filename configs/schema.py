@@ -65,7 +65,7 @@ class EngineConfig(BaseModel):
     async_scheduling: bool | None = Field(
         None, description="launch a step before the tokens of the one before are known; default: on CUDA"
     )
-    cuda_graphs: bool = Field(True, description="replay decode steps from CUDA graphs, captured at start")
+    cuda_graphs: bool = Field(True, description="replay steps from CUDA graphs, captured at start")
     max_graph_rows: int = Field(512, ge=1, le=65536, description="largest decode step that gets a CUDA graph")
     block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")
     memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory to use")

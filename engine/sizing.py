@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ROUNDING_BYTES = 8 * (2 << 20)
 # Tensors of 1 to 10 MB share pieces of 20 MiB; steps that come in another order than those measured fill them worse.
 FRAGMENTATION_BYTES = 4 * (20 << 20)
+CUBLAS_BYTES = 32 << 20  # its workspace on this kind of GPU, which the last capture may take once more
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -141,7 +142,7 @@ def _measure_graphs(runner: ModelRunner, shapes: list[GraphShape], max_model_len
         del graphs
         free_memory(runner.device)
     largest, others = free[0] - free[1], max(0, free[1] - free[2])
-    return largest + others * len(shapes) // max(1, len(some)) + ROUNDING_BYTES
+    return largest + others * len(shapes) // max(1, len(some)) + CUBLAS_BYTES
 
 
 def bound_allocator(device: torch.device, use: MemoryUse) -> None:
