@@ -21,9 +21,17 @@ class AsyncLLM:
         self.tokenizer = tokenizer
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+        *,
+        num_siblings: int = 0,
+        sibling_of: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Deltas of one answer; the last one has a finish_reason. Closing the iterator early aborts the sequence.
+        Several answers to one prompt are siblings (`AddRequest`).
 
         Raises what `EngineClient.generate` raises.
         """
@@ -33,6 +41,8 @@ class AsyncLLM:
             sampling_params=params,
             priority=priority,
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
+            num_siblings=num_siblings,
+            sibling_of=sibling_of,
         )
         text = TextStream(self.tokenizer, params, len(prompt_token_ids))
         async with aclosing(self.client.generate(request)) as steps:  # type: ignore[type-var]

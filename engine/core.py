@@ -64,8 +64,18 @@ class EngineCore:
                 priority=request.priority,
                 arrival=self._arrivals,
                 seed=seed,
+                num_siblings=request.num_siblings if max_tokens else 0,
+                leader=self._leader_of(request, max_tokens),
             )
         )
+
+    def _leader_of(self, request: AddRequest, max_tokens: int) -> Sequence | None:
+        """Whose prompt this request can copy. One that wants its own prompt's scores computes it."""
+        if request.sibling_of is None or request.sampling_params.prompt_logprobs is not None or not max_tokens:
+            return None
+        leader = self.scheduler.find_leader(request.sibling_of)
+        is_same = leader is not None and leader.prompt_token_ids == request.prompt_token_ids
+        return leader if is_same else None
 
     def check(self, request: AddRequest) -> int:
         """Refuse what can never be served, by `RequestError`. Returns the answer's bound in tokens."""

@@ -12,7 +12,8 @@ from .sampling_params import SamplingParams
 class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     """Start a sequence. A lower `priority` runs earlier; ties run in order of arrival.
 
-    `eos_token_ids` None = those of the checkpoint's config and generation config.
+    `eos_token_ids` None = those of the checkpoint's config and generation config. `num_siblings` more requests will
+    follow at once that have the same prompt and name this one as `sibling_of`: the prompt is then computed once.
     """
 
     request_id: str
@@ -20,6 +21,8 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     sampling_params: SamplingParams
     priority: int = 0
     eos_token_ids: list[int] | None = None
+    num_siblings: int = 0
+    sibling_of: str | None = None
 
 
 class AbortRequest(msgspec.Struct, tag="abort"):

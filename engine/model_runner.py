@@ -28,7 +28,7 @@ from .errors import ConfigError
 from .outputs import TokenLogprobs
 from .pools import KVPool, StatePool
 from .sampler import Draw, Sampled, Sampler, SamplingBatch, send_home, token_logprobs
-from .scheduler import ScheduledBatch
+from .scheduler import Copy, ScheduledBatch
 from .sequence import Sequence
 from .sizing import bound_allocator, free_memory, refuse_out_of_memory, size_pools
 
@@ -87,6 +87,8 @@ class ModelRunner:
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start computing the scheduled tokens, which writes state and KV pools, and sampling where a row's tokens are
         complete. On CUDA nothing waits for the device, but for log-probabilities of a prompt."""
+        for copy in scheduled.copies:
+            self._copy(copy)
         rows = [scheduled.sequences[row] for row in scheduled.completing_rows]
         completing = [(sequence, len(sequence.output_token_ids)) for sequence in rows]
         arrays = batch_arrays(scheduled, self.block_size) | self.sampler.arrays(rows)
@@ -103,6 +105,13 @@ class ModelRunner:
             logits = self.model.compute_logits(hidden[batch.logits_indices])
             sampled = self.sampler.sample(logits, SamplingBatch.of(sent))
         return LaunchedStep(completing, sampled, self._prompt_logprobs(scheduled, hidden))
+
+    def _copy(self, copy: Copy) -> None:
+        self.states.copy(copy.source_slot, copy.target_slot)
+        if copy.source_blocks:
+            blocks = {"source": np.array(copy.source_blocks), "target": np.array(copy.target_blocks)}
+            sent = upload(blocks, self.device)
+            self.kv.copy(sent["source"], sent["target"])
 
     def _replay(
         self, graphs: StepGraphs, shape: GraphShape, scheduled: ScheduledBatch, counts: Counts, arrays: Arrays

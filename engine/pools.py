@@ -32,6 +32,10 @@ class StatePool:
         self.key_ring = torch.empty(*shape, ring_size, K, device=device, dtype=ring_dtype)
         self.value_ring = torch.empty(*shape, ring_size, V, device=device, dtype=ring_dtype)
 
+    def copy(self, source: int, target: int) -> None:
+        """One slot's states to another. Tokens that wait in its ring stay behind."""
+        self.state[:, target].copy_(self.state[:, source])
+
     def layer(self, i: int) -> LinearState:
         """The i-th lightning layer's part."""
         return LinearState(self.state[i], self.key_ring[i], self.value_ring[i])
@@ -58,6 +62,11 @@ class KVPool:
         self.num_blocks = num_blocks
         self.key = torch.empty(shape, device=device, dtype=dtype)
         self.value = torch.empty(shape, device=device, dtype=dtype)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """The contents of blocks [N] int64 to others."""
+        for cache in (*self.key, *self.value):  # layer by layer: what lies between is a copy
+            cache.index_copy_(0, target, cache.index_select(0, source))
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
         """Key and value cache [num_blocks, block_size, H_kv, D] of the i-th softmax layer."""

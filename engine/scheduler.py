@@ -6,6 +6,9 @@ Each step, within `max_num_batched_tokens`:
 3. waiting sequences are admitted in order while a state slot, KV blocks and budget last.
 Beside decoding rows, 2 and 3 together bring at most `mixed_prefill_tokens`, which bounds how long a token takes.
 
+Sequences with the same prompt (`n`) wait for the first of them: it stops before the prompt's last token, they copy its
+state and blocks, and all go on from there.
+
 Order is priority, then arrival. When blocks run out, the last in order is preempted: it gives back everything, and is
 computed again from its tokens later.
 """
@@ -13,12 +16,24 @@ computed again from its tokens later.
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .block_manager import BlockManager
 from .errors import ContextLengthError, QueueFullError
 from .sequence import UNSEEN, Sequence, Status
 from .slots import SlotManager
+
+SIBLING_PATIENCE = 2000  # steps that a sequence waits for siblings that were announced: they are on their way
+
+
+class Copy(NamedTuple):
+    """What one sequence takes over from another before a step: a state, and the contents of blocks."""
+
+    source_slot: int
+    target_slot: int
+    source_blocks: list[int]
+    target_blocks: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +43,7 @@ class ScheduledBatch:
     sequences: list[Sequence]
     num_scheduled_tokens: list[int]
     num_prefills: int
+    copies: list[Copy] = field(default_factory=list)  # to make before anything is computed
 
     @property
     def is_empty(self) -> bool:
@@ -78,9 +94,15 @@ class Scheduler:
         self.running: list[Sequence] = []  # kept in order
         self.num_preemptions = 0
         self._by_id: dict[str, Sequence] = {}
+        self._leaders: dict[Sequence, int] = {}  # siblings are still to copy from them; steps they may wait for these
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
+
+    def find_leader(self, request_id: str) -> Sequence | None:
+        """The sequence whose computed tokens a sibling may still come to copy, or None."""
+        sequence = self._by_id.get(request_id)
+        return sequence if sequence in self._leaders else None
 
     @property
     def has_work(self) -> bool:
@@ -104,6 +126,10 @@ class Scheduler:
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is in the engine already"
         self._by_id[sequence.request_id] = sequence
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+        if sequence.num_siblings and sequence.num_prompt_tokens > 1:
+            self._leaders[sequence] = SIBLING_PATIENCE
+        if sequence.leader is not None:
+            sequence.leader.siblings.append(sequence)
 
     def abort(self, request_id: str) -> bool:
         """Forget a sequence and free what it holds. False when it is not here (it may just have finished)."""
@@ -122,9 +148,14 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
         del self._by_id[sequence.request_id]
+        self._disband(sequence)
+        if sequence.leader is not None:
+            sequence.leader.siblings.remove(sequence)
+            sequence.leader.num_siblings -= 1
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's rows and give them the blocks and slots they need."""
+        copies, held = self._copy_prompts()
         budget = self.max_num_batched_tokens
         decoding: dict[Sequence, int] = {}
         prefilling: dict[Sequence, int] = {}
@@ -132,6 +163,8 @@ class Scheduler:
         block_size = self.blocks.block_size
         for sequence in self.running.copy():
             num_new, num_computed = sequence.num_uncomputed_tokens, sequence.num_computed_tokens
+            if held and sequence in held:
+                continue
             if num_new > 1 or num_computed == 0:
                 behind.append(sequence)
             elif num_new and budget:
@@ -142,13 +175,14 @@ class Scheduler:
         if decoding:
             budget = min(budget, self.mixed_prefill_tokens)
         for sequence in behind:
-            num_new = min(sequence.num_uncomputed_tokens, budget)
+            num_new = self._next_chunk(sequence, budget)
             if num_new and self._make_room(sequence, num_new, decoding, prefilling):
                 prefilling[sequence] = num_new
                 budget -= num_new
         self._admit(prefilling, budget)
         rows = [*prefilling, *decoding]
-        return ScheduledBatch(rows, [*prefilling.values(), *decoding.values()], len(prefilling))
+        assert rows or not copies, "what was copied is used"
+        return ScheduledBatch(rows, [*prefilling.values(), *decoding.values()], len(prefilling), copies)
 
     def update(self, batch: ScheduledBatch) -> None:
         """Note that the batch is being computed: what it completes ends in `UNSEEN` until its tokens arrive."""
@@ -179,15 +213,62 @@ class Scheduler:
             assert 0 <= sequence.num_pending_tokens < max(1, self.ring_size)
         assert len(self._by_id) == len(self.waiting) + len(self.running)
 
+    def _next_chunk(self, sequence: Sequence, budget: int) -> int:
+        """Tokens to compute of a prompt. One that others wait for stops before its last."""
+        num_new = sequence.num_uncomputed_tokens
+        if sequence in self._leaders:
+            num_new -= 1
+        return min(num_new, budget)
+
+    def _copy_prompts(self) -> tuple[list[Copy], set[Sequence]]:
+        """Give the siblings of those that have reached their prompt's last token what these have computed; a sibling
+        that finds no room computes for itself. Also returns those that wait for siblings to arrive."""
+        copies: list[Copy] = []
+        held: set[Sequence] = set()
+        for leader in [leader for leader in self._leaders if leader.is_at_last_prompt_token]:
+            self._leaders[leader] -= 1
+            if len(leader.siblings) < leader.num_siblings and self._leaders[leader]:
+                held.add(leader)
+                continue
+            for sibling in leader.siblings:
+                total = leader.num_prompt_tokens
+                if self.slots.num_free and self.blocks.missing(sibling, total) <= self.blocks.num_free:
+                    self.waiting.remove(sibling)
+                    copies.append(self._start_as_copy(sibling, leader))
+            self._disband(leader)
+        return copies, held
+
+    def _start_as_copy(self, sibling: Sequence, leader: Sequence) -> Copy:
+        self.slots.take(sibling)
+        self.blocks.grow(sibling, leader.num_prompt_tokens)
+        sibling.status = Status.RUNNING
+        sibling.num_computed_tokens = leader.num_computed_tokens
+        bisect.insort(self.running, sibling, key=lambda s: s.order)
+        assert leader.state_slot is not None and sibling.state_slot is not None
+        filled = self.blocks.blocks_for(leader.num_computed_tokens)
+        return Copy(
+            leader.state_slot, sibling.state_slot, [*leader.block_table[:filled]], [*sibling.block_table[:filled]]
+        )
+
+    def _disband(self, leader: Sequence) -> None:
+        """From here on everybody goes his own way."""
+        self._leaders.pop(leader, None)
+        for sibling in leader.siblings:
+            sibling.leader = None
+        leader.siblings = []
+
     def _admit(self, scheduled: dict[Sequence, int], budget: int) -> None:
-        while self.waiting and budget > 0 and self.slots.num_free:
-            sequence = self.waiting[0]
-            num_new = min(sequence.num_uncomputed_tokens, budget)
+        for sequence in self.waiting.copy():
+            if budget <= 0 or not self.slots.num_free:
+                return
+            if sequence.leader is not None:
+                continue
+            num_new = self._next_chunk(sequence, budget)
             # Room for the whole sequence as it is, not for one chunk: else a long prompt would be fed half-way and
             # put out again. Whoever runs has its blocks already, or there would be no budget left.
             if self.blocks.missing(sequence, sequence.num_tokens) > self.blocks.num_free:
                 return
-            self.waiting.pop(0)
+            self.waiting.remove(sequence)
             self.slots.take(sequence)
             self.blocks.grow(sequence, num_new)
             sequence.status = Status.RUNNING

@@ -44,6 +44,9 @@ class Sequence:
     state_slot: int | None = None
     num_pending_tokens: int = 0  # computed tokens that the slot's ring holds and its state does not (`replay`)
     is_counted: bool = False  # the sampler has counted the tokens in this slot (penalties)
+    num_siblings: int = 0  # sequences that are to copy what this one has computed before its prompt's last token
+    siblings: list[Sequence] = field(default_factory=list, repr=False)  # those of them that are here
+    leader: Sequence | None = field(default=None, repr=False)  # whose sibling this is, until they part
     stop_ids: frozenset[int] = field(init=False)  # tokens that end the answer
     max_fed: int = field(init=False)  # tokens that are fed to the model before the last one of the answer is drawn
 
@@ -74,6 +77,10 @@ class Sequence:
     def is_decoding(self) -> bool:
         """One token behind, with a past. A one-token prompt has no past: it is a prefill."""
         return self.num_computed_tokens > 0 and self.num_uncomputed_tokens == 1
+
+    @property
+    def is_at_last_prompt_token(self) -> bool:
+        return self.num_computed_tokens == len(self.prompt_token_ids) - 1
 
     @property
     def order(self) -> tuple[int, int]:

@@ -25,6 +25,12 @@ class Job:
     prompt_token_ids: list[int]
     params: SamplingParams
     priority: int
+    n: int  # choices of this prompt
+
+    @property
+    def first_index(self) -> int:
+        """Of the prompt's choices."""
+        return self.prompt_index * self.n
 
 
 def make_jobs(
@@ -46,7 +52,7 @@ def make_jobs(
         for j in range(request.n):
             params = SamplingParams(**fields, seed=_seed_of(request.seed, j))
             index = prompt_index * request.n + j
-            jobs.append(Job(index, prompt_index, prompt.token_ids, params, request.priority))
+            jobs.append(Job(index, prompt_index, prompt.token_ids, params, request.priority, request.n))
     return jobs
 
 

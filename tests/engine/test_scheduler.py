@@ -89,13 +89,16 @@ class Simulation:
         self.num_arrivals = 0
         self.alive: dict[str, Sequence] = {}
         self.finished: list[Sequence] = []
-        self.num_aborted = self.num_refused = self.num_fallen = 0
+        self.num_aborted = self.num_refused = self.num_fallen = self.num_copied = 0
+        self.expected: list[tuple[str, int, str]] = []  # siblings still to come: of whom, prompt, their id
 
     def run(self, num_requests: int) -> None:
         idle_limit = 200_000
-        while self.num_arrivals < num_requests or self.scheduler.has_work or self.in_flight:
+        while self.num_arrivals < num_requests or self.scheduler.has_work or self.in_flight or self.expected:
             while self.num_arrivals < num_requests and self.rng.random() < 0.4:
                 self.arrive()
+            while self.expected and self.rng.random() < 0.7:
+                self.arrive_sibling(*self.expected.pop(0))
             if self.alive and self.rng.random() < 0.05:
                 self.abort(self.rng.choice(list(self.alive)))
             self.step()
@@ -105,15 +108,30 @@ class Simulation:
     def arrive(self) -> None:
         self.num_arrivals += 1
         capacity = self.scheduler.blocks.num_blocks * self.scheduler.blocks.block_size
-        new = sequence(
-            self.rng.choice([1, 1, 2, self.rng.randint(1, capacity)]),
-            request_id=f"r{self.num_arrivals}",
+        length = self.rng.choice([1, 1, 2, self.rng.randint(1, capacity)])
+        num_siblings = self.rng.randint(1, 4) if self.rng.random() < 0.4 else 0
+        name = f"r{self.num_arrivals}"
+        if self.add(self.make(length, name, num_siblings=num_siblings)):
+            self.expected += [(name, length, f"{name}-{i}") for i in range(num_siblings)]
+
+    def arrive_sibling(self, leader: str, length: int, name: str) -> None:
+        self.num_arrivals += 1
+        self.add(self.make(length, name, leader=self.scheduler.find_leader(leader)))
+
+    def make(self, length: int, name: str, **fields) -> Sequence:
+        return sequence(
+            length,
+            request_id=name,
             max_tokens=self.rng.randint(1, 12),
             arrival=self.num_arrivals,
             priority=self.rng.choice([-1, 0, 0, 2]) if self.has_priorities else 0,
             eos_token_ids=frozenset({EOS}),
             ignore_eos=self.rng.random() < 0.5,
+            **fields,
         )
+
+    def add(self, new: Sequence) -> bool:
+        capacity = self.scheduler.blocks.num_blocks * self.scheduler.blocks.block_size
         waiting = len(self.scheduler.waiting)
         try:
             self.scheduler.add(new)
@@ -126,6 +144,7 @@ class Simulation:
         else:
             assert waiting < self.scheduler.max_waiting + self.scheduler.slots.num_slots
             self.alive[new.request_id] = new
+        return new.request_id in self.alive
 
     def abort(self, request_id: str) -> None:
         assert self.scheduler.abort(request_id)
@@ -152,7 +171,10 @@ class Simulation:
     def check(self, batch: ScheduledBatch, waiting_before: list[Sequence]) -> None:
         scheduler = self.scheduler
         scheduler.check_integrity()
-        assert not batch.is_empty or not scheduler.has_work or self.in_flight, "work is there and nothing runs"
+        patient = {s for s in scheduler.running if s.is_at_last_prompt_token and scheduler.find_leader(s.request_id)}
+        idle = not scheduler.has_work or self.in_flight or patient
+        assert not batch.is_empty or idle, "work is there and nothing runs"
+        self.check_copies(batch)
         assert len(set(map(id, batch.sequences))) == len(batch.sequences)
         assert sum(batch.num_scheduled_tokens) <= scheduler.max_num_batched_tokens
         if batch.num_prefills < len(batch.sequences):
@@ -162,7 +184,9 @@ class Simulation:
         ), "prefill rows come first"
         in_batch = {id(s) for s in batch.sequences}
         for running in scheduler.running:
-            assert id(running) in in_batch or not running.is_decoding, "a decoding sequence missed its token"
+            assert id(running) in in_batch or not running.is_decoding or running in patient, (
+                "a decoding sequence missed its token"
+            )
         for row, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
             assert row.status is Status.RUNNING and row.state_slot is not None
             assert 1 <= count <= row.num_uncomputed_tokens
@@ -172,9 +196,24 @@ class Simulation:
             assert scheduler.blocks.blocks_for(row.num_computed_tokens + count) <= held
             assert held <= scheduler.blocks.blocks_for(row.num_tokens), "blocks are held for nothing"
         still = {id(s) for s in scheduler.waiting}
-        admitted = [s.order for s in waiting_before if id(s) not in still]
-        left_behind = [s.order for s in waiting_before if id(s) in still]
+        copied = {copy.target_slot for copy in batch.copies}
+        admitted = [s.order for s in waiting_before if id(s) not in still and s.state_slot not in copied]
+        left_behind = [s.order for s in waiting_before if id(s) in still and s.leader is None]
         assert not admitted or not left_behind or max(admitted) < min(left_behind), "somebody jumped the queue"
+
+    def check_copies(self, batch: ScheduledBatch) -> None:
+        by_slot = {s.state_slot: s for s in self.scheduler.running}
+        for copy in batch.copies:
+            self.num_copied += 1
+            leader, sibling = by_slot.get(copy.source_slot), by_slot.get(copy.target_slot)
+            assert copy.source_slot != copy.target_slot
+            assert not set(copy.source_blocks) & set(copy.target_blocks)
+            assert len(copy.source_blocks) == len(copy.target_blocks)
+            if leader is None or sibling is None or sibling.num_computed_tokens == 0:
+                continue  # fell since, for one before it
+            assert leader.is_at_last_prompt_token and sibling.is_at_last_prompt_token
+            assert leader.prompt_token_ids == sibling.prompt_token_ids and sibling.num_pending_tokens == 0
+            assert len(copy.target_blocks) == self.scheduler.blocks.blocks_for(sibling.num_computed_tokens)
 
     def check_end(self) -> None:
         scheduler = self.scheduler
@@ -216,7 +255,7 @@ def test_nothing_waits_after_a_preemption():
 
 @pytest.mark.parametrize("lags", [False, True])
 def test_thousands_of_random_requests_keep_every_law(lags):
-    fallen = refused = aborted = finished = 0
+    fallen = refused = aborted = finished = copied = 0
     for seed in range(80):
         simulation = Simulation(seed, lags)
         simulation.run(num_requests=50)
@@ -225,7 +264,8 @@ def test_thousands_of_random_requests_keep_every_law(lags):
         refused += simulation.num_refused
         aborted += simulation.num_aborted
         finished += len(simulation.finished)
-    assert min(fallen, refused, aborted, finished) > 100, "the simulation must meet every case to prove anything"
+        copied += simulation.num_copied
+    assert min(fallen, refused, aborted, finished, 2 * copied) > 100, "every case must be met to prove anything"
 
 
 def test_one_token_prompt_is_a_prefill_row():

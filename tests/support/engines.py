@@ -47,7 +47,16 @@ def make_core(folder: Path, **settings: Any) -> EngineCore:
     return EngineCore(engine_config(folder, **settings), progress=False)
 
 
-def request(request_id: str, prompt: list[int], *, priority: int = 0, eos: Any = (), **params: Any) -> AddRequest:
+def request(
+    request_id: str,
+    prompt: list[int],
+    *,
+    priority: int = 0,
+    eos: Any = (),
+    num_siblings: int = 0,
+    sibling_of: str | None = None,
+    **params: Any,
+) -> AddRequest:
     """Greedy unless told otherwise, and without the checkpoint's stop ids."""
     sampling = SamplingParams(**({"temperature": 0.0} | params))
     return AddRequest(
@@ -56,6 +65,8 @@ def request(request_id: str, prompt: list[int], *, priority: int = 0, eos: Any =
         sampling_params=sampling,
         priority=priority,
         eos_token_ids=None if eos is None else list(eos),
+        num_siblings=num_siblings,
+        sibling_of=sibling_of,
     )
 
 
@@ -100,6 +111,8 @@ def sequence(
         "eos_token_ids",
         "num_computed_tokens",
         "state_slot",
+        "num_siblings",
+        "leader",
     }
     table = array("i", fields.pop("block_table", ()))
     params = {name: value for name, value in fields.items() if name not in own}
