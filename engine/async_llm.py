@@ -21,9 +21,15 @@ class AsyncLLM:
         self.tokenizer = tokenizer
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> AsyncIterator[RequestOutput]:
-        """Deltas of one answer; the last one has a finish_reason. Closing the iterator early aborts the sequence.
+        """Deltas of one answer; the last one has a finish_reason. `shown_ids`: control tokens that are text even where
+        `params` hide them. Closing the iterator early aborts the sequence.
 
         Raises what `EngineClient.generate` raises.
         """
@@ -34,7 +40,7 @@ class AsyncLLM:
             priority=priority,
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
         )
-        text = TextStream(self.tokenizer, params, len(prompt_token_ids))
+        text = TextStream(self.tokenizer, params, len(prompt_token_ids), shown_ids)
         async with aclosing(self.client.generate(request)) as steps:  # type: ignore[type-var]
             async for step in steps:
                 output = text.push(step)

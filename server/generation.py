@@ -67,7 +67,7 @@ async def _run_side_by_side(state: ServerState, jobs: list[Job], answer_id: str)
 async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
     timer = SequenceTimer(state.metrics)
     request_id = f"{answer_id}-{job.index}"
-    outputs = state.llm.generate(request_id, job.prompt_token_ids, job.params, job.priority)
+    outputs = state.llm.generate(request_id, job.prompt_token_ids, job.params, job.priority, job.shown_ids)
     reason: str | None = "abort"  # unless its last output comes
     try:
         async with aclosing(outputs) as closing:  # type: ignore[type-var]

@@ -25,6 +25,7 @@ class Job:
     prompt_token_ids: list[int]
     params: SamplingParams
     priority: int
+    shown_ids: frozenset[int] = frozenset()  # control tokens that are text even where `params` hide them
 
 
 def make_jobs(
@@ -36,6 +37,7 @@ def make_jobs(
     default_max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    shown_ids: frozenset[int] = frozenset(),
 ) -> list[Job]:
     fields = _sampling_fields(request, state)
     fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
@@ -46,7 +48,7 @@ def make_jobs(
         for j in range(request.n):
             params = SamplingParams(**fields, seed=_seed_of(request.seed, j))
             index = prompt_index * request.n + j
-            jobs.append(Job(index, prompt_index, prompt.token_ids, params, request.priority))
+            jobs.append(Job(index, prompt_index, prompt.token_ids, params, request.priority, shown_ids))
     return jobs
 
 
