@@ -32,7 +32,7 @@ def offered_tools(request: ChatRequest, state: ServerState) -> list[dict[str, An
 
 
 def _force(choice: ToolChoice) -> None:
-    """A call that has to be made needs constrained decoding; `parsers.forced.forced_grammar` says what to decode."""
+    """A call that has to be made needs constrained decoding by `parsers.forced.forced_grammar`."""
     asked = "naming a function" if choice.name else "'required'"
     raise UnsupportedParameterError(f"tool_choice {asked} needs the extra `structured`; send 'auto'", "tool_choice")
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ...configs.schema import ServerConfig
-from . import kimi_calls, reasoning
+from . import kimi_calls as kimi
+from . import reasoning
 from .answer import AnswerParser
 from .deltas import Parser, PlainText
 from .json_calls import JsonCalls
 from .kimi_calls import KimiCalls
 from .reasoning import Thinking
+
+NUMBER = "{number}"  # in a layout: any number of a call
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """The text around a function's name and its arguments, as models are trained to write it."""
+
+    begin: str
+    before_name: str
+    before_arguments: str
+    after_arguments: str
+    separator: str
+    end: str
 
 
 @dataclass(frozen=True)
@@ -22,20 +37,39 @@ class ToolFormat:
 
     make: Callable[[], Parser]
     markers: tuple[str, ...]
+    layout: CallLayout
     in_template: str
     not_in_template: tuple[str, ...] = ()
 
 
-def _json_format(open_marker: str, close_marker: str, *others: str) -> ToolFormat:
-    markers = (open_marker, close_marker)
-    return ToolFormat(lambda: JsonCalls(*markers), markers, open_marker, others)
-
-
 # Name in `tool_call_parser` -> format. Names are vLLM's.
 TOOL_FORMATS = {
-    "minimax": _json_format("<tool_calls>", "</tool_calls>"),
-    "hermes": _json_format("<tool_call>", "</tool_call>", "<arg_key>", "<function="),
-    "kimi_k2": ToolFormat(KimiCalls, kimi_calls.MARKERS, kimi_calls.CALL_BEGIN),
+    "minimax": ToolFormat(
+        lambda: JsonCalls("<tool_calls>", "</tool_calls>"),
+        ("<tool_calls>", "</tool_calls>"),
+        CallLayout("<tool_calls>\n", '{"name": "', '", "arguments": ', "}", "\n", "\n</tool_calls>"),
+        in_template="<tool_calls>",
+    ),
+    "hermes": ToolFormat(
+        lambda: JsonCalls("<tool_call>", "</tool_call>"),
+        ("<tool_call>", "</tool_call>"),
+        CallLayout("", '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n", ""),
+        in_template="<tool_call>",
+        not_in_template=("<arg_key>", "<function="),  # GLM, Qwen3-Coder
+    ),
+    "kimi_k2": ToolFormat(
+        KimiCalls,
+        kimi.MARKERS,
+        CallLayout(
+            kimi.SECTION_BEGIN,
+            f"{kimi.CALL_BEGIN}functions.",
+            f":{NUMBER}{kimi.ARGUMENTS_BEGIN}",
+            kimi.CALL_END,
+            "",
+            kimi.SECTION_END,
+        ),
+        in_template=kimi.CALL_BEGIN,
+    ),
 }
 # MiniMax-M1 thinks, and its template, which Text-01 shares, does not say so.
 THINKING_TEMPLATES = ("<think>", "</think>", "<beginning_of_sentence>ai")
@@ -60,14 +94,20 @@ class AnswerFormat:
     thinks: bool = False
     is_thinking: bool = False  # where the prompt ends
     max_calls: int | None = None
-    shown_ids: frozenset[int] = frozenset()  # control tokens that have to be seen as text
-    hidden: tuple[str, ...] = ()  # what these spell, where content shall not show it
+    control_ids: Mapping[str, int] = field(default_factory=dict)  # its markers that are control tokens
+    hides: bool = True  # no control tokens in content
+
+    @property
+    def shown_ids(self) -> frozenset[int]:
+        """Control tokens that the parser has to see as text."""
+        return frozenset(self.control_ids.values())
 
     def parser(self) -> AnswerParser:
         parser: Parser = PlainText() if self.tools is None else self.tools.make()
         if self.thinks:
             parser = Thinking(parser, has_begun=self.is_thinking)
-        return AnswerParser(parser, hidden=self.hidden, max_calls=self.max_calls)
+        hidden = tuple(self.control_ids) if self.hides else ()
+        return AnswerParser(parser, hidden=hidden, max_calls=self.max_calls)
 
 
 @dataclass(frozen=True)
@@ -76,7 +116,7 @@ class ChatFormat:
 
     tools: ToolFormat | None
     thinks: bool
-    control_ids: dict[str, int]  # marker -> its token, where it has one that is hidden by default
+    controls: Mapping[str, int]  # text of a control token -> its id
 
     @classmethod
     def choose(cls, settings: ServerConfig, tokenizer: ControlTokens) -> ChatFormat:
@@ -86,22 +126,20 @@ class ChatFormat:
         thinks = settings.reasoning_parser == "think"
         if settings.reasoning_parser == "auto":
             thinks = any(text in template for text in THINKING_TEMPLATES)
-        markers = (reasoning.OPEN, reasoning.CLOSE) * thinks + (tools.markers if tools else ())
-        spelled = {tokenizer.token_text(token_id): token_id for token_id in tokenizer.control_ids}
-        return cls(tools, thinks, {marker: spelled[marker] for marker in markers if marker in spelled})
+        controls = {tokenizer.token_text(token_id): token_id for token_id in tokenizer.control_ids}
+        return cls(tools, thinks, controls)
 
     def of_answer(self, *, with_tools: bool, is_thinking: bool, max_calls: int | None, hides: bool) -> AnswerFormat:
         """`hides`: the request wants no control tokens in its text."""
         tools = self.tools if with_tools else None
         markers = (reasoning.OPEN, reasoning.CLOSE) * self.thinks + (tools.markers if tools else ())
-        shown = [marker for marker in markers if marker in self.control_ids]
         return AnswerFormat(
             tools=tools,
             thinks=self.thinks,
             is_thinking=is_thinking,
             max_calls=max_calls,
-            shown_ids=frozenset(self.control_ids[marker] for marker in shown),
-            hidden=tuple(shown) if hides else (),
+            control_ids={marker: self.controls[marker] for marker in markers if marker in self.controls},
+            hides=hides,
         )
 
 

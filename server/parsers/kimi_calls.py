@@ -14,9 +14,9 @@ from .markers import Markers, TrimmedText, skip_spaces
 CALL_BEGIN = "<|tool_call_begin|>"
 ARGUMENTS_BEGIN = "<|tool_call_argument_begin|>"
 CALL_END = "<|tool_call_end|>"
-# The singular spelling is seen, too.
-SECTION_MARKERS = tuple(f"<|tool_call{s}_section_{end}|>" for s in ("s", "") for end in ("begin", "end"))
-MARKERS = (CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, *SECTION_MARKERS)
+SECTION_BEGIN, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+SINGULAR = ("<|tool_call_section_begin|>", "<|tool_call_section_end|>")  # seen, too
+MARKERS = (CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END, *SINGULAR)
 
 HEAD = re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[a-zA-Z0-9_-]{1,64})(?P<number>:\d{1,9})?)\s*")
 ANY = Markers(*MARKERS)

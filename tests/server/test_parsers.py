@@ -412,6 +412,6 @@ def test_settings_beat_the_template():
 def test_control_tokens_that_are_markers_are_seen_and_hidden():
     chosen = ChatFormat.choose(ServerConfig(), Templated("<tool_call>"))
     plan = chosen.of_answer(with_tools=True, is_thinking=False, max_calls=None, hides=True)
-    assert (plan.shown_ids, plan.hidden) == ({7}, ("<tool_call>",))
+    assert (plan.shown_ids, plan.control_ids) == ({7}, {"<tool_call>": 7})
     without = chosen.of_answer(with_tools=False, is_thinking=False, max_calls=None, hides=True)
-    assert (without.shown_ids, without.hidden, without.tools) == (frozenset(), (), None)
+    assert (without.shown_ids, without.tools) == (frozenset(), None)
