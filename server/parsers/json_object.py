@@ -125,9 +125,12 @@ class ObjectScanner:
         self._parts.append(part)
 
     def _end_key(self) -> bool:
-        key = parse_string(self._next_part()) if self._key is None else None
+        key = parse_string("".join(self._parts)) if self._key is None else None
+        if key is None or key in self._members:
+            return False
+        self._next_part()
         self._key = key
-        return key is not None and key not in self._members
+        return True
 
     def _end_value(self) -> bool:
         if self._key is None or not self._is_begun:

@@ -234,6 +234,12 @@ def test_arguments_go_out_before_the_call_is_complete():
     assert parser.push('": "b') == [CallArguments(0, '": "b')]
 
 
+@pytest.mark.parametrize("rest", [":", ":}", ' "x"', ', "arguments":', ', "name":', ", 5:", "]", " x", "<"])
+def test_what_comes_of_arguments_before_a_mistake_is_kept(rest):
+    answer = read("hermes", f'<tool_call>{{"name": "f", "arguments": {{"a": [1]}}{rest}')
+    assert answer.calls == [("f", '{"a": [1]}')]
+
+
 def test_max_calls_leaves_later_calls_out():
     text = write("minimax", ("f", "{}"), ("g", '{"a": 1}'))
     parser = make("minimax", max_calls=1)
@@ -286,11 +292,18 @@ PIECES = [
 ]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+def damaged(name, data):
+    """Two calls, with something in place of up to two characters."""
+    text = write(name, ("f", '{"a": [1, "}"]}'), ("g", "{}"))
+    start = data.draw(st.integers(0, len(text)))
+    return text[:start] + data.draw(st.sampled_from(PIECES)) + text[start + data.draw(st.integers(0, 2)) :]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(data=st.data())
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_cut_changes_what_is_read(name, data):
-    text = data.draw(st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
+    text = data.draw(st.lists(st.sampled_from(PIECES), max_size=25).map("".join)) + damaged(name, data)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     options = {"is_thinking": data.draw(st.booleans()), "hidden": data.draw(st.sampled_from([(), MARKERS[name]]))}
