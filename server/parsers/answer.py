@@ -34,7 +34,8 @@ class AnswerParser:
             deltas = merged(self._without_hidden(deltas, self._hidden))
         if self._max_calls is not None:
             deltas = [delta for delta in deltas if _is_below(delta, self._max_calls)]
-        self.num_calls += sum(isinstance(delta, CallBegin) for delta in deltas)
+        for delta in deltas:
+            self.num_calls += isinstance(delta, CallBegin)
         return deltas
 
     def _without_hidden(self, deltas: list[Delta], hidden: Markers) -> Iterable[Delta]:

@@ -65,12 +65,13 @@ class PlainText:
 
 def merged(deltas: Iterable[Delta]) -> list[Delta]:
     """Neighbours of one kind as one, nothing empty."""
+    deltas = [delta for delta in deltas if isinstance(delta, CallBegin) or delta.text]
+    if len(deltas) < 2:  # as for nearly every token
+        return deltas
     runs: list[tuple[Delta, list[str]]] = []
     for delta in deltas:
         if isinstance(delta, CallBegin):
             runs.append((delta, []))
-        elif not delta.text:
-            continue
         elif runs and _continues(runs[-1][0], delta):
             runs[-1][1].append(delta.text)
         else:
