@@ -15,6 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 LinearBackendName = Literal["auto", "minimax", "seg_la", "replay"]
+ToolCallParserName = Literal["auto", "none", "minimax", "hermes", "kimi_k2"]
+ReasoningParserName = Literal["auto", "none", "think"]
 ENV_PREFIX = "LEYDEN_"
 DEMO_MODEL = "demo"
 STRICT = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False)
@@ -95,6 +97,12 @@ class ServerConfig(BaseModel):
     api_key_file: Path | None = Field(None, description="file with one key per line")
     generation_defaults: bool = Field(
         True, description="take sampling defaults from the checkpoint's generation_config.json"
+    )
+    tool_call_parser: ToolCallParserName = Field(
+        "auto", description="format of tool calls in answers; auto = what the chat template shows; none = no tools"
+    )
+    reasoning_parser: ReasoningParserName = Field(
+        "auto", description="think = split <think>...</think> off an answer; auto = where the chat template suggests it"
     )
     max_body_bytes: int = Field(2_000_000, ge=1024, description="largest request body")
     max_n: int = Field(16, ge=1, le=128, description="largest n of a request")

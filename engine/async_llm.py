@@ -26,12 +26,14 @@ class AsyncLLM:
         prompt_token_ids: list[int],
         params: SamplingParams,
         priority: int = 0,
+        shown_ids: frozenset[int] = frozenset(),
         *,
         num_siblings: int = 0,
         sibling_of: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Deltas of one answer; the last one has a finish_reason. Closing the iterator early aborts the sequence.
-        Several answers to one prompt are siblings (`AddRequest`).
+        """Deltas of one answer; the last one has a finish_reason. `shown_ids`: control tokens that are text even where
+        `params` hide them. Several answers to one prompt are siblings (`AddRequest`). Closing the iterator early aborts
+        the sequence.
 
         Raises what `EngineClient.generate` raises.
         """
@@ -44,7 +46,7 @@ class AsyncLLM:
             num_siblings=num_siblings,
             sibling_of=sibling_of,
         )
-        text = TextStream(self.tokenizer, params, len(prompt_token_ids))
+        text = TextStream(self.tokenizer, params, len(prompt_token_ids), shown_ids)
         async with aclosing(self.client.generate(request)) as steps:  # type: ignore[type-var]
             async for step in steps:
                 output = text.push(step)

@@ -16,9 +16,12 @@ MAX_PENDING_TOKENS = 3
 class IncrementalDetokenizer:
     """Decodes a growing list of ids by its last few: what is before `_prefix` can no longer change."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, shown_ids: frozenset[int] = frozenset()
+    ) -> None:
+        """`shown_ids`: control tokens that are text even so."""
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        self._hidden_ids = tokenizer.control_ids - shown_ids if skip_special_tokens else frozenset()
         self._ids: list[int] = []
         self._prefix = 0  # decoding starts here, so that what a token's text owes to its left neighbours is kept
         self._read = 0  # where the text was complete last
@@ -34,7 +37,7 @@ class IncrementalDetokenizer:
 
     def push_one(self, token_id: int) -> str:
         """The text that one more token completes."""
-        if self._skip_special_tokens and token_id in self._tokenizer.control_ids:
+        if token_id in self._hidden_ids:
             return ""  # it has no text and changes none: a long run of them must not make the rest longer to decode
         self._ids.append(token_id)
         text = self._decode(self._prefix, len(self._ids))
@@ -61,7 +64,7 @@ class IncrementalDetokenizer:
         return delta
 
     def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(self._ids[start:end], self._skip_special_tokens) if end > start else ""
+        return self._tokenizer.decode(self._ids[start:end], False) if end > start else ""
 
 
 class StopStrings:
@@ -112,8 +115,14 @@ class StopStrings:
 class TextStream:
     """Turns the engine's steps for one sequence into `RequestOutput`s."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, num_prompt_tokens: int) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        num_prompt_tokens: int,
+        shown_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens, shown_ids)
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
         self._params = params
         self._num_prompt_tokens = num_prompt_tokens

@@ -62,6 +62,12 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)
 
+    @property
+    def chat_template(self) -> str:
+        """The text of the template, or of all of them where there are several."""
+        template = self._hf.chat_template or ""
+        return "\n".join(template.values()) if isinstance(template, dict) else str(template)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of plain text. `add_special_tokens` adds what the checkpoint puts around a prompt (often a bos)."""
         return self._as_text.encode(text, add_special_tokens=add_special_tokens).ids
@@ -77,10 +83,12 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation, rendered by the checkpoint's template in transformers' immutable sandbox.
 
-        Raises `RequestError` when there is no template or it refuses the messages.
+        Raises `RequestError` when there is no template, it refuses the messages, or it has no place for `tools`.
         """
         if not self.has_chat_template:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
+        if tools and "tools" not in self.chat_template:
+            raise RequestError("this model's chat template does not use tools; leave them out", "tools")
         extra = template_kwargs or {}
         for name in inspect.signature(self._hf.apply_chat_template).parameters:
             if name in extra:

@@ -25,6 +25,7 @@ from .middleware import (
     RequestIdMiddleware,
     load_keys,
 )
+from .parsers.formats import ChatFormat
 from .routes import chat, completions, health, models, tokenize
 from .state import ServerState
 
@@ -53,7 +54,13 @@ def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str) -> Fas
     )
     app.state.draining = False
     app.state.server = ServerState(
-        llm, settings, model_name, metrics, created=int(time.time()), token_names=TokenNames(llm.tokenizer)
+        llm,
+        settings,
+        model_name,
+        metrics,
+        created=int(time.time()),
+        token_names=TokenNames(llm.tokenizer),
+        chat_format=ChatFormat.choose(settings, llm.tokenizer),
     )
     for module in (completions, chat, models, tokenize, health):
         app.include_router(module.router)

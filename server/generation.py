@@ -73,6 +73,7 @@ async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
         job.prompt_token_ids,
         job.params,
         job.priority,
+        job.shown_ids,
         num_siblings=job.n - 1 if is_first else 0,
         sibling_of=None if is_first else f"{answer_id}-{job.first_index}",
     )

@@ -8,16 +8,17 @@ from ..engine.errors import RequestError
 from .errors import UnsupportedParameterError
 from .json_body import drop_nulls, json_type
 from .parameters import refuse_unless_neutral
+from .tools import read_calls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
 PART_SEPARATOR = "\n"  # vLLM joins text parts so
 
-TEXT_FIELDS = ("name", "tool_call_id")
+TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content")
+SYNONYMS = {"reasoning": "reasoning_content"}  # vLLM's newer word; templates know the older one
 # A client that sends an earlier answer back sends these along.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
     "function_call": (),
     "audio": (),
     "refusal": ("",),
@@ -25,13 +26,16 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_messages(value: Any) -> tuple[list[dict[str, str]], list[str]]:
-    """Messages with string contents, and the names of the fields nobody documents. Raises `RequestError`."""
+def read_messages(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages with string contents and parsed calls, and the names of the fields nobody documents.
+
+    Raises `RequestError`.
+    """
     if not isinstance(value, list):
         raise RequestError(f"messages must be a list of objects, got {json_type(value)}", "messages")
     if not 0 < len(value) <= MAX_MESSAGES:
         raise RequestError(f"messages must have 1 to {MAX_MESSAGES} entries, got {len(value)}", "messages")
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
     unknown: dict[str, None] = {}
     for index, entry in enumerate(value):
         where = f"messages[{index}]"
@@ -43,17 +47,29 @@ def read_messages(value: Any) -> tuple[list[dict[str, str]], list[str]]:
     return messages, list(unknown)
 
 
-def _read_message(entry: dict[str, Any], where: str) -> tuple[dict[str, str], list[str]]:
-    message = {"role": _read_role(entry, where), "content": _read_content(entry, where)}
+def _read_message(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    role, calls = _read_role(entry, where), _read_calls(entry, where)
+    content = _read_content(entry | {"content": entry.get("content", "")} if calls else entry, where)
+    message: dict[str, Any] = {"role": role, "content": content}
+    if calls:  # some templates ask whether the key is there
+        message["tool_calls"] = calls
     unknown = []
     for name, value in entry.items():
+        name = SYNONYMS.get(name, name)
         if name in NEUTRAL_VALUES:
             refuse_unless_neutral(f"{where}.{name}", value, NEUTRAL_VALUES[name])
         elif name in TEXT_FIELDS:
             message[name] = _require_text(value, f"{where}.{name}")
-        elif name not in ("role", "content"):
+        elif name not in ("role", "content", "tool_calls"):
             unknown.append(name)
     return message, unknown
+
+
+def _read_calls(entry: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    calls, where = entry.get("tool_calls", []), f"{where}.tool_calls"
+    if calls and entry.get("role") != "assistant":
+        raise RequestError(f"{where} may only be in a message of the assistant", where)
+    return read_calls(calls, where)
 
 
 def _read_role(entry: dict[str, Any], where: str) -> str:

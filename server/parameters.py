@@ -26,7 +26,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory", "in-memory"),
@@ -34,8 +33,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM, both
@@ -95,6 +92,9 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 FOREIGN_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "echo": (False,),
+    "parallel_tool_calls": (True, False),
+    "tool_choice": ("none",),
+    "tools": ([],),
     "top_logprobs": (0,),
     "continue_final_message": (False,),
     "add_generation_prompt": (True, False),

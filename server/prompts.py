@@ -87,8 +87,11 @@ def _bad_prompt(found: str, where: str) -> RequestError:
     return RequestError(f"prompt must be {forms}; {where} is {found}", where)
 
 
-async def encode_messages(request: ChatRequest | TokenizeRequest, state: ServerState) -> list[int]:
-    """Token ids of a conversation. `request.messages` have been through `messages.read_messages`."""
+async def encode_messages(
+    request: ChatRequest | TokenizeRequest, state: ServerState, tools: list[dict[str, Any]] | None
+) -> list[int]:
+    """Token ids of a conversation. `request.messages` have been through `messages.read_messages`, `tools` through
+    `tools.read_tools`."""
     tokenizer = state.llm.tokenizer
     if not tokenizer.has_chat_template:
         raise RequestError("this checkpoint has no chat template; use /v1/completions", "messages")
@@ -104,12 +107,15 @@ async def encode_messages(request: ChatRequest | TokenizeRequest, state: ServerS
             "add_special_tokens is not supported with messages: the chat template adds them",
             "add_special_tokens",
         )
+    has_objects = tools or any("tool_calls" in message for message in request.messages)
+    num_chars = sum(len(message["content"]) for message in request.messages)
     return await off_loop(
-        sum(len(message["content"]) for message in request.messages),
+        MAX_CHARS_INLINE + 1 if has_objects else num_chars,
         lambda: tokenizer.encode_chat(
             request.messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=request.continue_final_message,
+            tools=tools or None,
         ),
     )
 

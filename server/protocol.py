@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
 
 from ..engine.sampling_params import MAX_LOGIT_BIAS
+from .tools import MAX_TOOLS, NAME
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -53,14 +54,48 @@ MessagesInput = Annotated[
             "minItems": 1,
             "items": {
                 "type": "object",
-                "required": ["role", "content"],
+                "required": ["role"],
                 "properties": {
                     "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
                     "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+                    "reasoning_content": {"type": "string"},
+                    "tool_call_id": {"type": "string"},
+                    "tool_calls": {"type": "array", "items": {"type": "object"}},
                 },
             },
         }
     ),
+]
+
+
+ToolsInput = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "array",
+            "maxItems": MAX_TOOLS,
+            "items": {
+                "type": "object",
+                "required": ["type", "function"],
+                "properties": {
+                    "type": {"enum": ["function"]},
+                    "function": {
+                        "type": "object",
+                        "required": ["name"],
+                        "properties": {
+                            "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
+                            "description": {"type": "string"},
+                            "parameters": {"type": "object"},
+                            "strict": {"type": "boolean"},
+                        },
+                    },
+                },
+            },
+        }
+    ),
+]
+ToolChoiceInput = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]})
 ]
 
 
@@ -115,6 +150,9 @@ class CompletionRequest(GenerationRequest):
 
 class ChatRequest(GenerationRequest):
     messages: MessagesInput
+    tools: ToolsInput = None
+    tool_choice: ToolChoiceInput = None  # auto where there are tools
+    parallel_tool_calls: bool = True
     max_tokens: NumTokens | None = None  # what the context has left
     max_completion_tokens: NumTokens | None = None
     logprobs: bool = False
@@ -128,6 +166,7 @@ class TokenizeRequest(RequestModel):
 
     prompt: str | None = None
     messages: MessagesInput = None
+    tools: ToolsInput = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False

@@ -26,6 +26,7 @@ class Job:
     params: SamplingParams
     priority: int
     n: int  # choices of this prompt
+    shown_ids: frozenset[int] = frozenset()  # control tokens that are text even where `params` hide them
 
     @property
     def first_index(self) -> int:
@@ -42,6 +43,7 @@ def make_jobs(
     default_max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    shown_ids: frozenset[int] = frozenset(),
 ) -> list[Job]:
     fields = _sampling_fields(request, state)
     fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
@@ -52,7 +54,7 @@ def make_jobs(
         for j in range(request.n):
             params = SamplingParams(**fields, seed=_seed_of(request.seed, j))
             index = prompt_index * request.n + j
-            jobs.append(Job(index, prompt_index, prompt.token_ids, params, request.priority, request.n))
+            jobs.append(Job(index, prompt_index, prompt.token_ids, params, request.priority, request.n, shown_ids))
     return jobs
 
 

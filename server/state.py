@@ -11,6 +11,7 @@ from ..engine.async_llm import AsyncLLM
 from .errors import overloaded
 from .logprobs import TokenNames
 from .metrics import ServerMetrics
+from .parsers.formats import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ServerState:
     metrics: ServerMetrics
     created: int
     token_names: TokenNames
+    chat_format: ChatFormat
 
     @classmethod
     def of(cls, request: Request) -> ServerState:

@@ -61,17 +61,22 @@ def _ask() -> str | None:
 def _answer(http: httpx.Client, body: dict[str, Any]) -> str:
     """Print the answer as it comes; Ctrl-C ends it, which the server sees as a disconnect."""
     parts: list[str] = []
+    is_thinking = False
     try:
-        for part in _stream(http, body):
+        for thought, part in _stream(http, body):
+            if is_thinking and part:
+                print("\n")
+            is_thinking = bool(thought) or (is_thinking and not part)
             parts.append(part)
-            print(part, end="", flush=True)
+            print(thought + part, end="", flush=True)
     except KeyboardInterrupt:
         pass
     print()
     return "".join(parts)
 
 
-def _stream(http: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
+def _stream(http: httpx.Client, body: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(what the model thinks, what it says), piece by piece."""
     try:
         with http.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
@@ -83,7 +88,8 @@ def _stream(http: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
                     if "error" in event:
                         raise ChatError(event["error"]["message"])
                     for choice in event["choices"]:
-                        yield choice["delta"].get("content") or ""
+                        delta = choice["delta"]
+                        yield delta.get("reasoning_content") or "", delta.get("content") or ""
     except httpx.HTTPError as error:
         raise ChatError(f"{http.base_url}: {error or type(error).__name__}") from error
 

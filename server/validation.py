@@ -7,7 +7,7 @@ fit of the context. Nothing behind this module checks a request again.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
@@ -15,10 +15,12 @@ from starlette.requests import Request
 
 from ..engine.errors import RequestError
 from ..engine.sampling_params import MAX_LOGPROBS
+from .answers import answer_format, offered_tools
 from .errors import UnknownModelError
 from .json_body import drop_nulls, json_type, read_json
 from .messages import read_messages
 from .parameters import ignored_header, refuse_unless_neutral, split_fields
+from .parsers.formats import AnswerFormat
 from .prompts import Prompt, check_prompt, check_token_ids, encode_messages, off_loop, read_prompts
 from .protocol import (
     ChatRequest,
@@ -30,6 +32,7 @@ from .protocol import (
 )
 from .sampling import Job, make_jobs
 from .state import ServerState
+from .tools import read_tools
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
 MAX_SHOWN_CHARS = 80
@@ -47,6 +50,7 @@ class Prepared(Generic[G]):
     prompts: list[Prompt]
     jobs: list[Job]
     headers: dict[str, str]  # x-ignored-parameters, when there are such
+    answer: AnswerFormat = field(default_factory=AnswerFormat)  # how chat reads what comes
 
 
 async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
@@ -78,11 +82,21 @@ async def prepare_chat(http: Request) -> Prepared[ChatRequest]:
     _check_logprobs("top_logprobs", request.top_logprobs)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
-    prompt = Prompt(await encode_messages(request, state))
+    tools = offered_tools(request, state)
+    prompt = Prompt(await encode_messages(request, state, tools))
     check_prompt(prompt.token_ids, state.llm.client.info, "messages")
+    answer = answer_format(request, state, prompt.token_ids, with_tools=bool(tools))
     logprobs = request.top_logprobs if request.logprobs else None
-    jobs = make_jobs(request, state, [prompt], asked=asked, default_max_tokens=None, logprobs=logprobs)
-    return Prepared(request, [prompt], jobs, ignored)
+    jobs = make_jobs(
+        request,
+        state,
+        [prompt],
+        asked=asked,
+        default_max_tokens=None,
+        logprobs=logprobs,
+        shown_ids=answer.shown_ids,
+    )
+    return Prepared(request, [prompt], jobs, ignored, answer)
 
 
 async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], dict[str, str]]:
@@ -90,8 +104,10 @@ async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], d
     request, ignored = await _read_typed(http, TokenizeRequest)
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("send exactly one of prompt and messages", "prompt")
+    if request.tools and request.messages is None:
+        raise RequestError("tools need messages", "tools")
     if request.prompt is None:
-        return request, await encode_messages(request, state), ignored
+        return request, await encode_messages(request, state, request.tools), ignored
     text, add_special_tokens = request.prompt, request.add_special_tokens is not False
     encode = state.llm.tokenizer.encode
     tokens = await off_loop(len(text), lambda: encode(text, add_special_tokens=add_special_tokens))
@@ -115,6 +131,9 @@ async def _read_typed(
         ignored += _clean_stream_options(fields)
     if "messages" in fields:
         fields["messages"], unknown = read_messages(fields["messages"])
+        ignored += unknown
+    if "tools" in fields:
+        fields["tools"], unknown = read_tools(fields["tools"])
         ignored += unknown
     try:
         request = model.model_validate(fields)

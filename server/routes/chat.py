@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...engine.outputs import RequestOutput
+from ..chat_messages import chunk_delta, finish_reason, read_deltas, whole_message
 from ..generation import Event, collect, first_event, generate, unless_disconnected
 from ..logprobs import chat_logprobs
 from ..openapi import json_body
@@ -23,8 +24,6 @@ from ..responses import (
     ChatCompletion,
     ChatDelta,
     ChatLogprobs,
-    ChatMessage,
-    PublicFinishReason,
     Usage,
     chunk_usage,
     count_usage,
@@ -62,6 +61,7 @@ class ChatWriter:
         self.created = int(time.time())
         self.num_output_tokens = [0] * len(prepared.jobs)
         self.is_begun = [False] * len(prepared.jobs)
+        self.parsers = [prepared.answer.parser() for _ in prepared.jobs]
 
     def whole(self, outputs: list[Event]) -> ChatCompletion:
         """The answer in one object, from one merged output per choice."""
@@ -72,19 +72,18 @@ class ChatWriter:
         return answer
 
     def render(self, event: Event) -> Iterator[ChatChunk]:
-        """The chunks of one output: the role before anything else, text, and the finish reason by itself."""
+        """The chunks of one output: the role before anything else, what is said, and the finish reason by itself."""
         job, output = event
         self.num_output_tokens[job.index] = output.num_output_tokens
         usage = chunk_usage(self.request.stream_options, len(self.prompt_token_ids), output.num_output_tokens)
         if not self.is_begun[job.index]:
             self.is_begun[job.index] = True
             yield self._role_chunk(job.index)
-        content = self._content(job.index, output)
-        if content is not None:
-            yield self._chunk([content], usage)
+        for choice in self._said(job.index, output):
+            yield self._chunk([choice], usage)
         if output.finish_reason is not None:
-            end = ChatChunkChoice(job.index, ChatDelta(), finish_reason=_public(output))
-            yield self._chunk([end], usage)
+            reason = finish_reason(self.parsers[job.index], output)
+            yield self._chunk([ChatChunkChoice(job.index, ChatDelta(), finish_reason=reason)], usage)
 
     def render_end(self) -> Iterator[ChatChunk]:
         options = self.request.stream_options
@@ -98,16 +97,23 @@ class ChatWriter:
             chunk.prompt_token_ids = self.prompt_token_ids
         return chunk
 
-    def _content(self, index: int, output: RequestOutput) -> ChatChunkChoice | None:
+    def _said(self, index: int, output: RequestOutput) -> list[ChatChunkChoice]:
+        """What one output says. Its log-probabilities and ids go with the first piece."""
         logprobs = self._logprobs(output) if output.logprobs else None
         token_ids = output.token_ids if self.request.return_token_ids else UNSET
-        if not (output.text or logprobs or token_ids):
-            return None
-        return ChatChunkChoice(index, ChatDelta(content=output.text), logprobs, token_ids=token_ids)
+        deltas = [chunk_delta(delta) for delta in read_deltas(self.parsers[index], output)]
+        if not deltas and (logprobs or token_ids):
+            deltas = [ChatDelta(content="")]
+        choices = [ChatChunkChoice(index, delta) for delta in deltas]
+        if choices:
+            choices[0].logprobs, choices[0].token_ids = logprobs, token_ids
+        return choices
 
     def _choice(self, index: int, output: RequestOutput) -> ChatChoice:
         self.num_output_tokens[index] = output.num_output_tokens
-        choice = ChatChoice(index, ChatMessage(output.text), self._logprobs(output), _public(output))
+        parser = self.parsers[index]
+        message = whole_message(read_deltas(parser, output))
+        choice = ChatChoice(index, message, self._logprobs(output), finish_reason(parser, output))
         if self.request.return_token_ids:
             choice.token_ids = output.token_ids
         return choice
@@ -122,7 +128,3 @@ class ChatWriter:
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         return ChatChunk(self.id, "chat.completion.chunk", self.created, self.state.model_name, choices, usage)
-
-
-def _public(output: RequestOutput) -> PublicFinishReason:
-    return "stop" if output.finish_reason == "stop" else "length"

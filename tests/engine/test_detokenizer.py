@@ -312,3 +312,14 @@ def test_counters_and_errors_pass_through(tokenizer):
     last = stream.push(StepOutput(request_id="r", finish_reason="error", error="broken"))
     assert (first.num_prompt_tokens, first.num_output_tokens, last.num_output_tokens) == (17, 2, 2)
     assert (last.finish_reason, last.error) == ("error", "broken")
+
+
+def test_control_tokens_that_are_asked_for_are_shown_among_hidden_ones(tokenizer):
+    end, user = (
+        next(i for i in tokenizer.control_ids if tokenizer.token_text(i) == name) for name in ("<|end|>", "<|user|>")
+    )
+    ids = [*tokenizer.encode("é"), end, user, *tokenizer.encode(" ü"), end]
+    shown = IncrementalDetokenizer(tokenizer, shown_ids=frozenset({end}))
+    assert "".join(map(shown.push_one, ids)) + shown.flush() == "é<|end|> ü<|end|>"
+    everything = IncrementalDetokenizer(tokenizer, skip_special_tokens=False, shown_ids=frozenset({end}))
+    assert everything.push(ids) + everything.flush() == "é<|end|><|user|> ü<|end|>"

@@ -195,6 +195,41 @@ def test_without_a_template_chat_is_a_request_error(tiny, tmp_path):
         tokenizer.encode_chat([{"role": "user", "content": "hi"}])
 
 
+CALLING = (
+    "{% if tools %}<|system|>{% for t in tools %}{{ t | tojson }}{% endfor %}<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments.city }}</tool_call>"
+    "{% endfor %}<|end|>{% endfor %}"
+)
+
+
+def test_template_reads_tools_and_the_arguments_of_calls_as_objects(tiny, tmp_path):
+    tokenizer = make(tiny, tmp_path, template=CALLING)
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    calls = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "K<|end|>"}}}]
+    message = {"role": "assistant", "content": "", "tool_calls": calls}
+    text = rendered(tokenizer, [message], tools=tools, add_generation_prompt=False)
+    definition = json.dumps(tools[0])
+    assert text == f"<|system|>{definition}<|end|><|assistant|><tool_call>weather K<|end|></tool_call><|end|>"
+    ids = tokenizer.encode_chat([message], tools=tools, add_generation_prompt=False)
+    assert control_ids(tokenizer, ids) == ["<|system|>", "<|end|>", "<|assistant|>", "<|end|>"]
+
+
+def test_tools_for_a_template_that_has_no_place_for_them_are_refused(tokenizer):
+    with pytest.raises(RequestError, match="does not use tools") as caught:
+        tokenizer.encode_chat([{"role": "user", "content": "hi"}], tools=[{"type": "function"}])
+    assert caught.value.param == "tools"
+    tokenizer.encode_chat([{"role": "user", "content": "hi"}], tools=[])
+
+
+def test_several_templates_are_told_as_one_text(tiny, tmp_path):
+    tokenizer = make(tiny, tmp_path)
+    tokenizer._hf.chat_template = {"default": "plain", "tool_use": CALLING}
+    assert "<tool_call>" in tokenizer.chat_template and "plain" in tokenizer.chat_template
+    tokenizer._hf.chat_template = None
+    assert tokenizer.chat_template == ""
+
+
 def test_template_that_refuses_is_a_request_error_with_its_words(tiny, tmp_path):
     tokenizer = make(tiny, tmp_path, template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RequestError, match="roles must alternate"):

@@ -34,6 +34,9 @@ class FakeTokenizer:
         self.eos_token_ids = frozenset({EOS})
         self.control_ids = frozenset(range(256, VOCAB_SIZE))
         self.has_chat_template = True
+        self.chat_template = ""
+        self.special = dict(SPECIAL)
+        self.chats = []  # (messages, tools) of every conversation
         self.default_sampling = {}
         self.threads = set()
 
@@ -44,6 +47,7 @@ class FakeTokenizer:
     def encode_chat(
         self, messages, *, add_generation_prompt=True, continue_final_message=False, tools=None, template_kwargs=None
     ):
+        self.chats.append((messages, tools))
         if messages[0]["content"] == "refuse me":
             raise RequestError("the chat template refused the messages: no", "messages")
         ids = [BOS]
@@ -54,14 +58,14 @@ class FakeTokenizer:
         return ids + [ASSISTANT] * add_generation_prompt
 
     def decode(self, ids, skip_special_tokens=True):
-        shown = ((b"" if skip_special_tokens else SPECIAL[i].encode()) if i in SPECIAL else bytes([i]) for i in ids)
-        return b"".join(shown).decode("utf-8", errors="replace")
+        special = {i: b"" if skip_special_tokens else text.encode() for i, text in self.special.items()}
+        return b"".join(special[i] if i in special else bytes([i]) for i in ids).decode("utf-8", errors="replace")
 
     def token_text(self, token_id):
         return self.decode([token_id], skip_special_tokens=False)
 
     def token_bytes(self, token_id):
-        return SPECIAL[token_id].encode() if token_id in SPECIAL else bytes([token_id])
+        return self.special[token_id].encode() if token_id in self.special else bytes([token_id])
 
 
 class FakeEngine:

@@ -216,7 +216,8 @@ REFUSED = {
     "tools": [{"type": "function"}],
     "tool_choice": "auto",
 }
-REFUSED_IN_CHAT = REFUSED | {
+SERVED_IN_CHAT = {"tools", "tool_choice"}
+REFUSED_IN_CHAT = {name: value for name, value in REFUSED.items() if name not in SERVED_IN_CHAT} | {
     "functions": [{}],
     "function_call": "auto",
     "audio": {"voice": "x"},

@@ -1,0 +1,55 @@
+"""How the answers to a chat request are read, and what its tools ask of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import UnsupportedParameterError
+from .parsers import reasoning
+from .parsers.formats import AnswerFormat
+from .protocol import ChatRequest
+from .state import ServerState
+from .tools import ToolChoice, read_tool_choice
+
+TAIL_TOKENS = 32  # enough for an opening marker and white space, whatever the tokenizer
+
+
+def offered_tools(request: ChatRequest, state: ServerState) -> list[dict[str, Any]]:
+    """The tools that the model gets to see: none where it must not call one. Raises `RequestError`."""
+    choice = read_tool_choice(request.tool_choice, request.tools or [])
+    if choice.mode == "none" or request.tools is None:
+        return []
+    if state.chat_format.tools is None:
+        raise UnsupportedParameterError(
+            "tools are not supported with this model: its chat template shows no format of calls that is known here; "
+            "leave them out, or set tool_call_parser at start",
+            "tools",
+        )
+    if choice.mode == "required":
+        _force(choice)
+    tools: list[dict[str, Any]] = request.tools
+    return tools
+
+
+def _force(choice: ToolChoice) -> None:
+    """A call that has to be made needs constrained decoding by `parsers.forced.forced_grammar`."""
+    asked = "naming a function" if choice.name else "'required'"
+    raise UnsupportedParameterError(f"tool_choice {asked} needs the extra `structured`; send 'auto'", "tool_choice")
+
+
+def answer_format(request: ChatRequest, state: ServerState, prompt: list[int], *, with_tools: bool) -> AnswerFormat:
+    return state.chat_format.of_answer(
+        with_tools=with_tools,
+        is_thinking=_ends_in_thought(request, state, prompt),
+        max_calls=None if request.parallel_tool_calls else 1,
+        hides=request.skip_special_tokens,
+    )
+
+
+def _ends_in_thought(request: ChatRequest, state: ServerState, prompt: list[int]) -> bool:
+    """Whether the template, or an answer that is to be continued, leaves a thought open."""
+    if request.continue_final_message:
+        _, opening, thought = request.messages[-1]["content"].rpartition(reasoning.OPEN)
+        return bool(opening) and reasoning.CLOSE not in thought
+    tail = state.llm.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False)
+    return tail.rstrip().endswith(reasoning.OPEN)

@@ -1,0 +1,69 @@
+"""What an answer that must call a tool may be: a grammar for constrained decoding, in llguidance's Lark.
+
+A thought may come first. The arguments follow the schema of their function, which stands alone, so that its `$ref`s
+keep their root.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from ..tools import ToolChoice
+from . import reasoning
+from .formats import NUMBER, AnswerFormat
+
+ANYTHING = r"/(.|\n)*/"
+SPACES = r"/\s{0,4}/"
+DIGITS = r"/[0-9]{1,4}/"
+
+
+def forced_grammar(tools: list[dict[str, Any]], choice: ToolChoice, answer: AnswerFormat) -> str:
+    """One call at least, of any of `tools` or of the one that `choice` names; just one where `answer` takes no more.
+
+    `tools` are those of `tools.read_tools`, `answer` is a format that has calls.
+    """
+    assert answer.tools is not None
+    layout, lark = answer.tools.layout, _Lark(answer)
+    functions = [tool["function"] for tool in tools if choice.name in (None, tool["function"]["name"])]
+    more = "" if answer.max_calls == 1 else f"({lark.text(layout.separator)} call)*"
+    rules = [
+        f"start: {lark.thought()} {lark.text(layout.begin)} call {more} {lark.text(layout.end)}",
+        "call: " + " | ".join(f"call_{i}" for i in range(len(functions))),
+    ]
+    for i, function in enumerate(functions):
+        head = lark.text(layout.before_name + function["name"] + layout.before_arguments)
+        rules.append(f"call_{i}: {head} arguments_{i} {lark.text(layout.after_arguments)}")
+        rules.append(f"arguments_{i}: %json {json.dumps(function['parameters'])}")
+    return "\n".join([*rules, *lark.thought_rules()]) + "\n"
+
+
+class _Lark:
+    """Text with markers as Lark: a marker that is a control token by its name, all else by its letters."""
+
+    def __init__(self, answer: AnswerFormat) -> None:
+        self._answer = answer
+        special = "|".join(map(re.escape, (NUMBER, *answer.control_ids)))
+        self._special = re.compile(f"({special})")
+
+    def text(self, text: str) -> str:
+        return " ".join(map(self._piece, filter(None, self._special.split(text))))
+
+    def thought(self) -> str:
+        if not self._answer.thinks:
+            return ""
+        return "thought" if self._answer.is_thinking else f"({self.text(reasoning.OPEN)} thought)?"
+
+    def thought_rules(self) -> list[str]:
+        if not self._answer.thinks:
+            return []
+        if reasoning.CLOSE in self._answer.control_ids:
+            return [f"thought: {ANYTHING} {reasoning.CLOSE} {SPACES}"]
+        closing = json.dumps(reasoning.CLOSE)
+        return [f"thought: until_closed {SPACES}", f"until_closed[suffix={closing}]: {ANYTHING}"]
+
+    def _piece(self, piece: str) -> str:
+        if piece == NUMBER:
+            return DIGITS
+        return piece if piece in self._answer.control_ids else json.dumps(piece)

@@ -1,0 +1,150 @@
+"""Which formats this checkpoint answers in: as set, or as its chat template tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ...configs.schema import ServerConfig
+from . import kimi_calls as kimi
+from . import reasoning
+from .answer import AnswerParser
+from .deltas import Parser, PlainText
+from .json_calls import JsonCalls
+from .kimi_calls import KimiCalls
+from .reasoning import Thinking
+
+NUMBER = "{number}"  # in a layout: any number of a call
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """The text around a function's name and its arguments, as models are trained to write it."""
+
+    begin: str
+    before_name: str
+    before_arguments: str
+    after_arguments: str
+    separator: str
+    end: str
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How calls are written. `in_template`: a template that spells this teaches the format, unless it spells one of
+    `not_in_template`, which belong to formats with the same outer marker."""
+
+    make: Callable[[], Parser]
+    markers: tuple[str, ...]
+    layout: CallLayout
+    in_template: str
+    not_in_template: tuple[str, ...] = ()
+
+
+# Name in `tool_call_parser` -> format. Names are vLLM's.
+TOOL_FORMATS = {
+    "minimax": ToolFormat(
+        lambda: JsonCalls("<tool_calls>", "</tool_calls>"),
+        ("<tool_calls>", "</tool_calls>"),
+        CallLayout("<tool_calls>\n", '{"name": "', '", "arguments": ', "}", "\n", "\n</tool_calls>"),
+        in_template="<tool_calls>",
+    ),
+    "hermes": ToolFormat(
+        lambda: JsonCalls("<tool_call>", "</tool_call>"),
+        ("<tool_call>", "</tool_call>"),
+        CallLayout("", '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n", ""),
+        in_template="<tool_call>",
+        not_in_template=("<arg_key>", "<function="),  # GLM, Qwen3-Coder
+    ),
+    "kimi_k2": ToolFormat(
+        KimiCalls,
+        kimi.MARKERS,
+        CallLayout(
+            kimi.SECTION_BEGIN,
+            f"{kimi.CALL_BEGIN}functions.",
+            f":{NUMBER}{kimi.ARGUMENTS_BEGIN}",
+            kimi.CALL_END,
+            "",
+            kimi.SECTION_END,
+        ),
+        in_template=kimi.CALL_BEGIN,
+    ),
+}
+# MiniMax-M1 thinks, and its template, which Text-01 shares, does not say so.
+THINKING_TEMPLATES = ("<think>", "</think>", "<beginning_of_sentence>ai")
+
+
+class ControlTokens(Protocol):
+    """What is needed of a tokenizer."""
+
+    control_ids: frozenset[int]
+
+    @property
+    def chat_template(self) -> str: ...
+
+    def token_text(self, token_id: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How the answers to one request are read."""
+
+    tools: ToolFormat | None = None
+    thinks: bool = False
+    is_thinking: bool = False  # where the prompt ends
+    max_calls: int | None = None
+    control_ids: Mapping[str, int] = field(default_factory=dict)  # its markers that are control tokens
+    hides: bool = True  # no control tokens in content
+
+    @property
+    def shown_ids(self) -> frozenset[int]:
+        """Control tokens that the parser has to see as text."""
+        return frozenset(self.control_ids.values())
+
+    def parser(self) -> AnswerParser:
+        parser: Parser = PlainText() if self.tools is None else self.tools.make()
+        if self.thinks:
+            parser = Thinking(parser, has_begun=self.is_thinking)
+        hidden = tuple(self.control_ids) if self.hides else ()
+        return AnswerParser(parser, hidden=hidden, max_calls=self.max_calls)
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What a checkpoint's answers may hold."""
+
+    tools: ToolFormat | None
+    thinks: bool
+    controls: Mapping[str, int]  # text of a control token -> its id
+
+    @classmethod
+    def choose(cls, settings: ServerConfig, tokenizer: ControlTokens) -> ChatFormat:
+        template = tokenizer.chat_template
+        name = settings.tool_call_parser
+        tools = _tools_in(template) if name == "auto" else TOOL_FORMATS.get(name)
+        thinks = settings.reasoning_parser == "think"
+        if settings.reasoning_parser == "auto":
+            thinks = any(text in template for text in THINKING_TEMPLATES)
+        controls = {tokenizer.token_text(token_id): token_id for token_id in tokenizer.control_ids}
+        return cls(tools, thinks, controls)
+
+    def of_answer(self, *, with_tools: bool, is_thinking: bool, max_calls: int | None, hides: bool) -> AnswerFormat:
+        """`hides`: the request wants no control tokens in its text."""
+        tools = self.tools if with_tools else None
+        markers = (reasoning.OPEN, reasoning.CLOSE) * self.thinks + (tools.markers if tools else ())
+        return AnswerFormat(
+            tools=tools,
+            thinks=self.thinks,
+            is_thinking=is_thinking,
+            max_calls=max_calls,
+            control_ids={marker: self.controls[marker] for marker in markers if marker in self.controls},
+            hides=hides,
+        )
+
+
+def _tools_in(template: str) -> ToolFormat | None:
+    for known in TOOL_FORMATS.values():
+        if known.in_template in template and not any(other in template for other in known.not_in_template):
+            return known
+    return None

@@ -1,0 +1,141 @@
+"""Calls as JSON objects between two markers: MiniMax's, Hermes' and those like them.
+
+    <tool_calls>                                 <tool_call>
+    {"name": "f", "arguments": {...}}            {"name": "f", "arguments": {...}}
+    {"name": "g", "arguments": {...}}            </tool_call>
+    </tool_calls>
+
+One parser serves both: any number of objects between the markers. What is no call is shown as it was written.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .deltas import CallArguments, CallBegin, Content, Delta, merged
+from .json_object import ObjectScanner, parse, parse_string
+from .markers import Markers, TrimmedText, skip_spaces
+
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+MAX_RAW_NAME = 400  # 64 characters, each as \\uXXXX, and quotes
+
+
+class JsonCalls:
+    """A call begins once its name is known and its arguments open; from there its arguments go on as they come."""
+
+    def __init__(self, open_marker: str, close_marker: str) -> None:
+        self._open, self._close = open_marker, close_marker
+        self._markers = Markers(open_marker)
+        self._either = Markers(open_marker, close_marker)
+        self._text = ""
+        self._position = 0  # what is before it has been read
+        self._read = self._read_prose
+        self._prose = TrimmedText()
+        self._held: list[str] = []  # since the opening marker, as written: shown should it be no call
+        self._scanner = ObjectScanner()
+        self._num_calls = 0
+        self._has_begun = False  # the call that is being read
+        self._has_calls = False  # the section that is being read
+
+    def push(self, text: str) -> list[Delta]:
+        self._text, self._position = self._text[self._position :] + text, 0
+        deltas: list[Delta] = []
+        while self._read(deltas):
+            pass
+        return merged(deltas)
+
+    def finish(self) -> list[Delta]:
+        deltas: list[Delta] = []
+        self._show_held(deltas)
+        rest, self._text = self._text[self._position :], ""
+        if self._has_calls and self._read == self._read_section:
+            rest = ""  # the beginning of a closing marker
+        deltas += [Content(self._prose.write(rest)), Content(self._prose.finish())]
+        return merged(deltas)
+
+    # Each reads on in its state, and returns whether it can go on without more text.
+
+    def _read_prose(self, deltas: list[Delta]) -> bool:
+        # After a call a closing marker without its opening one belongs to a call that was not written well.
+        markers = self._either if self._num_calls else self._markers
+        end, marker = markers.find(self._text, self._position)
+        deltas.append(Content(self._prose.write(self._text[self._position : end])))
+        self._position = end + len(marker or "")
+        if marker == self._open:
+            self._held, self._has_calls = [marker], False
+            self._read = self._read_section
+        elif marker is not None:
+            self._prose.meet_marker()
+        return marker is not None
+
+    def _read_section(self, deltas: list[Delta]) -> bool:
+        self._hold_until(skip_spaces(self._text, self._position))
+        rest = self._text[self._position : self._position + len(self._close)]
+        if rest == self._close:
+            self._hold_until(self._position + len(rest))
+            if self._has_calls:
+                self._held = []
+                self._prose.meet_marker()
+        elif self._close.startswith(rest):  # nothing yet, too
+            return False
+        elif rest[0] == "{":
+            self._scanner, self._has_begun = ObjectScanner(), False
+            self._read = self._read_call
+            return True
+        self._show_held(deltas)
+        self._read = self._read_prose
+        return True
+
+    def _read_call(self, deltas: list[Delta]) -> bool:
+        end = self._scanner.feed(self._text, self._position)
+        if self._has_begun:
+            self._position = end
+        else:
+            self._hold_until(end)
+            self._begin_if_known(deltas)
+        if self._has_begun:
+            deltas.append(CallArguments(self._num_calls - 1, self._scanner.take("arguments")))
+        if self._scanner.is_open:
+            return False
+        if not self._has_begun:
+            self._show_held(deltas)
+        self._read = self._read_section if self._has_begun or self._scanner.is_closed else self._read_prose
+        return True
+
+    def _begin_if_known(self, deltas: list[Delta]) -> None:
+        raw = self._scanner.member("name") or ""
+        name = parse_string(raw) if len(raw) <= MAX_RAW_NAME else None
+        if name is None or not NAME.fullmatch(name):
+            return
+        if self._scanner.starts.get("arguments") == "{":
+            self._begin(deltas, name)
+        elif self._scanner.is_closed:
+            arguments = _arguments_of(self._scanner)
+            if arguments is not None:
+                self._begin(deltas, name)
+                deltas.append(CallArguments(self._num_calls - 1, arguments))
+                self._scanner.take("arguments")
+
+    def _begin(self, deltas: list[Delta], name: str) -> None:
+        deltas.append(CallBegin(self._num_calls, name))
+        self._num_calls += 1
+        self._has_begun = self._has_calls = True
+        self._held = []
+        self._prose.meet_marker()
+
+    def _hold_until(self, end: int) -> None:
+        self._held.append(self._text[self._position : end])
+        self._position = end
+
+    def _show_held(self, deltas: list[Delta]) -> None:
+        held, self._held = self._held, []
+        deltas.append(Content(self._prose.write("".join(held))))
+
+
+def _arguments_of(scanner: ObjectScanner) -> str | None:
+    """Arguments that are left out, null, or JSON text in a string, as some models write it; None: neither."""
+    raw = scanner.member("arguments")
+    if raw in (None, "null"):
+        return "{}"
+    text = parse_string(raw or "")
+    return text if text is not None and isinstance(parse(text), dict) else None
