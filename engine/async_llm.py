@@ -16,9 +16,10 @@ from .tokenizer import Tokenizer
 class AsyncLLM:
     """Detokenizes what the engine gives, finds stop strings, and aborts what is no longer wanted."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer) -> None:
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, *, max_queue_seconds: float | None = None) -> None:
         self.client = client
         self.tokenizer = tokenizer
+        self.max_queue_seconds = max_queue_seconds
 
     async def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0
@@ -33,6 +34,7 @@ class AsyncLLM:
             sampling_params=params,
             priority=priority,
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
+            max_queue_seconds=self.max_queue_seconds,
         )
         text = TextStream(self.tokenizer, params, len(prompt_token_ids))
         async with aclosing(self.client.generate(request)) as steps:  # type: ignore[type-var]

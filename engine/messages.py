@@ -12,7 +12,8 @@ from .sampling_params import SamplingParams
 class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     """Start a sequence. A lower `priority` runs earlier; ties run in order of arrival.
 
-    `eos_token_ids` None = those of the checkpoint's config and generation config.
+    `eos_token_ids` None = those of the checkpoint's config and generation config. `max_queue_seconds` None = it waits
+    for its start as long as it takes.
     """
 
     request_id: str
@@ -20,6 +21,7 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     sampling_params: SamplingParams
     priority: int = 0
     eos_token_ids: list[int] | None = None
+    max_queue_seconds: float | None = None
 
 
 class AbortRequest(msgspec.Struct, tag="abort"):

@@ -13,6 +13,7 @@ computed again from its tokens later.
 from __future__ import annotations
 
 import bisect
+import math
 from dataclasses import dataclass
 
 from .block_manager import BlockManager
@@ -113,6 +114,14 @@ class Scheduler:
         self.finish(sequence)
         return True
 
+    def expire(self, now: float) -> list[Sequence]:
+        """Forget those that have waited for their start beyond their deadlines, and return them. A preempted one has
+        been started, and is not among them."""
+        late = [s for s in self.waiting if s.deadline < now]
+        for sequence in late:
+            self.finish(sequence)
+        return late
+
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, from wherever it is."""
         if sequence.status is Status.RUNNING:
@@ -191,6 +200,7 @@ class Scheduler:
             self.slots.take(sequence)
             self.blocks.grow(sequence, num_new)
             sequence.status = Status.RUNNING
+            sequence.deadline = math.inf
             bisect.insort(self.running, sequence, key=lambda s: s.order)
             scheduled[sequence] = num_new
             budget -= num_new

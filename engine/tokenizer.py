@@ -47,6 +47,7 @@ class Tokenizer:
         self._control_prefixes = {token[:n] for token in controls for n in range(1, len(token))}
         self._max_prefix = max(map(len, self._control_prefixes), default=0)
         self._decode_one = cache(self._decode)  # never more entries than twice the vocabulary
+        self.max_token_chars = max(map(len, self._with_control.get_vocab(with_added_tokens=True)), default=1)
         self.vocab_size = int(self._with_control.get_vocab_size(with_added_tokens=True))
         self.bos_token_id: int | None = self._hf.bos_token_id
         own_eos = () if self._hf.eos_token_id is None else (self._hf.eos_token_id,)
