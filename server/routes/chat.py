@@ -14,7 +14,7 @@ from starlette.responses import Response
 from ...engine.outputs import RequestOutput
 from ..generation import Event, collect, first_event, generate, unless_disconnected
 from ..logprobs import chat_logprobs
-from ..openapi import json_body
+from ..openapi import GENERATING, documented
 from ..protocol import ChatRequest
 from ..responses import (
     ChatChoice,
@@ -37,7 +37,7 @@ from ..validation import Prepared, prepare_chat
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", openapi_extra=json_body(ChatRequest))
+@router.post("/v1/chat/completions", **documented(ChatCompletion, *GENERATING, body=ChatRequest, chunk=ChatChunk))
 async def create_chat_completion(http: Request) -> Response:
     """Answer a conversation, laid out by the checkpoint's own chat template."""
     refuse_unless_ready(http)
