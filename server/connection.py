@@ -22,6 +22,7 @@ from ..configs.schema import ServerConfig
 from .errors import ApiError
 
 SOCKETS_PER_REQUEST = 2  # kept alive, or refused and not gone yet
+GRACE_SECONDS = 1.0  # for a socket beyond the bound to ask, or for an idle one to be asked over
 FLUSH_SECONDS = 2  # for streams to carry the engine's last word to their clients
 
 
@@ -65,9 +66,11 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._await_head()
-        if len(self.connections) > max_sockets(self._settings):
-            self._keep_bound()
+        if len(self.connections) <= max_sockets(self._settings):
+            self._await_head(self._settings.read_timeout)
+        else:  # it may still ask, and be told that we are overloaded; but at once, and nobody may sit idle meanwhile
+            self._await_head(GRACE_SECONDS)
+            self._evict_longest_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._deadline, self._unread):
@@ -77,7 +80,7 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.conn.their_state is h11.IDLE and not self._is_reading_head:
-            self._await_head()
+            self._await_head(self._settings.read_timeout)
         super().data_received(data)
         if self._is_reading_head and self.conn.their_state is not h11.IDLE:  # a request has begun
             self._set_deadline(None)
@@ -105,8 +108,8 @@ class Connection(H11Protocol):
         else:
             self._refuse(ApiError(400, "this is not a valid HTTP/1.1 request"))
 
-    def _await_head(self) -> None:
-        self._set_deadline(self._settings.read_timeout, self._refuse_slow_head)
+    def _await_head(self, seconds: float) -> None:
+        self._set_deadline(seconds, self._refuse_slow_head)
         self._is_reading_head = True
 
     def _set_deadline(self, seconds: float | None, act: Callable[[], None] | None = None) -> None:
@@ -119,8 +122,7 @@ class Connection(H11Protocol):
 
     def _refuse_slow_head(self) -> None:
         if self.conn.trailing_data[0]:
-            seconds = self._settings.read_timeout
-            self._refuse(slow_request(f"the request's headers did not arrive within {seconds:g} seconds"))
+            self._refuse(slow_request("the request's headers did not arrive in time"))
         else:
             self.transport.abort()
 
@@ -142,11 +144,18 @@ class Connection(H11Protocol):
         self._set_deadline(self._settings.write_timeout, self.transport.abort)
         self.transport.close()
 
-    def _keep_bound(self) -> None:
-        """One socket too many: that which has been idle longest goes. There is one, for requests are fewer."""
-        there = [each for each in self.connections if isinstance(each, Connection) and not each.transport.is_closing()]
-        if len(there) > max_sockets(self._settings):
-            idle = [each for each in there if each.is_idle]
+    def _evict_longest_idle(self) -> None:
+        """Of those that have been idle for a while."""
+        since = self.loop.time() - GRACE_SECONDS
+        idle = [
+            each
+            for each in self.connections
+            if isinstance(each, Connection)
+            and each.is_idle
+            and each.idle_since < since
+            and not each.transport.is_closing()
+        ]
+        if idle:
             min(idle, key=lambda each: each.idle_since).transport.abort()
 
 

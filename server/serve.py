@@ -42,7 +42,7 @@ def serve(settings: Settings) -> int:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    allow_files(max_sockets(settings) + SPARE_FILES)
+    allow_files(2 * max_sockets(settings) + SPARE_FILES)
     listener = bind(settings.host, settings.port)
     try:
         return asyncio.run(_serve(settings, listener))
