@@ -86,10 +86,8 @@ class UnknownModelError(RequestError):
     """The request names a model that is not served here."""
 
 
-def overloaded(message: str, *, hang_up: bool = False) -> ApiError:
-    """`hang_up`: the connection is one too many as well."""
-    headers = {"Retry-After": RETRY_AFTER_SECONDS} | ({"Connection": "close"} if hang_up else {})
-    return ApiError(503, message, headers=headers)
+def overloaded(message: str) -> ApiError:
+    return ApiError(503, message, headers={"Retry-After": RETRY_AFTER_SECONDS})
 
 
 def describe(error: Exception) -> ApiError:

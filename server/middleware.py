@@ -93,7 +93,7 @@ class ConnectionLimitMiddleware:
             await self.app(scope, receive, send)
             return
         if self.num_open >= self.bound:
-            raise overloaded(f"max_connections ({self.bound}) requests are open; retry later", hang_up=True)
+            raise overloaded(f"max_connections ({self.bound}) requests are open; retry later")
         self.num_open += 1
         try:
             await self.app(scope, receive, send)
