@@ -262,6 +262,12 @@ def test_engine_whose_parent_died_before_it_looked_leaves_too(tmp_path):
     link._socket.close()
 
 
+async def test_nobody_else_can_enter_the_folder_of_the_socket(tiny):
+    async with running(ProcessClient(engine_config(tiny.folder, max_model_len=1024))) as client:
+        assert os.stat(client._folder).st_mode & 0o777 == 0o700
+        assert os.listdir(client._folder) == ["engine.sock"]
+
+
 async def test_a_wait_that_was_too_long_is_an_error_of_its_own(tiny):
     async with running(InProcessClient(engine_config(tiny.folder, max_num_seqs=1, max_model_len=1024))) as client:
         first = asyncio.create_task(collect(client, request("first", [1], max_tokens=900)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -53,6 +54,31 @@ async def flood(url: str) -> Counter[int]:
         assert not watching.done(), watching
         watching.cancel()
         return Counter(statuses)
+
+
+async def test_half_of_many_streams_leave_and_the_others_answer_as_if_alone(shared):
+    prompts = [f"{index % 7} little words" for index in range(100)]
+
+    async def stream(http: httpx.AsyncClient, prompt: str, leave_after: int | None = None) -> str:
+        body = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "stream": True, "ignore_eos": True}
+        text = ""
+        async with http.stream("POST", "/v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                    if leave_after is not None and len(text) >= leave_after:
+                        break
+        return text
+
+    async with httpx.AsyncClient(
+        base_url=shared.url, timeout=TIMEOUT, limits=httpx.Limits(max_connections=None)
+    ) as http:
+        alone = {prompt: await stream(http, prompt) for prompt in prompts[:7]}
+        leavers = [stream(http, prompt, leave_after=index % 20) for index, prompt in enumerate(prompts)]
+        others = [stream(http, prompt) for prompt in prompts]
+        texts = await asyncio.gather(*[each for pair in zip(leavers, others, strict=True) for each in pair])
+    assert texts[1::2] == [alone[prompt] for prompt in prompts]
+    shared.wait_idle()
 
 
 async def test_a_flood_is_answered_by_200_429_or_503_and_leaves_nothing_behind(serve):
