@@ -56,6 +56,7 @@ class Report:
 
     events: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
+    worst_health_seconds: float = 0.0  # as this process saw it, which has its own hands full
 
     def law(self, holds: bool, message: str) -> None:
         if not holds:
@@ -64,7 +65,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"  {count:>7,} {name}" for name, count in sorted(self.events.items())]
         laws = [f"  BROKEN  {message}" for message in self.broken[:20]] or ["  no law was broken"]
-        return "\n".join(["what happened:", *lines, "laws:", *laws])
+        health = f"  {self.worst_health_seconds:>7.2f} seconds was the longest wait for /health"
+        return "\n".join(["what happened:", *lines, health, "laws:", *laws])
 
 
 def is_alive(pid: int) -> bool:
@@ -112,6 +114,9 @@ class Chaos:
         self.report = Report()
         self.server = Server()
         self.seconds = seconds
+        # One client, whose making is dear, and a socket for each request.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self.http = httpx.AsyncClient(timeout=GUARD_SECONDS, limits=limits)
         self.expected: dict[str, str] = {}
         self.epoch = 0  # how often the server was started: what spans a restart proves nothing
 
@@ -125,6 +130,7 @@ class Chaos:
             await asyncio.gather(*[self._repeat(actor) for actor in actors])
             await self.settle()
         finally:
+            await self.http.aclose()
             if self.server.process.returncode is None:
                 self.server.process.kill()
         return self.report
@@ -147,8 +153,7 @@ class Chaos:
     async def complete(self, prompt: str, **fields: object) -> tuple[int, str]:
         """(status, text) of a greedy answer."""
         body = {"prompt": prompt, "max_tokens": 24, "temperature": 0} | fields
-        async with httpx.AsyncClient(base_url=self.server.url, timeout=GUARD_SECONDS) as http:
-            response = await http.post("/v1/completions", json=body)
+        response = await self.http.post(f"{self.server.url}/v1/completions", json=body)
         self.report.events[f"answers with status {response.status_code}"] += 1
         if response.status_code != 200:
             self._check_error(response)
@@ -177,10 +182,8 @@ class Chaos:
         body = {"prompt": "x", "max_tokens": 1500, "ignore_eos": True, "stream": stream, "n": self.rng.randint(1, 3)}
         patience = httpx.Timeout(5, read=self.rng.choice([0.05, 0.3, 1.0]))
         with contextlib.suppress(httpx.TimeoutException):
-            async with (
-                httpx.AsyncClient(base_url=self.server.url, timeout=patience) as http,
-                http.stream("POST", "/v1/completions", json=body) as response,
-            ):
+            url = f"{self.server.url}/v1/completions"
+            async with self.http.stream("POST", url, json=body, timeout=patience) as response:
                 async for _ in response.aiter_raw():
                     if self.rng.random() < 0.1:
                         break
@@ -197,14 +200,13 @@ class Chaos:
 
     async def babbler(self) -> None:
         """Sends what is no request."""
-        async with httpx.AsyncClient(base_url=self.server.url, timeout=GUARD_SECONDS) as http:
-            for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
-                raw = self.rng.choice(NONSENSE)
-                response = await http.post(path, content=raw, headers={"content-type": "application/json"})
-                self.report.events[f"nonsense with status {response.status_code}"] += 1
-                if path != "/tokenize" or response.status_code != 200:
-                    self._check_error(response)
-                    self.report.law(400 <= response.status_code < 500 or response.status_code == 503, response.text)
+        for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+            raw, headers = self.rng.choice(NONSENSE), {"content-type": "application/json"}
+            response = await self.http.post(f"{self.server.url}{path}", content=raw, headers=headers)
+            self.report.events[f"nonsense with status {response.status_code}"] += 1
+            if path != "/tokenize" or response.status_code != 200:
+                self._check_error(response)
+                self.report.law(400 <= response.status_code < 500 or response.status_code == 503, response.text)
 
     async def slow_sender(self) -> None:
         """Never finishes its head or its body."""
@@ -224,8 +226,9 @@ class Chaos:
         await asyncio.sleep(1)
 
     async def health_watcher(self) -> None:
-        async with httpx.AsyncClient(base_url=self.server.url, timeout=10) as http:
-            status = (await http.get("/health")).status_code
+        asked = time.monotonic()
+        status = (await self.http.get(f"{self.server.url}/health")).status_code
+        self.report.worst_health_seconds = max(self.report.worst_health_seconds, time.monotonic() - asked)
         self.report.law(status in (200, 503), f"/health answers {status}")
         self.report.events[f"health {status}"] += 1
 
@@ -258,11 +261,10 @@ class Chaos:
         deadline = time.monotonic() + 20
         names = ("state_slots_used", "kv_cache_usage_perc", "num_requests_running", "num_requests_waiting")
         held = {"": 1.0}
-        async with httpx.AsyncClient(base_url=self.server.url, timeout=10) as http:
-            while any(held.values()) and time.monotonic() < deadline:
-                text = (await http.get("/metrics")).text
-                held = {name: float(re.search(rf"^leyden:{name}\{{.*\}} (\S+)$", text, re.M)[1]) for name in names}
-                await asyncio.sleep(0.1)
+        while any(held.values()) and time.monotonic() < deadline:
+            text = (await self.http.get(f"{self.server.url}/metrics")).text
+            held = {name: float(re.findall(rf"^leyden:{name}\{{.*\}} (\S+)$", text, re.M)[0]) for name in names}
+            await asyncio.sleep(0.1)
         self.report.law(not any(held.values()), f"not given back: {held}")
         for prompt, text in self.expected.items():
             self.report.law((await self.complete(prompt))[1] == text, f"{prompt!r} is continued otherwise afterwards")
