@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,9 +21,6 @@ ToolCallParserName = Literal["auto", "none", "minimax", "hermes", "kimi_k2"]
 ReasoningParserName = Literal["auto", "none", "think"]
 ENV_PREFIX = "LEYDEN_"
 DEMO_MODEL = "demo"
-STRICT = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False)
-
-
 STRICT = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
 
@@ -104,10 +103,23 @@ class ServerConfig(BaseModel):
     reasoning_parser: ReasoningParserName = Field(
         "auto", description="think = split <think>...</think> off an answer; auto = where the chat template suggests it"
     )
+    max_header_bytes: int = Field(65_536, ge=1024, le=1 << 20, description="largest request line and headers")
     max_body_bytes: int = Field(2_000_000, ge=1024, description="largest request body")
+    max_body_depth: int = Field(32, ge=4, le=256, description="deepest nesting of a body's JSON")
     max_n: int = Field(16, ge=1, le=128, description="largest n of a request")
     max_prompts: int = Field(64, ge=1, le=4096, description="most prompts in one completion request")
-    max_connections: int = Field(1024, ge=1, description="open connections before 503")
+    # The bounds of the next four are the engine's own: a setting makes them smaller.
+    max_stop_strings: int = Field(16, ge=0, le=16, description="most stop strings of a request")
+    max_stop_chars: int = Field(256, ge=1, le=256, description="longest stop string")
+    max_logprobs: int = Field(20, ge=0, le=20, description="most alternatives per token")
+    max_logit_bias: int = Field(1024, ge=0, le=1024, description="most entries of logit_bias")
+    max_queue_seconds: float = Field(300.0, gt=0, description="a request that waited longer for its start gets 503")
+    max_connections: int = Field(
+        1024, ge=1, le=1 << 16, description="requests open at once before 503; of sockets twice as many"
+    )
+    read_timeout: float = Field(30.0, gt=0, description="seconds for a request's headers, and then for its body")
+    write_timeout: float = Field(60.0, gt=0, description="seconds a client may leave unread what waits for it")
+    idle_timeout: float = Field(5.0, gt=0, description="seconds a connection is kept without a request")
     drain_seconds: float = Field(30.0, ge=0, description="time for open requests after SIGTERM")
     metrics_prefix: str = Field("leyden", pattern=r"^[a-zA-Z_]\w*$", description="'vllm' fits existing dashboards")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
@@ -152,12 +164,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path} is not UTF-8 text: {error.reason}") from None
     except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is not valid YAML: {error}") from None
+        raise SettingsError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
+    except RecursionError:
+        raise SettingsError(f"{path} is not valid YAML: it nests too deeply") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise SettingsError(f"{path} must hold one mapping of settings, got a {type(loaded).__name__}")
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """One line: where, and what. PyYAML's own text quotes the file over several lines."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
+    where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    return f"{where}{problem}; a setting is written as 'name: value'"
 
 
 def _read_environment(environ: dict[str, str]) -> dict[str, Any]:
@@ -184,9 +206,20 @@ def _as_list(text: str) -> list[str]:
 def _check_known(key: str, source: str) -> None:
     if key in Settings.model_fields:
         return
-    near = difflib.get_close_matches(key, Settings.model_fields, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(Settings.model_fields))}"
+    near = nearest(key, Settings.model_fields)
+    hint = f"did you mean {near!r}?" if near else f"known settings: {', '.join(sorted(Settings.model_fields))}"
     raise SettingsError(f"unknown setting {key!r} ({source}); {hint}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The name that was most likely meant: one spelt alike, else the only ones made of the same words and more."""
+    names = list(known)
+    alike = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.75)
+    if alike:
+        return alike[0]
+    parts = set(re.split(r"[-_]+", word.lower().strip("-_")))
+    holding = [name for name in names if parts <= set(re.split(r"[-_]+", name.strip("-")))]
+    return min(holding, key=len) if holding else next(iter(difflib.get_close_matches(word.lower(), names, n=1)), None)
 
 
 def _describe(error: Any, sources: dict[str, str]) -> str:

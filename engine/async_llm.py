@@ -16,9 +16,10 @@ from .tokenizer import Tokenizer
 class AsyncLLM:
     """Detokenizes what the engine gives, finds stop strings, and aborts what is no longer wanted."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer) -> None:
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, *, max_queue_seconds: float | None = None) -> None:
         self.client = client
         self.tokenizer = tokenizer
+        self.max_queue_seconds = max_queue_seconds
 
     async def generate(
         self,
@@ -45,6 +46,7 @@ class AsyncLLM:
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
             num_siblings=num_siblings,
             sibling_of=sibling_of,
+            max_queue_seconds=self.max_queue_seconds,
         )
         text = TextStream(self.tokenizer, params, len(prompt_token_ids), shown_ids)
         async with aclosing(self.client.generate(request)) as steps:  # type: ignore[type-var]

@@ -24,7 +24,14 @@ import zmq
 import zmq.asyncio
 
 from ..configs.schema import EngineConfig
-from .errors import ConfigError, ContextLengthError, EngineDeadError, QueueFullError, RequestError
+from .errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineDeadError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestError,
+)
 from .messages import (
     AbortRequest,
     AddRequest,
@@ -57,7 +64,8 @@ class EngineClient(Protocol):
     def generate(self, request: AddRequest) -> AsyncIterator[StepOutput]:
         """Outputs of one sequence; the last one has a finish_reason.
 
-        Raises `RequestError`, `QueueFullError` before the first output, `EngineDeadError` at any time. Closing the
+        Raises `RequestError`, `QueueFullError` or `QueueTimeoutError` before the first output, `EngineDeadError` at any
+        time. Closing the
         iterator early aborts the sequence.
         """
 
@@ -340,6 +348,8 @@ def _raise_if_refused(output: StepOutput) -> None:
     match output.error_code:
         case "queue_full":
             raise QueueFullError(output.error or "the queue is full")
+        case "queue_timeout":
+            raise QueueTimeoutError(output.error or "the request waited too long")
         case "context_length":
             raise ContextLengthError(output.error or "the request does not fit the context", output.error_param)
         case "invalid":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 import msgspec
@@ -10,7 +11,7 @@ import torch
 
 from ..configs.schema import EngineConfig
 from .block_manager import BlockManager
-from .errors import ContextLengthError, QueueFullError, RequestError
+from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, RequestError
 from .messages import AddRequest, EngineInfo, EngineStats
 from .model_runner import LaunchedStep, ModelRunner
 from .outputs import ErrorCode, StepOutput, TokenLogprobs
@@ -19,6 +20,9 @@ from .sequence import Sequence, Status
 from .slots import SlotManager
 
 logger = logging.getLogger("leyden.engine")
+
+EXPIRY_SECONDS = 0.25
+QUEUE_TIMEOUT = "the request waited too long for its start (setting max_queue_seconds); try again later"
 
 
 class EngineCore:
@@ -39,6 +43,7 @@ class EngineCore:
         )
         self._stats = EngineStats()
         self._arrivals = 0
+        self._next_look = 0.0  # for what has waited too long, on the clock of `time.monotonic`
         on_cuda = self.runner.device.type == "cuda"
         self._is_async = on_cuda if config.async_scheduling is None else config.async_scheduling
         self._in_flight: LaunchedStep | None = None
@@ -53,6 +58,7 @@ class EngineCore:
         params = request.sampling_params
         eos = request.eos_token_ids
         self._arrivals += 1
+        limit = request.max_queue_seconds
         seed = params.seed if params.seed is not None else (self.config.seed << 32) + self._arrivals
         self.scheduler.add(
             Sequence(
@@ -66,6 +72,7 @@ class EngineCore:
                 seed=seed,
                 num_siblings=request.num_siblings if max_tokens else 0,
                 leader=self._leader_of(request, max_tokens),
+                deadline=math.inf if limit is None else time.monotonic() + limit,
             )
         )
 
@@ -111,6 +118,7 @@ class EngineCore:
         device then never waits for the host. A sequence that turns out to have ended is computed once too often; its
         slot and blocks are free for those that are launched after that."""
         started = time.perf_counter()
+        expired = self._expire(time.monotonic())
         batch = self.scheduler.schedule()
         scheduled = time.perf_counter()
         launched = None
@@ -124,7 +132,7 @@ class EngineCore:
         waiting = time.perf_counter()
         tokens, logprobs = launched.wait() if launched else ([], [])
         waited = time.perf_counter() - waiting
-        outputs = self._collect(launched.completing, tokens, logprobs) if launched else []
+        outputs = expired + (self._collect(launched.completing, tokens, logprobs) if launched else [])
         seconds = time.perf_counter() - started
         self._stats.step_seconds_total += seconds
         self._stats.schedule_seconds_total += scheduled - started
@@ -179,6 +187,13 @@ class EngineCore:
     def check_integrity(self) -> None:
         """Every slot and block has one owner. Raises AssertionError."""
         self.scheduler.check_integrity()
+
+    def _expire(self, now: float) -> list[StepOutput]:
+        """Refuse what has waited too long, looking every quarter of a second."""
+        if now < self._next_look:
+            return []
+        self._next_look = now + EXPIRY_SECONDS
+        return [refusal(late.request_id, QueueTimeoutError(QUEUE_TIMEOUT)) for late in self.scheduler.expire(now)]
 
     def _collect(
         self, rows: list[tuple[Sequence, int]], tokens: list[int], logprobs: list[TokenLogprobs | None]
@@ -235,11 +250,13 @@ def _keep_prompt_logprobs(step: LaunchedStep) -> None:
         sequence.prompt_logprobs = [*before[: sequence.num_computed_tokens + 1], *entries]
 
 
-def refusal(request_id: str, error: RequestError | QueueFullError) -> StepOutput:
+def refusal(request_id: str, error: RequestError | QueueFullError | QueueTimeoutError) -> StepOutput:
     """The answer to a request that was not admitted."""
     code: ErrorCode = "invalid"
     if isinstance(error, QueueFullError):
         code = "queue_full"
+    elif isinstance(error, QueueTimeoutError):
+        code = "queue_timeout"
     elif isinstance(error, ContextLengthError):
         code = "context_length"
     return StepOutput(

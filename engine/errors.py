@@ -7,6 +7,7 @@ LeydenError
 ├── RequestError           a request cannot be served                HTTP 400
 │   └── ContextLengthError     prompt and answer do not fit          HTTP 400, code context_length_exceeded
 ├── QueueFullError         too many requests wait                    HTTP 429
+├── QueueTimeoutError      a request waited too long for its start   HTTP 503
 └── EngineDeadError        the engine is gone                        HTTP 500 / 503
 """
 
@@ -21,6 +22,7 @@ __all__ = [
     "EngineDeadError",
     "LeydenError",
     "QueueFullError",
+    "QueueTimeoutError",
     "RequestError",
 ]
 
@@ -47,6 +49,10 @@ class QueueFullError(LeydenError):
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class QueueTimeoutError(LeydenError):
+    """The request was not started within its `max_queue_seconds`."""
 
 
 class EngineDeadError(LeydenError):

@@ -12,8 +12,9 @@ from .sampling_params import SamplingParams
 class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     """Start a sequence. A lower `priority` runs earlier; ties run in order of arrival.
 
-    `eos_token_ids` None = those of the checkpoint's config and generation config. `num_siblings` more requests will
-    follow at once that have the same prompt and name this one as `sibling_of`: the prompt is then computed once.
+    `eos_token_ids` None = those of the checkpoint's config and generation config. `max_queue_seconds` None = it waits
+    for its start as long as it takes. `num_siblings` more requests will follow at once that have the same prompt and
+    name this one as `sibling_of`: the prompt is then computed once.
     """
 
     request_id: str
@@ -21,6 +22,7 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     sampling_params: SamplingParams
     priority: int = 0
     eos_token_ids: list[int] | None = None
+    max_queue_seconds: float | None = None
     num_siblings: int = 0
     sibling_of: str | None = None
 

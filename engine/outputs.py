@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-ErrorCode = Literal["invalid", "context_length", "queue_full", "internal"]
+ErrorCode = Literal["invalid", "context_length", "queue_full", "queue_timeout", "internal"]
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 
@@ -13,6 +14,12 @@ MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 SEED_BOUND = 2**63
+MAX_SHOWN_CHARS = 80
+
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_INTEGERS = ("top_k", "min_tokens")
+_OPTIONAL_INTEGERS = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+_BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +51,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         _check_range("temperature", self.temperature, 0.0, 100.0)
         _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_range("top_k", self.top_k, -1, 2**31 - 1)
@@ -65,6 +73,31 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 _check_range(name, getattr(self, name), 0, MAX_LOGPROBS)
         self._check_stop()
         self._check_logit_bias()
+
+    def _check_types(self) -> None:
+        """msgspec looks at the types of what it decodes, not of what Python code passes."""
+        for name in _NUMBERS:
+            _require(name, getattr(self, name), (int, float), "a number")
+        for name in _INTEGERS:
+            _require(name, getattr(self, name), int, "an integer")
+        for name in _OPTIONAL_INTEGERS:
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), int, "an integer or None")
+        for name in _BOOLEANS:
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be True or False, got {_shown(getattr(self, name))}", name)
+        for name, kind, words in (("stop", str, "strings"), ("stop_token_ids", int, "token ids")):
+            values = getattr(self, name)
+            if not isinstance(values, tuple | list):
+                raise RequestError(f"{name} must be a tuple of {words}, got {_shown(values)}", name)
+            for value in values:
+                _require(name, value, kind, f"a tuple of {words}")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, dict):
+                raise RequestError(f"logit_bias must be a dict, got {_shown(self.logit_bias)}", "logit_bias")
+            for key, bias in self.logit_bias.items():
+                _require("logit_bias", key, int, "a dict of token ids")
+                _require("logit_bias", bias, (int, float), "a dict of numbers")
 
     def _check_stop(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -90,8 +123,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.temperature == 0.0
 
 
+def _require(name: str, value: Any, kind: type | tuple[type, ...], words: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise RequestError(f"{name} must be {words}, got {_shown(value)}", name)
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:MAX_SHOWN_CHARS]
+
+
 def _check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     above = value > low if open_low else value >= low
     if not (above and value <= high) or math.isnan(value):
         bracket = "(" if open_low else "["
-        raise RequestError(f"{name} must be in {bracket}{low}, {high}], got {value}", name)
+        raise RequestError(f"{name} must be in {bracket}{low}, {high}], got {_shown(value)}", name)

@@ -16,6 +16,7 @@ computed again from its tokens later.
 from __future__ import annotations
 
 import bisect
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -139,6 +140,14 @@ class Scheduler:
         self.finish(sequence)
         return True
 
+    def expire(self, now: float) -> list[Sequence]:
+        """Forget those that have waited for their start beyond their deadlines, and return them. A preempted one has
+        been started, and is not among them."""
+        late = [s for s in self.waiting if s.deadline < now]
+        for sequence in late:
+            self.finish(sequence)
+        return late
+
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, from wherever it is."""
         if sequence.status is Status.RUNNING:
@@ -242,6 +251,7 @@ class Scheduler:
         self.slots.take(sibling)
         self.blocks.grow(sibling, leader.num_prompt_tokens)
         sibling.status = Status.RUNNING
+        sibling.deadline = math.inf
         sibling.num_computed_tokens = leader.num_computed_tokens
         bisect.insort(self.running, sibling, key=lambda s: s.order)
         assert leader.state_slot is not None and sibling.state_slot is not None
@@ -272,6 +282,7 @@ class Scheduler:
             self.slots.take(sequence)
             self.blocks.grow(sequence, num_new)
             sequence.status = Status.RUNNING
+            sequence.deadline = math.inf
             bisect.insort(self.running, sequence, key=lambda s: s.order)
             scheduled[sequence] = num_new
             budget -= num_new

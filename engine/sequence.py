@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from array import array
 from dataclasses import dataclass, field
 
@@ -36,6 +37,7 @@ class Sequence:
     priority: int = 0  # lower runs earlier
     arrival: int = 0  # order of arrival
     seed: int = 0
+    deadline: float = math.inf  # on the monotonic clock: not started by then, it is refused
     output_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     status: Status = Status.WAITING

@@ -21,6 +21,7 @@ from .errors import CheckpointError, RequestError
 
 logger = logging.getLogger("leyden.engine")
 
+MANY_IDS = 1024
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -47,6 +48,7 @@ class Tokenizer:
         self._control_prefixes = {token[:n] for token in controls for n in range(1, len(token))}
         self._max_prefix = max(map(len, self._control_prefixes), default=0)
         self._decode_one = cache(self._decode)  # never more entries than twice the vocabulary
+        self.max_token_chars = max(map(len, self._with_control.get_vocab(with_added_tokens=True)), default=1)
         self.vocab_size = int(self._with_control.get_vocab_size(with_added_tokens=True))
         self.bos_token_id: int | None = self._hf.bos_token_id
         own_eos = () if self._hf.eos_token_id is None else (self._hf.eos_token_id,)
@@ -70,7 +72,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of plain text. `add_special_tokens` adds what the checkpoint puts around a prompt (often a bos)."""
-        return self._as_text.encode(text, add_special_tokens=add_special_tokens).ids
+        return _encode(self._as_text, text, add_special_tokens)
 
     def encode_chat(
         self,
@@ -114,7 +116,7 @@ class Tokenizer:
         # Cut where a user's text spelled a control token: neither half is one.
         ids: list[int] = []
         for piece in text.split(marker):
-            ids += self._with_control.encode(piece, add_special_tokens=False).ids
+            ids += _encode(self._with_control, piece, False)
         return ids
 
     @cached_property
@@ -133,6 +135,8 @@ class Tokenizer:
         """Text of token ids. Bytes that form no character come out as U+FFFD."""
         if len(ids) == 1:  # remembered: a stream asks for every token alone, too
             return self._decode_one(ids[0], skip_special_tokens)
+        if len(ids) > MANY_IDS:  # in a batch of one, which holds Python's lock no longer than it must
+            return str(self._with_control.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
         return str(self._with_control.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def _decode(self, token_id: int, skip_special_tokens: bool) -> str:
@@ -170,6 +174,12 @@ class Tokenizer:
         # Words are spared: templates compare them ("user", "text"), and control tokens hardly begin with a letter.
         ends = (text[-n:] for n in range(1, self._max_prefix + 1))
         return any(end in self._control_prefixes and not end[0].isalnum() for end in ends)
+
+
+def _encode(backend: Any, text: str, add_special_tokens: bool) -> list[int]:
+    """In a batch of one: `encode` would hold Python's lock all the while, and stop every other thread."""
+    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
 
 
 def _with_parts(message: dict[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,25 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
         return DEMO_FOLDER
     folder = Path(model).expanduser()
     if model and folder.is_dir():
+        _check_links(folder)
         return folder
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{model!r} is neither a folder nor a hub id of the form owner/name")
     return _download(model, revision, SMALL_FILES + WEIGHT_FILES if weights else SMALL_FILES)
+
+
+def _check_links(folder: Path) -> None:
+    """A checkpoint's files lie in its folder, or, in a hub's cache, in the blobs beside its snapshots. A link that
+    leads anywhere else may be a trick: what it points at is not part of what was downloaded."""
+    root = folder.resolve()
+    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for pattern in SMALL_FILES + WEIGHT_FILES:
+        for path in folder.glob(pattern):
+            target = path.resolve()
+            if not any(target.is_relative_to(home) for home in homes):
+                raise CheckpointError(f"{path} is a link out of its folder, to {target}; put the file itself there")
+            if not target.is_file():
+                raise CheckpointError(f"{path} is not a regular file")
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:

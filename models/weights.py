@@ -76,6 +76,16 @@ def load_weights(
         fill(pairs, device, bar.update)
 
 
+def check_weights(folder: Path, targets: Iterable[Target], *, ignored: Iterable[str] = ()) -> None:
+    """What `load_weights` would refuse, from the headers alone. Targets may lie on the meta device."""
+    _match(folder, {target.name: target for target in targets}, set(ignored))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds weights at all, in files that are taken or refused; a config.json may come alone."""
+    return any(path.suffix in (".safetensors", *UNSAFE_SUFFIXES) for path in folder.iterdir())
+
+
 def _match(folder: Path, wanted: dict[str, Target], ignored: set[str]) -> list[tuple[StoredTensor, Tensor]]:
     """Every stored tensor that is wanted, with the view it fills. Reads headers alone."""
     required = {name for name, target in wanted.items() if not target.covers}

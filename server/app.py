@@ -19,10 +19,10 @@ from .logprobs import TokenNames
 from .metrics import ServerMetrics
 from .middleware import (
     AuthMiddleware,
-    BodyLimitMiddleware,
     ConnectionLimitMiddleware,
     ErrorMiddleware,
     RequestIdMiddleware,
+    SizeLimitMiddleware,
     load_keys,
 )
 from .parsers.formats import ChatFormat
@@ -48,7 +48,7 @@ def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str) -> Fas
             Middleware(ErrorMiddleware, metrics=metrics),
             Middleware(ConnectionLimitMiddleware, bound=settings.max_connections),
             Middleware(AuthMiddleware, keys=load_keys(settings)),
-            Middleware(BodyLimitMiddleware, bound=settings.max_body_bytes),
+            Middleware(SizeLimitMiddleware, settings=settings),
         ],
         exception_handlers={HTTPException: _pass_on, RequestValidationError: _pass_on},
     )

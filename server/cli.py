@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_origin
 from pydantic import BaseModel
 
 from .. import __version__
-from ..configs.schema import EngineConfig, Settings, SettingsError, load_settings
+from ..configs.schema import EngineConfig, Settings, SettingsError, load_settings, nearest
 from ..engine.errors import LeydenError
 from .bench.command import add_bench
 from .bench.flags import positive_number
@@ -40,8 +40,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
         wrong = unknown.split("=")[0].split(" ")[0]
-        near = difflib.get_close_matches(wrong, self._option_string_actions, n=1) if wrong.startswith("-") else []
-        hint = f" (did you mean {near[0]}?)" if near else f"; see {self.prog} --help"
+        near = nearest(wrong, self._option_string_actions) if wrong.startswith("-") else None
+        if not near and (choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)):
+            near = nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
+        hint = f" (did you mean {near}?)" if near else f"; see {self.prog} --help"
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}{hint}\n")
 
 

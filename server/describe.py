@@ -43,7 +43,8 @@ def banner(info: EngineInfo, *, name: str, address: str, needs_key: bool) -> str
 
 
 def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
-    """Layers, parameters, bytes per sequence and token, and how many sequences fit. Loads no weights.
+    """Layers, parameters, bytes per sequence and token, and how many sequences fit. Loads no weights,
+    but looks whether those that are there are the ones that the config asks for.
 
     Raises `CheckpointError` or `ConfigError`.
     """
@@ -54,6 +55,7 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     from ..models.backends import LINEAR_BACKENDS
     from ..models.checkpoint import read_config, resolve
     from ..models.registry import FAMILIES
+    from ..models.weights import check_weights, has_weights
 
     folder = resolve(config.model, config.revision, weights=False)
     model_config = read_config(folder)
@@ -64,6 +66,8 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     model = FAMILIES[model_config.architecture].module()(
         model_config, kernels, backend, device=torch.device("meta"), dtype=dtype
     )
+    if config.load_format != "dummy" and has_weights(folder):
+        check_weights(folder, model.targets(), ignored=model.ignored_names())
     weight_bytes = sum(p.nbytes for p in model.parameters())
     state_dtype = getattr(torch, config.state_dtype)
     state = model_config.state_bytes_per_sequence(state_dtype.itemsize)

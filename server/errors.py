@@ -10,7 +10,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..engine.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
+from ..engine.errors import ContextLengthError, EngineDeadError, QueueFullError, QueueTimeoutError, RequestError
 
 logger = logging.getLogger("leyden.server")
 
@@ -19,8 +19,10 @@ ERROR_TYPES = {
     401: "authentication_error",
     404: "invalid_request_error",
     405: "invalid_request_error",
+    408: "invalid_request_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
+    431: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "overloaded",
@@ -104,6 +106,8 @@ def describe(error: Exception) -> ApiError:
         case QueueFullError():
             headers = {"Retry-After": str(error.retry_after)}
             return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
+        case QueueTimeoutError():
+            return overloaded(str(error))
         case EngineDeadError():
             return ApiError(500, "the engine stopped before the answer was complete", code="engine_dead")
         case HTTPException():

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from ..engine.errors import QueueFullError, RequestError
+from ..engine.errors import QueueFullError, QueueTimeoutError, RequestError
 from ..engine.outputs import RequestOutput
 from .errors import ApiError
 from .metrics import SequenceTimer
@@ -84,7 +84,7 @@ async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
                 timer.observe(output)
                 _raise_if_failed(output)
                 yield job, output
-    except (RequestError, QueueFullError):  # it never began
+    except (RequestError, QueueFullError, QueueTimeoutError):  # it never began
         reason = None
         raise
     except Exception:

@@ -13,24 +13,24 @@ from starlette.requests import Request
 from ..engine.errors import RequestError
 from .errors import ApiError
 
-MAX_DEPTH = 32
 MAX_BYTES_INLINE = 65_536  # more is parsed in a thread
 MAX_FLOAT_CHARS = 400
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\s*(?:;.*)?", re.IGNORECASE)
 
 
-async def read_json(request: Request) -> dict[str, Any]:
+async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
     """The body of a request as a JSON object. Raises `RequestError`, or `ApiError` 415 for another content type."""
     content_type = request.headers.get("content-type", "")
     if not JSON_TYPE.fullmatch(content_type.strip()):
         message = f"Content-Type must be application/json, got {content_type[:80]!r}"
         raise ApiError(415, message, code="unsupported_media_type")
     raw = await request.body()
-    return parse_object(raw) if len(raw) <= MAX_BYTES_INLINE else await asyncio.to_thread(parse_object, raw)
+    is_short = len(raw) <= MAX_BYTES_INLINE
+    return parse_object(raw, max_depth) if is_short else await asyncio.to_thread(parse_object, raw, max_depth)
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
+def parse_object(raw: bytes, max_depth: int) -> dict[str, Any]:
     """Parse UTF-8 JSON. Refuses NaN, Infinity, numbers out of range, duplicate keys, lone surrogates, deep nesting."""
     try:
         text = raw.decode("utf-8")
@@ -45,13 +45,13 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise RequestError(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
     except RecursionError:
-        raise _too_deep() from None
+        raise _too_deep(max_depth) from None
     except ValueError:  # Python's own bound on the digits of an integer
         raise RequestError("the body has a number that is out of range") from None
     if not isinstance(value, dict):
         raise RequestError(f"the body must be a JSON object, got {json_type(value)}")
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
-        _check_depth(value)
+    if raw.count(b"[") + raw.count(b"{") > max_depth:
+        _check_depth(value, max_depth)
     if SURROGATE_ESCAPE.search(raw):
         _check_surrogates(value)
     return value
@@ -92,18 +92,18 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: Any, max_depth: int) -> None:
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(max_depth):
         children = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
         level = [child for child in children if isinstance(child, (dict, list))]
         if not level:
             return
-    raise _too_deep()
+    raise _too_deep(max_depth)
 
 
-def _too_deep() -> RequestError:
-    return RequestError(f"the body nests deeper than {MAX_DEPTH} levels")
+def _too_deep(max_depth: int) -> RequestError:
+    return RequestError(f"the body nests deeper than {max_depth} levels (setting max_body_depth)")
 
 
 def _check_surrogates(value: Any) -> None:

@@ -1,7 +1,8 @@
-"""Pure ASGI layers around the app, outermost first: request id, errors, connection bound, keys, body bound."""
+"""Pure ASGI layers around the app, outermost first: request id, errors, connection bound, keys, size bounds."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..configs.schema import ServerConfig
 from ..engine.errors import ConfigError
+from .connection import slow_request, too_large_head
 from .errors import ApiError, describe, error_response, log_failure, overloaded
 from .metrics import ServerMetrics
 
@@ -132,25 +134,38 @@ class AuthMiddleware:
         return any(matches)
 
 
-class BodyLimitMiddleware:
-    """Refuse a body over `bound` bytes with 413: at once when declared, else as soon as the bytes exceed it."""
+class SizeLimitMiddleware:
+    """Refuse headers over `max_header_bytes` with 431, and a body over `max_body_bytes` with 413: at once when
+    declared, else as soon as the bytes exceed it. One that is not there within `read_timeout` is 408."""
 
-    def __init__(self, app: ASGIApp, bound: int) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerConfig) -> None:
         self.app = app
-        self.bound = bound
+        self.max_header_bytes = settings.max_header_bytes
+        self.bound = settings.max_body_bytes
+        self.read_timeout = settings.read_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        num_header_bytes = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        if num_header_bytes + sum(len(name) + len(value) for name, value in scope["headers"]) > self.max_header_bytes:
+            raise too_large_head(self.max_header_bytes)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self.bound:
             raise self._too_large()
         num_received = 0
+        deadline: float | None = asyncio.get_running_loop().time() + self.read_timeout
 
         async def receive_bounded() -> Message:
-            nonlocal num_received
-            message = await receive()
+            nonlocal num_received, deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise slow_request(f"the body did not arrive within {self.read_timeout:g} seconds") from None
+            if not message.get("more_body", False):
+                deadline = None  # what follows is the client's leaving, for which any time is right
             num_received += len(message.get("body", b""))
             if num_received > self.bound:
                 raise self._too_large()

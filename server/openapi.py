@@ -1,16 +1,103 @@
-"""The OpenAPI document's request bodies. Handlers read bodies themselves, so FastAPI cannot see their types."""
+"""What the OpenAPI document says of a route. Handlers read bodies and write answers themselves, so FastAPI cannot see
+their types; the bounds are those of the default settings."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+from starlette.responses import Response
+
+from .errors import ErrorEnvelope
 from .protocol import RequestModel
 
+ERRORS = {
+    400: "the request is malformed, or a value is out of bounds: `param` names it",
+    401: "a key is required",
+    404: "no such model",
+    408: "the body did not arrive in time",
+    413: "the body is too large",
+    415: "the body is not application/json",
+    429: "the queue is full",
+    431: "the headers are too large",
+    500: "the server failed",
+    503: "the server is overloaded, draining or without its engine",
+}
+ANY_ROUTE = (401, 413, 431, 500, 503)
+WITH_BODY = (400, 408, 415)
+GENERATING = (404, 429)
+RETRY_AFTER = {"Retry-After": {"description": "seconds", "required": True, "schema": {"type": "string"}}}
 
-def json_body(model: type[RequestModel]) -> dict[str, Any]:
-    """`openapi_extra` of a route that takes `model` as JSON."""
+
+def documented(
+    answer: type[msgspec.Struct] | None,
+    *errors: int,
+    body: type[RequestModel] | None = None,
+    path: str | None = None,
+    chunk: type[msgspec.Struct] | None = None,
+) -> dict[str, Any]:
+    """The keyword arguments of a route that gives `answer` (None = plain text) or an error.
+
+    `body` is what it takes as JSON, `path` the name of its path parameter, `chunk` what its server-sent events hold.
+    """
+    errors += ANY_ROUTE + (WITH_BODY if body else ())
+    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if answer is not None:
+        content = {"application/json": {"schema": _schema(answer)}}
+    if chunk is not None:
+        content["text/event-stream"] = {"schema": _events(chunk)}
+    responses: dict[str, Any] = {"200": {"description": "the answer", "content": content}}
+    responses |= {str(status): _error(status) for status in sorted(errors)}
+    extra: dict[str, Any] = {"responses": responses}
+    if body is not None:
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _body_schema(body)}}}
+    if path is not None:
+        extra["parameters"] = [{"name": path, "in": "path", "required": True, "schema": {"type": "string"}}]
+    return {"response_class": Response, "openapi_extra": extra}
+
+
+def _events(chunk: type[msgspec.Struct]) -> dict[str, Any]:
+    """Each event of a stream."""
+    answers = [
+        {"type": "string", "contentMediaType": "application/json", "contentSchema": _schema(each)}
+        for each in (chunk, ErrorEnvelope)
+    ]
+    return {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"data": {"anyOf": [*answers, {"const": "[DONE]"}]}},
+    }
+
+
+def _schema(answer: type[msgspec.Struct]) -> dict[str, Any]:
+    return _inline(msgspec.json.schema(answer))
+
+
+def _error(status: int) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "description": ERRORS[status],
+        "content": {"application/json": {"schema": _schema(ErrorEnvelope)}},
+    }
+    return described | ({"headers": RETRY_AFTER} if status in (429, 503) else {})
+
+
+def _body_schema(model: type[RequestModel]) -> dict[str, Any]:
+    """null is the default of every field, and a field that nobody documents is taken and left out."""
     schema = _inline(model.model_json_schema())
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    _open(schema)
+    return schema
+
+
+def _open(schema: dict[str, Any]) -> None:
+    schema["additionalProperties"] = True
+    required = schema.get("required", ())
+    for name, field in schema["properties"].items():
+        for part in (field, *field.get("anyOf", ())):
+            if "properties" in part and part.get("additionalProperties") is False:
+                _open(part)
+        if name not in required and {"type": "null"} not in field.get("anyOf", ()):
+            default = {"default": field.pop("default")} if "default" in field else {}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]} | default
 
 
 def _inline(schema: dict[str, Any]) -> dict[str, Any]:

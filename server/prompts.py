@@ -15,6 +15,7 @@ from .protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from .state import ServerState
 
 MAX_CHARS_INLINE = 2048  # a thread costs more than tokenizing this
+CHARS_PER_MESSAGE = 32  # that a chat template's work on a message costs, however short
 
 T = TypeVar("T")
 
@@ -37,7 +38,9 @@ async def read_prompts(request: CompletionRequest, state: ServerState) -> list[P
         )
     info = state.llm.client.info
     for index, item in enumerate(items):
-        if not isinstance(item, str):
+        if isinstance(item, str):
+            check_num_chars(len(item), state, _where(index, items))
+        else:
             check_token_ids(item, info, _where(index, items))
     num_chars = sum(len(item) for item in items if isinstance(item, str) or request.echo)
     prompts = await off_loop(num_chars, lambda: [_make_prompt(item, request, state) for item in items])
@@ -108,9 +111,10 @@ async def encode_messages(
             "add_special_tokens",
         )
     has_objects = tools or any("tool_calls" in message for message in request.messages)
-    num_chars = sum(len(message["content"]) for message in request.messages)
+    num_chars = sum(len(text) for message in request.messages for text in message.values() if isinstance(text, str))
+    check_num_chars(num_chars, state, "messages")
     return await off_loop(
-        MAX_CHARS_INLINE + 1 if has_objects else num_chars,
+        MAX_CHARS_INLINE + 1 if has_objects else num_chars + CHARS_PER_MESSAGE * len(request.messages),
         lambda: tokenizer.encode_chat(
             request.messages,
             add_generation_prompt=add_generation_prompt,
@@ -129,6 +133,29 @@ def check_token_ids(ids: list[int], info: EngineInfo, where: str) -> None:
     if ids and not (min(ids) >= 0 and max(ids) < info.vocab_size):
         bad = next(token_id for token_id in ids if not 0 <= token_id < info.vocab_size)
         raise RequestError(f"{where} must be token ids in [0, {info.vocab_size}), got {bad}", where)
+
+
+def check_can_be_admitted(num_prompts: int, n: int, info: EngineInfo) -> None:
+    """All choices of a request are admitted together, so there must ever be room for them."""
+    bound = info.num_state_slots + info.max_waiting
+    if num_prompts * n > bound:
+        name = "n" if n > bound else "prompt"
+        raise RequestError(
+            f"{num_prompts} prompts times n = {n} make {num_prompts * n} sequences, and this server holds no more than "
+            f"{bound} (max_num_seqs + max_waiting); send fewer at once",
+            name,
+        )
+
+
+def check_num_chars(num_chars: int, state: ServerState, where: str) -> None:
+    """Before text is tokenized: what cannot fit, were every token the vocabulary's longest, costs nothing."""
+    info, longest = state.llm.client.info, state.llm.tokenizer.max_token_chars
+    if num_chars > info.max_model_len * longest:
+        raise ContextLengthError(
+            f"{where} has {num_chars} characters; the context length is {info.max_model_len} tokens of at most "
+            f"{longest} characters. Shorten it.",
+            where,
+        )
 
 
 def check_prompt(ids: list[int], info: EngineInfo, where: str) -> None:

@@ -9,11 +9,15 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
 
-from ..engine.sampling_params import MAX_LOGIT_BIAS
+from ..configs.schema import ServerConfig
+from ..engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS
 from .tools import MAX_TOOLS, NAME
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
+# What the document says; the settings may say otherwise, and `validation` asks them.
+MAX_N = ServerConfig.model_fields["max_n"].default
+MAX_PROMPTS = ServerConfig.model_fields["max_prompts"].default
 
 
 def _bound_entries(value: Any) -> Any:
@@ -23,6 +27,8 @@ def _bound_entries(value: Any) -> Any:
     return value
 
 
+STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+TOKEN_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}}
 NumTokens = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[TokenId], FailFast()]
@@ -30,18 +36,31 @@ StopStrings = Annotated[
     list[str],
     FailFast(),
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+    WithJsonSchema(
+        {"anyOf": [STOP_STRING_SCHEMA, {"type": "array", "items": STOP_STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS}]}
+    ),
 ]
-LogitBias = Annotated[dict[str, float], BeforeValidator(_bound_entries)]
+LogitBias = Annotated[
+    dict[str, float],
+    BeforeValidator(_bound_entries),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "maxProperties": MAX_LOGIT_BIAS,
+            "propertyNames": {"pattern": r"^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        }
+    ),
+]
 PromptInput = Annotated[
     Any,
     WithJsonSchema(
         {
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "items": {"type": "string"}},
-                {"type": "array", "items": {"type": "integer"}},
-                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+                {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": {"type": "string"}},
+                TOKEN_IDS_SCHEMA,
+                {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": TOKEN_IDS_SCHEMA},
             ]
         }
     ),
@@ -99,6 +118,11 @@ ToolChoiceInput = Annotated[
 ]
 
 
+def _within(low: int, high: int, *, open_low: bool = False, default: Any = None) -> Any:
+    """A field whose bounds `SamplingParams` and `validation` check, and the document tells."""
+    return Field(default, json_schema_extra={"exclusiveMinimum" if open_low else "minimum": low, "maximum": high})
+
+
 class RequestModel(BaseModel):
     """A body without nulls and without unknown fields."""
 
@@ -117,20 +141,20 @@ class StreamOptions(BaseModel):
 class GenerationRequest(RequestModel):
     """What both generation routes share."""
 
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, json_schema_extra={"maximum": MAX_N})
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    temperature: float | None = _within(0, 100)
+    top_p: float | None = _within(0, 1, open_low=True)
+    presence_penalty: float = _within(-2, 2, default=0.0)
+    frequency_penalty: float = _within(-2, 2, default=0.0)
     logit_bias: LogitBias | None = None
     seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
     stop: StopStrings = []
     # vLLM
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    top_k: int | None = _within(-1, INT32_MAX)
+    min_p: float | None = _within(0, 1)
+    repetition_penalty: float | None = _within(0, 100, open_low=True)
     min_tokens: NumTokens = 0
     ignore_eos: bool = False
     stop_token_ids: TokenIds = Field([], max_length=256)
@@ -144,7 +168,7 @@ class CompletionRequest(GenerationRequest):
     prompt: PromptInput
     max_tokens: NumTokens | None = None  # 16, or what the context has left
     echo: bool = False
-    logprobs: int | None = None
+    logprobs: int | None = _within(0, MAX_LOGPROBS)
     add_special_tokens: bool = True  # vLLM
 
 
@@ -156,7 +180,7 @@ class ChatRequest(GenerationRequest):
     max_tokens: NumTokens | None = None  # what the context has left
     max_completion_tokens: NumTokens | None = None
     logprobs: bool = False
-    top_logprobs: int = 0
+    top_logprobs: int = _within(0, MAX_LOGPROBS, default=0)
     add_generation_prompt: bool | None = None  # vLLM: true unless continue_final_message
     continue_final_message: bool = False  # vLLM
 

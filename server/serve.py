@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -23,14 +24,13 @@ from ..engine.messages import EngineInfo, EngineStats
 from ..engine.tokenizer import Tokenizer
 from ..models.checkpoint import resolve
 from .app import create_app
+from .connection import max_sockets, uvicorn_config
 from .describe import banner
 
 logger = logging.getLogger("leyden.server")
 
-MAX_HEADER_BYTES = 65536
-KEEP_ALIVE_SECONDS = 5
 BACKLOG = 2048  # connections that the kernel holds before they are accepted; uvicorn's own default
-FLUSH_SECONDS = 2  # for streams to carry the engine's last word to their clients
+SPARE_FILES = 256  # that this process has open beside its clients' sockets
 
 
 def serve(settings: Settings) -> int:
@@ -42,6 +42,7 @@ def serve(settings: Settings) -> int:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    allow_files(2 * max_sockets(settings) + SPARE_FILES)
     listener = bind(settings.host, settings.port)
     try:
         return asyncio.run(_serve(settings, listener))
@@ -60,7 +61,8 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
         if info is None:
             return 130
         name = settings.served_model_name or _model_name(settings.model)
-        app = create_app(AsyncLLM(client, tokenizer), settings, model_name=name)
+        llm = AsyncLLM(client, tokenizer, max_queue_seconds=settings.max_queue_seconds)
+        app = create_app(llm, settings, model_name=name)
         address = _address(*listener.getsockname()[:2])
         listener.listen(BACKLOG)  # who reads the address may come at once; uvicorn takes them a moment later
         print(banner(info, name=name, address=address, needs_key=_needs_key(settings)), flush=True)
@@ -107,20 +109,7 @@ class Service:
         self.settings = settings
         self.client = client
         self.app = app
-        self.server = _Server(
-            uvicorn.Config(
-                app,
-                http="h11",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=FLUSH_SECONDS,
-            )
-        )
+        self.server = _Server(uvicorn_config(app, settings))
         self._exit_code = 0
         self._draining: asyncio.Task | None = None
 
@@ -184,6 +173,16 @@ def _throughput(before: EngineStats, now: EngineStats, seconds: float, client: P
         f"generation {generation:.0f} tokens/s; state slots {now.state_slots_used}/{client.info.num_state_slots}, "
         f"KV blocks {now.kv_blocks_used}/{client.info.num_kv_blocks}"
     )
+
+
+def allow_files(wanted: int) -> None:
+    """Raise this process's own bound on open files: a socket too many is refused by us, and not by the system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        logger.warning("max_connections needs %d open files, the system allows %d; raise ulimit -n", wanted, hard)
 
 
 def bind(host: str, port: int) -> socket.socket:

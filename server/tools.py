@@ -14,6 +14,7 @@ from ..engine.errors import RequestError
 from .errors import UnsupportedParameterError
 from .json_body import drop_nulls, json_type, parse_object
 
+MAX_ARGUMENTS_DEPTH = 32
 MAX_TOOLS = 128  # OpenAI's
 MAX_CALLS = 128  # of one assistant message
 MAX_TOOL_CHARS = 65_536  # of one definition, as JSON
@@ -118,7 +119,7 @@ def _read_arguments(value: Any, where: str) -> dict[str, Any]:
     if not text.strip():
         return {}  # what some clients make of a call without arguments
     try:
-        return parse_object(text.encode())
+        return parse_object(text.encode(), MAX_ARGUMENTS_DEPTH)
     except RequestError as error:
         reason = str(error).replace("the body", "it", 1)
         raise RequestError(f"{where} must be a JSON object in a string: {reason}", where) from None

@@ -14,14 +14,21 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from ..engine.errors import RequestError
-from ..engine.sampling_params import MAX_LOGPROBS
 from .answers import answer_format, offered_tools
 from .errors import UnknownModelError
 from .json_body import drop_nulls, json_type, read_json
 from .messages import read_messages
 from .parameters import ignored_header, refuse_unless_neutral, split_fields
 from .parsers.formats import AnswerFormat
-from .prompts import Prompt, check_prompt, check_token_ids, encode_messages, off_loop, read_prompts
+from .prompts import (
+    Prompt,
+    check_can_be_admitted,
+    check_prompt,
+    check_token_ids,
+    encode_messages,
+    off_loop,
+    read_prompts,
+)
 from .protocol import (
     ChatRequest,
     CompletionRequest,
@@ -59,8 +66,9 @@ async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
     _check_generation(request, state)
     if request.max_tokens == 0 and not request.echo:
         raise RequestError("max_tokens must be at least 1 without echo, got 0", "max_tokens")
-    _check_logprobs("logprobs", request.logprobs)
+    _check_logprobs("logprobs", request.logprobs, state)
     prompts = await read_prompts(request, state)
+    check_can_be_admitted(len(prompts), request.n, state.llm.client.info)
     prompt_logprobs = request.logprobs if request.echo else None
     jobs = make_jobs(
         request,
@@ -79,10 +87,11 @@ async def prepare_chat(http: Request) -> Prepared[ChatRequest]:
     request, ignored = await _read_typed(http, ChatRequest, foreign=CompletionRequest)
     _check_generation(request, state)
     asked = _read_chat_bound(request)
-    _check_logprobs("top_logprobs", request.top_logprobs)
+    _check_logprobs("top_logprobs", request.top_logprobs, state)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     tools = offered_tools(request, state)
+    check_can_be_admitted(1, request.n, state.llm.client.info)
     prompt = Prompt(await encode_messages(request, state, tools))
     check_prompt(prompt.token_ids, state.llm.client.info, "messages")
     answer = answer_format(request, state, prompt.token_ids, with_tools=bool(tools))
@@ -125,7 +134,7 @@ async def _read_typed(
 ) -> tuple[R, dict[str, str]]:
     """The typed request, and the header that lists what was left out of it."""
     state = ServerState.of(http)
-    body = drop_nulls(await read_json(http))
+    body = drop_nulls(await read_json(http, state.settings.max_body_depth))
     fields, ignored = split_fields(body, model.model_fields, foreign.model_fields if foreign else ())
     if "stream_options" in fields:
         ignored += _clean_stream_options(fields)
@@ -179,14 +188,36 @@ def _check_generation(request: GenerationRequest, state: ServerState) -> None:
     max_n = state.settings.max_n
     if request.n > max_n:
         raise RequestError(f"n must be at most {max_n} (setting max_n), got {request.n}", "n")
+    _check_stop(request.stop, state)
+    num_biases, max_biases = len(request.logit_bias or ()), state.settings.max_logit_bias
+    if num_biases > max_biases:
+        raise RequestError(
+            f"logit_bias must have at most {max_biases} entries (setting max_logit_bias), got {num_biases}",
+            "logit_bias",
+        )
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true", "stream_options")
     check_token_ids(request.stop_token_ids, state.llm.client.info, "stop_token_ids")
 
 
-def _check_logprobs(name: str, value: int | None) -> None:
-    if value is not None and not 0 <= value <= MAX_LOGPROBS:
-        raise RequestError(f"{name} must be in [0, {MAX_LOGPROBS}], got {value}", name)
+def _check_stop(stop: list[str], state: ServerState) -> None:
+    max_strings, max_chars = state.settings.max_stop_strings, state.settings.max_stop_chars
+    if len(stop) > max_strings:
+        raise RequestError(
+            f"stop must have at most {max_strings} strings (setting max_stop_strings), got {len(stop)}", "stop"
+        )
+    for text in stop:
+        if not 0 < len(text) <= max_chars:
+            raise RequestError(
+                f"each stop string must have 1 to {max_chars} characters (setting max_stop_chars), got {len(text)}",
+                "stop",
+            )
+
+
+def _check_logprobs(name: str, value: int | None, state: ServerState) -> None:
+    bound = state.settings.max_logprobs
+    if value is not None and not 0 <= value <= bound:
+        raise RequestError(f"{name} must be in [0, {bound}] (setting max_logprobs), got {value}", name)
 
 
 def _read_chat_bound(request: ChatRequest) -> tuple[str, int | None]:

@@ -9,3 +9,9 @@ class BenchError(LeydenError):
     """The measurement cannot be made. The message names what is missing and the remedy."""
 
     is_failure = True
+
+
+class BenchUsageError(BenchError):
+    """A flag asks for what cannot be."""
+
+    is_failure = False

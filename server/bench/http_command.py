@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ...configs.schema import DEMO_MODEL
-from .errors import BenchError
+from .errors import BenchUsageError
 from .flags import Span, number, picture_file, positive, positive_number
 from .goodput import Bound
 from .load import Load, Workload
@@ -178,7 +178,7 @@ def run_http(arguments: argparse.Namespace) -> int:
     from .serving import measure_serving, served_models, serving
 
     if arguments.endpoint == "chat" and arguments.prompt == "ids":
-        raise BenchError("--prompt ids needs --endpoint completions: the messages of a chat are text")
+        raise BenchUsageError("--prompt ids needs --endpoint completions: the messages of a chat are text")
     if arguments.picture:
         require_matplotlib()
     require_writable("--out", arguments.out)

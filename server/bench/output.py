@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .errors import BenchError
+from .errors import BenchUsageError
 
 
 def add_out(parser: argparse._ActionsContainer) -> None:
@@ -16,24 +16,24 @@ def add_out(parser: argparse._ActionsContainer) -> None:
 
 
 def require_writable(flag: str, path: Path | None) -> None:
-    """Before minutes of measuring. Raises `BenchError` when the file that `flag` asks for cannot be written."""
+    """Before minutes of measuring. Raises `BenchUsageError` when the file that `flag` asks for cannot be written."""
     if path is None:
         return
     if not path.parent.is_dir():
-        raise BenchError(f"{flag} {path}: there is no folder {path.parent}; make it, or name another file")
+        raise BenchUsageError(f"{flag} {path}: there is no folder {path.parent}; make it, or name another file")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise BenchError(f"{flag} {path}: cannot be written; name another file")
+        raise BenchUsageError(f"{flag} {path}: cannot be written; name another file")
 
 
 def require_folder(flag: str, path: Path | None) -> None:
-    """Make the folder that `flag` asks for, if any. Raises `BenchError` when it cannot be, or not be written into."""
+    """Make the folder that `flag` asks for, if any. Raises `BenchUsageError` when that cannot be."""
     try:
         if path is not None:
             path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BenchError(f"{flag} {path}: {error.strerror}; name another folder") from None
+        raise BenchUsageError(f"{flag} {path}: {error.strerror}; name another folder") from None
     if path is not None and not os.access(path, os.W_OK):
-        raise BenchError(f"{flag} {path}: cannot be written into; name another folder")
+        raise BenchUsageError(f"{flag} {path}: cannot be written into; name another folder")
 
 
 def finish(report: dict[str, Any], out: Path | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import BenchError
+from .errors import BenchUsageError
 from .report import TITLES, Latencies
 
 PANELS = ("ttft", "itl", "e2e")
@@ -17,9 +17,9 @@ LEAST_SECONDS = 1e-4  # what is shorter is drawn here: chunks that were read at 
 
 
 def require_matplotlib() -> None:
-    """Before minutes of measuring. Raises `BenchError` with the remedy."""
+    """Before minutes of measuring. Raises `BenchUsageError` with the remedy."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise BenchError("--picture needs matplotlib: pip install matplotlib, or leave --picture out")
+        raise BenchUsageError("--picture needs matplotlib: pip install matplotlib, or leave --picture out")
 
 
 def ecdf(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import BenchError
+from .errors import BenchUsageError
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Target:
         except ValueError:
             scheme, host, port = "", None, None
         if scheme not in ("http", "https") or not host:
-            raise BenchError(f"--url {url} is not an address such as http://127.0.0.1:8000")
+            raise BenchUsageError(f"--url {url} is not an address such as http://127.0.0.1:8000")
         is_tls = scheme == "https"
         path = parts.path.rstrip("/").removesuffix("/v1")
         return cls(host, port or (443 if is_tls else 80), is_tls, path, api_key)

@@ -15,7 +15,7 @@ from ...engine.outputs import RequestOutput
 from ..chat_messages import chunk_delta, finish_reason, read_deltas, whole_message
 from ..generation import Event, collect, first_event, generate, unless_disconnected
 from ..logprobs import chat_logprobs
-from ..openapi import json_body
+from ..openapi import GENERATING, documented
 from ..protocol import ChatRequest
 from ..responses import (
     ChatChoice,
@@ -36,7 +36,7 @@ from ..validation import Prepared, prepare_chat
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", openapi_extra=json_body(ChatRequest))
+@router.post("/v1/chat/completions", **documented(ChatCompletion, *GENERATING, body=ChatRequest, chunk=ChatChunk))
 async def create_chat_completion(http: Request) -> Response:
     """Answer a conversation, laid out by the checkpoint's own chat template."""
     refuse_unless_ready(http)

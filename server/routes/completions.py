@@ -14,7 +14,7 @@ from starlette.responses import Response
 from ...engine.outputs import TokenLogprobs
 from ..generation import Event, collect, first_event, generate, unless_disconnected
 from ..logprobs import CompletionLogprobsWriter
-from ..openapi import json_body
+from ..openapi import GENERATING, documented
 from ..prompts import off_loop
 from ..protocol import CompletionRequest
 from ..responses import (
@@ -33,7 +33,7 @@ from ..validation import Prepared, prepare_completion
 router = APIRouter()
 
 
-@router.post("/v1/completions", openapi_extra=json_body(CompletionRequest))
+@router.post("/v1/completions", **documented(Completion, *GENERATING, body=CompletionRequest, chunk=Completion))
 async def create_completion(http: Request) -> Response:
     """Continue one prompt or several, in text or as token ids."""
     refuse_unless_ready(http)

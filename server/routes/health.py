@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ... import __version__
+from ..openapi import documented
 from ..responses import Health, Version, json_response
 from ..state import ServerState, refuse_unless_ready
 
@@ -15,20 +16,20 @@ router = APIRouter()
 
 
 @router.head("/health", include_in_schema=False)
-@router.get("/health")
+@router.get("/health", **documented(Health))
 async def health(http: Request) -> Response:
     """200 while the engine answers; 503 when it is dead or the server is draining."""
     refuse_unless_ready(http)
     return json_response(Health("ok"))
 
 
-@router.get("/version")
+@router.get("/version", **documented(Version))
 async def version() -> Response:
     return json_response(Version(__version__))
 
 
 @router.head("/metrics", include_in_schema=False)
-@router.get("/metrics")
+@router.get("/metrics", **documented(None))
 async def metrics(http: Request) -> Response:
     """Prometheus text."""
     return Response(ServerState.of(http).metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

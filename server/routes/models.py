@@ -7,22 +7,25 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..errors import UnknownModelError
+from ..openapi import documented
 from ..responses import ModelCard, ModelList, json_response
 from ..state import ServerState
 
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **documented(ModelList))
 async def list_models(http: Request) -> Response:
     """The one model that is served."""
     return json_response(ModelList("list", [_card(ServerState.of(http))]))
 
 
-@router.get("/v1/models/{model_id:path}")  # a path: names may look like "organisation/model"
-async def retrieve_model(http: Request, model_id: str) -> Response:
+@router.get(
+    "/v1/models/{model_id:path}", **documented(ModelCard, 404, path="model_id")
+)  # a path: names may look like "organisation/model"
+async def retrieve_model(http: Request) -> Response:
     """The model by its name."""
-    state = ServerState.of(http)
+    state, model_id = ServerState.of(http), http.path_params["model_id"]
     if model_id != state.model_name:
         shown = model_id[:80]
         raise UnknownModelError(f"the model {shown!r} is not served here; this is {state.model_name!r}", "model")

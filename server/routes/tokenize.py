@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..openapi import json_body
+from ..openapi import documented
 from ..prompts import off_loop
 from ..protocol import DetokenizeRequest, TokenizeRequest
 from ..responses import Detokenized, Tokenized, json_response
@@ -16,7 +16,7 @@ from ..validation import prepare_detokenize, prepare_tokenize
 router = APIRouter()
 
 
-@router.post("/tokenize", openapi_extra=json_body(TokenizeRequest))
+@router.post("/tokenize", **documented(Tokenized, 404, body=TokenizeRequest))
 async def tokenize(http: Request) -> Response:
     """Token ids of a prompt, or of messages laid out by the chat template."""
     request, tokens, headers = await prepare_tokenize(http)
@@ -28,7 +28,7 @@ async def tokenize(http: Request) -> Response:
     return json_response(answer, headers)
 
 
-@router.post("/detokenize", openapi_extra=json_body(DetokenizeRequest))
+@router.post("/detokenize", **documented(Detokenized, 404, body=DetokenizeRequest))
 async def detokenize(http: Request) -> Response:
     """Text of token ids, control tokens included."""
     request, headers = await prepare_detokenize(http)

@@ -1,4 +1,4 @@
-"""Three tasks by lm-eval, over HTTP and by transformers itself. Run by the clients' Python: URL MODEL_FOLDER TASKS_FOLDER.
+"""Three tasks by lm-eval, over HTTP and by transformers itself. Run by the clients' Python: URL MODEL TASKS.
 
 Prints one JSON object: {task: {"http": {metric: value}, "transformers": {..}}}.
 """
@@ -31,7 +31,16 @@ def main() -> None:
             "max_length": 512,
         },
     }
-    own = {"model": "hf", "model_args": {"pretrained": folder, "dtype": "float32", "device": "cpu", "add_bos_token": True, "max_length": 512}}
+    own = {
+        "model": "hf",
+        "model_args": {
+            "pretrained": folder,
+            "dtype": "float32",
+            "device": "cpu",
+            "add_bos_token": True,
+            "max_length": 512,
+        },
+    }
     report: dict[str, dict[str, object]] = {task: {} for task in TASKS}
     for name, how in (("http", served), ("transformers", own)):
         manager = TaskManager(include_path=tasks, include_defaults=False)

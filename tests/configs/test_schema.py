@@ -92,6 +92,40 @@ def test_unknown_key_is_named_with_its_source_and_a_suggestion(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("max_seqs", "max_num_seqs"),
+        ("seqs", "max_num_seqs"),
+        ("backend", "linear_backend"),
+        ("MAX_NUM_SEQS", "max_num_seqs"),
+        ("max_model_length", "max_model_len"),
+        ("prot", "port"),
+        ("gpu_memory_fraction", "memory_fraction"),
+        ("served_name", "served_model_name"),
+        ("body_bytes", "max_body_bytes"),
+    ],
+)
+def test_the_setting_that_was_meant_is_suggested(word, meant):
+    refused(f"did you mean {meant!r}?", flags={word: 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("port: [1,\nfoo", "line 2"),
+        ("port: 1\n\tblock_size: 3", "line 2, column 1"),
+        ("port 1\nblock_size: 3", "line 2"),
+        ("a: \x01", "special characters are not allowed"),
+        ("[" * 3000, "nests too deeply"),
+    ],
+)
+def test_broken_yaml_is_told_in_one_line_with_its_place(tmp_path, text, words):
+    message = refused("settings.yaml is not valid YAML", words, text=text, folder=tmp_path)
+    assert "\n" not in message
+    assert "<unicode string>" not in message
+
+
+@pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
         ("linear_backend", "flash", "auto, minimax, seg_la, replay"),

@@ -21,7 +21,14 @@ from leyden.configs.schema import EngineConfig
 from leyden.engine.async_llm import AsyncLLM
 from leyden.engine.client import InProcessClient, ProcessClient, Stream
 from leyden.engine.core import EngineCore
-from leyden.engine.errors import ConfigError, ContextLengthError, EngineDeadError, QueueFullError, RequestError
+from leyden.engine.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineDeadError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestError,
+)
 from leyden.engine.messages import EngineStats, StepOutputs
 from leyden.engine.outputs import StepOutput
 from leyden.engine.process import Link
@@ -253,6 +260,24 @@ def test_engine_whose_parent_died_before_it_looked_leaves_too(tmp_path):
     with pytest.raises(SystemExit, match="the server is gone"):
         link.receive(wait=True)
     link._socket.close()
+
+
+async def test_nobody_else_can_enter_the_folder_of_the_socket(tiny):
+    async with running(ProcessClient(engine_config(tiny.folder, max_model_len=1024))) as client:
+        assert os.stat(client._folder).st_mode & 0o777 == 0o700
+        assert os.listdir(client._folder) == ["engine.sock"]
+
+
+async def test_a_wait_that_was_too_long_is_an_error_of_its_own(tiny):
+    async with running(InProcessClient(engine_config(tiny.folder, max_num_seqs=1, max_model_len=1024))) as client:
+        first = asyncio.create_task(collect(client, request("first", [1], max_tokens=900)))
+        await eventually(lambda: client.stats.num_running == 1)
+        second = request("second", [1])
+        second.max_queue_seconds = 0.01
+        with pytest.raises(QueueTimeoutError, match="max_queue_seconds"):
+            await collect(client, second)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
 
 
 async def test_outputs_that_pile_up_are_one_and_failures_come_after_them():

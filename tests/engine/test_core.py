@@ -358,3 +358,30 @@ def test_triton_on_a_cpu_is_refused_where_nothing_interprets_it(tiny, monkeypatc
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match="kernels = triton"):
         make_core(tiny.folder, device="cpu", kernels="triton")
+
+
+# -- waiting ----------------------------------------------------------------------------------------------------
+
+
+def test_who_waits_too_long_for_its_start_is_refused_and_who_has_started_is_not(tiny, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("leyden.engine.core.time.monotonic", lambda: clock[0])
+    core = make_core(tiny.folder, max_num_seqs=1)
+    running, waiting, patient = (request(name, [1], max_tokens=9) for name in ("running", "waiting", "patient"))
+    running.max_queue_seconds = waiting.max_queue_seconds = 5.0
+    for each in (running, waiting, patient):
+        core.add_request(each)
+    outputs = core.step()
+    core.scheduler._preempt(core.scheduler.running[0])
+    clock[0] += 4.9
+    outputs += core.step()
+    core.scheduler._preempt(core.scheduler.running[0])
+    assert {output.request_id for output in outputs} == {"running"}
+    clock[0] += 0.3
+    (late,) = [output for output in core.step() if output.request_id == "waiting"]
+    assert (late.finish_reason, late.error_code) == ("error", "queue_timeout")
+    assert "max_queue_seconds" in late.error
+    core.check_integrity()
+    clock[0] += 1000
+    answers = drain(core)
+    assert {name: each.finish_reason for name, each in answers.items()} == {"running": "length", "patient": "length"}

@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import json
 import shutil
+import threading
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -328,3 +330,35 @@ def test_plain_and_chat_encoding_do_not_change_each_other(tokenizer):
         if chat:
             assert len(control_ids(tokenizer, tokenizer.encode_chat([{"role": "user", "content": text}]))) == 3
         assert control_ids(tokenizer, tokenizer.encode(text)) == []
+
+
+LONG = "word " * 200_000
+LONG_WORK = {
+    "encode": lambda tokenizer: tokenizer.encode(LONG),
+    "encode a chat": lambda tokenizer: tokenizer.encode_chat([{"role": "user", "content": LONG}]),
+    "decode": lambda tokenizer: tokenizer.decode([ord("a")] * len(LONG)),
+}
+
+
+@pytest.mark.parametrize("work", LONG_WORK.values(), ids=LONG_WORK)
+def test_long_work_leaves_other_threads_their_turns(tokenizer, work):
+    """The event loop is one of them."""
+    num_turns, is_done = 0, threading.Event()
+
+    def take_turns():
+        nonlocal num_turns
+        while not is_done.wait(0.0005):
+            num_turns += 1
+
+    other = threading.Thread(target=take_turns)
+    other.start()
+    try:
+        while not num_turns:
+            time.sleep(0.001)
+        before = num_turns
+        work(tokenizer)
+        after = num_turns
+    finally:
+        is_done.set()
+        other.join()
+    assert after - before >= 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 
@@ -331,3 +332,38 @@ def test_code_in_the_folder_is_never_imported(folder, tensors, tmp_path):
 def test_model_that_is_no_folder_and_no_hub_id_is_refused_without_asking_anyone(name):
     with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
         resolve(name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_a_link_out_of_the_folder_is_refused_and_never_followed(folder, tensors, tmp_path_factory, name):
+    write(folder, tensors)
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "secret"
+    if (folder / name).exists():
+        (folder / name).rename(elsewhere)
+    else:
+        elsewhere.write_text("{}")
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match=f"{name} is a link out of its folder"):
+        resolve(str(folder))
+
+
+def test_a_link_inside_the_folder_is_followed(folder, tensors, expected):
+    (folder / "parts").mkdir()
+    write(folder, tensors, "parts/model.safetensors")
+    (folder / "model.safetensors").symlink_to("parts/model.safetensors")
+    assert equal(load(resolve(str(folder))), expected)
+
+
+def test_a_hubs_cache_links_to_its_blobs(tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "x").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/x")
+    assert resolve(str(snapshot)) == snapshot
+
+
+def test_what_is_no_regular_file_is_refused_instead_of_waited_for(folder):
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        resolve(str(folder))

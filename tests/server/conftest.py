@@ -17,6 +17,7 @@ from leyden.engine.memory import MemoryUse
 from leyden.engine.messages import EngineInfo, EngineStats
 from leyden.engine.outputs import StepOutput, TokenLogprobs
 from leyden.server.app import create_app
+from leyden.server.connection import uvicorn_config
 
 BOS, EOS, USER, ASSISTANT, SYSTEM, TOOL = range(256, 262)
 SPECIAL = {BOS: "<s>", EOS: "</s>", USER: "<user>", ASSISTANT: "<assistant>", SYSTEM: "<system>", TOOL: "<tool>"}
@@ -30,6 +31,7 @@ class FakeTokenizer:
 
     def __init__(self):
         self.vocab_size = VOCAB_SIZE
+        self.max_token_chars = 11
         self.bos_token_id = BOS
         self.eos_token_ids = frozenset({EOS})
         self.control_ids = frozenset(range(256, VOCAB_SIZE))
@@ -188,8 +190,8 @@ class FakeEngine:
 class LiveServer:
     """The app behind uvicorn on a free port, in a thread."""
 
-    def __init__(self, app):
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, http="h11", lifespan="off", log_config=None)
+    def __init__(self, app, settings):
+        config = uvicorn_config(app, settings, host="127.0.0.1", port=0)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -317,7 +319,7 @@ def make_live(make_app):
     servers = []
 
     def make(app=None, **settings):
-        servers.append(LiveServer(app or make_app(**settings)))
+        servers.append(LiveServer(app or make_app(**settings), ServerConfig(**settings)))
         return servers[-1]
 
     yield make

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hmac
+
 import httpx
 import pytest
 from leyden.engine.errors import ConfigError
@@ -137,3 +139,12 @@ async def test_keys_and_prompts_stay_out_of_the_log(make_client, caplog, tokeniz
     assert "failed" in caplog.text
     assert "secret" not in caplog.text
     assert KEY not in caplog.text
+
+
+@pytest.mark.parametrize("key", ["another", KEY, "wrong"])
+async def test_every_key_is_compared_every_time_in_constant_time_and_as_bytes(guarded, monkeypatch, key):
+    compared = []
+    compare = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((type(a), len(a))) or compare(a, b))
+    await guarded.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+    assert compared == [(bytes, 32)] * 2, "digests, so that the time does not depend on the key's length either"

@@ -6,8 +6,10 @@ import re
 
 import pytest
 from engines import engine_config, make_core
-from leyden.engine.errors import ConfigError
+from leyden.engine.errors import CheckpointError, ConfigError
+from leyden.server.cli import main
 from leyden.server.describe import banner, describe_model
+from safetensors.torch import load_file, save_file
 from tiny_models import FULL, LINEAR, save_minimax
 
 
@@ -57,3 +59,31 @@ def test_a_context_that_the_engine_refuses_is_not_planned(tmp_path):
     save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
     with pytest.raises(ConfigError, match=r"max_model_len \(4096\) exceeds the checkpoint's context"):
         describe_model(engine_config(tmp_path, max_model_len=4096), None)
+
+
+def damage(path, kind):
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "of another shape":
+        tensors = load_file(path)
+        save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"][:5].clone()}, path)
+    else:
+        path.rename(path.with_suffix(".bin"))
+
+
+@pytest.mark.parametrize("kind", ["cut", "of another shape", "pickled"])
+def test_weights_that_could_not_be_served_are_not_said_to_fit(tmp_path, capsys, kind):
+    save_minimax(tmp_path, heads=2, layer_types=(LINEAR, FULL))
+    config = engine_config(tmp_path)
+    assert "sequences that fit" in describe_model(config, None)
+    damage(tmp_path / "model.safetensors", kind)
+    with pytest.raises(CheckpointError):
+        describe_model(config, None)
+    assert main(["info", str(tmp_path)]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_config_alone_is_described(tmp_path):
+    save_minimax(tmp_path, heads=2, layer_types=(LINEAR, FULL))
+    (tmp_path / "model.safetensors").unlink()
+    assert "sequences that fit" in describe_model(engine_config(tmp_path), None)

@@ -327,3 +327,96 @@ async def test_obfuscation_can_be_declined_but_not_had(complete, error_of):
     assert (await complete(stream=True, stream_options=options)).status_code == 200
     response = await complete(stream=True, stream_options={"include_obfuscation": True})
     assert error_of(response, 400)["param"] == "stream_options.include_obfuscation"
+
+
+CAPS = [
+    ("max_n", 2, {"n": 2}, {"n": 3}),
+    ("max_prompts", 2, {"prompt": ["a"] * 2}, {"prompt": ["a"] * 3}),
+    ("max_stop_strings", 2, {"stop": ["a"] * 2}, {"stop": ["a"] * 3}),
+    ("max_stop_chars", 5, {"stop": ["aaaaa"]}, {"stop": ["aaaaaa"]}),
+    ("max_logprobs", 3, {"logprobs": 3}, {"logprobs": 4}),
+    ("max_logit_bias", 2, {"logit_bias": {"1": 1, "2": 1}}, {"logit_bias": {"1": 1, "2": 1, "3": 1}}),
+    ("max_body_depth", 5, {"x": [[[[]]]]}, {"x": [[[[[]]]]]}),
+    ("max_body_bytes", 1100, {"x": "y" * 1000}, {"x": "y" * 1200}),
+    ("max_header_bytes", 1024, {}, {}),
+]
+
+
+@pytest.mark.parametrize(("setting", "bound", "taken", "refused"), CAPS, ids=[case[0] for case in CAPS])
+async def test_every_cap_is_a_setting_that_its_refusal_names(make_client, setting, bound, taken, refused):
+    client = make_client(**{setting: bound})
+    assert (await client.post("/v1/completions", json={"prompt": "Hi", **taken})).status_code == 200
+    headers = {"x-big": "y" * 1024} if setting == "max_header_bytes" else {}
+    response = await client.post("/v1/completions", json={"prompt": "Hi", **refused}, headers=headers)
+    assert response.status_code in (400, 413, 431)
+    message = response.json()["error"]["message"]
+    assert str(bound) in message
+    assert f"setting {setting}" in message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"n": 5}, "n"), ({"prompt": ["a", "b", "c"], "n": 2}, "prompt"), ({"prompt": ["a"] * 5}, "prompt")],
+)
+async def test_more_sequences_than_there_can_ever_be_room_for_are_400_that_names_the_bound(
+    complete, error_of, engine, body, param, stream
+):
+    engine.info.num_state_slots, engine.info.max_waiting = 1, 3
+    error = error_of(await complete(**body, stream=stream), 400)
+    assert error["param"] == param
+    assert "no more than 4 (max_num_seqs + max_waiting)" in error["message"]
+    assert (await complete(n=4)).status_code == 200
+
+
+async def test_the_same_in_a_chat(chat, error_of, engine):
+    engine.info.num_state_slots, engine.info.max_waiting = 1, 3
+    assert error_of(await chat(n=5), 400)["param"] == "n"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_text_that_can_never_fit_is_refused_before_it_is_tokenized(client, error_of, tokenizer, engine, path):
+    text = "x" * (engine.info.max_model_len * tokenizer.max_token_chars + 1)
+    body = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
+    error = error_of(await client.post(path, json=body), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "characters" in error["message"]
+    assert tokenizer.threads == set()
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "x" * 1400}],
+        [{"role": "tool", "content": "", "tool_call_id": "x" * 1400}],
+        [{"role": "user", "content": "", "name": "x" * 1400}],
+        [{"role": "user", "content": ""}] * 60,
+    ],
+    ids=["text", "a call's id", "a name", "many messages"],
+)
+async def test_a_long_conversation_is_laid_out_off_the_event_loop(client, monkeypatch, messages):
+    from leyden.server import prompts
+
+    sizes = []
+
+    async def off_loop(num_chars, work):
+        sizes.append(num_chars)
+        return work()
+
+    monkeypatch.setattr(prompts, "off_loop", off_loop)
+    await client.post("/v1/chat/completions", json={"messages": messages})
+    assert sizes[0] > 1000
+
+
+async def test_a_request_that_waited_too_long_is_503_with_retry_after(complete, error_of, engine):
+    from leyden.engine.errors import QueueTimeoutError
+
+    async def generate(request):
+        raise QueueTimeoutError("the request waited too long")
+        yield
+
+    engine.generate = generate
+    for stream in (False, True):
+        response = await complete(stream=stream)
+        assert error_of(response, 503)["type"] == "overloaded"
+        assert response.headers["retry-after"]

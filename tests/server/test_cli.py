@@ -1,0 +1,37 @@
+"""What a person gets wrong at the command line: exit code 2, one line, and what was meant."""
+
+from __future__ import annotations
+
+import pytest
+from leyden.server.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sevre"], "did you mean serve?"),
+        (["serve", "--max-seqs", "3"], "did you mean --max-num-seqs?"),
+        (["serve", "--max_num_seqs=3"], "did you mean --max-num-seqs?"),
+        (["serve", "--backend", "seg_la"], "did you mean --linear-backend?"),
+        (["serve", "--qqqq"], "see leyden serve --help"),
+        (["serve", "--port"], "expected one argument"),
+        (["bench", "htp"], "did you mean http?"),
+        (["bench", "http", "--concurency", "3"], "did you mean --concurrency?"),
+        (["bench", "http", "--prompt", "ids", "--endpoint", "chat"], "--prompt ids needs --endpoint completions"),
+        (["bench", "http", "--url", "nonsense"], "--url nonsense is not an address"),
+        (["bench", "http", "--url", "http://x", "--out", "/no/such/x.json"], "there is no folder /no/such"),
+        (["bench", "offline", "--engine", "linear_backnd=seg_la"], "did you mean 'linear_backend'?"),
+        (["info", "/nowhere"], "'/nowhere' is neither a folder nor a hub id"),
+        (["generate", "x", "--temperature", "nan"], "temperature must be in [0.0, 100.0], got nan"),
+        (["generate", "x", "--max-tokens", "-5"], "max_tokens must be in [0, 2147483647], got -5"),
+    ],
+)
+def test_a_usage_error_exits_2_and_says_what_was_meant(arguments, words, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2
+    assert words in said
+    assert said.count("\n") == 1

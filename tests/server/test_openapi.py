@@ -1,0 +1,70 @@
+"""The OpenAPI document is truthful: what it promises of every route holds for requests that somebody else makes up."""
+
+from __future__ import annotations
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+EXAMPLES = 60  # per route and mode
+# `positive_data_acceptance` is not among them: no schema can tell that a prompt fits the context.
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+    unsupported_method,
+]
+GENERATE = ["/v1/completions", "/v1/chat/completions"]
+TAKE_A_BODY = [*GENERATE, "/tokenize", "/detokenize"]
+OTHERS = ["/v1/models", "/v1/models/{model_id}", "/health", "/version", "/metrics"]
+SOUND, UNSOUND = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
+
+
+@pytest.fixture
+def document(make_app):
+    return schemathesis.openapi.from_asgi("/openapi.json", make_app())
+
+
+def test_every_route_is_tried(document):
+    assert {route.ok().path for route in document.get_all_operations()} == {*TAKE_A_BODY, *OTHERS}
+
+
+CASES = {
+    **{f"{path}, sound": (path, SOUND, {}) for path in TAKE_A_BODY + OTHERS},
+    **{f"{path}, unsound": (path, UNSOUND, {}) for path in TAKE_A_BODY},
+    **{f"{path}, sound, streamed": (path, SOUND, {"stream": True}) for path in GENERATE},
+}
+
+
+@pytest.mark.parametrize(("path", "mode", "fields"), CASES.values(), ids=CASES)
+def test_no_answer_differs_from_what_the_document_promises(document, path, mode, fields):
+    (route,) = [found.ok() for found in document.include(path=path).get_all_operations()]
+
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
+    @given(case=route.as_strategy(generation_mode=mode))
+    def keeps_its_promise(case):
+        if fields:
+            case.body = case.body | fields
+        case.call_and_validate(checks=CHECKS)
+
+    keeps_its_promise()
