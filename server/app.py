@@ -25,7 +25,7 @@ from .middleware import (
     RequestIdMiddleware,
     load_keys,
 )
-from .routes import chat, completions, health, models, tokenize
+from .routes import chat, completions, health, models, pages, status, tokenize
 from .state import ServerState
 
 
@@ -39,7 +39,7 @@ def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str) -> Fas
     app = FastAPI(
         title="Leyden",
         version=__version__,
-        docs_url=None,  # its pages load scripts from a CDN
+        docs_url=None,  # its page loads scripts from a CDN; ours is in `routes.pages`
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
@@ -55,7 +55,7 @@ def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str) -> Fas
     app.state.server = ServerState(
         llm, settings, model_name, metrics, created=int(time.time()), token_names=TokenNames(llm.tokenizer)
     )
-    for module in (completions, chat, models, tokenize, health):
+    for module in (completions, chat, models, tokenize, health, status, pages):
         app.include_router(module.router)
     return app
 
