@@ -14,7 +14,7 @@ from .errors import ContextLengthError, QueueFullError, RequestError
 from .messages import AddRequest, EngineInfo, EngineStats
 from .model_runner import LaunchedStep, ModelRunner
 from .outputs import ErrorCode, StepOutput, TokenLogprobs
-from .scheduler import Scheduler
+from .scheduler import ScheduledBatch, Scheduler
 from .sequence import Sequence, Status
 from .slots import SlotManager
 
@@ -64,6 +64,7 @@ class EngineCore:
                 priority=request.priority,
                 arrival=self._arrivals,
                 seed=seed,
+                arrived_at=time.perf_counter(),
             )
         )
 
@@ -103,6 +104,7 @@ class EngineCore:
         started = time.perf_counter()
         batch = self.scheduler.schedule()
         scheduled = time.perf_counter()
+        _end_queueing(batch, scheduled)
         launched = None
         if not batch.is_empty:
             launched = self.runner.launch(batch)
@@ -206,10 +208,18 @@ class EngineCore:
         if index == 0:
             self._stats.prompt_tokens_total += sequence.num_prompt_tokens
             output.prompt_logprobs = sequence.prompt_logprobs or None
+            output.queue_seconds = sequence.queue_seconds
         if output.finish_reason is not None:
             del sequence.output_token_ids[index + 1 :]  # of the step that was computed once too often
             self.scheduler.finish(sequence)
         return output
+
+
+def _end_queueing(batch: ScheduledBatch, now: float) -> None:
+    """Note how long those waited that come to their first step; a preemption later does not count."""
+    for sequence in batch.sequences[: batch.num_prefills]:
+        if sequence.queue_seconds is None:
+            sequence.queue_seconds = now - sequence.arrived_at
 
 
 def _bad_logits(request_id: str) -> StepOutput:

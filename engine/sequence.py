@@ -43,6 +43,8 @@ class Sequence:
     block_table: array[int] = field(default_factory=lambda: array("i"))
     state_slot: int | None = None
     num_pending_tokens: int = 0  # computed tokens that the slot's ring holds and its state does not (`replay`)
+    arrived_at: float = 0.0  # `time.perf_counter()` when it came to the engine
+    queue_seconds: float | None = None  # from then to its first step; None while it waits for that
     is_counted: bool = False  # the sampler has counted the tokens in this slot (penalties)
     stop_ids: frozenset[int] = field(init=False)  # tokens that end the answer
     max_fed: int = field(init=False)  # tokens that are fed to the model before the last one of the answer is drawn
