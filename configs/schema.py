@@ -103,6 +103,7 @@ class ServerConfig(BaseModel):
     drain_seconds: float = Field(30.0, ge=0, description="time for open requests after SIGTERM")
     metrics_prefix: str = Field("leyden", pattern=r"^[a-zA-Z_]\w*$", description="'vllm' fits existing dashboards")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
+    log_format: Literal["text", "json"] = Field("text", description="json = one object per line, for collectors")
     stats_interval: float = Field(5.0, ge=0, description="seconds between throughput lines while busy; 0 = never")
 
 

@@ -224,7 +224,7 @@ def _end_queueing(batch: ScheduledBatch, now: float) -> None:
 
 def _bad_logits(request_id: str) -> StepOutput:
     message = "the model gave NaN or infinite logits for this request"
-    logger.error("request %s: %s", request_id, message)
+    logger.error(message, extra={"request_id": request_id})
     return StepOutput(request_id=request_id, finish_reason="error", error_code="internal", error=message)
 
 

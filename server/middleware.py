@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..configs.schema import ServerConfig
+from ..engine import logs
 from ..engine.errors import ConfigError
 from .errors import ApiError, describe, error_response, log_failure, overloaded
 from .metrics import ServerMetrics
@@ -47,6 +48,7 @@ class RequestIdMiddleware:
             await send(message)
 
         scope.setdefault("state", {})["request_id"] = request_id
+        logs.request_id.set(request_id)
         await self.app(scope, receive, send_with_id)
 
 
@@ -71,7 +73,7 @@ class ErrorMiddleware:
         try:
             await self.app(scope, receive, watch_start)
         except ClientDisconnect:
-            logger.debug("request %s: the client left", scope["state"]["request_id"])
+            logger.debug("the client left")
         except Exception as error:
             if has_started:
                 raise

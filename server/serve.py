@@ -8,7 +8,6 @@ import gc
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..configs.schema import Settings, SettingsError
+from ..engine import logs
 from ..engine.async_llm import AsyncLLM
 from ..engine.client import ProcessClient
 from ..engine.errors import EngineDeadError
@@ -38,10 +38,7 @@ def serve(settings: Settings) -> int:
 
     Raises `SettingsError`, `ConfigError` or `CheckpointError` before anything is served.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logs.configure(settings.log_level, settings.log_format)
     listener = bind(settings.host, settings.port)
     try:
         return asyncio.run(_serve(settings, listener))
@@ -50,7 +47,7 @@ def serve(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> int:
-    client = ProcessClient(settings.engine())
+    client = ProcessClient(settings.engine(), log_level=settings.log_level, log_format=settings.log_format)
     starting = asyncio.create_task(client.start())
     try:
         # Both take seconds: the engine imports and loads while this process reads the tokenizer.

@@ -348,7 +348,11 @@ def test_stats_count_prompts_answers_and_steps_once(tiny):
 
 def test_queue_time_ends_with_the_first_step_and_is_told_once(tiny, monkeypatch):
     core, now = make_core(tiny.folder, max_num_seqs=1), [0.0]
-    monkeypatch.setattr("leyden.engine.core.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def clock() -> float:
+        return now[0]
+
+    monkeypatch.setattr("leyden.engine.core.time", SimpleNamespace(perf_counter=clock, monotonic=clock))
     core.add_request(request("first", PROMPT, max_tokens=4))
     core.add_request(request("second", PROMPT, max_tokens=4))
     told: dict[str, list[float | None]] = {"first": [], "second": []}
