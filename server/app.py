@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -28,9 +29,12 @@ from .middleware import (
 from .routes import chat, completions, health, models, pages, status, tokenize
 from .state import ServerState
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
-def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str) -> FastAPI:
-    """Routes and layers around `llm`, whose client knows its `info` already.
+
+def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str, tracer: Tracer | None = None) -> FastAPI:
+    """Routes and layers around `llm`, whose client knows its `info` already. With a `tracer` requests make spans.
 
     `app.state.draining` may be set to True at any time: from then on new work and /health get 503. Raises `ConfigError`
     when the API keys cannot be read.
@@ -44,6 +48,7 @@ def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str) -> Fas
         redirect_slashes=False,
         middleware=[
             Middleware(RequestIdMiddleware),
+            *_tracing(tracer),
             Middleware(ErrorMiddleware, metrics=metrics),
             Middleware(ConnectionLimitMiddleware, bound=settings.max_connections),
             Middleware(AuthMiddleware, keys=load_keys(settings)),
@@ -58,6 +63,14 @@ def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str) -> Fas
     for module in (completions, chat, models, tokenize, health, status, pages):
         app.include_router(module.router)
     return app
+
+
+def _tracing(tracer: Tracer | None) -> list[Middleware]:
+    if tracer is None:
+        return []
+    from .tracing import TracingMiddleware
+
+    return [Middleware(TracingMiddleware, tracer=tracer)]
 
 
 async def _pass_on(http: Request, error: Exception) -> Response:

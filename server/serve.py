@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,6 +25,10 @@ from ..engine.tokenizer import Tokenizer
 from ..models.checkpoint import resolve
 from .app import create_app
 from .describe import banner
+from .trace_export import exporting_tracer
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 logger = logging.getLogger("leyden.server")
 
@@ -41,12 +46,13 @@ def serve(settings: Settings) -> int:
     logs.configure(settings.log_level, settings.log_format)
     listener = bind(settings.host, settings.port)
     try:
-        return asyncio.run(_serve(settings, listener))
+        with exporting_tracer(settings.otlp_endpoint) as tracer:
+            return asyncio.run(_serve(settings, listener, tracer))
     finally:
         listener.close()
 
 
-async def _serve(settings: Settings, listener: socket.socket) -> int:
+async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | None) -> int:
     client = ProcessClient(settings.engine(), log_level=settings.log_level, log_format=settings.log_format)
     starting = asyncio.create_task(client.start())
     try:
@@ -57,7 +63,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
         if info is None:
             return 130
         name = settings.served_model_name or _model_name(settings.model)
-        app = create_app(AsyncLLM(client, tokenizer), settings, model_name=name)
+        app = create_app(AsyncLLM(client, tokenizer), settings, model_name=name, tracer=tracer)
         address = _address(*listener.getsockname()[:2])
         listener.listen(BACKLOG)  # who reads the address may come at once; uvicorn takes them a moment later
         print(banner(info, name=name, address=address, needs_key=_needs_key(settings)), flush=True)

@@ -174,6 +174,9 @@ async def test_openapi_names_every_route_and_body(client):
         "/health",
         "/version",
         "/metrics",
+        "/load",
+        "/server_info",
+        "/get_model_info",
     }
     assert set(document["paths"]) == expected
 
