@@ -12,6 +12,8 @@ from ..engine.errors import ConfigError
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
+EXPORT_SECONDS = 2.0  # for a batch, retries included: a collector that is away must not hold up the server's end
+
 
 @contextlib.contextmanager
 def exporting_tracer(endpoint: str | None) -> Iterator[Tracer | None]:
@@ -30,7 +32,7 @@ def exporting_tracer(endpoint: str | None) -> Iterator[Tracer | None]:
     except ImportError as error:
         raise ConfigError(f"otlp_endpoint needs OpenTelemetry ({error}): pip install 'leyden[otel]'") from None
     provider = TracerProvider(resource=Resource.create({"service.name": "leyden", "service.version": __version__}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS)))
     try:
         yield provider.get_tracer("leyden", __version__)
     finally:

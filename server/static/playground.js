@@ -7,7 +7,7 @@ const NUM_ALTERNATIVES = 5;
 
 const at = (id) => document.getElementById(id);
 const mode = () => document.querySelector("input[name=mode]:checked").value;
-const messages = []; // of the conversation so far
+let messages = []; // of the conversation so far
 let model = null;
 let running = null; // AbortController of the answer under way
 
@@ -104,7 +104,8 @@ async function ask() {
   const text = at("prompt").value;
   if (running || !text.trim()) return;
   const isChat = mode() === "chat";
-  if (isChat) messages.push({ role: "user", content: text });
+  const conversation = messages; // which may be cleared meanwhile
+  if (isChat) conversation.push({ role: "user", content: text });
   const [path, body] = request(text);
   const answer = new Answer(text);
   complain("");
@@ -121,15 +122,15 @@ async function ask() {
     at("status").textContent = isStopped ? "Stopped" : "Failed";
     if (!isStopped) complain(error.message);
   }
-  if (isChat && answer.text) messages.push({ role: "assistant", content: answer.text });
-  else if (isChat) messages.pop(); // a question without an answer would be asked again with the next
+  if (isChat && answer.text) conversation.push({ role: "assistant", content: answer.text });
+  else if (isChat) conversation.pop(); // a question without an answer would be asked again with the next
   setRunning(null);
   pollSoon();
 }
 
 function clear() {
   running?.abort();
-  messages.length = 0;
+  messages = [];
   at("answers").replaceChildren(element("p", "hint", "Ask something, or continue a text."));
   at("alternatives").hidden = true;
   at("status").textContent = "";

@@ -82,6 +82,22 @@ def test_stop_aborts_on_the_server_too(page, shared):
     assert page.locator("#alert").is_hidden()
 
 
+def test_a_conversation_cleared_in_the_middle_of_an_answer_begins_anew(page, shared):
+    page.goto(f"{shared.url}/playground")
+    open_sampling(page, max_tokens="900")
+    page.locator("#prompt").fill("first")
+    page.locator("#send").click()
+    playwright.expect(page.locator(".answer .text").nth(1)).not_to_be_empty()
+    page.locator("#clear").click()
+    playwright.expect(page.locator("#send")).to_be_enabled()
+    page.locator("#max_tokens").fill("5")
+    page.locator("#prompt").fill("second")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.locator("#send").click()
+    assert asked.value.post_data_json["messages"] == [{"role": "user", "content": "second"}]
+    status(page, "Ended at max tokens")
+
+
 @pytest.mark.parametrize("mode", ["Chat", "Completion"])
 def test_the_heat_map_shows_alternatives_to_mouse_and_keyboard(page, shared, mode):
     page.goto(f"{shared.url}/playground")
