@@ -171,7 +171,7 @@ class ScriptedCore:
         return self.numbers
 
 
-def run_engine(step_ms: str, address: str, parent: str) -> None:
+def run_engine(step_ms: str, address: str, parent: str, *_how_to_log: str) -> None:
     """`host_seconds_total` is the time that sending took."""
     core = ScriptedCore(float(step_ms) / 1e3)
     link = Link(address, int(parent))

@@ -123,6 +123,12 @@ class ServerConfig(BaseModel):
     drain_seconds: float = Field(30.0, ge=0, description="time for open requests after SIGTERM")
     metrics_prefix: str = Field("leyden", pattern=r"^[a-zA-Z_]\w*$", description="'vllm' fits existing dashboards")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
+    log_format: Literal["text", "json"] = Field("text", description="json = one object per line, for collectors")
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        description="where traces go, such as http://collector:4318/v1/traces; needs leyden[otel]",
+    )
     stats_interval: float = Field(5.0, ge=0, description="seconds between throughput lines while busy; 0 = never")
 
 

@@ -32,6 +32,7 @@ from .errors import (
     QueueTimeoutError,
     RequestError,
 )
+from .logs import LogFormat
 from .messages import (
     AbortRequest,
     AddRequest,
@@ -273,9 +274,13 @@ class ProcessClient(StreamingClient):
 
     STOP_SECONDS = 5.0
     READS_PER_TURN = 16
-    # What Python is to run, the socket's address and its parent's id being added to it.
+    # What Python is to run, the socket's address, its parent's id and how to log being added to it.
     # -P: the working directory must not shadow packages (a folder "kernels" would).
     ENGINE: tuple[str, ...] = ("-P", "-m", "leyden.engine.process")
+
+    def __init__(self, config: EngineConfig, *, log_level: str = "info", log_format: LogFormat = "text") -> None:
+        super().__init__(config)
+        self._logging = (log_level, log_format)
 
     async def _launch(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="leyden-")  # mode 0700
@@ -289,7 +294,7 @@ class ProcessClient(StreamingClient):
         except zmq.ZMQError as error:  # above all a path longer than the system allows a socket
             raise ConfigError(f"cannot open a socket in {self._folder}: {error}; set TMPDIR to a short path") from None
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, *self.ENGINE, address, str(os.getpid())),
+            *(sys.executable, *self.ENGINE, address, str(os.getpid()), *self._logging),
             stdin=asyncio.subprocess.PIPE,
         )
         assert self._process.stdin is not None

@@ -15,7 +15,7 @@ from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, Reque
 from .messages import AddRequest, EngineInfo, EngineStats
 from .model_runner import LaunchedStep, ModelRunner
 from .outputs import ErrorCode, StepOutput, TokenLogprobs
-from .scheduler import Scheduler
+from .scheduler import ScheduledBatch, Scheduler
 from .sequence import Sequence, Status
 from .slots import SlotManager
 
@@ -73,6 +73,7 @@ class EngineCore:
                 num_siblings=request.num_siblings if max_tokens else 0,
                 leader=self._leader_of(request, max_tokens),
                 deadline=math.inf if limit is None else time.monotonic() + limit,
+                arrived_at=time.perf_counter(),
             )
         )
 
@@ -121,6 +122,7 @@ class EngineCore:
         expired = self._expire(time.monotonic())
         batch = self.scheduler.schedule()
         scheduled = time.perf_counter()
+        _end_queueing(batch, scheduled)
         launched = None
         if not batch.is_empty:
             launched = self.runner.launch(batch)
@@ -231,15 +233,23 @@ class EngineCore:
         if index == 0:
             self._stats.prompt_tokens_total += sequence.num_prompt_tokens
             output.prompt_logprobs = sequence.prompt_logprobs or None
+            output.queue_seconds = sequence.queue_seconds
         if output.finish_reason is not None:
             del sequence.output_token_ids[index + 1 :]  # of the step that was computed once too often
             self.scheduler.finish(sequence)
         return output
 
 
+def _end_queueing(batch: ScheduledBatch, now: float) -> None:
+    """Note how long those waited that come to their first step; a preemption later does not count."""
+    for sequence in batch.sequences[: batch.num_prefills]:
+        if sequence.queue_seconds is None:
+            sequence.queue_seconds = now - sequence.arrived_at
+
+
 def _bad_logits(request_id: str) -> StepOutput:
     message = "the model gave NaN or infinite logits for this request"
-    logger.error("request %s: %s", request_id, message)
+    logger.error(message, extra={"request_id": request_id})
     return StepOutput(request_id=request_id, finish_reason="error", error_code="internal", error=message)
 
 

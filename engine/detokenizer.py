@@ -144,6 +144,7 @@ class TextStream:
             error=step.error,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
+            queue_seconds=step.queue_seconds,
         )
         if stop is not None:
             num_kept = self._num_output_tokens - num_before

@@ -28,6 +28,7 @@ class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the first output; [0] is None
+    queue_seconds: float | None = None  # once, with the first output
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the id that ended it, when a stop token did (also last in token_ids)
     error: str | None = None  # the message of finish_reason "error"
@@ -63,6 +64,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     error: str | None = None
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+    queue_seconds: float | None = None  # once, with the first output
 
     def extend(self, later: RequestOutput) -> None:
         """Take in all but the text of what the same request got next: many small texts are better joined once."""

@@ -1,5 +1,5 @@
-"""The engine as a process of its own: `python -m leyden.engine.process SOCKET PARENT_PID`, its configuration as JSON on
-stdin.
+"""The engine as a process of its own: `python -m leyden.engine.process SOCKET PARENT_PID LOG_LEVEL LOG_FORMAT`, its
+configuration as JSON on stdin.
 
 Messages are msgspec over one ZeroMQ ipc socket in a folder that only this user can enter; nothing is ever pickled.
 """
@@ -18,6 +18,7 @@ import msgspec
 import zmq
 
 from ..configs.schema import EngineConfig
+from . import logs
 from .errors import LeydenError
 from .messages import EngineFailed, FromEngine, ToEngine
 
@@ -65,10 +66,11 @@ class Link:
 
 def main() -> int:
     """Exit code 0 after a shutdown, 2 for a wrong setting or checkpoint, 1 for a failure."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    address, parent, log_level, log_format = sys.argv[1:]
+    logs.configure(log_level, "json" if log_format == "json" else "text")
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group or container; the server decides
         signal.signal(number, signal.SIG_IGN)
-    link = Link(sys.argv[1], int(sys.argv[2]))
+    link = Link(address, int(parent))
     try:
         config = EngineConfig.model_validate_json(sys.stdin.buffer.read())
         return _serve(config, link)

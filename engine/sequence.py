@@ -45,6 +45,8 @@ class Sequence:
     block_table: array[int] = field(default_factory=lambda: array("i"))
     state_slot: int | None = None
     num_pending_tokens: int = 0  # computed tokens that the slot's ring holds and its state does not (`replay`)
+    arrived_at: float = 0.0  # `time.perf_counter()` when it came to the engine
+    queue_seconds: float | None = None  # from then to its first step; None while it waits for that
     is_counted: bool = False  # the sampler has counted the tokens in this slot (penalties)
     num_siblings: int = 0  # sequences that are to copy what this one has computed before its prompt's last token
     siblings: list[Sequence] = field(default_factory=list, repr=False)  # those of them that are here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -26,12 +27,15 @@ from .middleware import (
     load_keys,
 )
 from .parsers.formats import ChatFormat
-from .routes import chat, completions, health, models, tokenize
+from .routes import chat, completions, health, models, pages, status, tokenize
 from .state import ServerState
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
-def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str) -> FastAPI:
-    """Routes and layers around `llm`, whose client knows its `info` already.
+
+def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str, tracer: Tracer | None = None) -> FastAPI:
+    """Routes and layers around `llm`, whose client knows its `info` already. With a `tracer` requests make spans.
 
     `app.state.draining` may be set to True at any time: from then on new work and /health get 503. Raises `ConfigError`
     when the API keys cannot be read.
@@ -40,11 +44,12 @@ def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str) -> Fas
     app = FastAPI(
         title="Leyden",
         version=__version__,
-        docs_url=None,  # its pages load scripts from a CDN
+        docs_url=None,  # its page loads scripts from a CDN; ours is in `routes.pages`
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
             Middleware(RequestIdMiddleware),
+            *_tracing(tracer),
             Middleware(ErrorMiddleware, metrics=metrics),
             Middleware(ConnectionLimitMiddleware, bound=settings.max_connections),
             Middleware(AuthMiddleware, keys=load_keys(settings)),
@@ -62,9 +67,17 @@ def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str) -> Fas
         token_names=TokenNames(llm.tokenizer),
         chat_format=ChatFormat.choose(settings, llm.tokenizer),
     )
-    for module in (completions, chat, models, tokenize, health):
+    for module in (completions, chat, models, tokenize, health, status, pages):
         app.include_router(module.router)
     return app
+
+
+def _tracing(tracer: Tracer | None) -> list[Middleware]:
+    if tracer is None:
+        return []
+    from .tracing import TracingMiddleware
+
+    return [Middleware(TracingMiddleware, tracer=tracer)]
 
 
 async def _pass_on(http: Request, error: Exception) -> Response:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..engine.errors import ContextLengthError, EngineDeadError, QueueFullError, QueueTimeoutError, RequestError
+from ..engine.logs import printable
 
 logger = logging.getLogger("leyden.server")
 
@@ -120,16 +121,12 @@ def log_failure(request_id: str, error: Exception, answer: ApiError) -> None:
     """Log what is our fault; with a traceback only what nobody foresaw, for an engine's death hits every request."""
     if answer.status == 500:
         trace = error if answer.code == INTERNAL_ERROR else None
-        logger.error("request %s failed (%s): %s", request_id, answer.code, type(error).__name__, exc_info=trace)
+        about = {"request_id": request_id}
+        logger.error("the request failed (%s): %s", answer.code, type(error).__name__, exc_info=trace, extra=about)
 
 
 def error_response(error: ApiError) -> Response:
     return Response(error.envelope(), error.status, error.headers, media_type="application/json")
-
-
-def printable(text: str) -> str:
-    """Escape control characters (CR, LF, ANSI) that a request may have smuggled into a message or a log line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _describe_http(error: HTTPException) -> ApiError:

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
 from ..engine.errors import QueueFullError, QueueTimeoutError, RequestError
@@ -17,6 +17,10 @@ from .errors import ApiError
 from .metrics import SequenceTimer
 from .sampling import Job
 from .state import ServerState
+
+if TYPE_CHECKING:
+    from .tracing import RequestTrace
+    from .validation import Prepared
 
 T = TypeVar("T")
 Event = tuple[Job, RequestOutput]
@@ -34,6 +38,14 @@ def generate(state: ServerState, jobs: list[Job], answer_id: str) -> Events:
     error is raised, even ahead of outputs that came before it.
     """
     return _run_job(state, jobs[0], answer_id) if len(jobs) == 1 else _run_side_by_side(state, jobs, answer_id)
+
+
+def traced(http: Request, prepared: Prepared[Any], answer_id: str, events: Events) -> Events:
+    """The same events, seen by the request's trace when traces are asked for."""
+    trace: RequestTrace | None = http.scope["state"].get("trace")
+    if trace is None:
+        return events
+    return trace.watch(prepared.request, prepared.jobs, ServerState.of(http).model_name, answer_id, events)
 
 
 async def _run_side_by_side(state: ServerState, jobs: list[Job], answer_id: str) -> Events:

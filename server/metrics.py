@@ -35,6 +35,9 @@ class ServerMetrics:
             "inter_token_latency_seconds", "Between two outputs of one sequence.", INTER_TOKEN_BUCKETS
         )
         self.whole_request = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_BUCKETS)
+        self.queue_time = self._histogram(
+            "request_queue_time_seconds", "From the engine's queue to a sequence's first step.", FIRST_TOKEN_BUCKETS
+        )
         finished = self._counter("request_success", "Sequences ended, by reason.", "finished_reason")
         self._finished = {reason: finished.labels(model_name, reason) for reason in FINISHED_REASONS}
         self._refused = self._counter("request_refused", "Requests answered with an error, by reason.", "reason")
@@ -73,6 +76,8 @@ class SequenceTimer:
 
     def observe(self, output: RequestOutput) -> None:
         now = time.perf_counter()
+        if output.queue_seconds is not None:
+            self.metrics.queue_time.observe(output.queue_seconds)
         if output.token_ids:
             if self.last_token is None:
                 self.metrics.first_token.observe(now - self.started)

@@ -15,14 +15,18 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..configs.schema import ServerConfig
+from ..engine import logs
 from ..engine.errors import ConfigError
 from .connection import slow_request, too_large_head
 from .errors import ApiError, describe, error_response, log_failure, overloaded
 from .metrics import ServerMetrics
+from .pages import FILES
 
 logger = logging.getLogger("leyden.server")
 
-PUBLIC_PATH = "/health"
+HEALTH_PATH = "/health"
+# The pages are the same bytes for everyone, and a browser cannot send a key before it has the page that asks for it.
+PUBLIC_PATHS = frozenset({HEALTH_PATH, *FILES})
 MAX_REQUEST_ID_CHARS = 128
 UNSAFE_ID_CHARS = re.compile(r"[^A-Za-z0-9._:/+=-]")
 
@@ -46,6 +50,7 @@ class RequestIdMiddleware:
             await send(message)
 
         scope.setdefault("state", {})["request_id"] = request_id
+        logs.request_id.set(request_id)
         await self.app(scope, receive, send_with_id)
 
 
@@ -70,7 +75,7 @@ class ErrorMiddleware:
         try:
             await self.app(scope, receive, watch_start)
         except ClientDisconnect:
-            logger.debug("request %s: the client left", scope["state"]["request_id"])
+            logger.debug("the client left")
         except Exception as error:
             if has_started:
                 raise
@@ -89,7 +94,7 @@ class ConnectionLimitMiddleware:
         self.num_open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == PUBLIC_PATH:
+        if scope["type"] != "http" or scope["path"] == HEALTH_PATH:
             await self.app(scope, receive, send)
             return
         if self.num_open >= self.bound:
@@ -102,10 +107,11 @@ class ConnectionLimitMiddleware:
 
 
 class AuthMiddleware:
-    """Deny by default: without a known bearer key only `/health`, spelt exactly so, is answered.
+    """Deny by default: without a known bearer key only `PUBLIC_PATHS`, spelt exactly so, are answered.
 
-    The exempt path is compared with `scope["path"]`, the very string that the router matches, so that no other spelling
-    of a path can pass here and still reach a handler. Keys are kept and compared as digests, all of them every time.
+    The exempt paths are compared with `scope["path"]`, the very string that the router matches, so that no other
+    spelling of a path can pass here and still reach a handler. Keys are kept and compared as digests, all of them every
+    time.
     """
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
@@ -116,7 +122,7 @@ class AuthMiddleware:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        is_open = not self.digests or scope["type"] == "lifespan" or scope["path"] == PUBLIC_PATH
+        is_open = not self.digests or scope["type"] == "lifespan" or scope["path"] in PUBLIC_PATHS
         if not is_open and not self._has_key(scope):
             message = "a valid API key is required: send the header 'Authorization: Bearer <key>'"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

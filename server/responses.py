@@ -179,6 +179,35 @@ class Health(Struct):
     status: str
 
 
+class Load(Struct):
+    """Sequences, slots and blocks of the engine right now."""
+
+    server_load: int
+    num_requests_running: int
+    num_requests_waiting: int
+    state_slots_used: int
+    state_slots_total: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+
+
+class ServerInfo(Struct):
+    """Beside these the fields of `EngineInfo`, but for paths."""
+
+    version: str
+    served_model_name: str
+
+
+class ModelInfo(Struct):
+    """SGLang's answer of /get_model_info, as far as it applies."""
+
+    model_path: str
+    tokenizer_path: str
+    served_model_name: str
+    is_generation: bool = True
+    preferred_sampling_params: None = None
+
+
 def json_response(body: Any, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(body), headers=headers, media_type="application/json")
 

@@ -9,14 +9,15 @@ import logging
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
 from ..configs.schema import Settings, SettingsError
+from ..engine import logs
 from ..engine.async_llm import AsyncLLM
 from ..engine.client import ProcessClient
 from ..engine.errors import EngineDeadError
@@ -26,6 +27,10 @@ from ..models.checkpoint import resolve
 from .app import create_app
 from .connection import max_sockets, uvicorn_config
 from .describe import banner
+from .trace_export import exporting_tracer
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 logger = logging.getLogger("leyden.server")
 
@@ -38,20 +43,18 @@ def serve(settings: Settings) -> int:
 
     Raises `SettingsError`, `ConfigError` or `CheckpointError` before anything is served.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logs.configure(settings.log_level, settings.log_format)
     allow_files(2 * max_sockets(settings) + SPARE_FILES)
     listener = bind(settings.host, settings.port)
     try:
-        return asyncio.run(_serve(settings, listener))
+        with exporting_tracer(settings.otlp_endpoint) as tracer:
+            return asyncio.run(_serve(settings, listener, tracer))
     finally:
         listener.close()
 
 
-async def _serve(settings: Settings, listener: socket.socket) -> int:
-    client = ProcessClient(settings.engine())
+async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | None) -> int:
+    client = ProcessClient(settings.engine(), log_level=settings.log_level, log_format=settings.log_format)
     starting = asyncio.create_task(client.start())
     try:
         # Both take seconds: the engine imports and loads while this process reads the tokenizer.
@@ -62,7 +65,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
             return 130
         name = settings.served_model_name or _model_name(settings.model)
         llm = AsyncLLM(client, tokenizer, max_queue_seconds=settings.max_queue_seconds)
-        app = create_app(llm, settings, model_name=name)
+        app = create_app(llm, settings, model_name=name, tracer=tracer)
         address = _address(*listener.getsockname()[:2])
         listener.listen(BACKLOG)  # who reads the address may come at once; uvicorn takes them a moment later
         print(banner(info, name=name, address=address, needs_key=_needs_key(settings)), flush=True)

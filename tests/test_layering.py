@@ -88,7 +88,7 @@ def test_kernels_know_tensors_alone(path):
 
 
 TORCH_FREE = ["sampling_params", "sequence", "scheduler", "block_manager", "slots", "memory", "dummy_steps", "messages",
-              "outputs", "errors", "detokenizer", "tokenizer", "client", "async_llm", "process"]  # fmt: skip
+              "outputs", "errors", "detokenizer", "tokenizer", "client", "async_llm", "process", "logs"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

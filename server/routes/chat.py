@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from ...engine.outputs import RequestOutput
 from ..chat_messages import chunk_delta, finish_reason, read_deltas, whole_message
-from ..generation import Event, collect, first_event, generate, unless_disconnected
+from ..generation import Event, collect, first_event, generate, traced, unless_disconnected
 from ..logprobs import chat_logprobs
 from ..openapi import GENERATING, documented
 from ..protocol import ChatRequest
@@ -42,7 +42,7 @@ async def create_chat_completion(http: Request) -> Response:
     refuse_unless_ready(http)
     prepared = await prepare_chat(http)
     writer = ChatWriter(ServerState.of(http), prepared)
-    events = generate(writer.state, prepared.jobs, writer.id)
+    events = traced(http, prepared, writer.id, generate(writer.state, prepared.jobs, writer.id))
     if not prepared.request.stream:
         outputs = await unless_disconnected(http.receive, collect(events))
         return json_response(writer.whole(outputs), prepared.headers)

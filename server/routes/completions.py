@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...engine.outputs import TokenLogprobs
-from ..generation import Event, collect, first_event, generate, unless_disconnected
+from ..generation import Event, collect, first_event, generate, traced, unless_disconnected
 from ..logprobs import CompletionLogprobsWriter
 from ..openapi import GENERATING, documented
 from ..prompts import off_loop
@@ -39,7 +39,7 @@ async def create_completion(http: Request) -> Response:
     refuse_unless_ready(http)
     prepared = await prepare_completion(http)
     writer = CompletionWriter(ServerState.of(http), prepared)
-    events = generate(writer.state, prepared.jobs, writer.id)
+    events = traced(http, prepared, writer.id, generate(writer.state, prepared.jobs, writer.id))
     if not prepared.request.stream:
         outputs = await unless_disconnected(http.receive, collect(events))
         num_scored = writer.num_scored_tokens(outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -343,6 +344,23 @@ def test_stats_count_prompts_answers_and_steps_once(tiny):
     assert after.steps_total > 0 and after.step_seconds_total > after.schedule_seconds_total > 0
     drain(core, request("c", [1, 2], max_tokens=0))
     assert core.stats().prompt_tokens_total == 44
+
+
+def test_queue_time_ends_with_the_first_step_and_is_told_once(tiny, monkeypatch):
+    core, now = make_core(tiny.folder, max_num_seqs=1), [0.0]
+
+    def clock() -> float:
+        return now[0]
+
+    monkeypatch.setattr("leyden.engine.core.time", SimpleNamespace(perf_counter=clock, monotonic=clock))
+    core.add_request(request("first", PROMPT, max_tokens=4))
+    core.add_request(request("second", PROMPT, max_tokens=4))
+    told: dict[str, list[float | None]] = {"first": [], "second": []}
+    while core.has_work:
+        now[0] += 1.0  # each step begins a second later
+        for output in core.step():
+            told[output.request_id].append(output.queue_seconds)
+    assert told == {"first": [1.0, None, None, None], "second": [5.0, None, None, None]}
 
 
 def test_info_tells_what_was_loaded(core, tiny):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import openai
@@ -225,3 +226,21 @@ def test_port_in_use_is_said_before_the_model_is_loaded(shared, checkpoint):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"127.0.0.1:{port}" in done.stderr
+
+
+def test_json_logs_are_json_alone_in_both_processes(checkpoint, tmp_path):
+    command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(checkpoint), "--port", "0"]
+    log = tmp_path / "log"
+    settings = ["--log-format", "json", "--log-level", "debug", "--stats-interval", "0.1"]
+    with log.open("w") as stderr:
+        process = subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, stderr=stderr, text=True)
+        address = next(line.split()[1] for line in process.stdout if line.strip().startswith("address"))
+        prompt = {"prompt": "my secret diary", "max_tokens": 400, "ignore_eos": True}
+        httpx.post(f"{address}/v1/completions", json=prompt, headers={"x-request-id": "r-7"}, timeout=30)
+        os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()), signal.SIGKILL)
+        assert process.wait(timeout=10) == 1
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*(set(line) for line in lines))
+    assert any("generation" in line["message"] for line in lines)
+    assert lines[-1]["level"] == "error"
+    assert "secret" not in log.read_text()

@@ -154,6 +154,7 @@ class FakeEngine:
                 token_ids=[token_id],
                 logprobs=None if params.logprobs is None else [self.logprobs(token_id, params.logprobs)],
                 prompt_logprobs=prompt_logprobs,
+                queue_seconds=0.25 if count == 1 else None,
                 finish_reason="stop" if is_stop else "length" if count == params.max_tokens else None,
                 stop_token_id=token_id if is_stop else None,
             )

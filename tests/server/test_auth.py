@@ -17,6 +17,9 @@ ROUTES = [
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/openapi.json"),
+    ("GET", "/load"),
+    ("GET", "/server_info"),
+    ("GET", "/get_model_info"),
     ("GET", "/nowhere"),
 ]
 SPELLINGS = [
@@ -39,7 +42,7 @@ def guarded(make_client):
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-async def test_every_route_but_health_needs_a_key(guarded, error_of, method, path):
+async def test_every_route_but_health_and_pages_needs_a_key(guarded, error_of, method, path):
     response = await guarded.request(method, path)
     error = error_of(response, 401)
     assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")

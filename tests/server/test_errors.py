@@ -8,7 +8,7 @@ import pytest
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/v1", "/v1/responses", "/v1/completions/", "//v1/completions", "/V1/models", "/docs", "/redoc", "/%0d%0a"],
+    ["/", "/v1", "/v1/responses", "/v1/completions/", "//v1/completions", "/V1/models", "/redoc", "/%0d%0a"],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 async def test_an_unknown_route_is_404_in_the_envelope(client, error_of, method, path):
@@ -174,6 +174,9 @@ async def test_openapi_names_every_route_and_body(client):
         "/health",
         "/version",
         "/metrics",
+        "/load",
+        "/server_info",
+        "/get_model_info",
     }
     assert set(document["paths"]) == expected
 

@@ -87,6 +87,8 @@ async def test_latencies_and_reasons_are_counted_per_sequence(client, complete):
     assert samples["leyden:time_to_first_token_seconds_count", ()] == 3
     assert samples["leyden:e2e_request_latency_seconds_count", ()] == 3
     assert samples["leyden:inter_token_latency_seconds_count", ()] == 12 + 12 + 2
+    assert samples["leyden:request_queue_time_seconds_count", ()] == 3
+    assert samples["leyden:request_queue_time_seconds_sum", ()] == 3 * 0.25
     assert samples["leyden:request_success_total", (("finished_reason", "stop"),)] == 2
     assert samples["leyden:request_success_total", (("finished_reason", "length"),)] == 1
 

@@ -29,7 +29,8 @@ CHECKS = [
 ]
 GENERATE = ["/v1/completions", "/v1/chat/completions"]
 TAKE_A_BODY = [*GENERATE, "/tokenize", "/detokenize"]
-OTHERS = ["/v1/models", "/v1/models/{model_id}", "/health", "/version", "/metrics"]
+ROUTERS = ["/load", "/server_info", "/get_model_info"]
+OTHERS = ["/v1/models", "/v1/models/{model_id}", "/health", "/version", "/metrics", *ROUTERS]
 SOUND, UNSOUND = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 
 

@@ -5,6 +5,7 @@ import threading
 
 import leyden
 import pytest
+from leyden.engine.messages import EngineStats
 from openai.types import Model
 
 BOS, EOS, USER, ASSISTANT = range(256, 260)
@@ -128,3 +129,32 @@ async def test_detokenize_gives_the_text_with_its_control_tokens(client):
 )
 async def test_a_bad_detokenize_request_is_refused_by_name(client, error_of, body, param):
     assert error_of(await client.post("/detokenize", json=body), 400)["param"] == param
+
+
+async def test_load_tells_sequences_slots_and_blocks(client, engine):
+    engine.stats = EngineStats(num_running=3, num_waiting=2, state_slots_used=4, kv_blocks_used=5)
+    assert (await client.get("/load")).json() == {
+        "server_load": 5,
+        "num_requests_running": 3,
+        "num_requests_waiting": 2,
+        "state_slots_used": 4,
+        "state_slots_total": 8,
+        "kv_blocks_used": 5,
+        "kv_blocks_total": 10,
+    }
+
+
+async def test_server_info_tells_the_engine_and_not_where_files_lie(client, engine):
+    response = await client.get("/server_info")
+    facts = response.json()
+    assert facts["version"] == leyden.__version__
+    assert (facts["served_model_name"], facts["linear_backend"], facts["num_linear_layers"]) == ("tiny", "minimax", 3)
+    assert facts["memory"]["weights"] == 400
+    assert engine.info.model_path not in response.text
+
+
+async def test_model_info_has_what_sglangs_router_reads(client, engine):
+    response = await client.get("/get_model_info")
+    facts = response.json()
+    assert (facts["model_path"], facts["served_model_name"], facts["is_generation"]) == ("tiny", "tiny", True)
+    assert engine.info.model_path not in response.text

@@ -1,0 +1,50 @@
+"""GET /load, /server_info and /get_model_info: what routers and the playground ask of a running server."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ... import __version__
+from ..openapi import documented
+from ..responses import Load, ModelInfo, ServerInfo, json_response
+from ..state import ServerState
+
+router = APIRouter()
+
+PRIVATE_FACTS = {"model_path"}  # where files lie on the server is nobody's business
+
+
+@router.get("/load", **documented(Load))
+async def load(http: Request) -> Response:
+    """Sequences and memory in use after the engine's latest step; `server_load` is vLLM's name for all sequences."""
+    client = ServerState.of(http).llm.client
+    stats, info = client.stats, client.info
+    answer = Load(
+        server_load=stats.num_running + stats.num_waiting,
+        num_requests_running=stats.num_running,
+        num_requests_waiting=stats.num_waiting,
+        state_slots_used=stats.state_slots_used,
+        state_slots_total=info.num_state_slots,
+        kv_blocks_used=stats.kv_blocks_used,
+        kv_blocks_total=info.num_kv_blocks,
+    )
+    return json_response(answer)
+
+
+@router.get("/server_info", **documented(ServerInfo))
+async def server_info(http: Request) -> Response:
+    """What the engine turned out to be: model, numbers, backend, memory."""
+    state = ServerState.of(http)
+    facts = msgspec.structs.asdict(state.llm.client.info)
+    shown = {name: fact for name, fact in facts.items() if name not in PRIVATE_FACTS}
+    return json_response({"version": __version__, "served_model_name": state.model_name, **shown})
+
+
+@router.get("/get_model_info", **documented(ModelInfo))
+async def model_info(http: Request) -> Response:
+    """SGLang's shape, for its router. The paths are the served name: where files lie is nobody's business."""
+    state = ServerState.of(http)
+    return json_response(ModelInfo(state.model_name, state.model_name, state.model_name))

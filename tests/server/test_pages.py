@@ -1,0 +1,87 @@
+"""The playground and the reference as HTTP serves them; `tests/serve/test_playground.py` drives them in a browser."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from leyden.server.pages import FILES, FOLDER
+
+KEY = "correct-horse"
+
+
+@pytest.mark.parametrize("path", FILES)
+async def test_a_page_comes_with_the_strict_policy(client, path):
+    response = await client.get(path)
+    assert response.status_code == 200
+    policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
+    assert policy == {
+        "default-src": "'none'",
+        "script-src": "'self'",
+        "style-src": "'self'",
+        "connect-src": "'self'",
+        "img-src": "'self' data:",
+        "base-uri": "'none'",
+        "frame-ancestors": "'none'",
+        "form-action": "'none'",
+    }
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["content-type"].split(";")[0] in ("text/html", "text/css", "text/javascript")
+    assert (await client.head(path)).status_code == 200
+
+
+def test_every_static_file_is_served_and_none_is_missing():
+    assert set(FILES.values()) == {path.name for path in FOLDER.iterdir()}
+
+
+@pytest.mark.parametrize("name", FILES.values())
+def test_pages_hold_no_inline_code_and_need_nothing_from_elsewhere(name):
+    text = (FOLDER / name).read_text()
+    addresses = set(re.findall(r"https?://[^\s'\"]+", text))
+    assert addresses <= {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)|\beval\(|innerHTML|Function\(", text)
+
+
+async def test_pages_need_no_key_for_a_browser_cannot_send_one_before_it_has_them(make_client):
+    guarded = make_client(api_key=[KEY])
+    for path in FILES:
+        assert (await guarded.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/load",
+        "/server_info",
+        "/get_model_info",
+        "/openapi.json",
+        "/static",
+        "/static/",
+        "/static/../load",
+        "/playground/",
+        "//playground",
+        "/docs/../v1/models",
+        "/static/style.css/",
+        "/static/app.py",
+    ],
+)
+async def test_what_the_pages_ask_for_and_other_spellings_need_one(make_client, error_of, path):
+    error_of(await make_client(api_key=[KEY]).get(path), 401)
+
+
+@pytest.mark.parametrize(
+    "path", ["/static/../pages.py", "/static/%2e%2e/pages.py", "/static/..%2fpages.py", "/static/x"]
+)
+async def test_no_path_leads_to_another_file(client, error_of, path):
+    error_of(await client.get(path), 404)
+
+
+@pytest.mark.parametrize(("path", "name"), FILES.items())
+async def test_a_page_is_its_file_for_everyone(make_client, path, name):
+    content = (FOLDER / name).read_bytes()
+    assert (await make_client().get(path)).content == content
+    assert (await make_client(api_key=[KEY], served_model_name="x").get(path)).content == content
+
+
+async def test_pages_are_no_part_of_the_api(client):
+    assert not set(FILES) & set((await client.get("/openapi.json")).json()["paths"])
