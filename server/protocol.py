@@ -116,6 +116,46 @@ ToolsInput = Annotated[
 ToolChoiceInput = Annotated[
     Any, WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]})
 ]
+ResponseFormatInput = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["type"],
+            "properties": {
+                "type": {"enum": ["text", "json_object", "json_schema"]},
+                "json_schema": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {
+                        "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+                        "description": {"type": "string"},
+                        "schema": {"type": "object"},
+                        "strict": {"type": "boolean"},
+                    },
+                },
+            },
+        }
+    ),
+]
+StructuredInput = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "additionalProperties": False,
+            "properties": {
+                "json": {"anyOf": [{"type": "object"}, {"type": "string"}]},
+                "json_object": {"const": True},
+                "regex": {"type": "string"},
+                "choice": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                "grammar": {"type": "string"},
+            },
+        }
+    ),
+]
 
 
 def _within(low: int, high: int, *, open_low: bool = False, default: Any = None) -> Any:
@@ -162,6 +202,9 @@ class GenerationRequest(RequestModel):
     include_stop_str_in_output: bool = False
     priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX)
     return_token_ids: bool = False
+    structured_outputs: StructuredInput = None
+    # OpenAI's for chat, vLLM's for completions
+    response_format: ResponseFormatInput = None
 
 
 class CompletionRequest(GenerationRequest):
