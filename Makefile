@@ -9,7 +9,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_SOURCE := $(if $(shell command -v nvidia-smi),,--retries 0 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX))
 PIP := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help install serve test test-all lint format bench clean
+.PHONY: help install serve test test-all clients lint format bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -32,6 +32,12 @@ test: install  ## the test suite (ARGS="..." for pytest)
 test-all: install  ## with the slow ones
 	$(BIN)/pytest -m '' $(ARGS)
 
+clients:  ## an environment with clients that others wrote, for `pytest -m slow tests/clients`
+	$(PYTHON) -m venv --without-pip .venv-clients
+	$(PYTHON) -m pip --python .venv-clients/bin/python --disable-pip-version-check install --quiet $(TORCH_SOURCE) \
+		torch transformers accelerate 'lm-eval[api]' langchain-openai 'litellm!=1.82.7,!=1.82.8' instructor guidellm
+	-npm install --silent --prefix .venv-clients openai
+
 lint: install  ## ruff, format check, types, layering
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +52,4 @@ bench: install  ## measure a served model on this machine
 	$(BIN)/python -P benchmarks/serving.py $(or $(ARGS),http)
 
 clean:  ## remove what was made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
