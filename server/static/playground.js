@@ -74,11 +74,21 @@ class Answer {
     const piece = choice?.delta?.content ?? choice?.text ?? "";
     const isAtEnd = at("answers").scrollHeight - at("answers").scrollTop - at("answers").clientHeight < 40;
     this.text += piece;
+    this.think(choice?.delta?.reasoning_content);
     if (this.heat) this.heat.add(readLogprobs(choice?.logprobs));
     else if (piece) this.body.append(piece);
     if (isAtEnd) at("answers").scrollTop = at("answers").scrollHeight;
     this.measure(chunk.usage?.completion_tokens ?? 0);
     this.reason = choice?.finish_reason ?? this.reason;
+  }
+
+  think(piece) {
+    if (!piece) return;
+    if (!this.thought) {
+      this.thought = element("div", "text thought", "");
+      this.body.before(element("h3", "who", "Thought"), this.thought, element("h3", "who", "Answer"));
+    }
+    this.thought.append(piece);
   }
 
   measure(numTokens) {
