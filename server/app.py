@@ -27,7 +27,7 @@ from .middleware import (
     load_keys,
 )
 from .parsers.formats import ChatFormat
-from .routes import chat, completions, health, models, pages, status, tokenize
+from .routes import chat, completions, health, models, pages, responses, status, tokenize
 from .state import ServerState
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str, tracer
         token_names=TokenNames(llm.tokenizer),
         chat_format=ChatFormat.choose(settings, llm.tokenizer),
     )
-    for module in (completions, chat, models, tokenize, health, status, pages):
+    for module in (completions, chat, responses, models, tokenize, health, status, pages):
         app.include_router(module.router)
     return app
 
