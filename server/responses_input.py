@@ -7,8 +7,10 @@ from typing import Any
 from ..engine.errors import RequestError
 from .errors import UnsupportedParameterError
 from .json_body import drop_nulls, json_type
+from .messages import MAX_MESSAGES, MAX_PARTS, PART_SEPARATOR
 from .parameters import refuse_unless_neutral
 
+MAX_ITEMS = MAX_MESSAGES
 ROLES = ("user", "assistant", "system", "developer")
 ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
 TEXT_TYPES = ("input_text", "output_text")
@@ -44,7 +46,7 @@ class FieldNames:
         """By the longest beginning that has an origin."""
         for end in range(len(chat_field), 0, -1):
             origin = self._origins.get(chat_field[:end])
-            if origin is not None and chat_field[end : end + 1] in ("", ".", "["):
+            if origin is not None:
                 return origin + chat_field[end:]
         return chat_field
 
@@ -71,8 +73,8 @@ class Conversation:
         """Raises `RequestError`. What a message checks as well is left to `messages.read_messages`."""
         if not isinstance(value, list):
             raise RequestError(f"input must be a string or a list of items, got {json_type(value)}", "input")
-        if not value:
-            raise RequestError("input must have at least 1 item, got 0", "input")
+        if not 0 < len(value) <= MAX_ITEMS:
+            raise RequestError(f"input must have 1 to {MAX_ITEMS} items, got {len(value)}", "input")
         for index, entry in enumerate(value):
             where = f"input[{index}]"
             if not isinstance(entry, dict):
@@ -115,7 +117,7 @@ class Conversation:
             if not isinstance(part["text"], str):
                 field = f"{where}.content[{index}].text"
                 raise RequestError(f"{field} must be a string, got {json_type(part['text'])}", field)
-        thought = "\n".join(part["text"] for part in parts)
+        thought = PART_SEPARATOR.join(part["text"] for part in parts)
         self._new({"role": "assistant", "content": "", "reasoning_content": thought}, where, where)
 
     def _add_call(self, item: dict[str, Any], where: str) -> None:
@@ -142,6 +144,8 @@ class Conversation:
         """Parts as chat's; anything else as it is."""
         if not isinstance(content, list):
             return content
+        if len(content) > MAX_PARTS:
+            raise RequestError(f"{where} must have at most {MAX_PARTS} parts, got {len(content)}", where)
         parts = []
         for index, part in enumerate(content):
             field = f"{where}[{index}]"

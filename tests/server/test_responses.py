@@ -148,6 +148,13 @@ async def test_thoughts_words_and_calls_are_items_in_their_order(respond):
     assert (time["name"], time["arguments"]) == ("get_time", "{}")
     assert weather["call_id"] != time["call_id"]
     assert len({item["id"] for item in answer["output"]}) == 4
+    assert {item["status"] for item in answer["output"]} == {"completed"}
+
+
+async def test_only_the_item_that_was_cut_off_is_incomplete(respond):
+    reply = REPLIES["a thought, words and calls"]
+    answer = answer_of(await respond(reply, tools=[WEATHER, TIME], max_output_tokens=len(reply.encode()) - 20))
+    assert [item["status"] for item in answer["output"]] == ["completed"] * 3 + ["incomplete"]
 
 
 async def test_reasoning_tokens_are_those_up_to_the_end_of_the_thought(respond):
@@ -248,6 +255,22 @@ async def test_items_become_the_messages_of_a_chat(respond, tokenizer):
     assert tools == [{"type": "function", "function": {name: WEATHER[name] for name in WEATHER if name != "type"}}]
 
 
+async def test_a_thought_belongs_to_the_first_message_after_it_alone(respond, tokenizer):
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm"}]}
+    words = [{"role": "assistant", "content": text} for text in ("a", "b")]
+    answer_of(await respond(input=[user("x"), thought, *words, thought, CALL_ITEM, words[0], thought, user("y")]))
+    found = [(m.get("reasoning_content"), m["content"], "tool_calls" in m) for m in tokenizer.chats[-1][0]]
+    assert found == [
+        (None, "x", False),
+        ("Hm", "a", False),
+        (None, "b", False),
+        ("Hm", "", True),
+        (None, "a", False),
+        ("Hm", "", False),
+        (None, "y", False),
+    ]
+
+
 async def test_an_answer_can_be_sent_back_as_it_came(respond, tokenizer):
     output = answer_of(await respond(REPLIES["a thought, words and calls"], tools=[WEATHER, TIME]))["output"]
     response = await respond(input=[{"role": "user", "content": "Hi"}, *output], tools=[WEATHER, TIME])
@@ -332,6 +355,8 @@ WRONG = [
     ({"input": 1}, "input"),
     ({"input": []}, "input"),
     ({"input": "x" * 60_000}, "input"),
+    ({"input": [{"role": "user", "content": ""}] * 4097}, "input"),
+    ({"input": [user([{"type": "input_text", "text": ""}] * 4097)]}, "input[0].content"),
     ({"input": [1]}, "input[0]"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
     ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
