@@ -137,7 +137,10 @@ class Conversation:
         if "call_id" not in item:
             raise RequestError(f"{where}.call_id is required", f"{where}.call_id")
         content = self._text_parts(item.get("output"), TEXT_TYPES, f"{where}.output")
-        self._new({"role": "tool", "tool_call_id": item["call_id"], "content": content}, where, f"{where}.output")
+        message = {"role": "tool", "tool_call_id": item["call_id"], "content": content}
+        if "name" in item:
+            message["name"] = item["name"]
+        self._new(message, where, f"{where}.output")
         self._note("tool_call_id", f"{where}.call_id")
 
     def _text_parts(self, content: Any, types: tuple[str, ...], where: str) -> Any:
