@@ -89,6 +89,10 @@ class EngineCore:
             sequence.grammar = self._grammars.compile(params.grammar)
             self._compiling.append((sequence, sequence.grammar))
 
+    def prepare_grammars(self) -> None:
+        """For a process that serves: so that the first grammar delays nobody."""
+        self._grammars.prepare()
+
     def _vocabulary(self) -> Any:
         return Tokenizer(self.runner.folder).for_grammars(self.runner.model_config.vocab_size)
 

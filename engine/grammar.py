@@ -6,8 +6,10 @@ compiling and each token may take. Then it tells before every token which may co
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -15,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from .errors import RequestError
+from .errors import CheckpointError, RequestError
 
 MAX_GRAMMAR_CHARS = 1 << 18
+QUICK_SECONDS = 0.005  # for a token; what lies beyond is added up
+MAX_SLOW_SECONDS = 0.5  # of one answer
 WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -82,6 +86,7 @@ class Grammar:
 
     def __init__(self, compiling: Future[Any]) -> None:
         self.compiling = compiling
+        self._slow_seconds = 0.0
         self.is_ready = False  # until whoever asked has seen that it is sound
 
     @property
@@ -101,14 +106,21 @@ class Grammar:
 
     def fill(self, mask: np.ndarray) -> None:
         """Write which tokens may come next, a bit each; mask [ceil(V / 32)] int32. None, where something went wrong."""
-        if self._matcher.is_error() or self._matcher.is_stopped():
+        if self._matcher.is_error() or self._matcher.is_stopped() or self._slow_seconds > MAX_SLOW_SECONDS:
             mask.fill(0)
         else:
-            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            self._timed(self._matcher.unsafe_compute_mask_ptr, mask.ctypes.data, mask.nbytes)
 
     def accept(self, token_id: int) -> bool:
         """Whether the token could come. It has, from here on."""
-        return bool(self._matcher.consume_token(token_id))
+        return bool(self._timed(self._matcher.consume_token, token_id))
+
+    def _timed(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """The limits bound a grammar's work for one token, but many slow tokens would still delay everybody's."""
+        started = time.perf_counter()
+        result = work(*arguments)
+        self._slow_seconds += max(0.0, time.perf_counter() - started - QUICK_SECONDS)
+        return result
 
     @property
     def is_over(self) -> bool:
@@ -125,6 +137,12 @@ class GrammarCompiler:
 
     def compile(self, grammar: str) -> Grammar:
         return Grammar(self._thread.submit(lambda: make_matcher(grammar, self._tokenizer)))
+
+    def prepare(self) -> None:
+        """Load the vocabulary now: with 200,000 tokens it holds Python's lock for a second."""
+        if is_available():
+            with contextlib.suppress(CheckpointError):  # no tokenizer, no grammars
+                self._thread.submit(lambda: self._tokenizer).result()
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -91,6 +91,7 @@ def _serve(config: EngineConfig, link: Link) -> int:
 
     core = EngineCore(config, progress=sys.stderr.isatty())
     core.runner.hold_share()
+    core.prepare_grammars()
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: no collection need look at it between two steps
     link.send(core.info())

@@ -64,7 +64,14 @@ class Tokenizer:
         """The vocabulary as llguidance wants it, of as many ids as the model has logits. Takes a while."""
         from llguidance.hf import from_tokenizer
 
-        return from_tokenizer(self._hf, n_vocab=vocab_size, eos_token=sorted(self.eos_token_ids))
+        ends = (
+            sorted(self.eos_token_ids) or sorted(self.control_ids)[:1]
+        )  # where none ends a text, any that is not shown
+        if not ends:
+            raise RequestError(
+                "this checkpoint has no token that could end an answer; leave the grammar out", "grammar"
+            )
+        return from_tokenizer(self._hf, n_vocab=vocab_size, eos_token=ends)
 
     @property
     def has_chat_template(self) -> bool:

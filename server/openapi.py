@@ -35,10 +35,12 @@ def documented(
     body: type[RequestModel] | None = None,
     path: str | None = None,
     chunk: type[msgspec.Struct] | None = None,
+    named_events: Any = None,
 ) -> dict[str, Any]:
     """The keyword arguments of a route that gives `answer` (None = plain text) or an error.
 
-    `body` is what it takes as JSON, `path` the name of its path parameter, `chunk` what its server-sent events hold.
+    `body` is what it takes as JSON, `path` the name of its path parameter, `chunk` what its server-sent events hold;
+    or `named_events`, a union of structs whose tags are the names of the events.
     """
     errors += ANY_ROUTE + (WITH_BODY if body else ())
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
@@ -46,6 +48,8 @@ def documented(
         content = {"application/json": {"schema": _schema(answer)}}
     if chunk is not None:
         content["text/event-stream"] = {"schema": _events(chunk)}
+    if named_events is not None:
+        content["text/event-stream"] = {"schema": _named_events(named_events)}
     responses: dict[str, Any] = {"200": {"description": "the answer", "content": content}}
     responses |= {str(status): _error(status) for status in sorted(errors)}
     extra: dict[str, Any] = {"responses": responses}
@@ -69,7 +73,12 @@ def _events(chunk: type[msgspec.Struct]) -> dict[str, Any]:
     }
 
 
-def _schema(answer: type[msgspec.Struct]) -> dict[str, Any]:
+def _named_events(events: Any) -> dict[str, Any]:
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _schema(events)}
+    return {"type": "object", "required": ["event", "data"], "properties": {"event": {"type": "string"}, "data": data}}
+
+
+def _schema(answer: Any) -> dict[str, Any]:
     return _inline(msgspec.json.schema(answer))
 
 
@@ -111,7 +120,8 @@ def _inline(schema: dict[str, Any]) -> dict[str, Any]:
             return node
         if "$ref" in node:
             return resolve(definitions[node["$ref"].rsplit("/", 1)[-1]])
-        return {key: resolve(entry) for key, entry in node.items()}
+        # A discriminator maps to definitions, and says no more than the constants of the alternatives.
+        return {key: resolve(entry) for key, entry in node.items() if key != "discriminator"}
 
     resolved: dict[str, Any] = resolve(schema)
     return resolved

@@ -7,7 +7,7 @@ nothing. A field that nobody documents (routers add such) is left out and report
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import UnsupportedParameterError
@@ -105,7 +105,10 @@ UNSAFE_NAME_CHARS = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 
 def split_fields(
-    body: dict[str, Any], served: Iterable[str], foreign: Iterable[str] = ()
+    body: dict[str, Any],
+    served: Iterable[str],
+    foreign: Iterable[str] = (),
+    neutral_values: Mapping[str, tuple[Any, ...]] = NEUTRAL_VALUES,
 ) -> tuple[dict[str, Any], list[str]]:
     """Body fields without nulls -> (the served ones, the names that nobody documents).
 
@@ -118,8 +121,8 @@ def split_fields(
     for name, value in body.items():
         if name in served:
             known[name] = value
-        elif name in NEUTRAL_VALUES or name in foreign:
-            neutral = NEUTRAL_VALUES.get(name, FOREIGN_NEUTRAL_VALUES.get(name, ()))
+        elif name in neutral_values or name in foreign:
+            neutral = neutral_values.get(name, FOREIGN_NEUTRAL_VALUES.get(name, ()))
             refuse_unless_neutral(name, value, neutral)
         elif name not in ANNOTATIONS:
             unknown.append(name)

@@ -178,12 +178,10 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False  # vLLM: usage on every chunk
 
 
-class GenerationRequest(RequestModel):
-    """What both generation routes share."""
+class SamplingRequest(RequestModel):
+    """What every generation route shares."""
 
-    n: int = Field(1, ge=1, json_schema_extra={"maximum": MAX_N})
     stream: bool = False
-    stream_options: StreamOptions | None = None
     temperature: float | None = _within(0, 100)
     top_p: float | None = _within(0, 1, open_low=True)
     presence_penalty: float = _within(-2, 2, default=0.0)
@@ -201,10 +199,16 @@ class GenerationRequest(RequestModel):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX)
-    return_token_ids: bool = False
-    structured_outputs: StructuredInput = None
-    # OpenAI's for chat, vLLM's for completions
-    response_format: ResponseFormatInput = None
+
+
+class GenerationRequest(SamplingRequest):
+    """What completions and chat share."""
+
+    n: int = Field(1, ge=1, json_schema_extra={"maximum": MAX_N})
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormatInput = None  # OpenAI's for chat, vLLM's for completions
+    return_token_ids: bool = False  # vLLM
+    structured_outputs: StructuredInput = None  # vLLM
 
 
 class CompletionRequest(GenerationRequest):

@@ -66,6 +66,7 @@ async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | N
         name = settings.served_model_name or _model_name(settings.model)
         llm = AsyncLLM(client, tokenizer, max_queue_seconds=settings.max_queue_seconds)
         app = create_app(llm, settings, model_name=name, tracer=tracer)
+        app.state.server.grammars.prepare()
         address = _address(*listener.getsockname()[:2])
         listener.listen(BACKLOG)  # who reads the address may come at once; uvicorn takes them a moment later
         print(banner(info, name=name, address=address, needs_key=_needs_key(settings)), flush=True)

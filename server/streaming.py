@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import describe, log_failure
+from .errors import ApiError, describe, log_failure
 from .generation import Event, Events, unless_disconnected
 
 ENCODE = msgspec.json.Encoder().encode
@@ -27,6 +27,7 @@ class EventStream(Response):
     """A stream of chunks that begins with `first`, ends with [DONE], and is aborted when the client leaves."""
 
     media_type = "text/event-stream"
+    end = DONE
 
     def __init__(
         self, first: Event, rest: Events, render: Render, render_end: RenderEnd, headers: dict[str, str]
@@ -47,32 +48,61 @@ class EventStream(Response):
         async with aclosing(self._rest) as rest:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
-                await _send_body(send, _encode(self._render(self._first)))
+                await _send_body(send, self._encode(self._render(self._first)))
                 async for event in rest:
-                    frames = _encode(self._render(event))
+                    frames = self._encode(self._render(event))
                     if frames:
                         await _send_body(send, frames)
-                tail = _encode(self._render_end())
+                tail = self._encode(self._render_end())
             except OSError:
                 raise
             except Exception as error:
                 tail = self._fail(scope, error)
-            await _send_body(send, tail + DONE, more=False)
+            await _send_body(send, tail + self.end, more=False)
 
     def _fail(self, scope: Scope, error: Exception) -> bytes:
         """The status has been sent, so the error goes the way of the chunks."""
         answer = describe(error)
         log_failure(scope["state"]["request_id"], error, answer)
         scope["app"].state.server.metrics.count_refusal(answer.reason)
-        return b"data: " + answer.envelope() + b"\n\n"
+        return self._encode_failure(answer)
+
+    def _encode(self, chunks: Iterable[msgspec.Struct]) -> bytes:
+        frames = b""
+        for chunk in chunks:
+            frames += b"data: %b\n\n" % ENCODE(chunk)
+        return frames
+
+    def _encode_failure(self, answer: ApiError) -> bytes:
+        return b"data: %b\n\n" % answer.envelope()
+
+
+class NamedEventStream(EventStream):
+    """The same with the name of each event, which is its struct's tag, before its data, and without [DONE]."""
+
+    end = b""
+
+    def __init__(
+        self,
+        first: Event,
+        rest: Events,
+        render: Render,
+        render_failure: Callable[[ApiError], Iterable[msgspec.Struct]],
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(first, rest, render, tuple, headers)
+        self._render_failure = render_failure
+
+    def _encode(self, chunks: Iterable[msgspec.Struct]) -> bytes:
+        frames = b""
+        for chunk in chunks:
+            name = str(chunk.__struct_config__.tag).encode()
+            frames += b"event: %b\ndata: %b\n\n" % (name, ENCODE(chunk))
+        return frames
+
+    def _encode_failure(self, answer: ApiError) -> bytes:
+        return self._encode(self._render_failure(answer))
 
 
 async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
-def _encode(chunks: Iterable[msgspec.Struct]) -> bytes:
-    frames = b""
-    for chunk in chunks:
-        frames += b"data: %b\n\n" % ENCODE(chunk)
-    return frames

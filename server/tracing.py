@@ -20,7 +20,7 @@ from .generation import Events
 from .protocol import GenerationRequest
 from .sampling import Job
 
-OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+OPERATIONS = {"/v1/chat/completions": "chat", "/v1/responses": "chat", "/v1/completions": "text_completion"}
 ABORTED = "client_disconnected"
 
 

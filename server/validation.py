@@ -7,6 +7,7 @@ fit of the context. Nothing behind this module checks a request again.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -57,13 +58,17 @@ class Prepared(Generic[G]):
     request: G
     prompts: list[Prompt]
     jobs: list[Job]
-    headers: dict[str, str]  # x-ignored-parameters, when there are such
+    ignored: list[str]  # names of fields left out
     answer: AnswerFormat = field(default_factory=AnswerFormat)  # how chat reads what comes
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return ignored_header(self.ignored)
 
 
 async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
     state = ServerState.of(http)
-    request, ignored = await _read_typed(http, CompletionRequest, foreign=ChatRequest)
+    request, ignored = _as_typed(await read_body(http), state, CompletionRequest, ChatRequest)
     _check_generation(request, state)
     if request.max_tokens == 0 and not request.echo:
         raise RequestError("max_tokens must be at least 1 without echo, got 0", "max_tokens")
@@ -86,8 +91,14 @@ async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
 
 
 async def prepare_chat(http: Request) -> Prepared[ChatRequest]:
-    state = ServerState.of(http)
-    request, ignored = await _read_typed(http, ChatRequest, foreign=CompletionRequest)
+    return await prepare_conversation(await read_body(http), ServerState.of(http))
+
+
+async def prepare_conversation(
+    body: dict[str, Any], state: ServerState, ignored: Sequence[str] = ()
+) -> Prepared[ChatRequest]:
+    """`body` is chat's, whichever route took it, and `ignored` what that route left out already."""
+    request, ignored = _as_typed(body, state, ChatRequest, CompletionRequest, ignored)
     _check_generation(request, state)
     asked = _read_chat_bound(request)
     _check_logprobs("top_logprobs", request.top_logprobs, state)
@@ -117,32 +128,42 @@ async def prepare_chat(http: Request) -> Prepared[ChatRequest]:
 
 async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], dict[str, str]]:
     state = ServerState.of(http)
-    request, ignored = await _read_typed(http, TokenizeRequest)
+    request, ignored = _as_typed(await read_body(http), state, TokenizeRequest)
+    headers = ignored_header(ignored)
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("send exactly one of prompt and messages", "prompt")
     if request.tools and request.messages is None:
         raise RequestError("tools need messages", "tools")
     if request.prompt is None:
-        return request, await encode_messages(request, state, request.tools), ignored
+        return request, await encode_messages(request, state, request.tools), headers
     text, add_special_tokens = request.prompt, request.add_special_tokens is not False
     encode = state.llm.tokenizer.encode
     tokens = await off_loop(len(text), lambda: encode(text, add_special_tokens=add_special_tokens))
-    return request, tokens, ignored
+    return request, tokens, headers
 
 
 async def prepare_detokenize(http: Request) -> tuple[DetokenizeRequest, dict[str, str]]:
-    request, ignored = await _read_typed(http, DetokenizeRequest)
-    check_token_ids(request.tokens, ServerState.of(http).llm.client.info, "tokens")
-    return request, ignored
-
-
-async def _read_typed(
-    http: Request, model: type[R], foreign: type[RequestModel] | None = None
-) -> tuple[R, dict[str, str]]:
-    """The typed request, and the header that lists what was left out of it."""
     state = ServerState.of(http)
-    body = drop_nulls(await read_json(http, state.settings.max_body_depth))
-    fields, ignored = split_fields(body, model.model_fields, foreign.model_fields if foreign else ())
+    request, ignored = _as_typed(await read_body(http), state, DetokenizeRequest)
+    check_token_ids(request.tokens, state.llm.client.info, "tokens")
+    return request, ignored_header(ignored)
+
+
+async def read_body(http: Request) -> dict[str, Any]:
+    """The fields of a request that are not null. Raises `RequestError`."""
+    return drop_nulls(await read_json(http, ServerState.of(http).settings.max_body_depth))
+
+
+def _as_typed(
+    body: dict[str, Any],
+    state: ServerState,
+    model: type[R],
+    foreign: type[RequestModel] | None = None,
+    left_out: Sequence[str] = (),
+) -> tuple[R, list[str]]:
+    """The typed request, and the names of what was left out of it, `left_out` first."""
+    fields, unknown = split_fields(body, model.model_fields, foreign.model_fields if foreign else ())
+    ignored = [*left_out, *unknown]
     if "stream_options" in fields:
         ignored += _clean_stream_options(fields)
     if "messages" in fields:
@@ -151,16 +172,21 @@ async def _read_typed(
     if "tools" in fields:
         fields["tools"], unknown = read_tools(fields["tools"])
         ignored += unknown
-    try:
-        request = model.model_validate(fields)
-    except ValidationError as error:
-        raise _as_request_error(error) from None
+    request = typed(model, fields)
     if request.model is not None and request.model != state.model_name:
         shown = request.model[:MAX_SHOWN_CHARS]
         raise UnknownModelError(f"the model {shown!r} is not served here; this is {state.model_name!r}", "model")
     if ignored:
         state.metrics.count_ignored()
-    return request, ignored_header(ignored)
+    return request, ignored
+
+
+def typed(model: type[R], fields: dict[str, Any]) -> R:
+    """Raises `RequestError` naming the first field of a wrong type."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _as_request_error(error) from None
 
 
 def _clean_stream_options(fields: dict[str, Any]) -> list[str]:

@@ -108,7 +108,7 @@ def test_a_bad_grammar_among_others_in_the_engine(tiny):
     bad = request("bad", random_prompt(5, 2), max_tokens=8, grammar="start: (((")
     answers = drain(core, bad, request("good", random_prompt(9, 1), max_tokens=8))
     assert answers["good"].token_ids == alone.token_ids
-    assert answers["bad"].finish_reason == "error" and not answers["bad"].token_ids
+    assert answers["bad"].finish_reason == "error" and "start: (((" in answers["bad"].error
 
 
 def test_where_nothing_is_allowed_that_request_fails_alone(tiny, monkeypatch):
@@ -118,7 +118,18 @@ def test_where_nothing_is_allowed_that_request_fails_alone(tiny, monkeypatch):
     bound = request("bound", random_prompt(5, 2), max_tokens=8, grammar="start: /a+/\n")
     answers = drain(core, bound, request("good", random_prompt(9, 1), max_tokens=8))
     assert answers["good"].token_ids == alone.token_ids
-    assert answers["bound"].finish_reason == "error"
+    assert answers["bound"].finish_reason == "error" and "allows no token" in answers["bound"].error
+
+
+def test_a_grammar_that_is_slow_again_and_again_fails_alone(tiny, monkeypatch):
+    monkeypatch.setattr(grammar, "QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(grammar, "MAX_SLOW_SECONDS", 0.0)
+    core = make_core(tiny.folder)
+    alone = answer(core, random_prompt(9, 1), max_tokens=8)
+    slow = request("slow", random_prompt(5, 2), max_tokens=8, grammar="start: /a+/\n")
+    answers = drain(core, slow, request("good", random_prompt(9, 1), max_tokens=8))
+    assert answers["good"].token_ids == alone.token_ids
+    assert answers["slow"].finish_reason == "error" and len(answers["slow"].token_ids) == 1
 
 
 def test_without_the_extra_it_is_refused_by_name(tiny, monkeypatch):

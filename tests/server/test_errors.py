@@ -8,7 +8,7 @@ import pytest
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/v1", "/v1/responses", "/v1/completions/", "//v1/completions", "/V1/models", "/redoc", "/%0d%0a"],
+    ["/", "/v1", "/v1/responses/x", "/v1/completions/", "//v1/completions", "/V1/models", "/redoc", "/%0d%0a"],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 async def test_an_unknown_route_is_404_in_the_envelope(client, error_of, method, path):
@@ -21,6 +21,7 @@ async def test_an_unknown_route_is_404_in_the_envelope(client, error_of, method,
     [
         ("GET", "/v1/completions", "POST"),
         ("PUT", "/v1/chat/completions", "POST"),
+        ("GET", "/v1/responses", "POST"),
         ("POST", "/v1/models", "GET"),
         ("DELETE", "/v1/models/tiny", "GET"),
         ("OPTIONS", "/tokenize", "POST"),
@@ -167,6 +168,7 @@ async def test_openapi_names_every_route_and_body(client):
     expected = {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/responses",
         "/v1/models",
         "/v1/models/{model_id}",
         "/tokenize",

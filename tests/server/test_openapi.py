@@ -27,7 +27,7 @@ CHECKS = [
     negative_data_rejection,
     unsupported_method,
 ]
-GENERATE = ["/v1/completions", "/v1/chat/completions"]
+GENERATE = ["/v1/completions", "/v1/chat/completions", "/v1/responses"]
 TAKE_A_BODY = [*GENERATE, "/tokenize", "/detokenize"]
 ROUTERS = ["/load", "/server_info", "/get_model_info"]
 OTHERS = ["/v1/models", "/v1/models/{model_id}", "/health", "/version", "/metrics", *ROUTERS]

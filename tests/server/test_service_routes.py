@@ -27,11 +27,17 @@ async def test_health_is_200_only_while_the_engine_answers_and_the_server_stays(
     error_of(await client.get("/health"), 503)
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-async def test_new_work_is_refused_while_draining_or_dead(make_app, make_client, engine, error_of, path):
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/responses", {"input": "a"}),
+    ],
+)
+async def test_new_work_is_refused_while_draining_or_dead(make_app, make_client, engine, error_of, path, body):
     app = make_app()
     client = make_client(app)
-    body = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
     app.state.draining = True
     response = await client.post(path, json=body)
     assert "draining" in error_of(response, 503)["message"]

@@ -37,7 +37,9 @@ JSON = {"content-type": "application/json"}
         b'{"x": ' + b'{"a":' * 100_000,
     ],
 )
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"]
+)
 async def test_bytes_that_are_not_one_sound_json_object_are_400(client, error_of, path, raw):
     error = error_of(await client.post(path, content=raw, headers=JSON), 400)
     assert error["type"] == "invalid_request_error"

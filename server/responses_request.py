@@ -1,0 +1,213 @@
+"""The body of /v1/responses, and the chat request that it amounts to: every bound and every error is chat's, under the
+name of the field that the client sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import Field, WithJsonSchema
+from starlette.requests import Request
+
+from ..engine.errors import RequestError
+from ..engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from .errors import UnsupportedParameterError
+from .json_body import drop_nulls, json_type
+from .parameters import NEUTRAL_VALUES, refuse_unless_neutral, split_fields
+from .protocol import INT32_MAX, ChatRequest, CompletionRequest, SamplingRequest
+from .responses_input import Conversation, FieldNames
+from .responses_types import Settings
+from .state import ServerState
+from .tools import MAX_TOOLS, NAME
+from .validation import Prepared, prepare_conversation, read_body, typed
+
+LOGPROBS = "message.output_text.logprobs"
+TEXT_FORMAT = {"type": "text"}
+MAX_METADATA = 16  # OpenAI's
+MAX_INCLUDED = 16
+# Documented for this route or for another one, not served here -> the values that ask for nothing.
+RESPONSES_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = NEUTRAL_VALUES | {
+    "access_programs": (),
+    "background": (False,),
+    "background_options": (),
+    "context_management": ([],),
+    "conversation": (),
+    "image": (),
+    "logprobs": (False,),
+    "max_tool_calls": (),
+    "n": (1,),
+    "previous_response_id": (),
+    "prompt": (),
+    "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
+    "return_token_ids": (False,),
+    "stream_options": ({}, {"include_obfuscation": False}),
+    "truncation": ("disabled",),
+}
+TOOL_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "allowed_callers": (["direct"],),
+    "async": (False,),
+    "defer_loading": (False,),
+    "output_schema": (),
+}
+
+InputItems = Annotated[
+    Any,
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "object"}}]}),
+]
+ResponsesTools = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "array",
+            "maxItems": MAX_TOOLS,
+            "items": {
+                "type": "object",
+                "required": ["type", "name"],
+                "properties": {
+                    "type": {"enum": ["function"]},
+                    "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
+                    "description": {"type": "string"},
+                    "parameters": {"type": "object"},
+                    "strict": {"type": "boolean"},
+                },
+            },
+        }
+    ),
+]
+ResponsesToolChoice = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]})
+]
+
+
+class ResponsesRequest(SamplingRequest):
+    input: InputItems
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=INT32_MAX)  # what the context has left
+    include: list[str] = Field([], max_length=MAX_INCLUDED)
+    top_logprobs: int = Field(0, json_schema_extra={"minimum": 0, "maximum": MAX_LOGPROBS})
+    text: dict[str, Any] = Field({})
+    tools: ResponsesTools = None
+    tool_choice: ResponsesToolChoice = None  # auto where there are tools
+    parallel_tool_calls: bool = True
+    metadata: dict[str, str] = Field({}, max_length=MAX_METADATA)
+    user: str | None = None
+
+    def settings(self, model_name: str, params: SamplingParams) -> Settings:
+        """What the response repeats of its request."""
+        return Settings(
+            model=model_name,
+            instructions=self.instructions,
+            max_output_tokens=self.max_output_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_logprobs=self.top_logprobs,
+            text={"format": self.text.get("format") or TEXT_FORMAT},
+            tools=[{"parameters": None, "strict": False} | drop_nulls(tool) for tool in self.tools or []],
+            tool_choice=self.tool_choice or "auto",
+            parallel_tool_calls=self.parallel_tool_calls,
+            metadata=self.metadata,
+            user=self.user,
+        )
+
+
+@dataclass(frozen=True)
+class PreparedResponse:
+    """A request that can be served."""
+
+    request: ResponsesRequest
+    chat: Prepared[ChatRequest]
+
+
+async def prepare_response(http: Request) -> PreparedResponse:
+    foreign = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
+    body = await read_body(http)
+    fields, ignored = split_fields(body, ResponsesRequest.model_fields, foreign, RESPONSES_NEUTRAL_VALUES)
+    request = typed(ResponsesRequest, fields)
+    names = FieldNames()
+    chat_body, unknown = _as_chat(request, names)
+    try:
+        chat = await prepare_conversation(chat_body, ServerState.of(http), ignored + unknown)
+    except RequestError as error:
+        raise names.renamed(error) from None
+    left_out = [name.replace("tools[].function.", "tools[].") for name in chat.ignored]
+    return PreparedResponse(request, replace(chat, ignored=left_out))
+
+
+def _as_chat(request: ResponsesRequest, names: FieldNames) -> tuple[dict[str, Any], list[str]]:
+    """The body of a chat request, and the names of the fields nobody documents. Raises `RequestError`."""
+    shared = request.model_fields_set & ChatRequest.model_fields.keys()
+    body = {name: getattr(request, name) for name in sorted(shared)}
+    conversation = Conversation(names)
+    if request.instructions is not None:
+        conversation.add_text("system", request.instructions, "instructions")
+    if isinstance(request.input, str):
+        conversation.add_text("user", request.input, "input")
+    else:
+        conversation.add_items(request.input)
+    response_format, unknown = _read_format(request.text)
+    body |= {
+        "messages": conversation.messages,
+        "max_completion_tokens": request.max_output_tokens,
+        "logprobs": _read_include(request),
+        "response_format": response_format,
+        "tools": _read_tools(request.tools, names),
+        "tool_choice": _read_tool_choice(request.tool_choice),
+    }
+    return drop_nulls(body), [*conversation.unknown, *unknown]
+
+
+def _read_include(request: ResponsesRequest) -> bool:
+    """Whether log-probabilities are asked for."""
+    for index, name in enumerate(request.include):
+        if name != LOGPROBS:
+            where = f"include[{index}]"
+            raise UnsupportedParameterError(f"{where} must be {LOGPROBS!r}, got {name[:80]!r}", where)
+    if request.top_logprobs and not request.include:
+        raise RequestError(f"top_logprobs needs include: [{LOGPROBS!r}]", "top_logprobs")
+    return bool(request.include)
+
+
+def _read_format(text: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
+    """Chat's `response_format`, and the names of the fields nobody documents."""
+    unknown = []
+    for name, value in drop_nulls(text).items():
+        if name == "verbosity":
+            refuse_unless_neutral("text.verbosity", value, NEUTRAL_VALUES["verbosity"])
+        elif name != "format":
+            unknown.append(f"text.{name}")
+    value = text.get("format")
+    if value is not None and not isinstance(value, dict):
+        raise RequestError(f"text.format must be an object, got {json_type(value)}", "text.format")
+    if value is None or value.get("type") != "json_schema":
+        return value, unknown
+    schema = {name: entry for name, entry in value.items() if name != "type"}
+    return {"type": "json_schema", "json_schema": schema}, unknown
+
+
+def _read_tools(tools: Any, names: FieldNames) -> Any:
+    """Flat tools as chat's; what is no list of objects stays, for `tools.read_tools` to refuse."""
+    if not isinstance(tools, list):
+        return tools
+    return [
+        _nested(entry, f"tools[{index}]", names) if isinstance(entry, dict) else entry
+        for index, entry in enumerate(tools)
+    ]
+
+
+def _nested(tool: dict[str, Any], where: str, names: FieldNames) -> dict[str, Any]:
+    names.note(f"{where}.function", where)
+    function = drop_nulls({name: value for name, value in tool.items() if name != "type"})
+    for name in TOOL_NEUTRAL_VALUES.keys() & function.keys():
+        refuse_unless_neutral(f"{where}.{name}", function.pop(name), TOOL_NEUTRAL_VALUES[name])
+    return {"type": tool.get("type"), "function": function}
+
+
+def _read_tool_choice(value: Any) -> Any:
+    if isinstance(value, dict):
+        function = {name: entry for name, entry in value.items() if name != "type"}
+        return {"type": value.get("type"), "function": function}
+    if value not in (None, "none", "auto", "required"):
+        shown = repr(value)[:80] if isinstance(value, str) else json_type(value)
+        allowed = 'none, auto, required or {"type": "function", "name": ...}'
+        raise RequestError(f"tool_choice must be {allowed}, got {shown}", "tool_choice")
+    return value

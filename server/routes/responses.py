@@ -1,0 +1,35 @@
+"""POST /v1/responses."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..generation import first_event, generate, traced, unless_disconnected
+from ..openapi import GENERATING, documented
+from ..responses import json_response
+from ..responses_request import ResponsesRequest, prepare_response
+from ..responses_types import ResponseObject, StreamEvent
+from ..responses_writer import ResponseWriter
+from ..state import ServerState, refuse_unless_ready
+from ..streaming import NamedEventStream
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/responses",
+    **documented(ResponseObject, *GENERATING, body=ResponsesRequest, named_events=StreamEvent),
+)
+async def create_response(http: Request) -> Response:
+    """Answer a conversation in OpenAI's newer shape. Nothing is stored: the client sends the conversation each time."""
+    refuse_unless_ready(http)
+    prepared = await prepare_response(http)
+    request, chat = prepared.request, prepared.chat
+    writer = ResponseWriter(ServerState.of(http), request, chat)
+    events = traced(http, chat, writer.id, generate(ServerState.of(http), chat.jobs, writer.id))
+    if not request.stream:
+        return json_response(await unless_disconnected(http.receive, writer.whole(events)), chat.headers)
+    first = await unless_disconnected(http.receive, first_event(events))
+    return NamedEventStream(first, events, writer.render, writer.render_failure, chat.headers)
