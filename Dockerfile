@@ -14,7 +14,7 @@ ARG TORCH_INDEX=""
 RUN /opt/leyden/bin/pip install --no-cache-dir -c constraints.txt \
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 COPY . leyden
-RUN /opt/leyden/bin/pip install --no-cache-dir -c constraints.txt ./leyden
+RUN /opt/leyden/bin/pip install --no-cache-dir -c constraints.txt './leyden[structured]'
 
 FROM ${BASE}
 # Triton compiles its launchers at run time: a C compiler and the Python headers, and nothing else.

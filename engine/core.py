@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from typing import Any
 
 import msgspec
 import torch
@@ -12,14 +13,21 @@ import torch
 from ..configs.schema import EngineConfig
 from .block_manager import BlockManager
 from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, RequestError
+from .grammar import Grammar, GrammarCompiler
+from .grammar import require as require_grammars
 from .messages import AddRequest, EngineInfo, EngineStats
 from .model_runner import LaunchedStep, ModelRunner
 from .outputs import ErrorCode, StepOutput, TokenLogprobs
 from .scheduler import ScheduledBatch, Scheduler
 from .sequence import Sequence, Status
 from .slots import SlotManager
+from .tokenizer import Tokenizer
 
 logger = logging.getLogger("leyden.engine")
+
+COMPILER_SECONDS = 0.001
+BAD_LOGITS = "the model gave NaN or infinite logits for this request"
+NOTHING_ALLOWED = "the grammar of this request allows no token here, or the model gave NaN or infinite logits"
 
 EXPIRY_SECONDS = 0.25
 QUEUE_TIMEOUT = "the request waited too long for its start (setting max_queue_seconds); try again later"
@@ -47,6 +55,8 @@ class EngineCore:
         on_cuda = self.runner.device.type == "cuda"
         self._is_async = on_cuda if config.async_scheduling is None else config.async_scheduling
         self._in_flight: LaunchedStep | None = None
+        self._grammars = GrammarCompiler(self._vocabulary)
+        self._compiling: list[tuple[Sequence, Grammar]] = []  # grammars that are not known to be sound
 
     @property
     def has_work(self) -> bool:
@@ -60,22 +70,27 @@ class EngineCore:
         self._arrivals += 1
         limit = request.max_queue_seconds
         seed = params.seed if params.seed is not None else (self.config.seed << 32) + self._arrivals
-        self.scheduler.add(
-            Sequence(
-                request_id=request.request_id,
-                prompt_token_ids=request.prompt_token_ids,
-                sampling_params=params,
-                eos_token_ids=frozenset(self.runner.model_config.eos_token_ids if eos is None else eos),
-                max_tokens=max_tokens,
-                priority=request.priority,
-                arrival=self._arrivals,
-                seed=seed,
-                num_siblings=request.num_siblings if max_tokens else 0,
-                leader=self._leader_of(request, max_tokens),
-                deadline=math.inf if limit is None else time.monotonic() + limit,
-                arrived_at=time.perf_counter(),
-            )
+        sequence = Sequence(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling_params=params,
+            eos_token_ids=frozenset(self.runner.model_config.eos_token_ids if eos is None else eos),
+            max_tokens=max_tokens,
+            priority=request.priority,
+            arrival=self._arrivals,
+            seed=seed,
+            num_siblings=request.num_siblings if max_tokens else 0,
+            leader=self._leader_of(request, max_tokens),
+            deadline=math.inf if limit is None else time.monotonic() + limit,
+            arrived_at=time.perf_counter(),
         )
+        self.scheduler.add(sequence)
+        if params.grammar is not None:  # only for who is admitted
+            sequence.grammar = self._grammars.compile(params.grammar)
+            self._compiling.append((sequence, sequence.grammar))
+
+    def _vocabulary(self) -> Any:
+        return Tokenizer(self.runner.folder).for_grammars(self.runner.model_config.vocab_size)
 
     def _leader_of(self, request: AddRequest, max_tokens: int) -> Sequence | None:
         """Whose prompt this request can copy. One that wants its own prompt's scores computes it."""
@@ -101,6 +116,8 @@ class EngineCore:
             if ids and not 0 <= min(ids) <= max(ids) < vocab:
                 wrong = next(i for i in ids if not 0 <= i < vocab)
                 raise RequestError(f"{name} holds token id {wrong}; ids must be in [0, {vocab})", name)
+        if params.grammar is not None:
+            require_grammars("grammar")
         room = self.max_model_len - len(prompt)
         if room < (1 if params.max_tokens is None else params.max_tokens):
             raise ContextLengthError(
@@ -119,7 +136,7 @@ class EngineCore:
         device then never waits for the host. A sequence that turns out to have ended is computed once too often; its
         slot and blocks are free for those that are launched after that."""
         started = time.perf_counter()
-        expired = self._expire(time.monotonic())
+        refused = [*self._expire(time.monotonic()), *self._refuse_bad_grammars()]
         batch = self.scheduler.schedule()
         scheduled = time.perf_counter()
         _end_queueing(batch, scheduled)
@@ -129,12 +146,14 @@ class EngineCore:
             _keep_prompt_logprobs(launched)
             self.scheduler.update(batch)
             self._stats.steps_total += 1
+        elif self._compiling and self._in_flight is None:
+            time.sleep(COMPILER_SECONDS)  # nothing else to do: leave the processor to it
         if self._is_async:
             launched, self._in_flight = self._in_flight, launched
         waiting = time.perf_counter()
         tokens, logprobs = launched.wait() if launched else ([], [])
         waited = time.perf_counter() - waiting
-        outputs = expired + (self._collect(launched.completing, tokens, logprobs) if launched else [])
+        outputs = refused + (self._collect(launched.completing, tokens, logprobs) if launched else [])
         seconds = time.perf_counter() - started
         self._stats.step_seconds_total += seconds
         self._stats.schedule_seconds_total += scheduled - started
@@ -197,6 +216,20 @@ class EngineCore:
         self._next_look = now + EXPIRY_SECONDS
         return [refusal(late.request_id, QueueTimeoutError(QUEUE_TIMEOUT)) for late in self.scheduler.expire(now)]
 
+    def _refuse_bad_grammars(self) -> list[StepOutput]:
+        """Refuse those whose grammar turned out not to compile. The others are admitted from now on."""
+        outputs = []
+        for sequence, grammar in self._compiling.copy():
+            if not grammar.is_compiled:
+                continue
+            self._compiling.remove((sequence, grammar))
+            error = grammar.error
+            grammar.is_ready = error is None
+            if error is not None and sequence.status is not Status.FINISHED:
+                self.scheduler.finish(sequence)
+                outputs.append(refusal(sequence.request_id, RequestError(f"grammar: {error}", "grammar")))
+        return outputs
+
     def _collect(
         self, rows: list[tuple[Sequence, int]], tokens: list[int], logprobs: list[TokenLogprobs | None]
     ) -> list[StepOutput]:
@@ -208,7 +241,7 @@ class EngineCore:
             if sequence.status is finished:
                 continue
             ends = index + 1 >= sequence.max_tokens or token_id in sequence.stop_ids
-            if token_id < 0 or ends or index == 0 or entry is not None:
+            if token_id < 0 or ends or index == 0 or entry is not None or sequence.grammar is not None:
                 outputs.append(self._advance(sequence, index, token_id, entry))
             else:  # nearly always
                 sequence.output_token_ids[index] = token_id
@@ -218,17 +251,23 @@ class EngineCore:
 
     def _advance(self, sequence: Sequence, index: int, token_id: int, logprobs: TokenLogprobs | None) -> StepOutput:
         """Take the index-th token of the sequence's answer."""
+        grammar = sequence.grammar
         if token_id < 0:
-            output = _bad_logits(sequence.request_id)
+            output = _failure(sequence, BAD_LOGITS if grammar is None else NOTHING_ALLOWED)
+        elif grammar is not None and sequence.max_tokens and not grammar.accept(token_id):
+            output = _failure(sequence, NOTHING_ALLOWED)
         elif sequence.max_tokens == 0:
             output = StepOutput(request_id=sequence.request_id, finish_reason="length")
         else:
             sequence.output_token_ids[index] = token_id
             reason = sequence.finish_reason(index)
+            is_over = grammar is not None and grammar.is_over
+            if is_over:
+                reason = "stop"
             output = StepOutput(request_id=sequence.request_id, token_ids=[token_id], finish_reason=reason)
             if logprobs is not None:
                 output.logprobs = [logprobs]
-            if reason == "stop":
+            if reason == "stop" and not (is_over and token_id not in sequence.stop_ids):
                 output.stop_token_id = token_id
         if index == 0:
             self._stats.prompt_tokens_total += sequence.num_prompt_tokens
@@ -247,10 +286,9 @@ def _end_queueing(batch: ScheduledBatch, now: float) -> None:
             sequence.queue_seconds = now - sequence.arrived_at
 
 
-def _bad_logits(request_id: str) -> StepOutput:
-    message = "the model gave NaN or infinite logits for this request"
-    logger.error(message, extra={"request_id": request_id})
-    return StepOutput(request_id=request_id, finish_reason="error", error_code="internal", error=message)
+def _failure(sequence: Sequence, message: str) -> StepOutput:
+    logger.error("request %s: %s", sequence.request_id, message)
+    return StepOutput(request_id=sequence.request_id, finish_reason="error", error_code="internal", error=message)
 
 
 def _keep_prompt_logprobs(step: LaunchedStep) -> None:

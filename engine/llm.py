@@ -134,6 +134,8 @@ class LLM:
     def _step(self, streams: dict[str, tuple[int, TextStream]]) -> Iterator[tuple[int, RequestOutput]]:
         for step in self.core.step():
             index, stream = streams[step.request_id]
+            if step.error_code == "invalid":  # known only now: a grammar that does not compile
+                raise RequestError(step.error or "invalid", step.error_param)
             output = stream.push(step)
             if output.finish_reason is not None:
                 del streams[step.request_id]

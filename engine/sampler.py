@@ -47,6 +47,8 @@ class SamplingBatch:
     prompt_at: Tensor  # [..] int64 in [slots, V], tokens of their prompts
     answer_at: Tensor  # [..] int64 in [slots, V], tokens of their answers so far
     logprob_rows: Tensor  # [R] int64 in [N]
+    mask_rows: Tensor  # [G] int64 in [N], those that a grammar constrains
+    mask: Tensor  # [G, ceil(V / 32)] int32, a bit for each token that may come
 
     @classmethod
     def of(cls, arrays: Mapping[str, Tensor] | Upload) -> SamplingBatch:
@@ -123,7 +125,7 @@ class Sampler:
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
         """Draw the next token of each row. logits: [N, V], not changed.
 
-        The order is that of vLLM: logit bias, min_tokens and penalties, then temperature, min-p, top-k, top-p.
+        The order is that of vLLM: logit bias, min_tokens, penalties, grammars, then temperature, min-p, top-k, top-p.
         Log-probabilities are of the raw logits.
         """
         adjusted = self._adjust(logits, batch)
@@ -141,13 +143,16 @@ class Sampler:
 
     def _adjust(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """Logits after everything that looks at a sequence's own tokens; `logits` itself when no row asks for it."""
-        if not batch.bias_at.shape[0] and not batch.penalised_rows.shape[0]:
+        if not (batch.bias_at.shape[0] or batch.penalised_rows.shape[0] or batch.mask_rows.shape[0]):
             return logits
         adjusted = logits.to(torch.float32, copy=True)
         adjusted.view(-1).scatter_add_(0, batch.bias_at, batch.bias)
         if batch.penalised_rows.shape[0]:
             self._count_anew(batch)
             adjusted[batch.penalised_rows] = self._penalise(adjusted[batch.penalised_rows], batch)
+        if batch.mask_rows.shape[0]:
+            allowed = _unpack(batch.mask, adjusted.shape[1])
+            adjusted[batch.mask_rows] = adjusted[batch.mask_rows].masked_fill_(~allowed, float("-inf"))
         return adjusted
 
     def _count_anew(self, batch: SamplingBatch) -> None:
@@ -164,6 +169,12 @@ class Sampler:
         times = counts >> 1
         penalty = batch.presence[:, None] + batch.frequency[:, None] * times
         return x - torch.where(times > 0, penalty, 0.0)
+
+
+def _unpack(mask: Tensor, size: int) -> Tensor:
+    """[G, W] int32 -> its bits as bool [G, size], the lowest of each word first."""
+    bits = torch.arange(32, dtype=torch.int32, device=mask.device)
+    return ((mask[:, :, None] >> bits) & 1).bool().flatten(1)[:, :size]
 
 
 def token_logprobs(raw: Tensor, token_ids: Tensor, num_top: list[int]) -> list[TokenLogprobs]:

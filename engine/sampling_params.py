@@ -28,7 +28,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     temperature 0 is greedy. top_k 0 or -1, top_p 1, min_p 0, penalties 0 (repetition 1) switch a filter off. `seed`
     makes the drawn tokens a function of the sequence alone, whatever else is in the batch. `logprobs` is the number of
     alternatives to report per token (0 = the chosen token alone, None = off); `prompt_logprobs` the same for the
-    prompt. max_tokens 0 computes the prompt and stops; None means up to the context length.
+    prompt. `grammar` says what the answer may be, in llguidance's Lark (`engine.grammar` makes it of JSON schemas and
+    the like). max_tokens 0 computes the prompt and stops; None means up to the context length.
     """
 
     temperature: float = 1.0
@@ -49,6 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -83,6 +85,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for name in _OPTIONAL_INTEGERS:
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), int, "an integer or None")
+        if self.grammar is not None and not isinstance(self.grammar, str):
+            raise RequestError(f"grammar must be a string or None, got {_shown(self.grammar)}", "grammar")
         for name in _BOOLEANS:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, got {_shown(getattr(self, name))}", name)

@@ -25,7 +25,9 @@ class SamplingRows:
         self._is_drawn = any(not p.is_greedy for p in params)
         self._biased = [row for row, p in enumerate(params) if p.logit_bias or p.min_tokens]
         self._penalised = [row for row, p in enumerate(params) if _is_penalised(p)]
-        self.is_plain = not (self._biased or self._penalised or any(num is not None for num in self.num_top))
+        self._constrained = [row for row, sequence in enumerate(sequences) if sequence.grammar is not None]
+        wants_logprobs = any(num is not None for num in self.num_top)
+        self.is_plain = not (self._biased or self._penalised or self._constrained or wants_logprobs)
         self._constant = self._constant_arrays(params)
 
     def arrays(self, vocab_size: int) -> Arrays:
@@ -34,7 +36,8 @@ class SamplingRows:
         if self._is_drawn:
             positions = np.array([len(sequence.output_token_ids) for sequence in self.sequences])
             draws = np.minimum(uniform(self._seeds, positions).astype(np.float32), _BELOW_ONE)
-        return {"uniform": draws, **self._constant, **self._bias(vocab_size), **self._tokens_to_count(vocab_size)}
+        parts = (self._bias(vocab_size), self._tokens_to_count(vocab_size), self._masks(vocab_size))
+        return {"uniform": draws, **self._constant, **parts[0], **parts[1], **parts[2]}
 
     def _constant_arrays(self, params: list[SamplingParams]) -> Arrays:
         penalised = [params[row] for row in self._penalised]
@@ -67,6 +70,15 @@ class SamplingRows:
                 at += [row * vocab_size + token for token in stops]
                 bias += [float("-inf")] * len(stops)
         return {"bias_at": np.array(at, dtype=np.int64), "bias": np.array(bias, dtype=np.float32)}
+
+    def _masks(self, vocab_size: int) -> Arrays:
+        """Which tokens the grammars allow, a bit each; computed while the device is busy with the step before."""
+        mask = np.zeros((len(self._constrained), -(-vocab_size // 32)), dtype=np.int32)
+        for bits, row in zip(mask, self._constrained, strict=True):
+            grammar = self.sequences[row].grammar
+            assert grammar is not None
+            grammar.fill(bits)
+        return {"mask_rows": np.array(self._constrained, dtype=np.int64), "mask": mask}
 
     def _tokens_to_count(self, vocab_size: int) -> Arrays:
         """The tokens so far of those whose slot the sampler has not counted."""

@@ -172,7 +172,7 @@ class Scheduler:
         block_size = self.blocks.block_size
         for sequence in self.running.copy():
             num_new, num_computed = sequence.num_uncomputed_tokens, sequence.num_computed_tokens
-            if held and sequence in held:
+            if (held and sequence in held) or (sequence.grammar is not None and sequence.waits_for_its_token):
                 continue
             if num_new > 1 or num_computed == 0:
                 behind.append(sequence)
@@ -241,7 +241,8 @@ class Scheduler:
                 continue
             for sibling in leader.siblings:
                 total = leader.num_prompt_tokens
-                if self.slots.num_free and self.blocks.missing(sibling, total) <= self.blocks.num_free:
+                is_ready = sibling.grammar is None or sibling.grammar.is_ready
+                if is_ready and self.slots.num_free and self.blocks.missing(sibling, total) <= self.blocks.num_free:
                     self.waiting.remove(sibling)
                     copies.append(self._start_as_copy(sibling, leader))
             self._disband(leader)
@@ -271,7 +272,7 @@ class Scheduler:
         for sequence in self.waiting.copy():
             if budget <= 0 or not self.slots.num_free:
                 return
-            if sequence.leader is not None:
+            if sequence.leader is not None or (sequence.grammar is not None and not sequence.grammar.is_ready):
                 continue
             num_new = self._next_chunk(sequence, budget)
             # Room for the whole sequence as it is, not for one chunk: else a long prompt would be fed half-way and

@@ -6,9 +6,13 @@ import enum
 import math
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .outputs import FinishReason, TokenLogprobs
 from .sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from .grammar import Grammar
 
 # The place of a token that the device has drawn, or is about to, and the host has not seen.
 UNSEEN = -1
@@ -48,6 +52,7 @@ class Sequence:
     arrived_at: float = 0.0  # `time.perf_counter()` when it came to the engine
     queue_seconds: float | None = None  # from then to its first step; None while it waits for that
     is_counted: bool = False  # the sampler has counted the tokens in this slot (penalties)
+    grammar: Grammar | None = field(default=None, repr=False)  # what the answer may be
     num_siblings: int = 0  # sequences that are to copy what this one has computed before its prompt's last token
     siblings: list[Sequence] = field(default_factory=list, repr=False)  # those of them that are here
     leader: Sequence | None = field(default=None, repr=False)  # whose sibling this is, until they part
@@ -81,6 +86,11 @@ class Sequence:
     def is_decoding(self) -> bool:
         """One token behind, with a past. A one-token prompt has no past: it is a prefill."""
         return self.num_computed_tokens > 0 and self.num_uncomputed_tokens == 1
+
+    @property
+    def waits_for_its_token(self) -> bool:
+        """What may come next depends on a token that the host has not seen."""
+        return self.grammar is not None and bool(self.output_token_ids) and self.output_token_ids[-1] == UNSEEN
 
     @property
     def is_at_last_prompt_token(self) -> bool:

@@ -60,6 +60,12 @@ class Tokenizer:
         if generation.get("do_sample") is False:
             self.default_sampling = {}
 
+    def for_grammars(self, vocab_size: int) -> Any:
+        """The vocabulary as llguidance wants it, of as many ids as the model has logits. Takes a while."""
+        from llguidance.hf import from_tokenizer
+
+        return from_tokenizer(self._hf, n_vocab=vocab_size, eos_token=sorted(self.eos_token_ids))
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..engine.grammar import require as require_grammars
 from .errors import UnsupportedParameterError
 from .parsers import reasoning
+from .parsers.forced import forced_grammar
 from .parsers.formats import AnswerFormat
 from .protocol import ChatRequest
 from .state import ServerState
-from .tools import ToolChoice, read_tool_choice
+from .tools import read_tool_choice
 
 TAIL_TOKENS = 32  # enough for an opening marker and white space, whatever the tokenizer
 
@@ -26,15 +28,15 @@ def offered_tools(request: ChatRequest, state: ServerState) -> list[dict[str, An
             "tools",
         )
     if choice.mode == "required":
-        _force(choice)
+        require_grammars("tool_choice")
     tools: list[dict[str, Any]] = request.tools
     return tools
 
 
-def _force(choice: ToolChoice) -> None:
-    """A call that has to be made needs constrained decoding by `parsers.forced.forced_grammar`."""
-    asked = "naming a function" if choice.name else "'required'"
-    raise UnsupportedParameterError(f"tool_choice {asked} needs the extra `structured`; send 'auto'", "tool_choice")
+def forced_call(request: ChatRequest, tools: list[dict[str, Any]], answer: AnswerFormat) -> str | None:
+    """The grammar of an answer that has to call one of `tools`, or None where it has not."""
+    choice = read_tool_choice(request.tool_choice, tools)
+    return forced_grammar(tools, choice, answer) if choice.mode == "required" else None
 
 
 def answer_format(request: ChatRequest, state: ServerState, prompt: list[int], *, with_tools: bool) -> AnswerFormat:

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from .. import __version__
 from ..configs.schema import ServerConfig
 from ..engine.async_llm import AsyncLLM
+from ..engine.grammar import GrammarCompiler
 from .errors import ApiError, describe
 from .logprobs import TokenNames
 from .metrics import ServerMetrics
@@ -66,6 +67,7 @@ def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str, tracer
         created=int(time.time()),
         token_names=TokenNames(llm.tokenizer),
         chat_format=ChatFormat.choose(settings, llm.tokenizer),
+        grammars=GrammarCompiler(lambda: llm.tokenizer.for_grammars(llm.client.info.vocab_size)),
     )
     for module in (completions, chat, responses, models, tokenize, health, status, pages):
         app.include_router(module.router)

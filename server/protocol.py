@@ -116,6 +116,54 @@ ToolsInput = Annotated[
 ToolChoiceInput = Annotated[
     Any, WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]})
 ]
+ResponseFormatInput = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "required": ["type"],
+                    "properties": {"type": {"enum": ["text", "json_object"]}},
+                },
+                {
+                    "type": "object",
+                    "required": ["type", "json_schema"],
+                    "properties": {
+                        "type": {"enum": ["json_schema"]},
+                        "json_schema": {
+                            "type": "object",
+                            "required": ["name"],
+                            "properties": {
+                                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+                                "schema": {"type": ["object", "null"]},
+                                "strict": {"type": ["boolean", "null"]},
+                            },
+                        },
+                    },
+                },
+            ]
+        }
+    ),
+]
+StructuredInput = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "additionalProperties": False,
+            "properties": {
+                "json": {"anyOf": [{"type": "object"}, {"type": "string"}]},
+                "json_object": {"const": True},
+                "regex": {"type": "string"},
+                "choice": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                "grammar": {"type": "string"},
+            },
+        }
+    ),
+]
 
 
 def _within(low: int, high: int, *, open_low: bool = False, default: Any = None) -> Any:
@@ -166,7 +214,11 @@ class GenerationRequest(SamplingRequest):
 
     n: int = Field(1, ge=1, json_schema_extra={"maximum": MAX_N})
     stream_options: StreamOptions | None = None
-    return_token_ids: bool = False  # vLLM
+    # OpenAI's for chat, vLLM's for completions
+    response_format: ResponseFormatInput = None
+    # vLLM
+    structured_outputs: StructuredInput = None
+    return_token_ids: bool = False
 
 
 class CompletionRequest(GenerationRequest):

@@ -44,9 +44,10 @@ def make_jobs(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     shown_ids: frozenset[int] = frozenset(),
+    grammar: str | None = None,
 ) -> list[Job]:
     fields = _sampling_fields(request, state)
-    fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+    fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs, "grammar": grammar}
     jobs = []
     for prompt_index, prompt in enumerate(prompts):
         num_left = state.llm.client.info.max_model_len - len(prompt.token_ids)

@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from ..configs.schema import ServerConfig
 from ..engine.async_llm import AsyncLLM
+from ..engine.grammar import GrammarCompiler
 from .errors import overloaded
 from .logprobs import TokenNames
 from .metrics import ServerMetrics
@@ -25,6 +26,7 @@ class ServerState:
     created: int
     token_names: TokenNames
     chat_format: ChatFormat
+    grammars: GrammarCompiler
 
     @classmethod
     def of(cls, request: Request) -> ServerState:

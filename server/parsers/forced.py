@@ -10,6 +10,7 @@ import json
 import re
 from typing import Any
 
+from ...engine.grammar import json_rule
 from ..tools import ToolChoice
 from . import reasoning
 from .formats import NUMBER, AnswerFormat
@@ -35,8 +36,14 @@ def forced_grammar(tools: list[dict[str, Any]], choice: ToolChoice, answer: Answ
     for i, function in enumerate(functions):
         head = lark.text(layout.before_name + function["name"] + layout.before_arguments)
         rules.append(f"call_{i}: {head} arguments_{i} {lark.text(layout.after_arguments)}")
-        rules.append(f"arguments_{i}: %json {json.dumps(function['parameters'])}")
+        rules.append(f"arguments_{i}: {json_rule(function['parameters'])}")
     return "\n".join([*rules, *lark.thought_rules()]) + "\n"
+
+
+def after_thought(rule: str, answer: AnswerFormat) -> str:
+    """What the right side of a rule says, after a thought where `answer` may have one."""
+    lark = _Lark(answer)
+    return "\n".join([f"start: {lark.thought()} answer", f"answer: {rule}", *lark.thought_rules()]) + "\n"
 
 
 class _Lark:

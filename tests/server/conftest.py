@@ -18,6 +18,7 @@ from leyden.engine.messages import EngineInfo, EngineStats
 from leyden.engine.outputs import StepOutput, TokenLogprobs
 from leyden.server.app import create_app
 from leyden.server.connection import uvicorn_config
+from tiny_models import byte_tokenizer
 
 BOS, EOS, USER, ASSISTANT, SYSTEM, TOOL = range(256, 262)
 SPECIAL = {BOS: "<s>", EOS: "</s>", USER: "<user>", ASSISTANT: "<assistant>", SYSTEM: "<system>", TOOL: "<tool>"}
@@ -45,6 +46,11 @@ class FakeTokenizer:
     def encode(self, text, add_special_tokens=True):
         self.threads.add(threading.get_ident())
         return [BOS] * add_special_tokens + list(text.encode())
+
+    def for_grammars(self, vocab_size):
+        from llguidance.hf import from_tokenizer
+
+        return from_tokenizer(byte_tokenizer(), n_vocab=512, eos_token=0)
 
     def encode_chat(
         self, messages, *, add_generation_prompt=True, continue_final_message=False, tools=None, template_kwargs=None

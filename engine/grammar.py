@@ -1,0 +1,131 @@
+"""Constrained decoding by llguidance (the extra `structured`): what an answer may be, as a grammar.
+
+A grammar is compiled in a thread of its own while its sequence waits, within bounds on its size and on the work that
+compiling and each token may take. Then it tells before every token which may come.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .errors import RequestError
+
+MAX_GRAMMAR_CHARS = 1 << 18
+WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def is_available() -> bool:
+    return importlib.util.find_spec("llguidance") is not None
+
+
+def require(field: str) -> None:
+    """Raises `RequestError` where the extra is missing."""
+    if not is_available():
+        raise RequestError(f"{field} needs constrained decoding: install the extra `structured`", field)
+
+
+def json_rule(schema: dict[str, Any]) -> str:
+    """JSON that a schema allows, as the right side of a rule. White space is that of `json.dumps`: where a model may
+    choose, it may go on for ever."""
+    return f"%json {json.dumps(schema | {'x-guidance': WHITE_SPACE})}"
+
+
+def regex_rule(pattern: str) -> str:
+    """Text that a regular expression matches as a whole (Rust's syntax, without look-around and back references)."""
+    from llguidance import regex_to_lark
+
+    return f"/{regex_to_lark(pattern)}/"
+
+
+def choice_rule(choices: list[str]) -> str:
+    """One of some texts."""
+    return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+
+
+def json_grammar(schema: dict[str, Any]) -> str:
+    """For `SamplingParams.grammar`: JSON that a schema allows."""
+    return f"start: {json_rule(schema)}\n"
+
+
+def regex_grammar(pattern: str) -> str:
+    """For `SamplingParams.grammar`: text that a regular expression matches as a whole."""
+    return f"start: {regex_rule(pattern)}\n"
+
+
+def choice_grammar(choices: list[str]) -> str:
+    """For `SamplingParams.grammar`: one of some texts."""
+    return f"start: {choice_rule(choices)}\n"
+
+
+def make_matcher(grammar: str, tokenizer: Any) -> Any:
+    """llguidance's matcher of a grammar in its dialect of Lark. Raises `ValueError` that says what is wrong."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    if len(grammar) > MAX_GRAMMAR_CHARS:
+        raise ValueError(f"the grammar has {len(grammar)} characters; at most {MAX_GRAMMAR_CHARS} are taken")
+    limits = LLParserLimits(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, max_grammar_size=200_000)
+    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits)
+    if matcher.is_error():
+        raise ValueError(matcher.get_error())
+    return matcher
+
+
+class Grammar:
+    """That of one sequence, after the tokens that `accept` has been told."""
+
+    def __init__(self, compiling: Future[Any]) -> None:
+        self.compiling = compiling
+        self.is_ready = False  # until whoever asked has seen that it is sound
+
+    @property
+    def is_compiled(self) -> bool:
+        """Or failed to be."""
+        return self.compiling.done()
+
+    @property
+    def error(self) -> str | None:
+        """Why it could not be compiled, once it `is_compiled`."""
+        error = self.compiling.exception()
+        return None if error is None else str(error)
+
+    @cached_property
+    def _matcher(self) -> Any:
+        return self.compiling.result()
+
+    def fill(self, mask: np.ndarray) -> None:
+        """Write which tokens may come next, a bit each; mask [ceil(V / 32)] int32. None, where something went wrong."""
+        if self._matcher.is_error() or self._matcher.is_stopped():
+            mask.fill(0)
+        else:
+            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+
+    def accept(self, token_id: int) -> bool:
+        """Whether the token could come. It has, from here on."""
+        return bool(self._matcher.consume_token(token_id))
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing may come any more."""
+        return bool(self._matcher.is_stopped())
+
+
+class GrammarCompiler:
+    """Compiles, one after another, aside. `load` gives the tokenizer (`Tokenizer.for_grammars`) for the first."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+
+    def compile(self, grammar: str) -> Grammar:
+        return Grammar(self._thread.submit(lambda: make_matcher(grammar, self._tokenizer)))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self._load()

@@ -1,0 +1,150 @@
+"""A constrained answer is what its grammar allows, and nobody else notices."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from engines import answer, assert_nothing_held, drain, make_core, request
+from leyden.engine import grammar
+from leyden.engine.errors import RequestError
+from leyden.engine.grammar import Grammar, choice_grammar, json_grammar, make_matcher, regex_grammar
+from leyden.engine.llm import LLM
+from leyden.engine.sampling_params import SamplingParams
+from tiny_models import random_prompt
+
+pytest.importorskip("llguidance")
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+WORDS = ["red", "green blue", 'a "quoted" one', "\u00e9t\u00e9"]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("demo", device="cpu", max_num_seqs=8, cpu_memory_gb=0.2, num_threads=1)
+
+
+def generate(llm: LLM, grammar: str, n: int = 4, **params):
+    asked = {"temperature": 1.5, "max_tokens": 80} | params
+    return llm.generate(["Once"] * n, [SamplingParams(grammar=grammar, seed=i, **asked) for i in range(n)])
+
+
+def test_json_follows_its_schema(llm):
+    for done in generate(llm, json_grammar(PERSON), n=8):
+        person = json.loads(done.text)
+        assert done.finish_reason == "stop" and set(person) == {"name", "age"}
+        assert len(person["name"]) <= 8 and 0 <= person["age"] <= 99
+
+
+@pytest.mark.parametrize("pattern", ["[0-9]{3}-[a-z]{2,4}", "(yes|no)( sir)?", "[a-c]+/[d-f]{2}", r"\d+\.\d\d"])
+def test_text_matches_its_regular_expression_as_a_whole(llm, pattern):
+    for done in generate(llm, regex_grammar(pattern)):
+        assert done.finish_reason == "length" or re.fullmatch(pattern, done.text), done.text
+
+
+def test_a_choice_is_one_of_them(llm):
+    texts = {done.text for done in generate(llm, choice_grammar(WORDS), n=8)}
+    assert texts <= set(WORDS) and len(texts) > 1
+
+
+def test_a_grammar_of_rules(llm):
+    lark = 'start: sum\nsum: NUMBER ("+" NUMBER)~1..3\nNUMBER: /[1-9][0-9]?/\n'
+    for done in generate(llm, lark):
+        assert re.fullmatch(r"\d+(\+\d+){1,3}", done.text), done.text
+
+
+def test_log_probabilities_stay_those_of_the_raw_logits(llm):
+    free = llm.generate("Once", SamplingParams(temperature=0.0, max_tokens=1, logprobs=5))[0]
+    bound = llm.generate(
+        "Once", SamplingParams(temperature=0.0, max_tokens=1, logprobs=5, grammar=choice_grammar(WORDS))
+    )[0]
+    assert bound.logprobs[0].top[:5] == free.logprobs[0].top[:5]
+    assert bound.logprobs[0].token_id == bound.token_ids[0]
+
+
+@pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
+def test_neighbours_and_lag_change_nothing(lags):
+    settings = {"device": "cpu", "max_num_seqs": 8, "cpu_memory_gb": 0.2, "num_threads": 1, "async_scheduling": lags}
+    llm = LLM("demo", **settings)
+    bound = SamplingParams(temperature=1.0, seed=3, max_tokens=60, grammar=json_grammar(PERSON))
+    free = SamplingParams(temperature=1.0, seed=4, max_tokens=30)
+    alone = [llm.generate("Once upon", params)[0].text for params in (bound, free)]
+    together = llm.generate(["Once upon"] * 4, [bound, free, bound, free])
+    assert [done.text for done in together] == alone * 2
+    json.loads(alone[0])
+
+
+def test_a_preempted_answer_goes_on_where_it_was():
+    settings = {"device": "cpu", "max_num_seqs": 4, "cpu_memory_gb": 0.2, "num_threads": 1, "block_size": 4}
+    roomy, tight = LLM("demo", **settings), LLM("demo", num_kv_blocks=20, max_model_len=80, **settings)
+    params = [SamplingParams(temperature=1.0, seed=i, max_tokens=40, grammar=json_grammar(PERSON)) for i in range(4)]
+    expected = [done.text for done in roomy.generate(["Once upon a time"] * 4, params)]
+    assert [done.text for done in tight.generate(["Once upon a time"] * 4, params)] == expected
+    assert tight.core.stats().preemptions_total > 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["start: (((", "", "start: nothing\n", regex_grammar("(?=a)b"), "x" * (grammar.MAX_GRAMMAR_CHARS + 1)],
+    ids=["syntax", "empty", "rule", "look-around", "size"],
+)
+def test_a_bad_grammar_is_refused_and_the_others_go_on(llm, bad):
+    with pytest.raises(RequestError, match="grammar") as error:
+        llm.generate(["Once", "Once"], [SamplingParams(grammar=bad), SamplingParams()])
+    assert error.value.param == "grammar"
+    assert_nothing_held(llm.core)
+    assert len(llm.generate("Once", SamplingParams(max_tokens=3))[0].token_ids) == 3
+
+
+def test_a_bad_grammar_among_others_in_the_engine(tiny):
+    core = make_core(tiny.folder)
+    alone = answer(core, random_prompt(9, 1), max_tokens=8)
+    bad = request("bad", random_prompt(5, 2), max_tokens=8, grammar="start: (((")
+    answers = drain(core, bad, request("good", random_prompt(9, 1), max_tokens=8))
+    assert answers["good"].token_ids == alone.token_ids
+    assert answers["bad"].finish_reason == "error" and not answers["bad"].token_ids
+
+
+def test_where_nothing_is_allowed_that_request_fails_alone(tiny, monkeypatch):
+    core = make_core(tiny.folder)
+    alone = answer(core, random_prompt(9, 1), max_tokens=8)
+    monkeypatch.setattr(Grammar, "fill", lambda self, mask: mask.fill(0))
+    bound = request("bound", random_prompt(5, 2), max_tokens=8, grammar="start: /a+/\n")
+    answers = drain(core, bound, request("good", random_prompt(9, 1), max_tokens=8))
+    assert answers["good"].token_ids == alone.token_ids
+    assert answers["bound"].finish_reason == "error"
+
+
+def test_without_the_extra_it_is_refused_by_name(tiny, monkeypatch):
+    monkeypatch.setattr(grammar.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RequestError, match="structured"):
+        make_core(tiny.folder).add_request(request("a", [1, 2], grammar="start: /a/\n"))
+
+
+BOMBS = {
+    "deep schema": json_grammar(json.loads('{"type": "array", "items": ' * 30 + "{}" + "}" * 30)),
+    "large enum": json_grammar({"enum": [f"value {i}" for i in range(5000)]}),
+    "repetition": regex_grammar("((a{1,1000}){1,1000}){1,1000}"),
+    "backtracking": regex_grammar("(.*a){300}b"),
+    "states": regex_grammar("(a|b)*a(a|b){500}"),
+    "recursion": 'start: a\na: "x" a a | "y"\n',
+    "endless reference": json_grammar({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_a_bomb_is_refused_or_harmless(llm, bomb):
+    """Bounded in work, not in time: that it ends at all is the law."""
+    try:
+        make_matcher(bomb, llm.tokenizer.for_grammars(llm.core.runner.model_config.vocab_size))
+    except ValueError:
+        return
+    done = llm.generate("Once", SamplingParams(temperature=1.0, seed=1, max_tokens=20, grammar=bomb))[0]
+    assert done.finish_reason in ("length", "stop", "error")
+    assert_nothing_held(llm.core)

@@ -1,0 +1,155 @@
+"""Answers that have to be something: what is asked reaches the engine as a sound grammar, or is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Literal
+
+import msgspec
+import openai
+import pytest
+from leyden.configs.schema import EngineConfig, ServerConfig
+from leyden.engine.async_llm import AsyncLLM
+from leyden.engine.client import InProcessClient
+from leyden.engine.tokenizer import Tokenizer
+from leyden.models.checkpoint import resolve
+from leyden.server.app import create_app
+from pydantic import BaseModel
+
+pytest.importorskip("llguidance")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+
+
+@pytest.fixture
+async def served(make_client):
+    """A client of the embedded model, in this process."""
+    engine = InProcessClient(EngineConfig(model="demo", device="cpu", max_num_seqs=8, cpu_memory_gb=0.2, num_threads=1))
+    await engine.start()
+    llm = AsyncLLM(engine, Tokenizer(resolve("demo")))
+    yield make_client(create_app(llm, ServerConfig(), model_name="demo"))
+    await engine.close()
+
+
+async def test_the_embedded_model_answers_as_it_has_to(served, chunks_of):
+    async def post(route, **body):
+        response = await served.post(f"/v1/{route}", json={"max_tokens": 60, "temperature": 1.3, "seed": 1} | body)
+        assert response.status_code == 200, response.text
+        return response
+
+    message = {"messages": [{"role": "user", "content": "Who are you?"}]}
+    answer = await post("chat/completions", response_format=FORMAT, **message)
+    text = answer.json()["choices"][0]["message"]["content"]
+    assert set(json.loads(text)) == {"name", "age"}
+    streamed = chunks_of(await post("chat/completions", response_format=FORMAT, stream=True, **message))
+    deltas = [choice["delta"].get("content") or "" for chunk in streamed for choice in chunk["choices"]]
+    assert "".join(deltas) == text
+    cases = {
+        "regex": ("[0-9]{2}:[0-9]{2}", lambda text: re.fullmatch(r"\d\d:\d\d", text)),
+        "choice": (["red", "blue sky"], lambda text: text in ("red", "blue sky")),
+        "json": (json.dumps(SCHEMA), json.loads),
+        "grammar": ('start: ("a" "b")~3', lambda text: text == "ababab"),
+    }
+    for kind, (wanted, holds) in cases.items():
+        answer = await post("completions", prompt="It is", n=3, structured_outputs={kind: wanted})
+        assert all(holds(choice["text"]) for choice in answer.json()["choices"]), answer.text
+    free = await post("completions", prompt="It is", temperature=0, max_tokens=5, response_format={"type": "text"})
+    assert free.json()["usage"]["completion_tokens"] == 5
+
+
+async def test_the_official_client_parses_into_a_model(served):
+    class Sky(BaseModel):
+        colour: Literal["red", "blue"]
+        is_clear: bool
+
+    client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=served, max_retries=0)
+    messages = [{"role": "user", "content": "How is the sky?"}]
+    answer = await client.chat.completions.parse(model="demo", messages=messages, response_format=Sky, max_tokens=60)
+    assert isinstance(answer.choices[0].message.parsed, Sky)
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"), [("required", ["f", "g"]), ({"type": "function", "function": {"name": "g"}}, ["g"])]
+)
+async def test_a_call_that_has_to_be_made_is_a_grammar(engine, tokenizer, chat, make_client, choice, names):
+    engine.info = msgspec.structs.replace(engine.info, max_model_len=4096)
+    tokenizer.chat_template = "tools <tool_call>"
+    tools = [TOOL, {"type": "function", "function": {"name": "g"}}]
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": tools, "tool_choice": choice}
+    answer = await make_client().post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    (request,) = engine.requests
+    grammar = request.sampling_params.grammar
+    assert [name for name in ("f", "g") if f'\\"{name}\\"' in grammar] == names
+
+
+BAD = {
+    "no object": ({"response_format": 3}, "response_format"),
+    "no type": ({"response_format": {}}, "response_format"),
+    "unknown type": ({"response_format": {"type": "xml"}}, "response_format"),
+    "no schema": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    "no name": ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+    "strict": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "strict": 1}}},
+        "response_format.json_schema.strict",
+    ),
+    "bad schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "thing"}}}},
+        "response_format.json_schema.schema",
+    ),
+    "two kinds": ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+    "no kind": ({"structured_outputs": {}}, "structured_outputs"),
+    "unknown kind": ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
+    "bad regex": ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex"),
+    "look-around": ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex"),
+    "long regex": ({"structured_outputs": {"regex": "a" * 9000}}, "structured_outputs.regex"),
+    "no choices": ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    "an empty choice": ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice[1]"),
+    "bad grammar": ({"structured_outputs": {"grammar": "start: ((("}}, "structured_outputs.grammar"),
+    "bad json": ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+    "false": ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
+    "both": (
+        {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        "structured_outputs",
+    ),
+    "large schema": (
+        {"structured_outputs": {"json": {"enum": ["x" * 70_000]}}},
+        "structured_outputs.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("route", ["complete", "chat"])
+@pytest.mark.parametrize(("fields", "param"), BAD.values(), ids=BAD)
+async def test_what_cannot_be_used_is_named(engine, asks, error_of, route, fields, param):
+    assert error_of(await asks[route](**fields), 400)["param"] == param
+    assert not engine.requests
+
+
+async def test_a_format_beside_tools_that_may_be_called_is_refused(engine, tokenizer, make_client, error_of):
+    engine.info = msgspec.structs.replace(engine.info, max_model_len=4096)
+    tokenizer.chat_template = "tools <tool_call>"
+    body = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [TOOL],
+        "response_format": {"type": "json_object"},
+    }
+    error = error_of(await make_client().post("/v1/chat/completions", json=body), 400)
+    assert error["param"] == "response_format" and "tool_choice" in error["message"]
+
+
+async def test_a_thought_comes_before_what_has_to_be_said(engine, tokenizer, make_client):
+    engine.info = msgspec.structs.replace(engine.info, max_model_len=4096)
+    tokenizer.chat_template = "<think>"
+    body = {"messages": [{"role": "user", "content": "Hi"}], "response_format": FORMAT}
+    answer = await make_client().post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert "thought" in engine.requests[0].sampling_params.grammar
