@@ -504,3 +504,11 @@ async def test_leaving_a_stream_aborts_it(official, engine, eventually):
     await stream.close()
     await eventually(lambda: engine.num_aborted == 1)
     assert engine.num_open == 0
+
+
+async def test_leaving_before_the_whole_answer_is_there_aborts_it(official, engine, eventually):
+    engine.hold_after = 2
+    with pytest.raises(openai.APITimeoutError):
+        await official.with_options(timeout=0.2).responses.create(model="tiny", input="Hi")
+    await eventually(lambda: engine.num_aborted == 1)
+    assert engine.num_open == 0
