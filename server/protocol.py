@@ -120,21 +120,29 @@ ResponseFormatInput = Annotated[
     Any,
     WithJsonSchema(
         {
-            "type": "object",
-            "required": ["type"],
-            "properties": {
-                "type": {"enum": ["text", "json_object", "json_schema"]},
-                "json_schema": {
+            "anyOf": [
+                {
                     "type": "object",
-                    "required": ["name"],
+                    "required": ["type"],
+                    "properties": {"type": {"enum": ["text", "json_object"]}},
+                },
+                {
+                    "type": "object",
+                    "required": ["type", "json_schema"],
                     "properties": {
-                        "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
-                        "description": {"type": "string"},
-                        "schema": {"type": "object"},
-                        "strict": {"type": "boolean"},
+                        "type": {"enum": ["json_schema"]},
+                        "json_schema": {
+                            "type": "object",
+                            "required": ["name"],
+                            "properties": {
+                                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+                                "schema": {"type": ["object", "null"]},
+                                "strict": {"type": ["boolean", "null"]},
+                            },
+                        },
                     },
                 },
-            },
+            ]
         }
     ),
 ]
@@ -206,9 +214,11 @@ class GenerationRequest(SamplingRequest):
 
     n: int = Field(1, ge=1, json_schema_extra={"maximum": MAX_N})
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormatInput = None  # OpenAI's for chat, vLLM's for completions
-    return_token_ids: bool = False  # vLLM
-    structured_outputs: StructuredInput = None  # vLLM
+    # OpenAI's for chat, vLLM's for completions
+    response_format: ResponseFormatInput = None
+    # vLLM
+    structured_outputs: StructuredInput = None
+    return_token_ids: bool = False
 
 
 class CompletionRequest(GenerationRequest):

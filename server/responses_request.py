@@ -66,9 +66,9 @@ ResponsesTools = Annotated[
                 "properties": {
                     "type": {"enum": ["function"]},
                     "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
-                    "description": {"type": "string"},
-                    "parameters": {"type": "object"},
-                    "strict": {"type": "boolean"},
+                    "description": {"type": ["string", "null"]},
+                    "parameters": {"type": ["object", "null"]},
+                    "strict": {"type": ["boolean", "null"]},
                 },
             },
         }

@@ -8,7 +8,7 @@ import msgspec
 import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 EVENT = TypeAdapter(ResponseStreamEvent)
 LOGPROBS = "message.output_text.logprobs"
@@ -289,6 +289,37 @@ async def test_sampling_parameters_reach_the_engine(respond, engine):
     assert (params.stop, params.max_tokens) == (("x",), 9)
 
 
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+HELD = {
+    "a schema": (
+        {"text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+    ),
+    "an object": (
+        {"text": {"format": {"type": "json_object"}}},
+        {"response_format": {"type": "json_object"}},
+    ),
+    "a call": (
+        {"tools": [WEATHER, TIME], "tool_choice": {"type": "function", "name": "get_time"}},
+        {
+            "tools": [{"type": "function", "function": WEATHER}, {"type": "function", "function": TIME}],
+            "tool_choice": {"type": "function", "function": {"name": "get_time"}},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "chat_body"), HELD.values(), ids=HELD)
+async def test_an_answer_is_held_to_the_form_that_a_chat_would_have(respond, client, engine, body, chat_body):
+    pytest.importorskip("llguidance")
+    answer = answer_of(await respond(**body))
+    assert all(answer[name] == body[name] for name in ("text", "tool_choice") if name in body)
+    messages = [{"role": "user", "content": "Hi"}]
+    await client.post("/v1/chat/completions", json={"messages": messages} | chat_body)
+    first, second = (request.sampling_params.grammar for request in engine.requests)
+    assert first == second is not None
+
+
 NEUTRAL = {
     "store": False,
     "background": False,
@@ -328,6 +359,8 @@ REFUSED = {
     "n": 2,
     "suffix": "x",
     "logprobs": True,
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"regex": "x"},
 }
 
 
@@ -387,6 +420,9 @@ WRONG = [
     ({"text": {"format": {"type": "xml"}}}, "text.format"),
     ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "y"}}}}, "text.format.schema"),
+    ({"text": {"format": {"type": "json_object"}}, "tools": [WEATHER]}, "text.format"),
+    ({"text": {"format": {"type": "json_schema", "name": "a b", "schema": {}}}}, "text.format.name"),
+    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": 1}}}, "text.format.schema"),
     ({"tools": 1}, "tools"),
     ({"tools": [1]}, "tools[0]"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
@@ -399,6 +435,7 @@ WRONG = [
     ({"tools": [WEATHER], "tool_choice": "always"}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name"),
+    ({"tool_choice": "required"}, "tool_choice"),
 ]
 
 
@@ -445,6 +482,17 @@ async def test_the_clients_stream_helper_gives_what_create_gives(official):
     assert final.usage == whole.usage
 
 
+class City(BaseModel):
+    city: str
+
+
+async def test_the_clients_parse_helper_gives_its_own_types(official, engine):
+    pytest.importorskip("llguidance")
+    engine.reply = b'{"city": "Rome"}'
+    answer = await official.responses.parse(model="tiny", input="Hi", text_format=City)
+    assert answer.output_parsed == City(city="Rome")
+
+
 async def test_a_tool_loop_goes_round(official, engine, tokenizer):
     asked = {"model": "tiny", "tools": [WEATHER, TIME]}
     first = await official.responses.create(**asked, input="Hi")
@@ -465,5 +513,13 @@ async def test_leaving_a_stream_aborts_it(official, engine, eventually):
     async for _ in stream:
         break
     await stream.close()
+    await eventually(lambda: engine.num_aborted == 1)
+    assert engine.num_open == 0
+
+
+async def test_leaving_before_the_whole_answer_is_there_aborts_it(official, engine, eventually):
+    engine.hold_after = 2
+    with pytest.raises(openai.APITimeoutError):
+        await official.with_options(timeout=0.2).responses.create(model="tiny", input="Hi")
     await eventually(lambda: engine.num_aborted == 1)
     assert engine.num_open == 0
