@@ -103,9 +103,9 @@ ToolsInput = Annotated[
                         "required": ["name"],
                         "properties": {
                             "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
-                            "description": {"type": "string"},
-                            "parameters": {"type": "object"},
-                            "strict": {"type": "boolean"},
+                            "description": {"type": ["string", "null"]},
+                            "parameters": {"type": ["object", "null"]},
+                            "strict": {"type": ["boolean", "null"]},
                         },
                     },
                 },

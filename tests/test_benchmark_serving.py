@@ -141,7 +141,7 @@ def test_the_default_cases_that_exceed_the_context_are_left_out_and_said(capsys,
 @pytest.mark.parametrize("flag", ["--out", "--profile"])
 def test_what_cannot_be_written_is_said_before_anything_is_measured(benchmark, monkeypatch, tmp_path, capsys, flag):
     (tmp_path / "file").touch()
-    assert run(benchmark, monkeypatch, "offline", flag, str(tmp_path / "file" / "x")) == 1
+    assert run(benchmark, monkeypatch, "offline", flag, str(tmp_path / "file" / "x")) == 2
     assert f"{flag} {tmp_path / 'file' / 'x'}" in capsys.readouterr().err
 
 
