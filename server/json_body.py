@@ -65,6 +65,14 @@ def json_type(value: object) -> str:
     return names.get(type(value), "an object")
 
 
+def require_type(value: Any, kind: type, where: str) -> Any:
+    """The value. Raises `RequestError` when it is of another type."""
+    if isinstance(value, kind):
+        return value
+    expected = {list: "a list", dict: "an object", str: "a string", bool: "a boolean"}[kind]
+    raise RequestError(f"{where} must be {expected}, got {json_type(value)}", where)
+
+
 def drop_nulls(fields: dict[str, Any]) -> dict[str, Any]:
     """null always means the default."""
     return {name: value for name, value in fields.items() if value is not None}

@@ -14,7 +14,7 @@ from typing import Any
 from ..engine.errors import RequestError
 from ..engine.grammar import GrammarCompiler, choice_rule, json_rule, regex_rule, require
 from .errors import UnsupportedParameterError
-from .json_body import drop_nulls, json_type, parse_object
+from .json_body import drop_nulls, parse_object, require_type
 from .parsers.forced import after_thought
 from .parsers.formats import AnswerFormat
 from .protocol import GenerationRequest
@@ -71,7 +71,7 @@ def _read_format(value: Any) -> tuple[str, str, Any] | None:
     """OpenAI's response_format -> (field, kind, value), or None for plain text."""
     if value is None:
         return None
-    entry = drop_nulls(_require(value, dict, "response_format"))
+    entry = drop_nulls(require_type(value, dict, "response_format"))
     match entry.get("type"):
         case "text":
             return None
@@ -85,13 +85,13 @@ def _read_format(value: Any) -> tuple[str, str, Any] | None:
 
 def _read_json_schema(entry: dict[str, Any]) -> tuple[str, str, Any]:
     where = "response_format.json_schema"
-    described = drop_nulls(_require(entry.get("json_schema"), dict, where))
-    name = _require(described.get("name"), str, f"{where}.name")
+    described = drop_nulls(require_type(entry.get("json_schema"), dict, where))
+    name = require_type(described.get("name"), str, f"{where}.name")
     if not SCHEMA_NAME.fullmatch(name):
         raise RequestError(f"{where}.name must match {SCHEMA_NAME.pattern}, got {name[:80]!r}", f"{where}.name")
     if "strict" in described:
-        _require(described["strict"], bool, f"{where}.strict")
-    schema = _require(described.get("schema", ANY_OBJECT), dict, f"{where}.schema")
+        require_type(described["strict"], bool, f"{where}.strict")
+    schema = require_type(described.get("schema", ANY_OBJECT), dict, f"{where}.schema")
     return f"{where}.schema", "json", _bounded(schema, f"{where}.schema")
 
 
@@ -99,7 +99,7 @@ def _read_structured(value: Any) -> tuple[str, str, Any] | None:
     """vLLM's structured_outputs -> (field, kind, value)."""
     if value is None:
         return None
-    entry = drop_nulls(_require(value, dict, "structured_outputs"))
+    entry = drop_nulls(require_type(value, dict, "structured_outputs"))
     for name in entry:
         if name not in KINDS:
             raise UnsupportedParameterError(
@@ -112,7 +112,7 @@ def _read_structured(value: Any) -> tuple[str, str, Any] | None:
     ((kind, wanted),) = entry.items()
     where = f"structured_outputs.{kind}"
     if kind == "json_object":
-        if _require(wanted, bool, where) is False:
+        if require_type(wanted, bool, where) is False:
             raise RequestError(f"{where} must be true, got false", where)
         return where, "json", ANY_OBJECT
     if kind == "json":
@@ -125,7 +125,7 @@ def _read_structured(value: Any) -> tuple[str, str, Any] | None:
 
 def _read_schema(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, str):
-        return dict(_require(value, dict, where))
+        return dict(require_type(value, dict, where))
     try:
         return parse_object(_read_text(value, where, MAX_SCHEMA_CHARS).encode(), MAX_SCHEMA_DEPTH)
     except RequestError as error:
@@ -141,21 +141,14 @@ def _bounded(schema: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _read_choices(value: Any, where: str) -> list[str]:
-    choices = _require(value, list, where)
+    choices = require_type(value, list, where)
     if not 0 < len(choices) <= MAX_CHOICES:
         raise RequestError(f"{where} must have 1 to {MAX_CHOICES} entries, got {len(choices)}", where)
     return [_read_text(choice, f"{where}[{i}]", MAX_CHOICE_CHARS) for i, choice in enumerate(choices)]
 
 
 def _read_text(value: Any, where: str, bound: int) -> str:
-    text = _require(value, str, where)
+    text = require_type(value, str, where)
     if not 0 < len(text) <= bound:
         raise RequestError(f"{where} must have 1 to {bound} characters, got {len(text)}", where)
     return str(text)
-
-
-def _require(value: Any, kind: type, where: str) -> Any:
-    if not isinstance(value, kind):
-        words = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}[kind]
-        raise RequestError(f"{where} must be {words}, got {json_type(value)}", where)
-    return value

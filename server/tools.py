@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..engine.errors import RequestError
 from .errors import UnsupportedParameterError
-from .json_body import drop_nulls, json_type, parse_object
+from .json_body import drop_nulls, json_type, parse_object, require_type
 
 MAX_ARGUMENTS_DEPTH = 32
 MAX_TOOLS = 128  # OpenAI's
@@ -35,7 +35,7 @@ class ToolChoice:
 
 def read_tools(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """Tools as templates read them, and the names of the fields that change nothing. Raises `RequestError`."""
-    entries = _require(value, list, "tools")
+    entries = require_type(value, list, "tools")
     if len(entries) > MAX_TOOLS:
         raise RequestError(f"tools must have at most {MAX_TOOLS} entries, got {len(entries)}", "tools")
     tools: list[dict[str, Any]] = []
@@ -43,7 +43,7 @@ def read_tools(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
     unknown: dict[str, None] = {}
     for index, entry in enumerate(entries):
         where = f"tools[{index}]"
-        function, names = _read_function(drop_nulls(_require(entry, dict, where)), where)
+        function, names = _read_function(drop_nulls(require_type(entry, dict, where)), where)
         unknown.update(dict.fromkeys(f"tools[].{name}" for name in names))
         if function["name"] in seen:
             raise RequestError(f"{where}.function.name {function['name']!r} is there twice", f"{where}.function.name")
@@ -69,25 +69,25 @@ def read_tool_choice(value: Any, tools: list[dict[str, Any]]) -> ToolChoice:
 
 def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """The calls of an assistant message, with their arguments as objects, which is how templates want them."""
-    entries = _require(value, list, where)
+    entries = require_type(value, list, where)
     if len(entries) > MAX_CALLS:
         raise RequestError(f"{where} must have at most {MAX_CALLS} entries, got {len(entries)}", where)
-    return [_read_call(_require(entry, dict, f"{where}[{i}]"), f"{where}[{i}]") for i, entry in enumerate(entries)]
+    return [_read_call(require_type(entry, dict, f"{where}[{i}]"), f"{where}[{i}]") for i, entry in enumerate(entries)]
 
 
 def _read_function(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
     _require_function_type(entry, where)
-    given = drop_nulls(_require(entry.get("function"), dict, f"{where}.function"))
+    given = drop_nulls(require_type(entry.get("function"), dict, f"{where}.function"))
     function: dict[str, Any] = {"name": _read_name(given.get("name"), f"{where}.function.name")}
     if "description" in given:
-        function["description"] = _require(given["description"], str, f"{where}.function.description")
-    function["parameters"] = _require(given.get("parameters", NO_PARAMETERS), dict, f"{where}.function.parameters")
+        function["description"] = require_type(given["description"], str, f"{where}.function.description")
+    function["parameters"] = require_type(given.get("parameters", NO_PARAMETERS), dict, f"{where}.function.parameters")
     num_chars = len(json.dumps(function, ensure_ascii=False))
     if num_chars > MAX_TOOL_CHARS:
         raise RequestError(f"{where} must have at most {MAX_TOOL_CHARS} characters as JSON, got {num_chars}", where)
     unknown = [name for name in entry if name not in ("type", "function")]
     unknown += [f"function.{name}" for name in given if name not in ("name", "description", "parameters", "strict")]
-    if _require(given.get("strict", False), bool, f"{where}.function.strict"):
+    if require_type(given.get("strict", False), bool, f"{where}.function.strict"):
         unknown.append("function.strict")  # arguments are not held to the schema, which the client is told so
     return function, unknown
 
@@ -96,7 +96,7 @@ def _read_named(value: dict[str, Any], tools: list[dict[str, Any]]) -> str:
     if value.get("type") != "function":
         shown = repr(value.get("type"))[:80]
         raise UnsupportedParameterError(f"tool_choice.type must be 'function', got {shown}", "tool_choice.type")
-    function = _require(value.get("function"), dict, "tool_choice.function")
+    function = require_type(value.get("function"), dict, "tool_choice.function")
     name = _read_name(function.get("name"), "tool_choice.function.name")
     if name not in (tool["function"]["name"] for tool in tools):
         raise RequestError(f"tool_choice names {name!r}, which is none of the tools", "tool_choice.function.name")
@@ -105,17 +105,17 @@ def _read_named(value: dict[str, Any], tools: list[dict[str, Any]]) -> str:
 
 def _read_call(entry: dict[str, Any], where: str) -> dict[str, Any]:
     _require_function_type({"type": "function"} | drop_nulls(entry), where)
-    call_id = _require(entry.get("id"), str, f"{where}.id")
+    call_id = require_type(entry.get("id"), str, f"{where}.id")
     if not 0 < len(call_id) <= MAX_ID_CHARS:
         raise RequestError(f"{where}.id must have 1 to {MAX_ID_CHARS} characters, got {len(call_id)}", f"{where}.id")
-    function = _require(entry.get("function"), dict, f"{where}.function")
+    function = require_type(entry.get("function"), dict, f"{where}.function")
     name = _read_name(function.get("name"), f"{where}.function.name")
     arguments = _read_arguments(function.get("arguments"), f"{where}.function.arguments")
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _read_arguments(value: Any, where: str) -> dict[str, Any]:
-    text = _require(value, str, where)
+    text = require_type(value, str, where)
     if not text.strip():
         return {}  # what some clients make of a call without arguments
     try:
@@ -134,14 +134,7 @@ def _require_function_type(entry: dict[str, Any], where: str) -> None:
 
 
 def _read_name(value: Any, where: str) -> str:
-    name: str = _require(value, str, where)
+    name: str = require_type(value, str, where)
     if not NAME.fullmatch(name):
         raise RequestError(f"{where} must be 1 to 64 letters, digits, _ or -, got {name[:80]!r}", where)
     return name
-
-
-def _require(value: Any, kind: type, where: str) -> Any:
-    if isinstance(value, kind):
-        return value
-    expected = {list: "a list", dict: "an object", str: "a string", bool: "a boolean"}[kind]
-    raise RequestError(f"{where} must be {expected}, got {json_type(value)}", where)
