@@ -234,7 +234,8 @@ class Chaos:
 
     async def killer(self) -> None:
         """The engine dies, the server says so to everybody and ends with code 1, and is started again."""
-        await asyncio.sleep(max(4.0, KILL_SHARE * self.seconds) * (0.5 + self.rng.random()))
+        pause = min(GUARD_SECONDS / 3, max(4.0, KILL_SHARE * self.seconds))
+        await asyncio.sleep(pause * (0.5 + self.rng.random()))
         self.server.is_up.clear()
         os.kill(self.server.engine_pid, signal.SIGKILL)
         try:
