@@ -66,8 +66,7 @@ class EngineClient(Protocol):
         """Outputs of one sequence; the last one has a finish_reason.
 
         Raises `RequestError`, `QueueFullError` or `QueueTimeoutError` before the first output, `EngineDeadError` at any
-        time. Closing the
-        iterator early aborts the sequence.
+        time. Closing the iterator early aborts the sequence.
         """
 
     async def wait_dead(self) -> str:

@@ -236,13 +236,17 @@ class Scheduler:
         held: set[Sequence] = set()
         for leader in [leader for leader in self._leaders if leader.is_at_last_prompt_token]:
             self._leaders[leader] -= 1
-            if len(leader.siblings) < leader.num_siblings and self._leaders[leader]:
+            is_whole = len(leader.siblings) == leader.num_siblings and all(s.is_ready for s in leader.siblings)
+            if not is_whole and self._leaders[leader]:
                 held.add(leader)
                 continue
             for sibling in leader.siblings:
                 total = leader.num_prompt_tokens
-                is_ready = sibling.grammar is None or sibling.grammar.is_ready
-                if is_ready and self.slots.num_free and self.blocks.missing(sibling, total) <= self.blocks.num_free:
+                if (
+                    sibling.is_ready
+                    and self.slots.num_free
+                    and self.blocks.missing(sibling, total) <= self.blocks.num_free
+                ):
                     self.waiting.remove(sibling)
                     copies.append(self._start_as_copy(sibling, leader))
             self._disband(leader)
@@ -272,7 +276,7 @@ class Scheduler:
         for sequence in self.waiting.copy():
             if budget <= 0 or not self.slots.num_free:
                 return
-            if sequence.leader is not None or (sequence.grammar is not None and not sequence.grammar.is_ready):
+            if sequence.leader is not None or not sequence.is_ready:
                 continue
             num_new = self._next_chunk(sequence, budget)
             # Room for the whole sequence as it is, not for one chunk: else a long prompt would be fed half-way and

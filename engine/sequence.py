@@ -88,6 +88,11 @@ class Sequence:
         return self.num_computed_tokens > 0 and self.num_uncomputed_tokens == 1
 
     @property
+    def is_ready(self) -> bool:
+        """Whether it may start: its grammar, if it has one, is compiled."""
+        return self.grammar is None or self.grammar.is_ready
+
+    @property
     def waits_for_its_token(self) -> bool:
         """What may come next depends on a token that the host has not seen."""
         return self.grammar is not None and bool(self.output_token_ids) and self.output_token_ids[-1] == UNSEEN

@@ -86,7 +86,12 @@ MessagesInput = Annotated[
     ),
 ]
 
-
+FUNCTION_FIELDS = {
+    "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
+    "description": {"type": ["string", "null"]},
+    "parameters": {"type": ["object", "null"]},
+    "strict": {"type": ["boolean", "null"]},
+}
 ToolsInput = Annotated[
     Any,
     WithJsonSchema(
@@ -101,12 +106,7 @@ ToolsInput = Annotated[
                     "function": {
                         "type": "object",
                         "required": ["name"],
-                        "properties": {
-                            "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
-                            "description": {"type": ["string", "null"]},
-                            "parameters": {"type": ["object", "null"]},
-                            "strict": {"type": ["boolean", "null"]},
-                        },
+                        "properties": FUNCTION_FIELDS,
                     },
                 },
             },

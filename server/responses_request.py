@@ -14,11 +14,11 @@ from ..engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from .errors import UnsupportedParameterError
 from .json_body import drop_nulls, json_type
 from .parameters import NEUTRAL_VALUES, refuse_unless_neutral, split_fields
-from .protocol import INT32_MAX, ChatRequest, CompletionRequest, SamplingRequest
+from .protocol import FUNCTION_FIELDS, INT32_MAX, ChatRequest, CompletionRequest, SamplingRequest, ToolChoiceInput
 from .responses_input import Conversation, FieldNames
 from .responses_types import Settings
 from .state import ServerState
-from .tools import MAX_TOOLS, NAME
+from .tools import MAX_TOOLS
 from .validation import Prepared, prepare_conversation, read_body, typed
 
 LOGPROBS = "message.output_text.logprobs"
@@ -63,19 +63,10 @@ ResponsesTools = Annotated[
             "items": {
                 "type": "object",
                 "required": ["type", "name"],
-                "properties": {
-                    "type": {"enum": ["function"]},
-                    "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
-                    "description": {"type": ["string", "null"]},
-                    "parameters": {"type": ["object", "null"]},
-                    "strict": {"type": ["boolean", "null"]},
-                },
+                "properties": {"type": {"enum": ["function"]}, **FUNCTION_FIELDS},
             },
         }
     ),
-]
-ResponsesToolChoice = Annotated[
-    Any, WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]})
 ]
 
 
@@ -87,7 +78,7 @@ class ResponsesRequest(SamplingRequest):
     top_logprobs: int = Field(0, json_schema_extra={"minimum": 0, "maximum": MAX_LOGPROBS})
     text: dict[str, Any] = Field({})
     tools: ResponsesTools = None
-    tool_choice: ResponsesToolChoice = None  # auto where there are tools
+    tool_choice: ToolChoiceInput = None  # auto where there are tools
     parallel_tool_calls: bool = True
     metadata: dict[str, str] = Field({}, max_length=MAX_METADATA)
     user: str | None = None

@@ -131,3 +131,12 @@ def test_what_a_copy_leaves_out_is_garbage(tiny):
         pool.fill_(torch.nan)
     answers = drain(core, *choices())
     assert [answers[f"c{i}"].token_ids for i in range(N)] == expected
+
+
+def test_choices_that_a_grammar_constrains_compute_their_prompt_once(tiny):
+    pytest.importorskip("llguidance")
+    core = make_core(tiny.folder)
+    counts = computed_tokens(core)
+    answers = drain(core, *choices(grammar="start: /[a-z]{3}/\n"))
+    assert all(len(answers[f"c{i}"].token_ids) >= 3 and answers[f"c{i}"].finish_reason == "stop" for i in range(N))
+    assert sum(counts) == len(PROMPT) - 1
