@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from engines import answer, assert_nothing_held, drain, make_core, request
+from leyden.engine import grammar
 from leyden.engine.core import EngineCore
 from leyden.engine.scheduler import SIBLING_PATIENCE
 from tiny_models import random_prompt
@@ -133,8 +136,10 @@ def test_what_a_copy_leaves_out_is_garbage(tiny):
     assert [answers[f"c{i}"].token_ids for i in range(N)] == expected
 
 
-def test_choices_that_a_grammar_constrains_compute_their_prompt_once(tiny):
+def test_choices_that_a_grammar_constrains_compute_their_prompt_once(tiny, monkeypatch):
     pytest.importorskip("llguidance")
+    compile_now = grammar.make_matcher
+    monkeypatch.setattr(grammar, "make_matcher", lambda *asked: (time.sleep(0.02), compile_now(*asked))[1])
     core = make_core(tiny.folder)
     counts = computed_tokens(core)
     answers = drain(core, *choices(grammar="start: /[a-z]{3}/\n"))
