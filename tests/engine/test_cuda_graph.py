@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines import drain, make_core, request
+from engines import DEVICE, drain, make_core, request
 from leyden.engine import cuda_graph
 from leyden.engine.batch import Counts
 from leyden.engine.core import EngineCore
@@ -14,7 +14,6 @@ from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 
 DECODES = [GraphShape(2), GraphShape(8)]
 MIXED = [GraphShape(0, 16), GraphShape(8, 16), GraphShape(0, 64), GraphShape(8, 64)]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from engines import answer, assert_nothing_held, drain, make_core, request
+from engines import DEVICE, answer, assert_nothing_held, drain, make_core, request
 from leyden.engine import grammar
 from leyden.engine.errors import RequestError
 from leyden.engine.grammar import Grammar, choice_grammar, json_grammar, make_matcher, regex_grammar
@@ -27,7 +27,7 @@ WORDS = ["red", "green blue", 'a "quoted" one', "\u00e9t\u00e9"]
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM("demo", device="cpu", max_num_seqs=8, cpu_memory_gb=0.2, num_threads=1)
+    return LLM("demo", device=DEVICE, max_num_seqs=8, cpu_memory_gb=0.2, num_threads=1)
 
 
 def generate(llm: LLM, grammar: str, n: int = 4, **params):
@@ -70,7 +70,7 @@ def test_log_probabilities_stay_those_of_the_raw_logits(llm):
 
 @pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
 def test_neighbours_and_lag_change_nothing(lags):
-    settings = {"device": "cpu", "max_num_seqs": 8, "cpu_memory_gb": 0.2, "num_threads": 1, "async_scheduling": lags}
+    settings = {"device": DEVICE, "max_num_seqs": 8, "cpu_memory_gb": 0.2, "num_threads": 1, "async_scheduling": lags}
     llm = LLM("demo", **settings)
     bound = SamplingParams(temperature=1.0, seed=3, max_tokens=60, grammar=json_grammar(PERSON))
     free = SamplingParams(temperature=1.0, seed=4, max_tokens=30)
@@ -81,7 +81,7 @@ def test_neighbours_and_lag_change_nothing(lags):
 
 
 def test_a_preempted_answer_goes_on_where_it_was():
-    settings = {"device": "cpu", "max_num_seqs": 4, "cpu_memory_gb": 0.2, "num_threads": 1, "block_size": 4}
+    settings = {"device": DEVICE, "max_num_seqs": 4, "cpu_memory_gb": 0.2, "num_threads": 1, "block_size": 4}
     roomy, tight = LLM("demo", **settings), LLM("demo", num_kv_blocks=20, max_model_len=80, **settings)
     params = [SamplingParams(temperature=1.0, seed=i, max_tokens=40, grammar=json_grammar(PERSON)) for i in range(4)]
     expected = [done.text for done in roomy.generate(["Once upon a time"] * 4, params)]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
+import engines
 import pytest
 import torch
-from engines import answer, assert_nothing_held, drain, make_core, request
+from engines import DEVICE, answer, assert_nothing_held, drain, request
 from leyden.engine import grammar
 from leyden.engine.core import EngineCore
 from leyden.engine.scheduler import SIBLING_PATIENCE
 from tiny_models import random_prompt
 
+make_core = functools.partial(engines.make_core, device=DEVICE)
 PROMPT = random_prompt(37, seed=1)
 N = 4
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from leyden.configs.schema import EngineConfig
 from leyden.engine.core import EngineCore
 from leyden.engine.messages import AddRequest
 from leyden.engine.outputs import StepOutput, TokenLogprobs
 from leyden.engine.sampling_params import SamplingParams
 from leyden.engine.sequence import Sequence
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for tests that are worth running on either
 
 
 @dataclass
