@@ -70,8 +70,8 @@ def test_log_probabilities_stay_those_of_the_raw_logits(llm):
 
 @pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
 def test_neighbours_and_lag_change_nothing(lags):
-    settings = {"device": DEVICE, "max_num_seqs": 8, "cpu_memory_gb": 0.2, "num_threads": 1, "async_scheduling": lags}
-    llm = LLM("demo", **settings)
+    settings = {"device": DEVICE, "dtype": "float32", "max_num_seqs": 8, "cpu_memory_gb": 0.2, "num_threads": 1}
+    llm = LLM("demo", async_scheduling=lags, **settings)
     bound = SamplingParams(temperature=1.0, seed=3, max_tokens=60, grammar=json_grammar(PERSON))
     free = SamplingParams(temperature=1.0, seed=4, max_tokens=30)
     alone = [llm.generate("Once upon", params)[0].text for params in (bound, free)]
