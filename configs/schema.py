@@ -69,6 +69,24 @@ class EngineConfig(BaseModel):
     cuda_graphs: bool = Field(True, description="replay steps from CUDA graphs, captured at start")
     max_graph_rows: int = Field(512, ge=1, le=65536, description="largest decode step that gets a CUDA graph")
     block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")
+    prefix_cache: bool = Field(
+        True, description="resume prompts at what earlier prompts and answers have in common with them"
+    )
+    state_checkpoints: int | None = Field(
+        None, ge=0, le=1 << 20, description="states that the prefix cache keeps on the device; default: by its memory"
+    )
+    state_checkpoint_interval: int = Field(
+        4096, ge=1, le=1 << 20, description="tokens of a long prompt after which its state is kept"
+    )
+    state_checkpoint_min_tokens: int = Field(
+        128, ge=1, le=1 << 20, description="tokens that a kept state must spare at least, beyond the one before it"
+    )
+    state_checkpoint_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="kept states; auto = state_dtype; less takes half the memory, and a hit is rounded"
+    )
+    host_checkpoint_gb: float = Field(
+        0.0, ge=0, description="host memory for kept states that the device has no more room for, in GB"
+    )
     memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory to use")
     cpu_memory_gb: float = Field(2.0, gt=0, description="memory for state and KV cache on a CPU, in GB")
     num_kv_blocks: int | None = Field(None, ge=1, description="fix the KV cache's size instead of measuring")

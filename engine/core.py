@@ -18,6 +18,7 @@ from .grammar import require as require_grammars
 from .messages import AddRequest, EngineInfo, EngineStats
 from .model_runner import LaunchedStep, ModelRunner
 from .outputs import ErrorCode, StepOutput, TokenLogprobs
+from .prefix_cache import PrefixCache
 from .scheduler import ScheduledBatch, Scheduler
 from .sequence import Sequence, Status
 from .slots import SlotManager
@@ -41,9 +42,14 @@ class EngineCore:
         self.runner = ModelRunner(config, progress=progress)
         plan = self.runner.plan
         self.max_model_len = plan.max_model_len
+        blocks = BlockManager(plan.num_kv_blocks, config.block_size)
         self.scheduler = Scheduler(
-            BlockManager(plan.num_kv_blocks, config.block_size),
+            blocks,
             SlotManager(plan.num_state_slots),
+            cache=PrefixCache(
+                blocks, plan.num_checkpoints, plan.num_host_checkpoints, config.state_checkpoint_min_tokens
+            ),
+            checkpoint_interval=config.state_checkpoint_interval,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
             mixed_prefill_tokens=config.mixed_prefill_tokens,
@@ -81,6 +87,8 @@ class EngineCore:
             seed=seed,
             num_siblings=request.num_siblings if max_tokens else 0,
             leader=self._leader_of(request, max_tokens),
+            uses_cache=request.prefix_cache and max_tokens > 0 and params.prompt_logprobs is None,
+            cache_salt=request.cache_salt,
             deadline=math.inf if limit is None else time.monotonic() + limit,
             arrived_at=time.perf_counter(),
         )
@@ -176,6 +184,11 @@ class EngineCore:
             num_waiting=len(scheduler.waiting),
             state_slots_used=scheduler.slots.num_used,
             kv_blocks_used=scheduler.blocks.num_used,
+            kv_blocks_cached=scheduler.blocks.num_cached,
+            checkpoints_used=scheduler.cache.num_checkpoints_used,
+            host_checkpoints_used=scheduler.cache.num_host_checkpoints_used,
+            prefix_cache_queries_total=scheduler.reuse.num_queried_tokens,
+            prefix_cache_hits_total=scheduler.reuse.num_cached_tokens,
             preemptions_total=scheduler.num_preemptions,
         )
 
@@ -201,6 +214,8 @@ class EngineCore:
             num_state_slots=plan.num_state_slots,
             max_waiting=self.config.max_waiting,
             num_kv_blocks=plan.num_kv_blocks,
+            num_checkpoints=plan.num_checkpoints,
+            num_host_checkpoints=plan.num_host_checkpoints,
             block_size=self.config.block_size,
             weight_bytes=runner.weight_bytes,
             memory=runner.memory,
@@ -277,9 +292,13 @@ class EngineCore:
             self._stats.prompt_tokens_total += sequence.num_prompt_tokens
             output.prompt_logprobs = sequence.prompt_logprobs or None
             output.queue_seconds = sequence.queue_seconds
+            output.num_cached_tokens = sequence.num_cached_tokens or 0
         if output.finish_reason is not None:
             del sequence.output_token_ids[index + 1 :]  # of the step that was computed once too often
-            self.scheduler.finish(sequence)
+            if output.is_failure:
+                self.scheduler.finish(sequence)
+            else:
+                self.scheduler.complete(sequence)
         return output
 
 

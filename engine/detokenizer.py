@@ -145,6 +145,7 @@ class TextStream:
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
             queue_seconds=step.queue_seconds,
+            num_cached_tokens=step.num_cached_tokens,
         )
         if stop is not None:
             num_kept = self._num_output_tokens - num_before

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .copies import Copy, Restore, Save
 from .sampling_params import MAX_LOGPROBS, SamplingParams
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
@@ -50,6 +51,12 @@ def smallest_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
     yield _prompts(limits, [min(2, limits.max_len)])
     if limits.max_len > 1:
         yield _decodes(limits, 1)
+
+
+def checkpoint_step(limits: StepLimits, num_pending: int) -> ScheduledBatch:
+    """A slot is saved and restored, as the prefix cache does, before a prompt of one token."""
+    copies: list[Copy] = [Save(0, num_pending, 0), Restore(0, 0, [(0, 0)])]
+    return ScheduledBatch([_sequence(limits, 0, 1)], [1], 1, copies)
 
 
 def serving_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:

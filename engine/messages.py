@@ -14,7 +14,8 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
 
     `eos_token_ids` None = those of the checkpoint's config and generation config. `max_queue_seconds` None = it waits
     for its start as long as it takes. `num_siblings` more requests will follow at once that have the same prompt and
-    name this one as `sibling_of`: the prompt is then computed once.
+    name this one as `sibling_of`: the prompt is then computed once. `prefix_cache` False = it takes nothing from the
+    prefix cache and leaves nothing there; `cache_salt` = it shares only with requests of the same salt.
     """
 
     request_id: str
@@ -23,6 +24,8 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     priority: int = 0
     eos_token_ids: list[int] | None = None
     max_queue_seconds: float | None = None
+    prefix_cache: bool = True
+    cache_salt: str | None = None
     num_siblings: int = 0
     sibling_of: str | None = None
 
@@ -57,6 +60,8 @@ class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
     num_state_slots: int
     max_waiting: int
     num_kv_blocks: int
+    num_checkpoints: int = 0
+    num_host_checkpoints: int = 0
     block_size: int
     weight_bytes: int
     memory: MemoryUse
@@ -71,7 +76,12 @@ class EngineStats(msgspec.Struct, kw_only=True):
     num_running: int = 0
     num_waiting: int = 0
     state_slots_used: int = 0
-    kv_blocks_used: int = 0
+    kv_blocks_used: int = 0  # by sequences
+    kv_blocks_cached: int = 0  # by the prefix cache alone
+    checkpoints_used: int = 0
+    host_checkpoints_used: int = 0
+    prefix_cache_queries_total: int = 0  # prompt tokens that were looked up
+    prefix_cache_hits_total: int = 0  # those of them that were not computed again
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
     preemptions_total: int = 0

@@ -22,13 +22,14 @@ from ..models.minimax import Cache, MiniMaxForCausalLM
 from ..models.registry import FAMILIES
 from ..models.weights import fill_with_noise, load_weights
 from .batch import BATCH_TENSORS, Arrays, Counts, batch_arrays, count_rows, make_batch, upload
+from .copies import Copy, Fork, Move, Restore, Save
 from .cuda_graph import Computed, GraphShape, StepGraphs, graph_shapes, pad, pad_table
-from .dummy_steps import StepLimits, smallest_steps
+from .dummy_steps import StepLimits, checkpoint_step, smallest_steps
 from .errors import ConfigError
 from .outputs import TokenLogprobs
-from .pools import KVPool, StatePool
+from .pools import CheckpointPool, KVPool, StatePool
 from .sampler import Draw, Sampled, Sampler, SamplingBatch, send_home, token_logprobs
-from .scheduler import Copy, ScheduledBatch
+from .scheduler import ScheduledBatch
 from .sequence import Sequence
 from .sizing import bound_allocator, free_memory, refuse_out_of_memory, size_pools
 
@@ -57,6 +58,8 @@ class ModelRunner:
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.model_config, self.device)
         self.state_dtype = getattr(torch, config.state_dtype)
+        saved = config.state_dtype if config.state_checkpoint_dtype == "auto" else config.state_checkpoint_dtype
+        self.checkpoint_dtype = getattr(torch, saved)
         self.kernel_name = pick_kernels(config.kernels, self.device)
         self.block_size = config.block_size
         torch.set_num_threads(config.num_threads or _spare_cores())
@@ -87,8 +90,7 @@ class ModelRunner:
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start computing the scheduled tokens, which writes state and KV pools, and sampling where a row's tokens are
         complete. On CUDA nothing waits for the device, but for log-probabilities of a prompt."""
-        for copy in scheduled.copies:
-            self._copy(copy)
+        self._make_copies(scheduled.copies)
         rows = [scheduled.sequences[row] for row in scheduled.completing_rows]
         completing = [(sequence, len(sequence.output_token_ids)) for sequence in rows]
         arrays = batch_arrays(scheduled, self.block_size) | self.sampler.arrays(rows)
@@ -106,11 +108,31 @@ class ModelRunner:
             sampled = self.sampler.sample(logits, SamplingBatch.of(sent))
         return LaunchedStep(completing, sampled, self._prompt_logprobs(scheduled, hidden))
 
-    def _copy(self, copy: Copy) -> None:
-        self.states.copy(copy.source_slot, copy.target_slot)
-        if copy.source_blocks:
-            blocks = {"source": np.array(copy.source_blocks), "target": np.array(copy.target_blocks)}
-            sent = upload(blocks, self.device)
+    def _make_copies(self, copies: list[Copy]) -> None:
+        """In their order; what is saved out of a ring is folded before. A slot is never saved after it was written to
+        by another copy of the same step, so all may be folded at once."""
+        pending = [(copy.slot, copy.num_pending) for copy in copies if isinstance(copy, Save) and copy.num_pending]
+        if pending:
+            slots, counts = np.array(pending, dtype=np.int32).T
+            sent = upload({"slots": slots, "counts": counts}, self.device)
+            self.model.fold_pending(self.caches, sent["slots"], sent["counts"])
+        for copy in copies:
+            match copy:
+                case Fork(source, target, blocks):
+                    self.states.slot(target).copy_(self.states.slot(source))
+                    self._copy_blocks(blocks)
+                case Save(slot, _, checkpoint):
+                    self.checkpoints[checkpoint].copy_(self.states.slot(slot))
+                case Restore(checkpoint, slot, blocks):
+                    self.states.slot(slot).copy_(self.checkpoints[checkpoint], non_blocking=True)
+                    self._copy_blocks(blocks)
+                case Move(source, target):
+                    self.checkpoints[target].copy_(self.checkpoints[source], non_blocking=True)
+
+    def _copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        if pairs:
+            source, target = np.array(pairs, dtype=np.int64).T
+            sent = upload({"source": source, "target": target}, self.device)
             self.kv.copy(sent["source"], sent["target"])
 
     def _replay(
@@ -186,6 +208,10 @@ class ModelRunner:
         return state + self.model_config.ring_bytes_per_sequence(self.ring_size, self.dtype.itemsize)
 
     @property
+    def checkpoint_bytes(self) -> int:
+        return self.model_config.state_bytes_per_sequence(self.checkpoint_dtype.itemsize)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         return self.model_config.kv_bytes_per_token(self.dtype.itemsize)
 
@@ -211,7 +237,7 @@ class ModelRunner:
             entries += token_logprobs(logits, torch.tensor(part, device=self.device), [num_top] * len(part))
         return entries
 
-    def allocate(self, num_slots: int, num_blocks: int) -> None:
+    def allocate(self, num_slots: int, num_blocks: int, num_checkpoints: int = 0, num_on_host: int = 0) -> None:
         """Make the pools, uninitialised, and the sampler's tables."""
         config = self.model_config
         self.states = StatePool(
@@ -222,13 +248,16 @@ class ModelRunner:
             ring_size=self.ring_size,
             ring_dtype=self.dtype,
         )
+        self.checkpoints = CheckpointPool(
+            config.linear_layers, num_checkpoints, num_on_host, device=self.device, dtype=self.checkpoint_dtype
+        )
         self.kv = KVPool(config.full_layers, num_blocks, self.block_size, device=self.device, dtype=self.dtype)
         self.caches = _caches_by_layer(config, self.states, self.kv)
         self.sampler = Sampler(self.kernels, num_slots, config.vocab_size, self.device)
 
     def release(self) -> None:
         """Give back what `allocate` made."""
-        del self.states, self.kv, self.caches, self.sampler
+        del self.states, self.checkpoints, self.kv, self.caches, self.sampler
 
     def warm_up(self) -> None:
         """The first steps on the real pools. Uses slot 0 and the first blocks, which are free: what it leaves there is
@@ -240,6 +269,8 @@ class ModelRunner:
         with refuse_out_of_memory("a first step beside the pools", remedy):
             for step in smallest_steps(limits):
                 self.launch(step).wait()
+            if plan.num_checkpoints:
+                self.launch(checkpoint_step(limits, num_pending=min(1, self.ring_size))).wait()
 
 
 def _spare_cores() -> int:

@@ -29,6 +29,7 @@ class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the first output; [0] is None
     queue_seconds: float | None = None  # once, with the first output
+    num_cached_tokens: int | None = None  # of the prompt, not computed again; once, with the first output
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the id that ended it, when a stop token did (also last in token_ids)
     error: str | None = None  # the message of finish_reason "error"
@@ -65,6 +66,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     queue_seconds: float | None = None  # once, with the first output
+    num_cached_tokens: int | None = None  # likewise
 
     def extend(self, later: RequestOutput) -> None:
         """Take in all but the text of what the same request got next: many small texts are better joined once."""

@@ -32,9 +32,9 @@ class StatePool:
         self.key_ring = torch.empty(*shape, ring_size, K, device=device, dtype=ring_dtype)
         self.value_ring = torch.empty(*shape, ring_size, V, device=device, dtype=ring_dtype)
 
-    def copy(self, source: int, target: int) -> None:
-        """One slot's states to another. Tokens that wait in its ring stay behind."""
-        self.state[:, target].copy_(self.state[:, source])
+    def slot(self, i: int) -> Tensor:
+        """A slot's states [L_linear, H, K, V]. Tokens that wait in its ring are not in them."""
+        return self.state[:, i]
 
     def layer(self, i: int) -> LinearState:
         """The i-th lightning layer's part."""
@@ -43,6 +43,34 @@ class StatePool:
     @property
     def nbytes(self) -> int:
         return self.state.nbytes + self.key_ring.nbytes + self.value_ring.nbytes
+
+
+class CheckpointPool:
+    """States of the prefix cache, each [L_linear, H, K, V] in `dtype`: `num_checkpoints` on the device and, counted on
+    from there, `num_on_host` in pinned host memory. Each lies in one piece, so that a copy between the two is one."""
+
+    def __init__(
+        self,
+        layers: list[LightningSpec],
+        num_checkpoints: int,
+        num_on_host: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (len(layers), *layers[0].state_shape)
+        is_cuda = device.type == "cuda"
+        self.states = torch.empty(num_checkpoints, *shape, device=device, dtype=dtype)
+        self.host_states = torch.empty(num_on_host, *shape, dtype=dtype, pin_memory=is_cuda and num_on_host > 0)
+
+    def __getitem__(self, i: int) -> Tensor:
+        on_device = self.states.shape[0]
+        return self.states[i] if i < on_device else self.host_states[i - on_device]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self.states.nbytes
 
 
 class KVPool:

@@ -3,38 +3,37 @@
 Each step, within `max_num_batched_tokens`:
 1. every running sequence that is one token behind gets it (decoding never waits for a prompt);
 2. running sequences that are further behind continue their prefill, in order;
-3. waiting sequences are admitted in order while a state slot, KV blocks and budget last.
+3. waiting sequences are admitted while a state slot, KV blocks and budget last: in order, but that of the first few the
+   one goes first of which the prefix cache holds most, and that one waits whose beginning is just being computed.
 Beside decoding rows, 2 and 3 together bring at most `mixed_prefill_tokens`, which bounds how long a token takes.
 
 Sequences with the same prompt (`n`) wait for the first of them: it stops before the prompt's last token, they copy its
-state and blocks, and all go on from there.
+state, share its blocks, and all go on from there.
 
-Order is priority, then arrival. When blocks run out, the last in order is preempted: it gives back everything, and is
-computed again from its tokens later.
+Order is priority, then arrival. When blocks run out, what is only cached is forgotten; then the last in order is
+preempted: it gives back everything, and is computed again from its tokens later.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from .block_manager import BlockManager
+from .copies import Copy, Fork
 from .errors import ContextLengthError, QueueFullError
+from .prefix_cache import Match, PrefixCache
+from .reuse import NOTHING, Reuse
 from .sequence import UNSEEN, Sequence, Status
 from .slots import SlotManager
 
+NUM_COMPARED = 8  # waiting sequences that are compared with each other by what is cached of them
+NUM_EXAMINED = 32  # of those that wait, to find as many that need not wait for another's checkpoint
+MAX_PASSED = 8  # times that a sequence is passed over
 SIBLING_PATIENCE = 2000  # steps that a sequence waits for siblings that were announced: they are on their way
-
-
-class Copy(NamedTuple):
-    """What one sequence takes over from another before a step: a state, and the contents of blocks."""
-
-    source_slot: int
-    target_slot: int
-    source_blocks: list[int]
-    target_blocks: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +83,12 @@ class Scheduler:
         max_waiting: int,
         mixed_prefill_tokens: int | None = None,
         ring_size: int = 0,
+        cache: PrefixCache | None = None,
+        checkpoint_interval: int = 1 << 20,
     ) -> None:
         self.blocks = blocks
+        self.cache = PrefixCache(blocks, 0) if cache is None else cache
+        self.reuse = Reuse(self.cache, checkpoint_interval)
         self.slots = slots
         self.max_num_batched_tokens = max_num_batched_tokens
         self.mixed_prefill_tokens = max_num_batched_tokens if mixed_prefill_tokens is None else mixed_prefill_tokens
@@ -95,6 +98,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # kept in order
         self.num_preemptions = 0
         self._by_id: dict[str, Sequence] = {}
+        self._at_stop: list[Sequence] = []  # the last step has brought them to a stop
         self._leaders: dict[Sequence, int] = {}  # siblings are still to copy from them; steps they may wait for these
 
     def __contains__(self, request_id: str) -> bool:
@@ -162,9 +166,18 @@ class Scheduler:
             sequence.leader.siblings.remove(sequence)
             sequence.leader.num_siblings -= 1
 
+    def complete(self, sequence: Sequence) -> None:
+        """Take a sequence out that has its whole answer, which stays in the prefix cache."""
+        self.reuse.save_answer(sequence)
+        self.finish(sequence)
+
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's rows and give them the blocks and slots they need."""
-        copies, held = self._copy_prompts()
+        for sequence in self._at_stop:
+            if sequence.status is Status.RUNNING:
+                self.reuse.save_at_stop(sequence)
+        self._at_stop = []
+        held = self._copy_prompts()
         budget = self.max_num_batched_tokens
         decoding: dict[Sequence, int] = {}
         prefilling: dict[Sequence, int] = {}
@@ -188,9 +201,11 @@ class Scheduler:
             if num_new and self._make_room(sequence, num_new, decoding, prefilling):
                 prefilling[sequence] = num_new
                 budget -= num_new
-        self._admit(prefilling, budget)
+        self._admit(prefilling, decoding, budget)
         rows = [*prefilling, *decoding]
-        assert rows or not copies, "what was copied is used"
+        copies: list[Copy] = []
+        if rows:  # what is to be saved stays where it is until the next step
+            copies, self.reuse.copies = self.reuse.copies, copies
         return ScheduledBatch(rows, [*prefilling.values(), *decoding.values()], len(prefilling), copies)
 
     def update(self, batch: ScheduledBatch) -> None:
@@ -202,6 +217,8 @@ class Scheduler:
         for sequence, num_new in zip(batch.sequences[:num_prefills], batch.num_scheduled_tokens, strict=False):
             sequence.num_computed_tokens += num_new
             sequence.num_pending_tokens = 0
+            if sequence.stops and sequence.num_computed_tokens >= sequence.stops[0]:
+                self._at_stop.append(sequence)
         for sequence in batch.sequences[num_prefills:]:  # many, and each completes
             sequence.output_token_ids.append(UNSEEN)
             sequence.num_computed_tokens += 1
@@ -210,7 +227,8 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Ownership is whole and the queues are in order. Raises AssertionError."""
-        self.blocks.check_integrity(self.running)
+        self.blocks.check_integrity(self.running, self.cache.tables())
+        self.cache.check_integrity()
         self.slots.check_integrity(self.running)
         for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
             assert all(sequence.status is status for sequence in queue)
@@ -223,16 +241,17 @@ class Scheduler:
         assert len(self._by_id) == len(self.waiting) + len(self.running)
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> int:
-        """Tokens to compute of a prompt. One that others wait for stops before its last."""
+        """Tokens to compute of a prompt: up to its next checkpoint. One that others wait for stops before its last."""
         num_new = sequence.num_uncomputed_tokens
         if sequence in self._leaders:
             num_new -= 1
+        if sequence.stops:
+            num_new = min(num_new, sequence.stops[0] - sequence.num_computed_tokens)
         return min(num_new, budget)
 
-    def _copy_prompts(self) -> tuple[list[Copy], set[Sequence]]:
+    def _copy_prompts(self) -> set[Sequence]:
         """Give the siblings of those that have reached their prompt's last token what these have computed; a sibling
-        that finds no room computes for itself. Also returns those that wait for siblings to arrive."""
-        copies: list[Copy] = []
+        that finds no room computes for itself. Returns those that wait for siblings to arrive."""
         held: set[Sequence] = set()
         for leader in [leader for leader in self._leaders if leader.is_at_last_prompt_token]:
             self._leaders[leader] -= 1
@@ -240,30 +259,35 @@ class Scheduler:
             if not is_whole and self._leaders[leader]:
                 held.add(leader)
                 continue
+            num_own = self.blocks.blocks_for(leader.num_prompt_tokens) - self._num_shared_blocks(leader)
             for sibling in leader.siblings:
-                total = leader.num_prompt_tokens
-                if (
-                    sibling.is_ready
-                    and self.slots.num_free
-                    and self.blocks.missing(sibling, total) <= self.blocks.num_free
-                ):
+                if sibling.is_ready and self.slots.num_free and self.cache.make_room(num_own):
                     self.waiting.remove(sibling)
-                    copies.append(self._start_as_copy(sibling, leader))
+                    self.reuse.copies.append(self._start_as_copy(sibling, leader))
             self._disband(leader)
-        return copies, held
+        return held
 
-    def _start_as_copy(self, sibling: Sequence, leader: Sequence) -> Copy:
+    def _num_shared_blocks(self, leader: Sequence) -> int:
+        """Blocks that a leader before its prompt's last token has filled, and writes no more."""
+        return leader.num_computed_tokens // self.blocks.block_size
+
+    def _start_as_copy(self, sibling: Sequence, leader: Sequence) -> Fork:
         self.slots.take(sibling)
+        shared = self._num_shared_blocks(leader)
+        self.blocks.share(sibling, leader.block_table[:shared].tolist())
         self.blocks.grow(sibling, leader.num_prompt_tokens)
-        sibling.status = Status.RUNNING
-        sibling.deadline = math.inf
+        self._start(sibling)
         sibling.num_computed_tokens = leader.num_computed_tokens
-        bisect.insort(self.running, sibling, key=lambda s: s.order)
         assert leader.state_slot is not None and sibling.state_slot is not None
-        filled = self.blocks.blocks_for(leader.num_computed_tokens)
-        return Copy(
-            leader.state_slot, sibling.state_slot, [*leader.block_table[:filled]], [*sibling.block_table[:filled]]
-        )
+        partial = []
+        if leader.num_computed_tokens % self.blocks.block_size:
+            partial = [(leader.block_table[shared], sibling.block_table[shared])]
+        return Fork(leader.state_slot, sibling.state_slot, partial)
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.status = Status.RUNNING
+        sequence.deadline = math.inf
+        bisect.insort(self.running, sequence, key=lambda s: s.order)
 
     def _disband(self, leader: Sequence) -> None:
         """From here on everybody goes his own way."""
@@ -272,32 +296,57 @@ class Scheduler:
             sibling.leader = None
         leader.siblings = []
 
-    def _admit(self, scheduled: dict[Sequence, int], budget: int) -> None:
-        for sequence in self.waiting.copy():
-            if budget <= 0 or not self.slots.num_free:
+    def _admit(self, prefilling: dict[Sequence, int], decoding: dict[Sequence, int], budget: int) -> None:
+        while budget > 0 and self.slots.num_free:
+            found = self._next_to_admit(prefilling)
+            if found is None:
                 return
-            if sequence.leader is not None or not sequence.is_ready:
-                continue
-            num_new = self._next_chunk(sequence, budget)
+            sequence, match = found
+            self.slots.take(sequence)
             # Room for the whole sequence as it is, not for one chunk: else a long prompt would be fed half-way and
-            # put out again. Whoever runs has its blocks already, or there would be no budget left.
-            if self.blocks.missing(sequence, sequence.num_tokens) > self.blocks.num_free:
+            # put out again. Whoever runs has its blocks already, or there would be no budget left. When nobody runs
+            # no room will come of waiting: then the blocks that it could begin with are in its way.
+            if not self.reuse.resume(sequence, match) and (self.running or not self.reuse.resume(sequence, NOTHING)):
+                self.slots.release(sequence)
                 return
             self.waiting.remove(sequence)
-            self.slots.take(sequence)
-            self.blocks.grow(sequence, num_new)
-            sequence.status = Status.RUNNING
-            sequence.deadline = math.inf
-            bisect.insort(self.running, sequence, key=lambda s: s.order)
-            scheduled[sequence] = num_new
-            budget -= num_new
+            self.reuse.plan(sequence, match, itertools.islice(self._ready(), NUM_COMPARED))
+            num_new = self._next_chunk(sequence, budget)
+            self.blocks.grow(sequence, sequence.num_computed_tokens + num_new)
+            self._start(sequence)
+            if num_new:  # none for one whose siblings copy what was cached
+                scheduled = decoding if sequence.is_decoding else prefilling  # all but its last token was cached
+                scheduled[sequence] = num_new
+                budget -= num_new
+
+    def _next_to_admit(self, scheduled: dict[Sequence, int]) -> tuple[Sequence, Match] | None:
+        """Of the first few that wait, the one of which most is cached; none is passed over many times."""
+        candidates: list[tuple[Sequence, Match]] = []
+        for sequence in itertools.islice(self._ready(), NUM_EXAMINED):
+            if candidates and (sequence.priority != candidates[0][0].priority or len(candidates) == NUM_COMPARED):
+                break
+            match = self.reuse.find(sequence)
+            if not self.reuse.waits(sequence, match, self.running, scheduled):
+                candidates.append((sequence, match))
+        if not candidates:
+            return None
+        first = candidates[0]
+        best = max(candidates, key=lambda candidate: candidate[1].num_cached)  # the first of the best
+        if best is first or first[0].num_passed >= MAX_PASSED:
+            return first
+        first[0].num_passed += 1
+        return best
+
+    def _ready(self) -> Iterator[Sequence]:
+        """Those that wait and could start. One that has just fallen first gets the token that is on its way."""
+        return (s for s in self.waiting if s.leader is None and s.is_ready and not s.ends_in_unseen)
 
     def _make_room(self, sequence: Sequence, num_new: int, *scheduled: dict[Sequence, int]) -> bool:
         """Give `sequence` the blocks for num_new more tokens, preempting from the end. False if it fell itself."""
         total = sequence.num_computed_tokens + num_new
         if sequence.status is not Status.RUNNING:  # preempted for one before it
             return False
-        while self.blocks.missing(sequence, total) > self.blocks.num_free:
+        while not self.cache.make_room(self.blocks.missing(sequence, total)):
             victim = self.running[-1]
             self._preempt(victim)
             for rows in scheduled:
@@ -311,6 +360,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.num_computed_tokens = sequence.num_pending_tokens = 0
+        sequence.stops = []
         sequence.status = Status.WAITING
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
         self.num_preemptions += 1

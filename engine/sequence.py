@@ -8,6 +8,8 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .outputs import FinishReason, TokenLogprobs
 from .sampling_params import SamplingParams
 
@@ -56,6 +58,15 @@ class Sequence:
     num_siblings: int = 0  # sequences that are to copy what this one has computed before its prompt's last token
     siblings: list[Sequence] = field(default_factory=list, repr=False)  # those of them that are here
     leader: Sequence | None = field(default=None, repr=False)  # whose sibling this is, until they part
+    uses_cache: bool = False  # it may begin with what the prefix cache holds, and leaves its own there
+    cache_salt: str | None = None  # it shares with those of the same salt only
+    num_cached_tokens: int | None = None  # that it began with; None until it is first admitted
+    stops: list[int] = field(default_factory=list)  # increasing; after so many tokens of the prompt it is saved
+    wanted_stops: set[int] = field(default_factory=set)  # where it parts from prompts that were computed beside it
+    waits_for: Sequence | None = field(default=None, repr=False)  # whose checkpoint it waits for, before it starts
+    num_waits: int = 0  # sequences it has waited for
+    num_passed: int = 0  # times that a later sequence was admitted before it, since more of it was cached
+    _prompt: np.ndarray | None = field(default=None, repr=False)
     stop_ids: frozenset[int] = field(init=False)  # tokens that end the answer
     max_fed: int = field(init=False)  # tokens that are fed to the model before the last one of the answer is drawn
 
@@ -95,7 +106,11 @@ class Sequence:
     @property
     def waits_for_its_token(self) -> bool:
         """What may come next depends on a token that the host has not seen."""
-        return self.grammar is not None and bool(self.output_token_ids) and self.output_token_ids[-1] == UNSEEN
+        return self.grammar is not None and self.ends_in_unseen
+
+    @property
+    def ends_in_unseen(self) -> bool:
+        return bool(self.output_token_ids) and self.output_token_ids[-1] == UNSEEN
 
     @property
     def is_at_last_prompt_token(self) -> bool:
@@ -112,6 +127,15 @@ class Sequence:
         if end <= split:
             return self.prompt_token_ids[start:end]
         return self.prompt_token_ids[start:split] + self.output_token_ids[max(start - split, 0) : end - split]
+
+    def known_tokens(self, end: int) -> np.ndarray:
+        """[end] int32, the first tokens of prompt and answer."""
+        if self._prompt is None:
+            self._prompt = np.array(self.prompt_token_ids, dtype=np.int32)
+        if end <= len(self._prompt):
+            return self._prompt[:end]
+        answer = np.array(self.output_token_ids[: end - len(self._prompt)], dtype=np.int32)
+        return np.concatenate([self._prompt, answer])
 
     def finish_reason(self, index: int) -> FinishReason | None:
         """Why the sequence ends with the index-th token of its answer, or None to go on."""

@@ -39,12 +39,16 @@ def size_pools(runner: ModelRunner, config: EngineConfig) -> tuple[MemoryPlan, M
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         num_kv_blocks=config.num_kv_blocks,
+        checkpoint_bytes=runner.checkpoint_bytes,
+        num_checkpoints=config.state_checkpoints if config.prefix_cache else 0,
+        host_bytes=int(config.host_checkpoint_gb * 1e9),
     )
     remedy = "lower max_num_seqs or memory_fraction (on a CPU cpu_memory_gb)"
     with refuse_out_of_memory(f"{plan.num_state_slots} states and {plan.num_kv_blocks} KV blocks", remedy):
-        runner.allocate(plan.num_state_slots, plan.num_kv_blocks)
+        runner.allocate(plan.num_state_slots, plan.num_kv_blocks, plan.num_checkpoints, plan.num_host_checkpoints)
         runner.model.reserve_positions(plan.max_model_len)
     use.state, use.kv, use.sampler = runner.states.nbytes, runner.kv.nbytes, runner.sampler.nbytes
+    use.checkpoints = runner.checkpoints.nbytes
     return plan, use
 
 

@@ -62,6 +62,10 @@ class LightningAttention(nn.Module):
         self.backend.forward(LightningCall(q, k, v, self.slopes, self.spec.scale, state, batch, out))
         return self.out_proj(self.norm.gated(out.flatten(1), gate))
 
+    def fold(self, state: LinearState, slots: Tensor, num_pending: Tensor) -> None:
+        """Bring the tokens that wait in these slots' rings into their states. slots, num_pending: [N] int32."""
+        self.kernels.lightning_fold(self.slopes, *state, slots, num_pending > 0, num_pending)
+
     def targets(self, prefix: str) -> Iterator[Target]:
         yield from self.in_proj.targets(prefix)
         yield from self.norm.targets(f"{prefix}norm")
@@ -192,6 +196,14 @@ class MiniMaxForCausalLM(nn.Module):
         for layer, cache in zip(self.layers, caches, strict=True):
             stream = layer(stream, batch, cache)
         return stream.normed(self.norm)[1]
+
+    def fold_pending(self, caches: list[Cache], slots: Tensor, num_pending: Tensor) -> None:
+        """Bring what waits in rings into the states of all layers. slots: [N] int32, each once; num_pending: [N] int32,
+        how many tokens of each wait."""
+        for layer, cache in zip(self.layers, caches, strict=True):
+            mixer = layer.mixer
+            if isinstance(mixer, LightningAttention) and isinstance(cache, LinearState):
+                mixer.fold(cache, slots, num_pending)
 
     def compute_logits(self, h: Tensor) -> Tensor:
         """h [N, d], rows of what `forward` returned -> logits [N, vocab]."""

@@ -7,8 +7,10 @@ import random
 import pytest
 from engines import sequence
 from leyden.engine.block_manager import BlockManager
+from leyden.engine.copies import Copy, Fork, Move, Restore, Save
 from leyden.engine.errors import ContextLengthError, QueueFullError
-from leyden.engine.scheduler import ScheduledBatch, Scheduler
+from leyden.engine.prefix_cache import PrefixCache
+from leyden.engine.scheduler import MAX_PASSED, ScheduledBatch, Scheduler
 from leyden.engine.sequence import UNSEEN, Sequence, Status
 from leyden.engine.slots import SlotManager
 
@@ -16,11 +18,25 @@ EOS = 0
 
 
 def make_scheduler(
-    *, blocks=8, block_size=4, slots=4, budget=16, mixed=None, max_waiting=100, ring_size=0
+    *,
+    blocks=8,
+    block_size=4,
+    slots=4,
+    budget=16,
+    mixed=None,
+    max_waiting=100,
+    ring_size=0,
+    checkpoints=0,
+    on_host=0,
+    min_tokens=1,
+    interval=1000,
 ) -> Scheduler:
+    manager = BlockManager(blocks, block_size)
     return Scheduler(
-        BlockManager(blocks, block_size),
+        manager,
         SlotManager(slots),
+        cache=PrefixCache(manager, checkpoints, on_host, min_tokens),
+        checkpoint_interval=interval,
         max_num_batched_tokens=budget,
         mixed_prefill_tokens=mixed,
         max_waiting=max_waiting,
@@ -43,22 +59,22 @@ def launch(scheduler: Scheduler, batch: ScheduledBatch) -> Launched:
     return launched
 
 
-def deliver(scheduler: Scheduler, launched: Launched, next_token) -> list[Sequence]:
-    """What it does when the tokens have arrived. Returns who finished."""
+def deliver(scheduler: Scheduler, launched: Launched, drawn: dict[str, list[int]] | None = None) -> list[Sequence]:
+    """What it does when the tokens have arrived, by request; without them each is a 7. Returns who finished."""
     done = []
     for each, index in launched:
         if each.status is not Status.FINISHED:
-            each.output_token_ids[index] = next_token(each)
+            each.output_token_ids[index] = drawn[each.request_id][index] if drawn is not None else 7
             if each.finish_reason(index) is not None:
                 del each.output_token_ids[index + 1 :]
-                scheduler.finish(each)
+                scheduler.complete(each)
                 done.append(each)
     return done
 
 
-def step(scheduler: Scheduler, next_token=lambda _: 7) -> ScheduledBatch:
+def step(scheduler: Scheduler) -> ScheduledBatch:
     batch = scheduler.schedule()
-    deliver(scheduler, launch(scheduler, batch), next_token)
+    deliver(scheduler, launch(scheduler, batch))
     scheduler.check_integrity()
     return batch
 
@@ -67,12 +83,83 @@ def rows(batch: ScheduledBatch) -> list[tuple[str, int]]:
     return [(s.request_id, n) for s, n in zip(batch.sequences, batch.num_scheduled_tokens, strict=True)]
 
 
+class Device:
+    """What a device would hold, and what would go wrong there: a state is the tokens that it has absorbed, a block the
+    tokens that were written to it, and a row must find those of its sequence wherever it reads."""
+
+    def __init__(self, scheduler: Scheduler, rng: random.Random) -> None:
+        self.scheduler = scheduler
+        self.rng = rng
+        self.states: dict[int, tuple[int, ...]] = {}
+        self.pending: dict[int, int] = {}  # of these tokens, how many wait in the ring
+        self.checkpoints: dict[int, tuple[int, ...]] = {}
+        self.blocks: dict[int, dict[int, int]] = {}  # by offset
+        self.drawn: dict[str, list[int]] = {}
+        self.num_computed = 0
+
+    def run(self, batch: ScheduledBatch) -> None:
+        for copy in batch.copies:
+            self.copy(copy)
+        for row, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
+            self.check(row)
+            self.compute(row, count)
+        for row in batch.completing_rows:
+            each = batch.sequences[row]
+            if each.max_tokens:
+                drawn = self.drawn.setdefault(each.request_id, [])
+                assert len(drawn) >= each.num_output_tokens
+                drawn[each.num_output_tokens :] = [self.rng.randint(0, 9)]
+
+    def tokens(self, row: Sequence) -> list[int]:
+        return row.prompt_token_ids + self.drawn.get(row.request_id, [])
+
+    def check(self, row: Sequence) -> None:
+        """The row's past is where the row looks for it."""
+        past, size = self.tokens(row)[: row.num_computed_tokens], self.scheduler.blocks.block_size
+        assert not past or self.states[row.state_slot] == tuple(past), "another's state"
+        assert not past or self.pending[row.state_slot] == row.num_pending_tokens
+        for at, token in enumerate(past):
+            assert self.blocks[row.block_table[at // size]][at % size] == token, "other keys and values"
+
+    def compute(self, row: Sequence, count: int) -> None:
+        start, size = row.num_computed_tokens, self.scheduler.blocks.block_size
+        is_decoding = row.is_decoding
+        for at in range(start, start + count):
+            block = row.block_table[at // size]
+            self.blocks.setdefault(block, {})[at % size] = self.tokens(row)[at]
+        self.states[row.state_slot] = tuple(self.tokens(row)[: start + count])
+        ring = self.scheduler.ring_size
+        self.pending[row.state_slot] = (row.num_pending_tokens + 1) % ring if is_decoding and ring else 0
+        self.num_computed += count
+
+    def copy(self, copy: Copy) -> None:
+        match copy:
+            case Fork(source, target, blocks):
+                assert self.pending[source] == 0, "tokens in a ring stay behind"
+                self.states[target], self.pending[target] = self.states[source], 0
+                self.copy_blocks(blocks)
+            case Save(slot, num_pending, checkpoint):
+                assert num_pending == self.pending[slot]
+                self.checkpoints[checkpoint] = self.states[slot]
+            case Restore(checkpoint, slot, blocks):
+                self.states[slot], self.pending[slot] = self.checkpoints[checkpoint], 0
+                self.copy_blocks(blocks)
+            case Move(source, target):
+                self.checkpoints[target] = self.checkpoints[source]
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        for source, target in pairs:
+            assert source != target
+            self.blocks[target] = dict(self.blocks[source])
+
+
 class Simulation:
     """Random arrivals and aborts against one scheduler, with every law checked after every step. Where `lags`, the
     tokens of a step arrive after the next one is launched."""
 
-    def __init__(self, seed: int, lags: bool) -> None:
+    def __init__(self, seed: int, lags: bool, cached: bool = False) -> None:
         self.rng = rng = random.Random(seed)
+        self.cached = cached
         self.lags = lags
         self.in_flight: Launched = []
         slots = rng.randint(1, 6)
@@ -84,13 +171,19 @@ class Simulation:
             mixed=rng.choice([None, 1, 5]),
             max_waiting=rng.choice([3, 1000]),
             ring_size=rng.choice([0, 16]),
+            checkpoints=rng.choice([1, 3, 50]) if cached else 0,
+            on_host=rng.choice([0, 0, 2]) if cached else 0,
+            min_tokens=rng.choice([1, 1, 2, 5]),
+            interval=rng.choice([3, 1000]),
         )
+        self.device = Device(self.scheduler, rng)
+        self.known: list[list[int]] = [[1] * 60, [1, 2, 3] * 20]  # what prompts begin with
         self.has_priorities = rng.random() < 0.4
         self.num_arrivals = 0
         self.alive: dict[str, Sequence] = {}
         self.finished: list[Sequence] = []
-        self.num_aborted = self.num_refused = self.num_fallen = self.num_copied = 0
-        self.expected: list[tuple[str, int, str]] = []  # siblings still to come: of whom, prompt, their id
+        self.num_aborted = self.num_refused = self.num_fallen = self.num_copied = self.num_cached = 0
+        self.expected: list[tuple[str, list[int], str]] = []  # siblings still to come: of whom, prompt, their id
 
     def run(self, num_requests: int) -> None:
         idle_limit = 200_000
@@ -108,19 +201,27 @@ class Simulation:
     def arrive(self) -> None:
         self.num_arrivals += 1
         capacity = self.scheduler.blocks.num_blocks * self.scheduler.blocks.block_size
-        length = self.rng.choice([1, 1, 2, self.rng.randint(1, capacity)])
+        prompt = self.prompt(self.rng.choice([1, 1, 2, self.rng.randint(1, capacity)]))
         num_siblings = self.rng.randint(1, 4) if self.rng.random() < 0.4 else 0
         name = f"r{self.num_arrivals}"
-        if self.add(self.make(length, name, num_siblings=num_siblings)):
-            self.expected += [(name, length, f"{name}-{i}") for i in range(num_siblings)]
+        if self.add(self.make(prompt, name, num_siblings=num_siblings)):
+            self.expected += [(name, prompt, f"{name}-{i}") for i in range(num_siblings)]
 
-    def arrive_sibling(self, leader: str, length: int, name: str) -> None:
+    def arrive_sibling(self, leader: str, prompt: list[int], name: str) -> None:
         self.num_arrivals += 1
-        self.add(self.make(length, name, leader=self.scheduler.find_leader(leader)))
+        self.add(self.make(prompt, name, leader=self.scheduler.find_leader(leader)))
 
-    def make(self, length: int, name: str, **fields) -> Sequence:
+    def prompt(self, length: int) -> list[int]:
+        """A beginning that others have, too, and some tokens of its own."""
+        known = self.rng.choice(self.known)
+        shared = known[: self.rng.randint(0, min(len(known), length))]
+        return shared + [self.rng.randint(1, 4) for _ in range(length - len(shared))]
+
+    def make(self, prompt: list[int], name: str, **fields) -> Sequence:
         return sequence(
-            length,
+            prompt,
+            uses_cache=self.cached and self.rng.random() < 0.9,
+            cache_salt=self.rng.choice([None, None, "a"]),
             request_id=name,
             max_tokens=self.rng.randint(1, 12),
             arrival=self.num_arrivals,
@@ -159,13 +260,16 @@ class Simulation:
         preemptions = self.scheduler.num_preemptions
         batch = self.scheduler.schedule()
         self.check(batch, waiting_before)
+        self.device.run(batch)
         self.num_fallen += self.scheduler.num_preemptions - preemptions
         launched = launch(self.scheduler, batch)
         if self.lags:
             launched, self.in_flight = self.in_flight, launched
-        for done in deliver(self.scheduler, launched, lambda _: self.rng.randint(0, 9)):
+        for done in deliver(self.scheduler, launched, self.device.drawn):
             del self.alive[done.request_id]
             self.finished.append(done)
+            self.num_cached += done.num_cached_tokens or 0
+            self.known.append(done.prompt_token_ids + done.output_token_ids)
         self.scheduler.check_integrity()
 
     def check(self, batch: ScheduledBatch, waiting_before: list[Sequence]) -> None:
@@ -177,7 +281,7 @@ class Simulation:
         self.check_copies(batch)
         assert len(set(map(id, batch.sequences))) == len(batch.sequences)
         assert sum(batch.num_scheduled_tokens) <= scheduler.max_num_batched_tokens
-        if batch.num_prefills < len(batch.sequences):
+        if any(s not in waiting_before for s in batch.sequences[batch.num_prefills :]):
             assert sum(batch.num_scheduled_tokens[: batch.num_prefills]) <= scheduler.mixed_prefill_tokens
         assert [s.is_decoding for s in batch.sequences] == [False] * batch.num_prefills + [True] * (
             len(batch.sequences) - batch.num_prefills
@@ -196,24 +300,25 @@ class Simulation:
             assert scheduler.blocks.blocks_for(row.num_computed_tokens + count) <= held
             assert held <= scheduler.blocks.blocks_for(row.num_tokens), "blocks are held for nothing"
         still = {id(s) for s in scheduler.waiting}
-        copied = {copy.target_slot for copy in batch.copies}
+        copied = {copy.target_slot for copy in batch.copies if isinstance(copy, Fork)}
         admitted = [s.order for s in waiting_before if id(s) not in still and s.state_slot not in copied]
         left_behind = [s.order for s in waiting_before if id(s) in still and s.leader is None]
-        assert not admitted or not left_behind or max(admitted) < min(left_behind), "somebody jumped the queue"
+        assert all(s.num_passed <= MAX_PASSED for s in waiting_before)
+        is_in_order = not admitted or not left_behind or max(admitted) < min(left_behind)
+        assert self.cached or is_in_order, "somebody jumped the queue"
 
     def check_copies(self, batch: ScheduledBatch) -> None:
         by_slot = {s.state_slot: s for s in self.scheduler.running}
         for copy in batch.copies:
+            if not isinstance(copy, Fork):
+                continue
             self.num_copied += 1
             leader, sibling = by_slot.get(copy.source_slot), by_slot.get(copy.target_slot)
             assert copy.source_slot != copy.target_slot
-            assert not set(copy.source_blocks) & set(copy.target_blocks)
-            assert len(copy.source_blocks) == len(copy.target_blocks)
             if leader is None or sibling is None or sibling.num_computed_tokens == 0:
                 continue  # fell since, for one before it
             assert leader.is_at_last_prompt_token and sibling.is_at_last_prompt_token
             assert leader.prompt_token_ids == sibling.prompt_token_ids and sibling.num_pending_tokens == 0
-            assert len(copy.target_blocks) == self.scheduler.blocks.blocks_for(sibling.num_computed_tokens)
 
     def check_end(self) -> None:
         scheduler = self.scheduler
@@ -224,7 +329,11 @@ class Simulation:
             assert done.num_output_tokens == done.max_tokens or stopped
             if not done.sampling_params.ignore_eos:
                 assert EOS not in done.output_token_ids[:-1], "went on past its end"
+        assert scheduler.blocks.num_used == 0
+        scheduler.cache.clear()
+        scheduler.cache.check_integrity()
         assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+        assert scheduler.cache.num_checkpoints_used == scheduler.cache.num_host_checkpoints_used == 0
         assert scheduler.slots.num_free == scheduler.slots.num_slots
         assert self.num_refused + self.num_aborted + len(self.finished) == self.num_arrivals
 
@@ -254,10 +363,11 @@ def test_nothing_waits_after_a_preemption():
 
 
 @pytest.mark.parametrize("lags", [False, True])
-def test_thousands_of_random_requests_keep_every_law(lags):
-    fallen = refused = aborted = finished = copied = 0
+@pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
+def test_thousands_of_random_requests_keep_every_law(lags, cached):
+    fallen = refused = aborted = finished = copied = hits = 0
     for seed in range(80):
-        simulation = Simulation(seed, lags)
+        simulation = Simulation(seed, lags, cached)
         simulation.run(num_requests=50)
         simulation.check_end()
         fallen += simulation.num_fallen
@@ -265,6 +375,8 @@ def test_thousands_of_random_requests_keep_every_law(lags):
         aborted += simulation.num_aborted
         finished += len(simulation.finished)
         copied += simulation.num_copied
+        hits += simulation.num_cached
+    assert (hits > 1000) == cached
     assert min(fallen, refused, aborted, finished, 2 * copied) > 100, "every case must be met to prove anything"
 
 

@@ -59,9 +59,9 @@ class FakeDevice:
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
         self.runner, self.steps, self.allocated = runner, [], []
 
-    def allocate(self, num_slots: int, num_blocks: int) -> None:
+    def allocate(self, num_slots: int, num_blocks: int, num_checkpoints: int = 0, num_on_host: int = 0) -> None:
         self.allocated.append((num_slots, num_blocks))
-        for name in ("states", "kv", "caches", "sampler"):
+        for name in ("states", "checkpoints", "kv", "caches", "sampler"):
             setattr(self.runner, name, SimpleNamespace(nbytes=1000))
 
     def launch(self, step):
@@ -78,7 +78,7 @@ def device(monkeypatch, runner) -> FakeDevice:
 
 
 def test_a_gpus_share_is_less_what_others_and_the_largest_step_take(device, runner, tiny):
-    config = engine_config(tiny.folder, memory_fraction=0.5, max_num_seqs=3)
+    config = engine_config(tiny.folder, memory_fraction=0.5, max_num_seqs=3, prefix_cache=False)
     plan, use = sizing.size_pools(runner, config)
     assert use.total == 5 * 10**9
     assert use.workspace == 3_000_000 + sizing.FRAGMENTATION_BYTES
@@ -102,7 +102,12 @@ def test_states_that_the_plan_would_clamp_are_not_allocated_to_measure(device, r
 @pytest.mark.parametrize("is_async", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize("num_kv_blocks", [None, 16, 37], ids=["every context", "16 blocks", "37 blocks"])
 def test_the_capacity_told_at_start_is_reached_and_nobody_is_preempted(tiny, num_kv_blocks, is_async):
-    settings = {"max_model_len": 1024, "async_scheduling": is_async, "max_num_batched_tokens": 1024}
+    settings = {
+        "max_model_len": 1024,
+        "async_scheduling": is_async,
+        "max_num_batched_tokens": 1024,
+        "prefix_cache": False,
+    }
     core = make_core(tiny.folder, num_kv_blocks=num_kv_blocks, **settings)
     info = core.info()
     share, rest = divmod(info.num_kv_blocks, info.num_state_slots)

@@ -58,6 +58,8 @@ def request(
     eos: Any = (),
     num_siblings: int = 0,
     sibling_of: str | None = None,
+    prefix_cache: bool = True,
+    cache_salt: str | None = None,
     **params: Any,
 ) -> AddRequest:
     """Greedy unless told otherwise, and without the checkpoint's stop ids."""
@@ -70,6 +72,8 @@ def request(
         eos_token_ids=None if eos is None else list(eos),
         num_siblings=num_siblings,
         sibling_of=sibling_of,
+        prefix_cache=prefix_cache,
+        cache_salt=cache_salt,
     )
 
 
@@ -116,6 +120,8 @@ def sequence(
         "state_slot",
         "num_siblings",
         "leader",
+        "uses_cache",
+        "cache_salt",
     }
     table = array("i", fields.pop("block_table", ()))
     params = {name: value for name, value in fields.items() if name not in own}

@@ -1,0 +1,274 @@
+"""The prefix cache: what was computed for earlier prompts and answers, found again by their tokens.
+
+A radix tree over token ids. A node stands for the tokens from the root to its end and holds the KV blocks of its own
+part of them. Some nodes hold a *checkpoint* too: the recurrent states after exactly these tokens. Keys and values can
+be taken up at any token, a state only where one was saved, so every leaf has a checkpoint, and a sequence resumes at
+the deepest one on its path. Prompts are compared token by token; there are no hashes to collide.
+
+Nothing here touches the device. What is to be copied is said by the scheduler and done before the next step, in order
+and on the stream of the steps, so a checkpoint may be given away while a copy from it is still to be made.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from .block_manager import BlockManager
+from .copies import Move
+
+Tokens = np.ndarray  # [N] int32
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """The tokens from the root up to `end`; those after the parent's end are its own."""
+
+    parent: Node | None
+    tokens: Tokens  # its own
+    end: int
+    blocks: list[int]  # from the block of its first own token to that of its last
+    checkpoint: int | None = None  # where the states after `end` tokens are
+    children: dict[int, Node] = field(default_factory=dict)  # by the first of their own tokens
+
+    @property
+    def start(self) -> int:
+        return self.end - len(self.tokens)
+
+
+class Match(NamedTuple):
+    """What the cache knows of a prompt."""
+
+    node: Node | None  # the deepest with a checkpoint
+    num_shared: int  # tokens that some earlier prompt or answer began with, too
+
+    @property
+    def num_cached(self) -> int:
+        return self.node.end if self.node is not None else 0
+
+
+class PrefixCache:
+    """The tree, and which checkpoints are free.
+
+    Checkpoints 0 .. num_checkpoints - 1 lie on the device, the `num_host_checkpoints` after them in host memory, where
+    the least recently used go. One is made only where it saves `min_tokens` more than the one before it.
+    """
+
+    def __init__(
+        self, blocks: BlockManager, num_checkpoints: int, num_host_checkpoints: int = 0, min_tokens: int = 1
+    ) -> None:
+        self.blocks = blocks
+        self.num_checkpoints = num_checkpoints
+        self.num_host_checkpoints = num_host_checkpoints
+        self.min_tokens = min_tokens
+        self._free = list(range(num_checkpoints - 1, -1, -1))
+        self._free_on_host = list(range(num_checkpoints + num_host_checkpoints - 1, num_checkpoints - 1, -1))
+        self._roots: dict[str | None, Node] = {}  # by salt
+        self._used: OrderedDict[Node, None] = OrderedDict()  # every node but the roots, least recently used first
+
+    @property
+    def num_checkpoints_used(self) -> int:
+        return self.num_checkpoints - len(self._free)
+
+    @property
+    def num_host_checkpoints_used(self) -> int:
+        return self.num_host_checkpoints - len(self._free_on_host)
+
+    def match(self, tokens: Tokens, salt: str | None = None) -> Match:
+        """What is known of `tokens`. Changes nothing."""
+        node, at, _ = self._walk(tokens, salt)
+        while node is not None and node.checkpoint is None:
+            node = node.parent
+        return Match(node, at)
+
+    def use(self, node: Node) -> list[int]:
+        """Note that a sequence resumes at the node. Returns the blocks of its tokens, the last maybe in part."""
+        self._used.move_to_end(node)
+        table: list[int] = []
+        for part in _path(node):
+            del table[part.start // self.blocks.block_size :]
+            table += part.blocks
+        return table
+
+    def insert(self, tokens: Tokens, table: list[int], salt: str | None = None) -> tuple[int | None, list[Move]]:
+        """Make a checkpoint after `tokens`, whose keys and values are in the blocks of `table`.
+
+        Returns where the states are to be saved, None when there is no need or no room, and what has to be moved
+        before. From here on the cache holds the blocks.
+        """
+        if len(tokens) - self.match(tokens, salt).num_cached < self.min_tokens:
+            return None, []
+        checkpoint, moves = self._take_checkpoint()
+        if checkpoint is None:
+            return None, []
+        node, at, child = self._walk(tokens, salt)
+        if node is None:
+            node = self._roots[salt] = Node(None, tokens[:0], 0, [])
+        if child is not None:
+            node = self._split(child, at)
+        if at < len(tokens):
+            node = self._add(node, tokens, table)
+        node.checkpoint = checkpoint
+        self._used[node] = None
+        self._used.move_to_end(node)
+        return checkpoint, moves
+
+    def make_room(self, num_blocks: int, keep: Node | None = None) -> bool:
+        """Forget leaves, least recently used first, until so many blocks are free; False when that is not enough."""
+        while self.blocks.num_free < num_blocks:
+            leaves = [node for node in self._used if not node.children and node is not keep]
+            useful = (leaf for leaf in leaves if self._is_idle(leaf))
+            in_the_way = (leaf for leaf in leaves if any(map(self._is_idle, _path(leaf))))
+            leaf = next(itertools.chain(useful, in_the_way), None)
+            if leaf is None:
+                return False
+            self._drop_checkpoint(leaf)
+        return True
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for node in list(self._used):
+            if node.checkpoint is not None:
+                self._drop_checkpoint(node)
+
+    def check_integrity(self) -> None:
+        """The tree is whole and every checkpoint has one owner. Raises AssertionError."""
+        found = [node for root in self._roots.values() for node in _below(root)]
+        assert set(found) == set(self._used) and len(found) == len(self._used), "nodes lost"
+        for node in found:
+            parent, size = node.parent, self.blocks.block_size
+            assert parent is not None and parent.end == node.start < node.end
+            assert parent.children[int(node.tokens[0])] is node
+            assert len(node.blocks) == self.blocks.blocks_for(node.end) - node.start // size
+            assert node.checkpoint is not None or len(node.children) > 1, "a node of no use"
+        held = [node.checkpoint for node in found if node.checkpoint is not None]
+        everything = range(self.num_checkpoints + self.num_host_checkpoints)
+        assert sorted(held + self._free + self._free_on_host) == list(everything), "checkpoints lost or owned twice"
+
+    def tables(self) -> Iterator[list[int]]:
+        """The blocks that each node holds."""
+        return (node.blocks for node in self._used)
+
+    def _walk(self, tokens: Tokens, salt: str | None) -> tuple[Node | None, int, Node | None]:
+        """(the deepest node whose tokens all agree, how many tokens agree, the child that agrees with some more)."""
+        node, at = self._roots.get(salt), 0
+        while node is not None and at < len(tokens):
+            child = node.children.get(int(tokens[at]))
+            if child is None:
+                break
+            same = common_prefix(child.tokens, tokens[at:])
+            at += same
+            if same < len(child.tokens):
+                return node, at, child
+            node = child
+        return node, at, None
+
+    def _take_checkpoint(self) -> tuple[int | None, list[Move]]:
+        """A free one on the device, if need be after sending the least recently used to the host."""
+        if self._free or not self.num_checkpoints:
+            return (self._free.pop() if self._free else None), []
+        victim = next(n for n in self._used if n.checkpoint is not None and n.checkpoint < self.num_checkpoints)
+        taken = victim.checkpoint
+        assert taken is not None
+        if not self.num_host_checkpoints:
+            self._drop_checkpoint(victim)
+            return self._free.pop(), []
+        if not self._free_on_host:
+            oldest = (n for n in self._used if n.checkpoint is not None and n.checkpoint >= self.num_checkpoints)
+            self._drop_checkpoint(next(oldest))
+        victim.checkpoint = self._free_on_host.pop()
+        return taken, [Move(taken, victim.checkpoint)]
+
+    def _split(self, child: Node, end: int) -> Node:
+        """A new node at `end`, between the child and its parent."""
+        size, parent = self.blocks.block_size, child.parent
+        assert parent is not None
+        first = child.start // size
+        own = child.blocks[: self.blocks.blocks_for(end) - first]
+        rest = child.blocks[end // size - first :]
+        node = Node(parent, child.tokens[: end - child.start], end, own)
+        if end % size:
+            self.blocks.hold(own[-1:])  # both have it
+        parent.children[int(node.tokens[0])] = node
+        child.parent, child.tokens, child.blocks = node, child.tokens[end - child.start :], rest
+        node.children[int(child.tokens[0])] = child
+        self._used[node] = None
+        return node
+
+    def _add(self, parent: Node, tokens: Tokens, table: list[int]) -> Node:
+        """A new leaf for the tokens after the parent's end."""
+        end = len(tokens)
+        blocks = table[parent.end // self.blocks.block_size : self.blocks.blocks_for(end)]
+        self.blocks.hold(blocks)
+        node = Node(parent, tokens[parent.end :].copy(), end, blocks)
+        parent.children[int(node.tokens[0])] = node
+        self._used[node] = None
+        return node
+
+    def _is_idle(self, node: Node) -> bool:
+        """Whether some of its blocks are in no sequence's table."""
+        return not all(map(self.blocks.is_used, node.blocks))
+
+    def _drop_checkpoint(self, node: Node) -> None:
+        """Free the checkpoint, and with it every node that is now of no use."""
+        assert node.checkpoint is not None
+        (self._free if node.checkpoint < self.num_checkpoints else self._free_on_host).append(node.checkpoint)
+        node.checkpoint = None
+        self._tidy(node)
+
+    def _tidy(self, node: Node) -> None:
+        """Remove a node without a checkpoint when it is a leaf; join it with its child when it has only one."""
+        parent = node.parent
+        if node.checkpoint is not None or len(node.children) > 1:
+            return
+        if parent is None:
+            if not node.children:
+                self._roots = {salt: root for salt, root in self._roots.items() if root is not node}
+            return
+        del self._used[node]
+        if node.children:
+            (child,) = node.children.values()
+            self._join(node, child, parent)
+            return
+        self.blocks.let_go(node.blocks)
+        del parent.children[int(node.tokens[0])]
+        self._tidy(parent)
+
+    def _join(self, node: Node, child: Node, parent: Node) -> None:
+        """The child takes over what was the node's."""
+        kept = child.start // self.blocks.block_size - node.start // self.blocks.block_size
+        self.blocks.let_go(node.blocks[kept:])  # the child has its own of the block between them
+        child.blocks = node.blocks[:kept] + child.blocks
+        child.tokens = np.concatenate([node.tokens, child.tokens])
+        child.parent = parent
+        parent.children[int(child.tokens[0])] = child
+
+
+def common_prefix(a: Tokens, b: Tokens) -> int:
+    """How many leading tokens of both are the same."""
+    size = min(len(a), len(b))
+    different = a[:size] != b[:size]
+    first = int(different.argmax()) if size else 0
+    return first if size and different[first] else size
+
+
+def _path(node: Node) -> list[Node]:
+    """The nodes from below the root down to this one."""
+    path = []
+    while node.parent is not None:
+        path.append(node)
+        node = node.parent
+    return path[::-1]
+
+
+def _below(node: Node) -> Iterator[Node]:
+    stack = list(node.children.values())
+    while stack:
+        found = stack.pop()
+        yield found
+        stack += found.children.values()

@@ -1,0 +1,145 @@
+"""What sequences take from the prefix cache and leave in it, and who waits for whom.
+
+A prompt is computed in chunks that end where a checkpoint is worth while: before its last token, which every sequence
+has to feed to get its first one; where it parts from another prompt; and every `interval` tokens. An answer that is
+complete leaves one at its end, where the next turn of a conversation begins.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping
+
+from .copies import Copy, Restore, Save
+from .prefix_cache import Match, PrefixCache, common_prefix
+from .sequence import Sequence
+
+NOTHING = Match(None, 0)
+MAX_WAITS = 4  # sequences that one waits for in its life, one after another
+
+
+class Reuse:
+    """The cache as the scheduler sees it. `copies`: what is to be done before the next step."""
+
+    def __init__(self, cache: PrefixCache, interval: int) -> None:
+        self.cache = cache
+        self.blocks = cache.blocks
+        self.interval = interval
+        self.copies: list[Copy] = []
+        self.num_queried_tokens = 0
+        self.num_cached_tokens = 0
+
+    def find(self, sequence: Sequence) -> Match:
+        """What is known of the sequence's tokens but for the last, which has to be fed in any case."""
+        if not sequence.uses_cache or not self.cache.num_checkpoints:
+            return NOTHING
+        return self.cache.match(sequence.known_tokens(sequence.num_tokens - 1), sequence.cache_salt)
+
+    def missing(self, sequence: Sequence, match: Match) -> int:
+        """Blocks that the sequence needs for its tokens beyond those that it would share."""
+        return self.blocks.blocks_for(sequence.num_tokens) - match.num_cached // self.blocks.block_size
+
+    def resume(self, sequence: Sequence, match: Match) -> bool:
+        """Give the sequence, which has a slot, what the match found, and blocks up to its first chunk at least. False,
+        and nothing has changed, when there is no room for all of its tokens."""
+        size = self.blocks.block_size
+        table = self.cache.use(match.node) if match.node is not None else []
+        self.blocks.share(sequence, table[: match.num_cached // size])
+        if not self.cache.make_room(self.missing(sequence, match), match.node):
+            self.blocks.release(sequence)
+            return False
+        if match.node is not None:
+            self._restore(sequence, match, table)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = match.num_cached
+            if sequence.uses_cache:
+                self.num_queried_tokens += sequence.num_prompt_tokens
+                self.num_cached_tokens += match.num_cached
+        return True
+
+    def _restore(self, sequence: Sequence, match: Match, table: list[int]) -> None:
+        node = match.node
+        assert node is not None and node.checkpoint is not None and sequence.state_slot is not None
+        partial = []
+        if node.end % self.blocks.block_size:  # the sequence goes on in a copy of the last block
+            self.blocks.grow(sequence, node.end)
+            partial = [(table[-1], sequence.block_table[-1])]
+        self.copies.append(Restore(node.checkpoint, sequence.state_slot, partial))
+        sequence.num_computed_tokens = node.end
+
+    def plan(self, sequence: Sequence, match: Match, others: Iterable[Sequence]) -> None:
+        """Choose the stops of the sequence's prompt: where it will be saved. `others` wait, and may share its start."""
+        sequence.stops = []
+        last = sequence.num_prompt_tokens - 1
+        if not sequence.uses_cache or not self.cache.num_checkpoints:
+            return
+        self.add_stop(sequence, last)
+        self.add_stop(sequence, match.num_shared)
+        for stop in sequence.wanted_stops:
+            self.add_stop(sequence, stop)
+        for other in others:
+            self.add_stop(sequence, self._common(sequence, other))
+        for stop in range(self.interval, last, self.interval):
+            self.add_stop(sequence, stop)
+
+    def add_stop(self, sequence: Sequence, stop: int) -> bool:
+        """Let the sequence be saved after `stop` tokens, too, if that is far enough from where it is and will be."""
+        near = [sequence.num_computed_tokens, *sequence.stops]
+        is_ahead = sequence.num_computed_tokens < stop < sequence.num_prompt_tokens
+        if not is_ahead or min(abs(stop - other) for other in near) < self.cache.min_tokens:
+            return False
+        bisect.insort(sequence.stops, stop)
+        return True
+
+    def save_at_stop(self, sequence: Sequence) -> None:
+        """Save a sequence that has come to a stop, or past one."""
+        if sequence.num_computed_tokens in sequence.stops:
+            self._save(sequence)
+        sequence.stops = [stop for stop in sequence.stops if stop > sequence.num_computed_tokens]
+
+    def save_answer(self, sequence: Sequence) -> None:
+        """Save a sequence that is complete, with its answer."""
+        if sequence.uses_cache and sequence.state_slot is not None:
+            self._save(sequence)
+
+    def _save(self, sequence: Sequence) -> None:
+        assert sequence.state_slot is not None
+        tokens = sequence.known_tokens(sequence.num_computed_tokens)
+        checkpoint, moves = self.cache.insert(tokens, sequence.block_table.tolist(), sequence.cache_salt)
+        self.copies += moves
+        if checkpoint is not None:
+            self.copies.append(Save(sequence.state_slot, sequence.num_pending_tokens, checkpoint))
+
+    def waits(
+        self, sequence: Sequence, match: Match, running: Iterable[Sequence], scheduled: Mapping[Sequence, int]
+    ) -> bool:
+        """Whether a prompt under way will soon leave a checkpoint that spares this one at least `min_tokens`."""
+        if not sequence.uses_cache or not self.cache.num_checkpoints or sequence.num_waits >= MAX_WAITS:
+            return False
+        for other in running:
+            if not other.stops or other.cache_salt != sequence.cache_salt:
+                continue
+            common = self._common(sequence, other)
+            if common - match.num_cached < self.cache.min_tokens:
+                continue
+            stop = self._next_stop(other, common, other.num_computed_tokens + scheduled.get(other, 0))
+            if stop - match.num_cached >= self.cache.min_tokens:
+                if sequence.waits_for is not other:
+                    sequence.waits_for = other
+                    sequence.num_waits += 1
+                return True
+            sequence.wanted_stops.add(common)  # the other has gone past it: this one will leave it
+        return False
+
+    def _next_stop(self, other: Sequence, common: int, at: int) -> int:
+        """Where a prompt that will have `at` tokens computed is saved within what is common; 0 when nowhere."""
+        if common >= at:
+            self.add_stop(other, common)
+        return max((stop for stop in other.stops if at <= stop <= common), default=0)
+
+    def _common(self, sequence: Sequence, other: Sequence) -> int:
+        """Tokens that both prompts begin with, but for the last of either."""
+        size = min(sequence.num_prompt_tokens, other.num_prompt_tokens) - 1
+        if not other.uses_cache or sequence.cache_salt != other.cache_salt:
+            return 0
+        return common_prefix(sequence.known_tokens(size), other.known_tokens(size))

@@ -1,0 +1,331 @@
+"""The prefix cache: a hit is a miss, token for token, and takes what earlier prompts and answers left."""
+
+from __future__ import annotations
+
+import functools
+import random
+
+import engines
+import numpy as np
+import pytest
+import torch
+from engines import DEVICE, answer, assert_nothing_held, drain, request, sequence
+from leyden.engine.block_manager import BlockManager
+from leyden.engine.copies import Move
+from leyden.engine.core import EngineCore
+from leyden.engine.prefix_cache import PrefixCache, common_prefix
+from tiny_models import random_prompt
+
+BACKENDS = ["minimax", "seg_la", "replay"]
+make_core = functools.partial(engines.make_core, device=DEVICE, state_checkpoint_min_tokens=1)
+
+
+def tokens(text: str) -> np.ndarray:
+    return np.array([ord(c) for c in text], dtype=np.int32)
+
+
+class Book:
+    """A cache, and sequences that leave texts in it."""
+
+    def __init__(self, *, blocks=100, block_size=4, **kwargs) -> None:
+        self.blocks = BlockManager(blocks, block_size)
+        self.cache = PrefixCache(self.blocks, **kwargs)
+
+    def leave(self, text: str, salt: str | None = None) -> tuple[int | None, list[Move]]:
+        writer = sequence(len(text))
+        self.blocks.grow(writer, len(text))
+        found = self.cache.insert(tokens(text), writer.block_table.tolist(), salt)
+        self.blocks.release(writer)
+        self.check()
+        return found
+
+    def find(self, text: str, salt: str | None = None) -> tuple[int, int]:
+        match = self.cache.match(tokens(text), salt)
+        return match.num_cached, match.num_shared
+
+    def check(self) -> None:
+        self.cache.check_integrity()
+        self.blocks.check_integrity([], self.cache.tables())
+
+
+# -- the tree -------------------------------------------------------------------------------------------------
+
+
+def test_the_deepest_checkpoint_on_the_path_is_found_and_how_far_the_path_goes():
+    book = Book(num_checkpoints=9)
+    book.leave("the cat sat")
+    book.leave("the cat sat on the mat")
+    book.leave("the dog")
+    assert book.find("the cat sat on the hat") == (11, 19)
+    assert book.find("the cat sat on the mat, again") == (22, 22)
+    assert book.find("the cow") == (0, 5)
+    assert book.find("a dog") == (0, 0)
+    assert book.find("the dog") == (7, 7)
+
+
+def test_a_split_point_can_become_a_checkpoint_and_is_left_again():
+    book = Book(num_checkpoints=9)
+    book.leave("abcdefgh")
+    book.leave("abcdexyz")
+    assert book.find("abcde") == (0, 5)
+    assert book.leave("abcde")[0] is not None
+    assert book.find("abcdef") == (5, 6)
+    assert book.leave("abcde") == (None, []), "it is there"
+
+
+def test_salts_do_not_share():
+    book = Book(num_checkpoints=9)
+    book.leave("secret", salt="a")
+    assert book.find("secret") == book.find("secret", salt="b") == (0, 0)
+    assert book.find("secret", salt="a") == (6, 6)
+
+
+def test_the_least_recently_used_state_goes_first():
+    book = Book(num_checkpoints=2)
+    book.leave("aaaa")
+    book.leave("bbbb")
+    match = book.cache.match(tokens("aaaa"))
+    assert match.node is not None
+    book.cache.use(match.node)
+    book.leave("cccc")
+    assert [book.find(text)[0] for text in ("aaaa", "bbbb", "cccc")] == [4, 0, 4]
+    assert book.blocks.num_cached == 2, "keys and values without a state are of no use"
+
+
+def test_a_state_on_the_way_to_another_leaves_its_keys_and_values():
+    book = Book(num_checkpoints=2, block_size=4)
+    book.leave("aaaa")
+    book.leave("aaaabbbb")
+    book.leave("cccc")
+    assert book.find("aaaabbbb")[0] == 8 and book.find("aaaa") == (0, 4)
+    assert book.blocks.num_cached == 3
+
+
+def test_states_move_to_the_host_and_are_found_there():
+    book = Book(num_checkpoints=1, num_host_checkpoints=2)
+    assert book.leave("aaaa") == (0, [])
+    assert book.leave("bbbb") == (0, [Move(0, 1)])
+    assert book.leave("cccc") == (0, [Move(0, 2)])
+    assert [book.find(text)[0] for text in ("aaaa", "bbbb", "cccc")] == [4, 4, 4]
+    assert book.leave("dddd") == (0, [Move(0, 1)])
+    assert [book.find(text)[0] for text in ("aaaa", "bbbb", "cccc", "dddd")] == [0, 4, 4, 4]
+
+
+def test_a_checkpoint_must_spare_enough():
+    book = Book(num_checkpoints=9, min_tokens=5)
+    assert book.leave("abcd")[0] is None
+    assert book.leave("abcde")[0] is not None
+    assert book.leave("abcdefgh")[0] is None
+    assert book.leave("abcdefghij")[0] is not None
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4, 16])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_trees_stay_whole_and_know_what_was_left(block_size, seed):
+    rng = random.Random(seed)
+    book = Book(blocks=60, block_size=block_size, num_checkpoints=rng.choice([1, 4, 30]), num_host_checkpoints=seed % 3)
+    left: set[str] = set()
+    for _ in range(300):
+        text = "".join(rng.choice("ab") for _ in range(rng.randint(1, 14)))
+        if book.cache.make_room(book.blocks.blocks_for(len(text))):
+            book.leave(text)
+            left.add(text)
+        cached, shared = book.find(text)
+        assert cached <= shared <= len(text) and (cached == 0 or text[:cached] in left)
+        if rng.random() < 0.1:
+            assert book.cache.make_room(rng.randint(0, 60))
+        book.check()
+    book.cache.clear()
+    book.check()
+    assert book.blocks.num_free == 60 and book.cache.num_checkpoints_used == 0
+
+
+def test_common_prefixes():
+    pairs = [("", ""), ("a", ""), ("abc", "abd"), ("abc", "abc"), ("abc", "abcd"), ("xbc", "abc")]
+    assert [common_prefix(tokens(a), tokens(b)) for a, b in pairs] == [0, 0, 2, 3, 3, 0]
+
+
+# -- the engine -----------------------------------------------------------------------------------------------
+
+
+def computed(core: EngineCore) -> list[int]:
+    """Grows by the number of tokens of every step that is launched."""
+    launch, counts = core.runner.launch, []
+
+    def counting(batch):
+        counts.append(sum(batch.num_scheduled_tokens))
+        return launch(batch)
+
+    core.runner.launch = counting
+    return counts
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
+@pytest.mark.parametrize("length", [2, 16, 37, 100])
+def test_the_same_prompt_again_computes_one_token_of_it(tiny, backend, lags, length):
+    core = make_core(tiny.folder, linear_backend=backend, async_scheduling=lags)
+    prompt = random_prompt(length, seed=length)
+    first = answer(core, prompt, max_tokens=12)
+    counts = computed(core)
+    assert answer(core, prompt, max_tokens=12).token_ids == first.token_ids
+    assert sum(counts) == 12
+    assert core.stats().prefix_cache_hits_total == length - 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
+def test_a_conversation_computes_each_turn_alone(tiny, backend, lags):
+    cached = make_core(tiny.folder, linear_backend=backend, async_scheduling=lags)
+    plain = make_core(tiny.folder, linear_backend=backend, prefix_cache=False)
+    prompt = random_prompt(40, seed=1)
+    for turn in range(4):
+        counts = computed(cached)
+        found = answer(cached, prompt, max_tokens=20)
+        assert found.token_ids == answer(plain, prompt, max_tokens=20).token_ids
+        # The last token of the answer before was never fed.
+        assert sum(counts) == (40 if turn == 0 else 1 + 7) + 19
+        prompt = prompt + found.token_ids + random_prompt(7, seed=turn)
+
+
+@pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
+def test_a_stop_token_is_part_of_what_is_kept_when_it_was_fed(tiny, lags):
+    core = make_core(tiny.folder, async_scheduling=lags)
+    prompt = random_prompt(20, seed=2)
+    ids = answer(core, prompt, max_tokens=10, prefix_cache=False).token_ids
+    stopped = answer(core, prompt, max_tokens=10, stop_token_ids=[ids[5]])
+    more = [*prompt, *stopped.token_ids, *random_prompt(5, seed=3)]
+    plain = make_core(tiny.folder, prefix_cache=False)
+    before = core.stats().prefix_cache_hits_total
+    assert answer(core, more, max_tokens=8).token_ids == answer(plain, more, max_tokens=8).token_ids
+    assert core.stats().prefix_cache_hits_total - before == 20 + len(stopped.token_ids) - (not lags)
+
+
+def test_prompts_that_share_a_beginning_compute_it_once(tiny):
+    core = make_core(tiny.folder, max_num_seqs=8)
+    plain = make_core(tiny.folder, max_num_seqs=8, prefix_cache=False)
+    system = random_prompt(64, seed=4)
+    prompts = [system + random_prompt(9, seed=10 + i) for i in range(8)]
+    counts = computed(core)
+    together = drain(core, *(request(str(i), prompt, max_tokens=4) for i, prompt in enumerate(prompts)))
+    for i, prompt in enumerate(prompts):
+        assert together[str(i)].token_ids == answer(plain, prompt, max_tokens=4).token_ids
+    assert sum(counts) == 64 + 8 * (9 + 3), "the first leaves what the others wait for"
+
+
+def test_one_that_comes_later_takes_the_point_where_two_part(tiny):
+    core = make_core(tiny.folder)
+    system = random_prompt(50, seed=5)
+    hits = []
+    for i in range(3):
+        before = core.stats().prefix_cache_hits_total
+        answer(core, system + random_prompt(20, seed=20 + i), max_tokens=2)
+        hits.append(core.stats().prefix_cache_hits_total - before)
+    assert hits == [0, 0, 50]
+
+
+def test_a_long_prompt_is_kept_every_so_many_tokens(tiny):
+    core = make_core(tiny.folder, state_checkpoint_interval=32)
+    prompt = random_prompt(100, seed=6)
+    answer(core, prompt, max_tokens=2)
+    before = core.stats().prefix_cache_hits_total
+    answer(core, prompt[:70] + random_prompt(20, seed=7), max_tokens=2)
+    assert core.stats().prefix_cache_hits_total - before == 64
+
+
+def test_who_opts_out_takes_nothing_and_leaves_nothing(tiny):
+    core = make_core(tiny.folder)
+    prompt = random_prompt(30, seed=8)
+    answer(core, prompt, max_tokens=4, prefix_cache=False)
+    assert core.stats().checkpoints_used == core.stats().kv_blocks_cached == 0
+    answer(core, prompt, max_tokens=4)
+    counts = computed(core)
+    answer(core, prompt, max_tokens=4, prefix_cache=False)
+    assert sum(counts) == 33 and core.stats().prefix_cache_queries_total == 30
+
+
+def test_salts_part_tenants(tiny):
+    core = make_core(tiny.folder)
+    prompt = random_prompt(30, seed=8)
+    cached = []
+    for salt in ("a", "b", None, "a"):
+        before = core.stats().prefix_cache_hits_total
+        answer(core, prompt, max_tokens=4, cache_salt=salt)
+        cached.append(core.stats().prefix_cache_hits_total - before)
+    assert cached == [0, 0, 0, 29]
+
+
+def test_scores_of_a_prompt_are_computed(tiny):
+    core = make_core(tiny.folder)
+    prompt = random_prompt(30, seed=9)
+    answer(core, prompt, max_tokens=4)
+    scored = answer(core, prompt, max_tokens=1, prompt_logprobs=1)
+    assert scored.prompt_logprobs is not None and len(scored.prompt_logprobs) == 30
+
+
+def test_penalties_count_what_was_cached_too(tiny):
+    core = make_core(tiny.folder)
+    plain = make_core(tiny.folder, prefix_cache=False)
+    prompt = random_prompt(30, seed=9)
+    params = {"max_tokens": 12, "repetition_penalty": 1.5, "frequency_penalty": 0.5}
+    expected = answer(plain, prompt, **params).token_ids
+    assert [answer(core, prompt, **params).token_ids for _ in range(2)] == [expected] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_conversations_under_pressure_answer_as_without_a_cache(tiny, backend, lags, seed):
+    """Small pools, chunks, preemption, aborts, few checkpoints, some of them on the host."""
+    rng = random.Random(seed)
+    settings = {"linear_backend": backend, "max_num_seqs": 3, "block_size": rng.choice([4, 16]), "max_model_len": 128}
+    chunks = {"max_num_batched_tokens": rng.choice([8, 64]), "mixed_prefill_tokens": rng.choice([3, 64])}
+    cached = make_core(
+        tiny.folder,
+        async_scheduling=lags,
+        num_kv_blocks=200 // settings["block_size"],
+        state_checkpoints=rng.choice([2, 5]),
+        host_checkpoint_gb=rng.choice([0.0, 0.001]),
+        state_checkpoint_interval=rng.choice([16, 4096]),
+        **settings,
+        **chunks,
+    )
+    plain = make_core(tiny.folder, prefix_cache=False, **settings)
+    conversations = [random_prompt(rng.randint(1, 30), seed=i % 2) for i in range(6)]
+    for round_ in range(4):
+        asked = [request(f"{i}", prompt, max_tokens=rng.randint(1, 12)) for i, prompt in enumerate(conversations)]
+        victim = request("victim", rng.choice(conversations), max_tokens=12)
+        cached.add_request(victim)
+        answers = {each.request_id: None for each in asked}
+        for _ in range(rng.randint(0, 4)):
+            cached.step()
+        cached.abort_request("victim")
+        answers = drain(cached, *asked)
+        for i, each in enumerate(asked):
+            alone = answer(plain, each.prompt_token_ids, max_tokens=each.sampling_params.max_tokens)
+            assert answers[f"{i}"].token_ids == alone.token_ids, (round_, i)
+            conversations[i] = (each.prompt_token_ids + alone.token_ids + random_prompt(3, seed=round_))[:100]
+    assert cached.stats().prefix_cache_hits_total > 0
+
+
+def test_half_precision_takes_half_the_memory(tiny):
+    whole = make_core(tiny.folder, state_checkpoints=4)
+    half = make_core(tiny.folder, state_checkpoints=4, state_checkpoint_dtype="bfloat16")
+    assert half.info().memory.checkpoints * 2 == whole.info().memory.checkpoints
+    prompt = random_prompt(30, seed=9)
+    answer(half, prompt, max_tokens=2)
+    answer(half, prompt, max_tokens=2)
+    assert half.stats().prefix_cache_hits_total == 29
+    saved = half.runner.checkpoints[0].float()
+    assert torch.isfinite(saved).all() and saved.any()
+
+
+def test_an_error_leaves_nothing_in_the_cache(tiny, monkeypatch):
+    core = make_core(tiny.folder, async_scheduling=False)
+    monkeypatch.setattr(
+        core.runner.sampler.kernels, "sample", lambda logits, *_: logits.new_full((len(logits),), -1).int()
+    )
+    failed = answer(core, random_prompt(1, seed=1), max_tokens=4)
+    assert failed.finish_reason == "error"
+    assert_nothing_held(core)
+    assert core.stats().checkpoints_used == 0
