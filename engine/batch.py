@@ -44,6 +44,9 @@ class Counts:
     num_decodes: int
     prefills_pending: bool
     max_query_len: int
+    num_drafted: int = 0
+    num_drafted_tokens: int = 0
+    decodes_pending: bool = False
 
 
 def build_batch(scheduled: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
