@@ -24,6 +24,7 @@ from .block_manager import BlockManager
 from .errors import ContextLengthError, QueueFullError
 from .sequence import UNSEEN, Sequence, Status
 from .slots import SlotManager
+from .steady import Advance, Steady
 
 SIBLING_PATIENCE = 2000  # steps that a sequence waits for siblings that were announced: they are on their way
 
@@ -45,6 +46,7 @@ class ScheduledBatch:
     num_scheduled_tokens: list[int]
     num_prefills: int
     copies: list[Copy] = field(default_factory=list)  # to make before anything is computed
+    advance: Advance | None = None  # from the batch before, where this one follows from it
 
     @property
     def is_empty(self) -> bool:
@@ -94,8 +96,10 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # kept in order
         self.running: list[Sequence] = []  # kept in order
         self.num_preemptions = 0
+        self.num_finished = 0  # aborted ones too
         self._by_id: dict[str, Sequence] = {}
         self._leaders: dict[Sequence, int] = {}  # siblings are still to copy from them; steps they may wait for these
+        self._steady = Steady(blocks)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
@@ -153,9 +157,11 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
+            self._steady.leave(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
+        self.num_finished += 1
         del self._by_id[sequence.request_id]
         self._disband(sequence)
         if sequence.leader is not None:
@@ -164,6 +170,16 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's rows and give them the blocks and slots they need."""
+        if not self.waiting or not self.slots.num_free:  # nobody can join those that run
+            advance = self._steady.advance()
+            if advance is not None:
+                return ScheduledBatch(advance.rows, [1] * len(advance.rows), 0, advance=advance)
+        batch = self._schedule_anew()
+        self._steady.follow(batch.sequences, batch.num_prefills, self.running)
+        return batch
+
+    def _schedule_anew(self) -> ScheduledBatch:
+        """Ask every sequence."""
         copies, held = self._copy_prompts()
         budget = self.max_num_batched_tokens
         decoding: dict[Sequence, int] = {}
