@@ -165,6 +165,14 @@ def pack(arrays: Arrays, buffer: np.ndarray) -> None:
             buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
+def unpack(arrays: Arrays, buffer: np.ndarray) -> Arrays:
+    """What `pack` wrote of such arrays, in place."""
+    return {
+        name: buffer[start : start + array.nbytes].view(array.dtype)
+        for (name, array), start in zip(arrays.items(), _starts(arrays), strict=False)
+    }
+
+
 def _starts(arrays: Arrays) -> list[int]:
     """Where each array begins, and where the last ends."""
     padded = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays.values()]

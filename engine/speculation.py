@@ -26,7 +26,7 @@ class Speculation:
         self.num_accepted = 0
 
     def applies_to(self, num_rows: int) -> bool:
-        return 0 < self.max_drafts and 0 < num_rows <= self.max_rows
+        return self.max_drafts > 0 and 0 < num_rows <= self.max_rows
 
     def waits(self, sequences: list[Sequence]) -> bool:
         """Whether some sequence will have drafts once its last token is seen, as far as the tokens before it tell."""
