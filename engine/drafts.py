@@ -102,8 +102,8 @@ class NgramProposer:
     """Drafts for one text, as many as lately were right.
 
     Drafts that are all accepted make the next ones longer; when none is, it pauses before the next try, for 1 token,
-    then 2, 4, up to `MAX_PAUSE`, so that at most one step in `MAX_PAUSE` + 1 is wasted on a text that does not repeat.
-    While it pauses nothing is computed.
+    then 2, 4, up to `MAX_PAUSE`: where none is ever right, one step in `MAX_PAUSE` + 1 is wasted. While it pauses
+    nothing is computed.
     """
 
     LENGTHS = (2, 4, 7)
@@ -140,7 +140,7 @@ class NgramProposer:
             self._level = 0
             self._pause = min(max(1, 2 * self._pause), self.MAX_PAUSE)
             self._resumes_at = len(self._index.tokens) + self._pause
-        elif num_accepted == num_drafted >= self.LENGTHS[0]:
+        elif num_accepted == num_drafted >= self.LENGTHS[0]:  # a single one may be right by chance
             self._level = min(self._level + 1, len(self.LENGTHS) - 1)
             self._pause = 0
         else:  # some were right, perhaps by chance: no reason to forget all failures
