@@ -32,7 +32,7 @@ class Steady:
         self._rows: list[Sequence] = []  # of the last step; empty = the next one must be scheduled anew
         self._places: dict[Sequence, int] = {}  # in these
         self._left: set[Sequence] = set()  # finished since that step
-        self._due: dict[int, list[Sequence]] = {}  # to whom something happens in which step; one entry for each row
+        self._due: dict[int, list[Sequence]] = {}  # to whom something happens in which step; each row once, in order
         self._step = 0
         self._has_begun = False
 
@@ -66,7 +66,7 @@ class Steady:
         if not self._rows or not self._make_room(len(missing)):
             self._rows = []
             return None
-        turned = sorted([self._places[sequence] for sequence in turning])
+        turned = [self._places[sequence] for sequence in turning]
         for row in turned:
             sequence = self._rows[row]
             self._blocks.grow(sequence, sequence.num_computed_tokens + 1)

@@ -7,11 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from engines import DEVICE, drain, make_core, request
+from engines import DEVICE, drain, make_core, request, sequence
 from leyden.engine.batch import unpack
 from leyden.engine.core import EngineCore
 from leyden.engine.cuda_graph import StepGraphs, graph_shapes
-from leyden.engine.decode_rows import FIELDS, STEPS_AHEAD, DecodeRows
+from leyden.engine.decode_rows import FIELDS, STEPS_AHEAD, Answers, DecodeRows
 from leyden.engine.sequence import UNSEEN
 from leyden.engine.staging import StagedTokens, StagingPool
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
@@ -97,17 +97,18 @@ def test_what_a_step_reads_and_writes_is_touched_by_no_later_step_until_it_is_re
     core.add_request(request("a", random_prompt(5, 1), max_tokens=100))
     core.step()
     runner, scheduler = core.runner, core.scheduler
-    launched, memory = [], []
-    for _ in range(3):
-        batch = scheduler.schedule()
-        launched.append(runner.launch(batch))
-        scheduler.update(batch)
-        staging = launched[-1].sampled._staging
-        memory.append((staging, staging.array.copy(), staging.tokens.clone()))
-    assert len({id(staging) for staging, _, _ in memory}) == 3
-    for step, (staging, inputs, tokens) in zip(launched, memory, strict=True):
-        assert (staging.array == inputs).all()
-        assert step.wait()[0] == tokens.tolist()
+    for _ in range(2):  # the second time with what the first has given back
+        launched, memory = [], []
+        for _ in range(3):
+            batch = scheduler.schedule()
+            launched.append(runner.launch(batch))
+            scheduler.update(batch)
+            staging = launched[-1].sampled._staging
+            memory.append((staging, staging.array.copy(), staging.tokens.clone()))
+        assert len({id(staging) for staging, _, _ in memory}) == 3
+        for step, (staging, inputs, tokens) in zip(launched, memory, strict=True):
+            assert (staging.array == inputs).all()
+            assert step.wait()[0] == tokens.tolist()
 
 
 @torch.inference_mode()
@@ -126,6 +127,49 @@ def test_host_memory_is_made_once_for_each_step_in_flight(folder, monkeypatch, l
     drain(core, request("a", random_prompt(5, 1), max_tokens=30))
     assert len(made) == 29 and len({id(staging) for staging in made}) == 1 + lags
     assert all(staging.inputs.is_pinned() == (DEVICE == "cuda") for staging in made)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
+def test_a_stop_token_ends_its_own_row(folder, lags):
+    core = with_graphs(folder, async_scheduling=lags)
+    prompts = {name: random_prompt(5, seed) for seed, name in enumerate("abc")}
+    whole = drain(
+        core, *(request(name, prompt, max_tokens=30, temperature=1.0, seed=1) for name, prompt in prompts.items())
+    )
+    stop = whole["b"].token_ids[9]
+    answers = drain(
+        core,
+        *(
+            request(name, prompt, max_tokens=30, temperature=1.0, seed=1, eos=[stop])
+            for name, prompt in prompts.items()
+        ),
+    )
+    for name, answer in answers.items():
+        expected = whole[name].token_ids
+        assert answer.token_ids == (expected[: expected.index(stop) + 1] if stop in expected else expected)
+
+
+@torch.inference_mode()
+def test_who_is_aborted_while_a_step_runs_gets_nothing_of_it(folder):
+    core = with_graphs(folder, async_scheduling=True)
+    for name in "abc":
+        core.add_request(request(name, random_prompt(5, 1), max_tokens=50))
+    for _ in range(6):
+        outputs = core.step()
+    assert [output.request_id for output in outputs] == ["a", "b", "c"]
+    core.abort_request("b")
+    assert [output.request_id for output in core.step()] == ["a", "c"]
+
+
+def test_tokens_that_are_bad_or_may_be_the_last_are_left_to_a_closer_look():
+    rows = [sequence([1, 2], output=(3, UNSEEN), max_tokens=5), sequence([1], output=(4, 5, UNSEEN), max_tokens=8)]
+    rows[1].stop_ids = frozenset({9})
+    answers = Answers(rows)
+    assert answers.take([1, 2], [7, 9]) is answers.take([1, 2], [-1, 7]) is None
+    assert [row.output_token_ids[-1] for row in rows] == [UNSEEN, UNSEEN]
+    assert [output.token_ids for output in answers.take([1, 2], [7, 8])] == [[7], [8]]
+    assert [row.output_token_ids for row in rows] == [[3, 7], [4, 5, 8]]
 
 
 def test_tokens_are_read_once():

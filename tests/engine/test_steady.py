@@ -12,6 +12,7 @@ from leyden.engine.errors import ContextLengthError, QueueFullError
 from leyden.engine.scheduler import ScheduledBatch, Scheduler
 from leyden.engine.sequence import Sequence, Status
 from leyden.engine.slots import SlotManager
+from leyden.engine.steady import Steady
 
 EOS_RATE = 0.04
 
@@ -128,3 +129,12 @@ def test_rows_are_kept_by_the_list_of_the_batch_before():
     assert [batch.advance.kept for batch in batches[2:]] == [None, None, None, [0, 2], None]
     twin.scheduler.abort("a")
     assert twin.step().advance.kept == [1]
+
+
+@pytest.mark.parametrize("max_tokens", [2, 1], ids=["sits out", "awaits its last token"])
+def test_nothing_follows_while_somebody_who_is_to_go_on_sits_out(max_tokens):
+    steady = Steady(BlockManager(8, 4))
+    going = sequence(3, output=(7,), max_tokens=9, num_computed_tokens=3, status=Status.RUNNING)
+    other = sequence(3, output=(7,), max_tokens=max_tokens, num_computed_tokens=3, status=Status.RUNNING)
+    steady.follow([going], 0, [going, other])
+    assert (steady.advance() is None) == (max_tokens == 2)

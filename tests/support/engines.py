@@ -118,6 +118,7 @@ def sequence(
         "eos_token_ids",
         "num_computed_tokens",
         "state_slot",
+        "status",
         "num_siblings",
         "leader",
         "uses_cache",
