@@ -8,8 +8,10 @@ as many tokens as take the device no longer than the host takes to launch kernel
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,9 +177,21 @@ def record(function: Callable[[], Computed], pool: Any) -> tuple[Callable[[], No
     """(what computes it again, where the results then are). Runs `function` once before, to compile."""
     function()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with _without_collections(), torch.cuda.graph(graph, pool=pool):
         results = function()
     return graph.replay, results
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """What one would find, such as another engine's pinned memory, cannot be freed while something is captured."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class StepGraphs:

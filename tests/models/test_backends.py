@@ -288,7 +288,7 @@ def test_drafts_alone_and_beside_one_other_kind(speculating):
 
 
 @pytest.mark.parametrize("name", ["minimax", "seg_la", "replay"])
-def test_rows_that_read_their_rings_are_not_folded(name):
+def test_each_kind_of_row_has_its_own_operation(name):
     kernels = Recorder()
     layer = Layer(name, "torch", "cpu", speculative=True)
     layer.backend.kernels = kernels
@@ -300,4 +300,4 @@ def test_rows_that_read_their_rings_are_not_folded(name):
     assert kernels.called == ["verify"]
     kernels.called.clear()
     layer.backend.forward(LightningCall(q, q, q, q, 1.0, layer.state, layer.batch([row], [1], 0, 0), q))
-    assert kernels.called == {"minimax": ["fold", "decode"], "seg_la": ["fold", "segments"], "replay": ["replay"]}[name]
+    assert kernels.called == {"minimax": ["decode"], "seg_la": ["segments"], "replay": ["replay"]}[name]
