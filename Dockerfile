@@ -2,19 +2,25 @@
 # docker run --gpus all -p 8000:8000 -v /models:/models IMAGE serve /models/x
 ARG BASE=debian:bookworm-slim
 
-FROM ${BASE} AS build
+# What others wrote is by far the most, and changes least: a stage, and a layer of the image, of its own.
+FROM ${BASE} AS dependencies
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-venv ca-certificates \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 RUN python3 -m venv /opt/leyden
-# PyTorch first: by far the largest layer, and the one that changes least.
 COPY constraints.txt .
 ARG TORCH_INDEX=""
 RUN /opt/leyden/bin/pip install --no-cache-dir -c constraints.txt \
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
+COPY pyproject.toml .
+RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*p['dependencies'], *p['optional-dependencies']['structured'], sep='\n')" > requirements.txt \
+    && /opt/leyden/bin/pip install --no-cache-dir -c constraints.txt -r requirements.txt
+
+FROM dependencies AS build
 COPY . leyden
-RUN /opt/leyden/bin/pip install --no-cache-dir -c constraints.txt './leyden[structured]'
+RUN /opt/leyden/bin/pip install --no-cache-dir --no-deps --prefix /opt/own ./leyden
 
 FROM ${BASE}
 # Triton compiles its launchers at run time: a C compiler and the Python headers, and nothing else.
@@ -23,7 +29,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 leyden \
     && install --directory --owner=leyden --group=leyden /cache
-COPY --from=build /opt/leyden /opt/leyden
+COPY --from=dependencies /opt/leyden /opt/leyden
+COPY --from=build /opt/own /opt/leyden
 # /tmp works in a read-only container too; a volume on /cache (TRITON_CACHE_DIR=/cache/triton) outlives the container.
 ENV PATH=/opt/leyden/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -31,7 +38,8 @@ ENV PATH=/opt/leyden/bin:$PATH \
     HOME=/tmp \
     TRITON_CACHE_DIR=/tmp/triton \
     LEYDEN_HOST=0.0.0.0
-USER leyden
+# A number: with a name Kubernetes cannot tell that it is not root (runAsNonRoot).
+USER 10001
 # Not the source folder: its `kernels` would shadow a package that transformers looks for.
 WORKDIR /home/leyden
 EXPOSE 8000

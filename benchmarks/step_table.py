@@ -17,7 +17,7 @@ KINDS = {
     "experts": r"^_(gate_up|down|sort|count|combine)_kernel",
     "router": r"^_route_kernel|sgemm|sm80_xmma_gemm_f32f32|splitKreduce_kernel<32, 16, int, float, float",
     "matrix products": r"^nvjet|^_row_kernel|splitKreduce",
-    "lightning attention": r"^_(replay|decode|segment|chunk|product|fold)_kernel",
+    "lightning attention": r"^_(replay|verify|decode|segment|chunk|product|fold)_kernel",
     "softmax attention": r"^_(split|merge|prefill|rope_store)_kernel",
     "norms, silu": r"^_(add_rms_norm|rms_norm|gated_rms_norm|silu|silu_and_mul)_kernel",
     "sampling, copies, the rest": r"",

@@ -44,6 +44,9 @@ class Counts:
     num_decodes: int
     prefills_pending: bool
     max_query_len: int
+    num_drafted: int = 0
+    num_drafted_tokens: int = 0
+    decodes_pending: bool = False
 
 
 def build_batch(scheduled: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
@@ -160,6 +163,14 @@ def pack(arrays: Arrays, buffer: np.ndarray) -> None:
     for array, start in zip(arrays.values(), _starts(arrays), strict=False):
         if array.size:
             buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def unpack(arrays: Arrays, buffer: np.ndarray) -> Arrays:
+    """What `pack` wrote of such arrays, in place."""
+    return {
+        name: buffer[start : start + array.nbytes].view(array.dtype)
+        for (name, array), start in zip(arrays.items(), _starts(arrays), strict=False)
+    }
 
 
 def _starts(arrays: Arrays) -> list[int]:

@@ -282,7 +282,13 @@ class ProcessClient(StreamingClient):
         self._logging = (log_level, log_format)
 
     async def _launch(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="leyden-")  # mode 0700
+        try:
+            self._folder = tempfile.mkdtemp(prefix="leyden-")  # mode 0700
+        except OSError as error:  # above all a read-only container without a /tmp of its own
+            raise ConfigError(
+                f"cannot make a temporary folder: {error.strerror}; mount a tmpfs on /tmp, or set TMPDIR to a folder "
+                "that can be written"
+            ) from None
         address = f"ipc://{self._folder}/engine.sock"
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)

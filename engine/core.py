@@ -155,6 +155,7 @@ class EngineCore:
         launched = None
         if not batch.is_empty:
             launched = self.runner.launch(batch)
+            launched.num_finished = self.scheduler.num_finished
             _keep_prompt_logprobs(launched)
             self.scheduler.update(batch)
             self._stats.steps_total += 1
@@ -165,7 +166,7 @@ class EngineCore:
         waiting = time.perf_counter()
         tokens, logprobs = launched.wait() if launched else ([], [])
         waited = time.perf_counter() - waiting
-        outputs = refused + (self._collect(launched.completing, tokens, logprobs) if launched else [])
+        outputs = refused + (self._collect(launched, tokens, logprobs) if launched else [])
         seconds = time.perf_counter() - started
         self._stats.step_seconds_total += seconds
         self._stats.schedule_seconds_total += scheduled - started
@@ -249,14 +250,24 @@ class EngineCore:
                 outputs.append(refusal(sequence.request_id, RequestError(f"grammar: {error}", "grammar")))
         return outputs
 
-    def _collect(
-        self, rows: list[tuple[Sequence, int]], tokens: list[int], logprobs: list[TokenLogprobs | None]
-    ) -> list[StepOutput]:
+    def _collect(self, step: LaunchedStep, tokens: list[int], logprobs: list[TokenLogprobs | None]) -> list[StepOutput]:
         """Put tokens in their places, finish the sequences that end, and say what is new. Those that ended or were
         aborted while the step ran get nothing."""
+        outputs = None
+        if step.answers is not None and step.num_finished == self.scheduler.num_finished:
+            outputs = step.answers.take(step.indices, tokens)
+        if outputs is None:
+            outputs = self._collect_each(step, tokens, logprobs)
+        self._stats.generation_tokens_total += sum([len(output.token_ids) for output in outputs])
+        return outputs
+
+    def _collect_each(
+        self, step: LaunchedStep, tokens: list[int], logprobs: list[TokenLogprobs | None]
+    ) -> list[StepOutput]:
+        """`_collect` with a look at every sequence."""
         finished = Status.FINISHED
         outputs = []
-        for (sequence, index), token_id, entry in zip(rows, tokens, logprobs, strict=True):
+        for sequence, index, token_id, entry in zip(step.sequences, step.indices, tokens, logprobs, strict=True):
             if sequence.status is finished:
                 continue
             ends = index + 1 >= sequence.max_tokens or token_id in sequence.stop_ids
@@ -265,7 +276,6 @@ class EngineCore:
             else:  # nearly always
                 sequence.output_token_ids[index] = token_id
                 outputs.append(StepOutput(request_id=sequence.request_id, token_ids=[token_id]))
-        self._stats.generation_tokens_total += sum(len(output.token_ids) for output in outputs)
         return outputs
 
     def _advance(self, sequence: Sequence, index: int, token_id: int, logprobs: TokenLogprobs | None) -> StepOutput:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..models.forward_batch import ForwardBatch
 from .batch import Arrays, Counts, Upload, make_batch, pack, packed_size
 from .sampler import Draw
+from .staging import StagingPool
 
 PREFILL_TOKENS = (64, 128, 256, 512)
 PREFILL_ROWS = 32  # the last is the padding's
@@ -57,6 +58,13 @@ class Computed(NamedTuple):
     tokens: Tensor  # [B] int32, drawn as rows want that look at nothing but their logits
 
 
+class Padding(NamedTuple):
+    """The inputs of a step without rows, on the host."""
+
+    arrays: Arrays
+    packed: np.ndarray  # bytes
+
+
 Step = Callable[[ForwardBatch, Draw], Computed]
 
 TOKEN_DTYPES = {"input_ids": np.int64, "positions": np.int64, "slot_mapping": np.int64}
@@ -73,6 +81,9 @@ DRAW_DTYPES = {
     "min_p": np.float32,
     "uniform": np.float32,
 }
+# Of shapes without prompts: the blocks that rows turn to in this step, and their cells in the table.
+TURN_DTYPES = {"turned_at": np.int64, "turned_to": np.int32}
+SPARE_CELLS = 4  # before the table, which stays aligned: cell 0 is written where no row turns
 # What a padding row or token holds. Its token must exist, its position too; it is drawn greedily.
 PADDING = {"context_lens": -1, "state_indices": -1, "slot_mapping": -1}
 
@@ -104,8 +115,8 @@ def pad(arrays: Arrays, counts: Counts, shape: GraphShape, graph_rows: np.ndarra
         padded[name][graph_rows] = arrays[name]
     if shape.num_prefills:
         starts = _row_starts(arrays["query_start_loc"][: counts.num_prefills + 1], shape)
-        padded |= {"query_start_loc": starts, "logits_indices": np.maximum(starts[1:] - 1, 0).astype(np.int64)}
-    return padded
+        return padded | {"query_start_loc": starts, "logits_indices": np.maximum(starts[1:] - 1, 0).astype(np.int64)}
+    return padded | {name: np.zeros(shape.num_rows, dtype=dtype) for name, dtype in TURN_DTYPES.items()}
 
 
 def pad_table(table: np.ndarray, counts: Counts, shape: GraphShape) -> np.ndarray:
@@ -150,11 +161,15 @@ class StepGraphs:
         self.device = device
         self.shapes = shapes
         most_rows = max(shape.num_rows for shape in self.shapes)
-        self.block_table = torch.zeros(most_rows, table_width, dtype=torch.int32, device=device)
+        self._cells = torch.zeros(SPARE_CELLS + most_rows * table_width, dtype=torch.int32, device=device)
+        self.block_table = self._cells[SPARE_CELLS:].view(most_rows, table_width)
         self.logits: Tensor | None = None  # of the last replay; one for all graphs, since a vocabulary is large
+        self.padding: dict[GraphShape, Padding] = {}  # this and the next: of shapes without prompts
+        self.staging: dict[GraphShape, StagingPool] = {}
         self._most_rows = most_rows
         self._graphs: dict[GraphShape, tuple[Callable[[], None], Computed]] = {}
         self._inputs: dict[GraphShape, Tensor] = {}
+        self._turns: dict[GraphShape, tuple[Tensor, Tensor]] = {}
         self._batches: dict[GraphShape, ForwardBatch] = {}  # a graph knows addresses alone: these keep the tensors
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         for shape in tqdm(self.shapes[::-1], desc="CUDA graphs", disable=not progress):  # the largest shapes the pool
@@ -164,11 +179,22 @@ class StepGraphs:
         """The smallest graph that holds such a step, or None."""
         return next((shape for shape in self.shapes if shape.holds(counts)), None)
 
-    def replay(self, shape: GraphShape, buffer: Tensor, table: Tensor) -> Computed:
-        """Results of every row of the shape. `buffer` begins with the arrays of `pad`, packed."""
-        inputs = self._inputs[shape]
-        inputs.copy_(buffer[: inputs.shape[0]])
-        self.block_table[: table.shape[0], : table.shape[1]].copy_(table)
+    def shape_of_decodes(self, num_rows: int) -> GraphShape | None:
+        """The smallest for so many decoding rows alone, or None."""
+        return self.shape_for(Counts(0, 0, num_rows, prefills_pending=False, max_query_len=1))
+
+    def replay(self, shape: GraphShape, packed: Tensor, table: Tensor | None, *, has_turned: bool = False) -> Computed:
+        """Results of every row of the shape.
+
+        packed: the arrays of `pad`, packed, on the device or in pinned memory that keeps them until the step has run.
+        table: the rows' blocks [B, M]; None = those of the step before and, where a row `has_turned` to another block,
+        those of `packed`.
+        """
+        self._inputs[shape].copy_(packed, non_blocking=True)
+        if table is not None:
+            self.block_table[: table.shape[0], : table.shape[1]].copy_(table)
+        elif has_turned:
+            self._cells.scatter_(0, *self._turns[shape])
         compute, results = self._graphs[shape]
         compute()
         return results
@@ -183,6 +209,10 @@ class StepGraphs:
         if not shape.num_prefills:  # the same in every step
             starts = torch.arange(shape.num_rows + 1, dtype=torch.int32, device=self.device)
             tensors |= {"query_start_loc": starts, "logits_indices": starts[:-1].long()}
+            self.padding[shape] = Padding(arrays, host.copy())  # on a CPU the inputs are `host` itself
+            self.staging[shape] = StagingPool(host.size, shape.num_rows, self.device)
+            self._turns[shape] = (static["turned_at"], static["turned_to"])
+            self._cells.scatter_(0, *self._turns[shape])  # so that its kernel is loaded by now
         counts = (shape.num_prefills, shape.num_prefill_tokens, shape.num_decodes)
         batch = make_batch(tensors, Counts(*counts, prefills_pending=False, max_query_len=counts[1] or 1))
         draw = Draw(*(static[name] for name in Draw._fields))

@@ -141,7 +141,7 @@ class GrammarCompiler:
     def prepare(self) -> None:
         """Load the vocabulary now: with 200,000 tokens it holds Python's lock for a second."""
         if is_available():
-            with contextlib.suppress(CheckpointError):  # no tokenizer, no grammars
+            with contextlib.suppress(CheckpointError):  # then each request that brings a grammar is told
                 self._thread.submit(lambda: self._tokenizer).result()
 
     @cached_property

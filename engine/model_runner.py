@@ -21,9 +21,10 @@ from ..models.forward_batch import ForwardBatch
 from ..models.minimax import Cache, MiniMaxForCausalLM
 from ..models.registry import FAMILIES
 from ..models.weights import fill_with_noise, load_weights
-from .batch import BATCH_TENSORS, Arrays, Counts, batch_arrays, count_rows, make_batch, upload
+from .batch import BATCH_TENSORS, Arrays, Counts, batch_arrays, count_rows, make_batch, packed_size, upload
 from .copies import Copy, Fork, Move, Restore, Save
 from .cuda_graph import Computed, GraphShape, StepGraphs, graph_shapes, pad, pad_table
+from .decode_rows import Answers, DecodeRows
 from .dummy_steps import StepLimits, checkpoint_step, smallest_steps
 from .errors import ConfigError
 from .outputs import TokenLogprobs
@@ -32,17 +33,22 @@ from .sampler import Draw, Sampled, Sampler, SamplingBatch, send_home, token_log
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
 from .sizing import bound_allocator, free_memory, refuse_out_of_memory, size_pools
+from .staging import StagedTokens
 
 PROMPT_LOGPROB_ROWS = 64  # rows of vocabulary-wide float32 that exist at once
 
 
 @dataclass(slots=True)
 class LaunchedStep:
-    """A step on its way. `completing`: the rows that get a token, and which of their answer's it is."""
+    """A step on its way. `sequences`: who gets a token; `indices`: which of their answers' it is; `answers`: a shorter
+    way to put them there, as long as none of these sequences has finished."""
 
-    completing: list[tuple[Sequence, int]]
-    sampled: Sampled | None
+    sequences: list[Sequence]
+    indices: list[int]
+    sampled: Sampled | StagedTokens | None
     prompt_logprobs: dict[Sequence, list[TokenLogprobs]]
+    answers: Answers | None = None
+    num_finished: int = 0  # sequences that had when it was launched
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
         """Token (-1: bad logits) and log-probabilities of each completing row, once they are computed."""
@@ -68,6 +74,7 @@ class ModelRunner:
         with refuse_out_of_memory("the weights", "take a device with more memory, or a smaller dtype"):
             self.model = self._load(config, linear_backend, progress=progress)
         self.graphs: StepGraphs | None = None
+        self._decoding: DecodeRows | None = None  # the last step, where it was of plain decode rows from a graph
         self.wants_graphs = config.cuda_graphs and self.device.type == "cuda" and self.kernel_name == "triton"
         self.plan, self.memory = size_pools(self, config)
         self.warm_up()
@@ -89,15 +96,19 @@ class ModelRunner:
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start computing the scheduled tokens, which writes state and KV pools, and sampling where a row's tokens are
         complete. On CUDA nothing waits for the device, but for log-probabilities of a prompt."""
-        self._make_copies(scheduled.copies)
+        if scheduled.copies:
+            self._make_copies(scheduled.copies)
+        self._decoding = self._decode_rows(scheduled)
+        if self._decoding is not None:
+            return self._decode(self._decoding)
         rows = [scheduled.sequences[row] for row in scheduled.completing_rows]
-        completing = [(sequence, len(sequence.output_token_ids)) for sequence in rows]
+        indices = [len(sequence.output_token_ids) for sequence in rows]
         arrays = batch_arrays(scheduled, self.block_size) | self.sampler.arrays(rows)
         counts = count_rows(scheduled)
         if self.graphs is not None and not scheduled.wants_prompt_logprobs:
             shape = self.graphs.shape_for(counts)
             if shape is not None:
-                return LaunchedStep(completing, self._replay(self.graphs, shape, scheduled, counts, arrays), {})
+                return LaunchedStep(rows, indices, self._replay(self.graphs, shape, scheduled, counts, arrays), {})
         sent = upload(arrays, self.device)
         batch = make_batch(sent, counts)
         hidden = self._forward(batch)
@@ -105,7 +116,7 @@ class ModelRunner:
         if rows:
             logits = self.model.compute_logits(hidden[batch.logits_indices])
             sampled = self.sampler.sample(logits, SamplingBatch.of(sent))
-        return LaunchedStep(completing, sampled, self._prompt_logprobs(scheduled, hidden))
+        return LaunchedStep(rows, indices, sampled, self._prompt_logprobs(scheduled, hidden))
 
     def _make_copies(self, copies: list[Copy]) -> None:
         """In their order; what is saved out of a ring is folded before. A slot is never saved after it was written to
@@ -134,6 +145,29 @@ class ModelRunner:
             sent = upload({"source": source, "target": target}, self.device)
             self.kv.copy(sent["source"], sent["target"])
 
+    def _decode_rows(self, scheduled: ScheduledBatch) -> DecodeRows | None:
+        """What a graph is to read for a step of plain decode rows alone; None for other steps."""
+        graphs, rows, advance = self.graphs, self._decoding, scheduled.advance
+        if rows is not None and advance is not None and advance.before is rows.sequences:
+            rows.advance(advance)
+            return rows
+        if graphs is None or scheduled.num_prefills or graphs.shape_of_decodes(scheduled.num_decodes) is None:
+            return None
+        wanted = self.sampler.rows(scheduled.sequences)
+        return DecodeRows(graphs, scheduled, wanted, self.block_size, self.ring_size) if wanted.is_plain else None
+
+    def _decode(self, rows: DecodeRows) -> LaunchedStep:
+        """Start a step from its graph, in as few calls as can be: the host does this for every token."""
+        assert self.graphs is not None
+        pool = self.graphs.staging[rows.shape]
+        staging = pool.take()
+        staging.array[:] = rows.packed
+        table = None if rows.table is None else upload({"table": rows.table}, self.device)["table"]
+        computed = self.graphs.replay(rows.shape, staging.inputs, table, has_turned=rows.has_turned)
+        staging.bring_home(computed.tokens)
+        sampled = StagedTokens(pool, staging, len(rows.sequences))
+        return LaunchedStep(rows.sequences, rows.indices, sampled, {}, rows.answers)
+
     def _replay(
         self, graphs: StepGraphs, shape: GraphShape, scheduled: ScheduledBatch, counts: Counts, arrays: Arrays
     ) -> Sampled | None:
@@ -146,7 +180,7 @@ class ModelRunner:
         if not self.sampler.is_plain:
             rest |= {name: array for name, array in arrays.items() if name not in BATCH_TENSORS}
         sent = upload({f"padded_{name}": array for name, array in padded.items()} | rest, self.device)
-        computed = graphs.replay(shape, sent.buffer, sent["table"])
+        computed = graphs.replay(shape, sent.buffer[: packed_size(padded)], sent["table"])
         if not completing:
             return None
         rows = sent["graph_rows"] if shape.num_prefills else slice(len(completing))

@@ -103,13 +103,17 @@ class Sampler:
     def bytes_per_slot(vocab_size: int) -> int:
         return 4 * vocab_size + 4
 
-    def arrays(self, sequences: list[Sequence]) -> Arrays:
-        """The fields of `SamplingBatch` for these sequences, in numpy. Those with penalties count as counted from here
-        on."""
+    def rows(self, sequences: list[Sequence]) -> SamplingRows:
+        """What these sequences ask for in their slots."""
         slots = [sequence.state_slot for sequence in sequences]
         if self._rows.sequences != sequences or self._rows.slots != slots:  # most steps have the rows of the last
             self._rows = SamplingRows(sequences, slots)
-        return self._rows.arrays(self.counts.shape[1])
+        return self._rows
+
+    def arrays(self, sequences: list[Sequence]) -> Arrays:
+        """The fields of `SamplingBatch` for these sequences, in numpy. Those with penalties count as counted from here
+        on."""
+        return self.rows(sequences).arrays(self.counts.shape[1])
 
     @property
     def is_plain(self) -> bool:

@@ -21,23 +21,22 @@ class SamplingRows:
         self.slots = slots
         params = [sequence.sampling_params for sequence in sequences]
         self.num_top = [p.logprobs for p in params]  # per row, alternatives wanted; None = no log-probabilities at all
-        self._seeds = np.array([sequence.seed & _MASK64 for sequence in sequences], dtype=np.uint64)
-        self._is_drawn = any(not p.is_greedy for p in params)
+        self.seeds = np.array([sequence.seed & _MASK64 for sequence in sequences], dtype=np.uint64)
+        self.is_drawn = any(not p.is_greedy for p in params)
         self._biased = [row for row, p in enumerate(params) if p.logit_bias or p.min_tokens]
         self._penalised = [row for row, p in enumerate(params) if _is_penalised(p)]
         self._constrained = [row for row, sequence in enumerate(sequences) if sequence.grammar is not None]
         wants_logprobs = any(num is not None for num in self.num_top)
         self.is_plain = not (self._biased or self._penalised or self._constrained or wants_logprobs)
-        self._constant = self._constant_arrays(params)
+        self.constant = self._constant_arrays(params)
 
     def arrays(self, vocab_size: int) -> Arrays:
         """The fields of `SamplingBatch`. Sequences with penalties count as counted from here on."""
-        draws = np.zeros(len(self.sequences), dtype=np.float32)
-        if self._is_drawn:
-            positions = np.array([len(sequence.output_token_ids) for sequence in self.sequences])
-            draws = np.minimum(uniform(self._seeds, positions).astype(np.float32), _BELOW_ONE)
+        numbers = np.zeros(len(self.sequences), dtype=np.float32)
+        if self.is_drawn:
+            numbers = draws(self.seeds, np.array([len(sequence.output_token_ids) for sequence in self.sequences]))
         parts = (self._bias(vocab_size), self._tokens_to_count(vocab_size), self._masks(vocab_size))
-        return {"uniform": draws, **self._constant, **parts[0], **parts[1], **parts[2]}
+        return {"uniform": numbers, **self.constant, **parts[0], **parts[1], **parts[2]}
 
     def _constant_arrays(self, params: list[SamplingParams]) -> Arrays:
         penalised = [params[row] for row in self._penalised]
@@ -98,10 +97,16 @@ class SamplingRows:
         }
 
 
+def draws(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """`uniform` as float32, below 1 still."""
+    return np.minimum(uniform(seeds, positions).astype(np.float32), _BELOW_ONE)
+
+
 def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """[N] float64 in [0, 1), each a function of its seed (uint64) and position: splitmix64 (Steele et al. 2014)."""
+    """[.., N] float64 in [0, 1), each a function of its seed [N] (uint64) and position [.., N]: splitmix64 (Steele et
+    al. 2014)."""
     z = seeds * np.uint64(0xD1342543DE82EF95)
-    z += (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = z + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53

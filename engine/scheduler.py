@@ -29,6 +29,7 @@ from .prefix_cache import Match, PrefixCache
 from .reuse import NOTHING, Reuse
 from .sequence import UNSEEN, Sequence, Status
 from .slots import SlotManager
+from .steady import Advance, Steady
 
 NUM_COMPARED = 8  # waiting sequences that are compared with each other by what is cached of them
 NUM_EXAMINED = 32  # of those that wait, to find as many that need not wait for another's checkpoint
@@ -44,6 +45,7 @@ class ScheduledBatch:
     num_scheduled_tokens: list[int]
     num_prefills: int
     copies: list[Copy] = field(default_factory=list)  # to make before anything is computed
+    advance: Advance | None = None  # from the batch before, where this one follows from it
 
     @property
     def is_empty(self) -> bool:
@@ -97,9 +99,11 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # kept in order
         self.running: list[Sequence] = []  # kept in order
         self.num_preemptions = 0
+        self.num_finished = 0  # aborted ones too
         self._by_id: dict[str, Sequence] = {}
         self._at_stop: list[Sequence] = []  # the last step has brought them to a stop
         self._leaders: dict[Sequence, int] = {}  # siblings are still to copy from them; steps they may wait for these
+        self._steady = Steady(blocks, self.cache.make_room)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
@@ -157,9 +161,11 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
+            self._steady.leave(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
+        self.num_finished += 1
         del self._by_id[sequence.request_id]
         self._disband(sequence)
         if sequence.leader is not None:
@@ -173,6 +179,16 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's rows and give them the blocks and slots they need."""
+        if not self.waiting or not self.slots.num_free:  # nobody can join those that run
+            advance = self._steady.advance()
+            if advance is not None:
+                return ScheduledBatch(advance.rows, [1] * len(advance.rows), 0, self._take_copies(), advance)
+        batch = self._schedule_anew()
+        self._steady.follow(batch.sequences, batch.num_prefills, self.running)
+        return batch
+
+    def _schedule_anew(self) -> ScheduledBatch:
+        """Ask every sequence."""
         for sequence in self._at_stop:
             if sequence.status is Status.RUNNING:
                 self.reuse.save_at_stop(sequence)
@@ -203,10 +219,12 @@ class Scheduler:
                 budget -= num_new
         self._admit(prefilling, decoding, budget)
         rows = [*prefilling, *decoding]
-        copies: list[Copy] = []
-        if rows:  # what is to be saved stays where it is until the next step
-            copies, self.reuse.copies = self.reuse.copies, copies
+        copies = self._take_copies() if rows else []  # what is to be saved stays where it is until the next step
         return ScheduledBatch(rows, [*prefilling.values(), *decoding.values()], len(prefilling), copies)
+
+    def _take_copies(self) -> list[Copy]:
+        copies, self.reuse.copies = self.reuse.copies, []
+        return copies
 
     def update(self, batch: ScheduledBatch) -> None:
         """Note that the batch is being computed: what it completes ends in `UNSEEN` until its tokens arrive."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..models.checkpoint import read_config, read_generation_config
+from ..models.checkpoint import read_config, read_generation_config, read_json
 from .errors import CheckpointError, RequestError
 
 logger = logging.getLogger("leyden.engine")
@@ -35,7 +35,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._hf: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, use_fast=True)
+            self._hf: Any = AutoTokenizer.from_pretrained(
+                str(folder), config=_config_of_unknown_type(folder), trust_remote_code=False, use_fast=True
+            )
             source = self._hf.backend_tokenizer.to_str()
         except Exception as error:  # transformers raises many kinds; all mean that this folder has no usable tokenizer
             raise CheckpointError(f"{folder}: cannot load a tokenizer: {error}") from error
@@ -61,17 +63,20 @@ class Tokenizer:
             self.default_sampling = {}
 
     def for_grammars(self, vocab_size: int) -> Any:
-        """The vocabulary as llguidance wants it, of as many ids as the model has logits. Takes a while."""
+        """The vocabulary as llguidance wants it, of as many ids as the model has logits. Takes a while.
+
+        Raises `CheckpointError` when no answer can be constrained with it.
+        """
         from llguidance.hf import from_tokenizer
 
-        ends = (
-            sorted(self.eos_token_ids) or sorted(self.control_ids)[:1]
-        )  # where none ends a text, any that is not shown
+        # Where none ends a text, any that is not shown.
+        ends = sorted(self.eos_token_ids) or sorted(self.control_ids)[:1]
         if not ends:
-            raise RequestError(
-                "this checkpoint has no token that could end an answer; leave the grammar out", "grammar"
-            )
-        return from_tokenizer(self._hf, n_vocab=vocab_size, eos_token=ends)
+            raise CheckpointError("this checkpoint has no token that could end an answer (eos_token_id in config.json)")
+        try:
+            return from_tokenizer(self._hf, n_vocab=vocab_size, eos_token=ends)
+        except ValueError as error:
+            raise CheckpointError(f"this checkpoint's tokenizer does not suit llguidance: {error}") from error
 
     @property
     def has_chat_template(self) -> bool:
@@ -187,6 +192,15 @@ class Tokenizer:
         # Words are spared: templates compare them ("user", "text"), and control tokens hardly begin with a letter.
         ends = (text[-n:] for n in range(1, self._max_prefix + 1))
         return any(end in self._control_prefixes and not end[0].isalnum() for end in ends)
+
+
+def _config_of_unknown_type(folder: Path) -> Any:
+    """What transformers makes of a config.json whose type it does not know, without its warning of that. None where it
+    does know the type, which may decide the class of the tokenizer."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    config = read_json(folder / "config.json")
+    return None if config.get("model_type") in CONFIG_MAPPING else PretrainedConfig.from_dict(config)
 
 
 def _encode(backend: Any, text: str, add_special_tokens: bool) -> list[int]:

@@ -102,9 +102,34 @@ class Kernels(Protocol):
 
         key_ring: [num_slots, H, C, K], value_ring: [num_slots, H, C, V], C a power of two, contiguous but for the
         slots' stride, in any float dtype, updated in place: the last tokens of each slot that its state does not
-        hold yet; num_pending: [B] int32, how many of them wait, 0 .. C - 1, oldest first. The token is appended;
-        where that makes C, or the row is new, all are folded into the state, and the caller's count must return to
+        hold yet; num_pending: [B] int32, how many of them wait, 0 .. C, oldest first. The token is appended; where
+        that makes C or more, or the row is new, all are folded into the state, and the caller's count must return to
         0, otherwise it goes up by one. The rest as in `lightning_decode`.
+        """
+
+    def lightning_verify(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        scale: float,
+        state: Tensor,
+        key_ring: Tensor,
+        value_ring: Tensor,
+        state_indices: Tensor,
+        has_initial_state: Tensor,
+        num_pending: Tensor,
+        query_start_loc: Tensor,
+        out: Tensor,
+    ) -> Tensor:
+        """Rows of a few tokens, of which perhaps only the first will be kept: the state is read, never written.
+
+        A row's m tokens see the state, the p = num_pending[b] tokens that wait in the ring, and each other, and are
+        left in the ring at places p .. p + m - 1; p + m <= C is the caller's duty. Its next num_pending says how many
+        are kept; those behind are overwritten. Without an initial state p counts as 0, and neither state nor ring is
+        read. Tokens and rows as in `lightning_prefill` (padding rows may be of any length), rings as in
+        `lightning_replay`. Returns `out`.
         """
 
     def lightning_fold(

@@ -13,6 +13,7 @@ from .lightning.minimax import prefill as lightning_prefill
 from .lightning.replay import fold as lightning_fold
 from .lightning.replay import replay_decode as lightning_replay
 from .lightning.seg_la import segments as lightning_segments
+from .lightning.verify import verify as lightning_verify
 from .linear import linear
 from .moe import moe
 from .norm import add_rms_norm, gated_rms_norm, rms_norm
@@ -30,6 +31,7 @@ __all__ = [
     "lightning_prefill",
     "lightning_replay",
     "lightning_segments",
+    "lightning_verify",
     "linear",
     "moe",
     "rms_norm",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -15,7 +14,7 @@ class LinearState(NamedTuple):
     """One lightning layer's part of the state pool."""
 
     state: Tensor  # [num_slots, H, K, V]
-    key_ring: Tensor  # [num_slots, H, C, K], the last keys that the state does not hold yet; C = 0 unless replayed
+    key_ring: Tensor  # [num_slots, H, C, K], the last keys that the state does not hold yet; C = 0 without a ring
     value_ring: Tensor  # [num_slots, H, C, V]
 
 
@@ -36,9 +35,14 @@ class LightningCall(NamedTuple):
 
 
 class LinearAttentionBackend(Protocol):
-    """Lightning attention for all rows of a batch. `ring_size` is C of `LinearState`, 0 for none."""
+    """Lightning attention for all rows of a batch.
+
+    `ring_size` is C of `LinearState`, 0 for none; without a ring there are no verify rows. `replays` says that decode
+    rows leave their tokens in the ring too. `ForwardBatch` tells what waits there after a step.
+    """
 
     ring_size: int
+    replays: bool
 
     def forward(self, call: LightningCall) -> Tensor:
         """Fills and returns `call.out`."""
@@ -47,43 +51,73 @@ class LinearAttentionBackend(Protocol):
 class MinimaxBackend:
     """Prefill parallel over chunks of all prompts at once, decode by its own kernel.
 
-    Best for few heads and long prompts: a single prompt still fills the device.
+    Best for few heads and long prompts: a single prompt still fills the device. `speculative`: the states have rings,
+    so that rows may bring drafts.
     """
 
-    ring_size = 0
+    RING_SIZE = 16
+    replays = False
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: Kernels, *, speculative: bool = False) -> None:
         self.kernels = kernels
-
-    def forward(self, call: LightningCall) -> Tensor:
-        if call.batch.num_prefills:
-            self.prefill(call)
-        if call.batch.num_decodes:
-            self.decode(call)
-        return call.out
-
-    def prefill(self, call: LightningCall) -> None:
-        """The prefill rows alone."""
-        self.kernels.lightning_prefill(*_prefill_arguments(call))
-
-    def decode(self, call: LightningCall) -> None:
-        """The decode rows alone."""
-        inputs, slots, continues, out = _decode_parts(call)
-        self.kernels.lightning_decode(*inputs, call.state.state, slots, continues, out)
-
-
-class SegLaBackend:
-    """One launch walks every row, prefill and decode alike, with the state in registers. Best for many rows."""
-
-    ring_size = 0
-
-    def __init__(self, kernels: Kernels) -> None:
-        self.kernels = kernels
+        self.ring_size = self.RING_SIZE if speculative or self.replays else 0
 
     def forward(self, call: LightningCall) -> Tensor:
         batch = call.batch
+        self.fold_waiting(call)
+        if batch.num_prefills > batch.num_drafted:
+            self.prefill(call)
+        if batch.num_drafted:
+            self.verify(call)
+        if batch.num_decodes:
+            self.decode(call)
+        return call.out
+
+    def fold_waiting(self, call: LightningCall) -> None:
+        """Fold what waits in the rings of rows that do not read them, or need their places."""
+        batch = call.batch
+        if batch.prefills_pending:
+            self._fold(call, batch.prompts.rows, batch.num_pending[batch.prompts.rows])
+        if batch.num_folded is not None:
+            self._fold(call, batch.drafts.rows, batch.num_folded)
+        if batch.decodes_pending and not self.replays:
+            self._fold(call, batch.decodes.rows, batch.num_pending[batch.decodes.rows])
+
+    def prefill(self, call: LightningCall) -> None:
+        """The prefill rows that bring no drafts."""
+        self.kernels.lightning_prefill(*_prompt_arguments(call))
+
+    def verify(self, call: LightningCall) -> None:
+        """The verify rows: into the rings, not into the states."""
+        batch, rows = call.batch, call.batch.drafts.rows
+        starts = batch.query_start_loc[rows.start : rows.stop + 1]
+        pending = batch.num_pending[rows]
+        self.kernels.lightning_verify(*call[:5], *call.state, *_slots(batch, rows), pending, starts, call.out)
+
+    def decode(self, call: LightningCall) -> None:
+        """The decode rows."""
+        rows, tokens = call.batch.decodes
+        self.kernels.lightning_decode(
+            *_inputs(call, tokens), call.state.state, *_slots(call.batch, rows), call.out[tokens]
+        )
+
+    def _fold(self, call: LightningCall, rows: slice, counts: Tensor) -> None:
+        self.kernels.lightning_fold(call.slopes, *call.state, *_slots(call.batch, rows), counts)
+
+
+class SegLaBackend(MinimaxBackend):
+    """One launch walks every row, prefill and decode alike, with the state in registers. Best for many rows."""
+
+    def forward(self, call: LightningCall) -> Tensor:
+        batch = call.batch
+        if batch.num_drafted:  # they lie between the others
+            return super().forward(call)
+        self.fold_waiting(call)
         rows = (batch.state_indices, batch.has_initial_state, batch.query_start_loc)
         return self.kernels.lightning_segments(*call[:5], call.state.state, *rows, batch.max_query_len, call.out)
+
+    def prefill(self, call: LightningCall) -> None:
+        self.kernels.lightning_segments(*_prompt_arguments(call))
 
 
 class ReplayBackend(MinimaxBackend):
@@ -93,55 +127,47 @@ class ReplayBackend(MinimaxBackend):
     Prompts go to seg_la, but a few long ones of few heads to minimax: seg_la walks a row from end to end, so rows x
     heads is all it has to fill a device with; minimax cuts long rows up, but reads keys and values twice. On an H100
     (`docs/kernels.md`) they meet at about 40 long rows x heads.
-
-    A row that brings several tokens after it has decoded is folded first. Today's scheduler makes none; drafts will.
     """
 
-    ring_size = 16
+    replays = True
     MIN_PARALLEL = 40  # long rows x heads
     LONG_PROMPT = 1024  # tokens; shorter ones are over before a second launch would help
 
     def prefill(self, call: LightningCall) -> None:
-        batch, rows = call.batch, slice(call.batch.num_prefills)
-        if batch.prefills_pending:
-            waiting = (batch.state_indices[rows], batch.has_initial_state[rows], batch.num_pending[rows])
-            self.kernels.lightning_fold(call.slopes, *call.state, *waiting)
-        longest = batch.max_query_len
-        long_rows = batch.num_prefill_tokens / longest  # as many as the tokens would make
+        tokens, longest = call.batch.prompts.tokens, call.batch.max_query_len
+        long_rows = tokens.stop / longest  # as many as the tokens would make
         if long_rows * call.q.shape[1] < self.MIN_PARALLEL and longest >= self.LONG_PROMPT:
             super().prefill(call)
         else:
-            self.kernels.lightning_segments(*_prefill_arguments(call))
+            self.kernels.lightning_segments(*_prompt_arguments(call))
 
     def decode(self, call: LightningCall) -> None:
-        inputs, slots, continues, out = _decode_parts(call)
-        pending = call.batch.num_pending[call.batch.num_prefills :]
-        self.kernels.lightning_replay(*inputs, *call.state, slots, continues, pending, out)
+        rows, tokens = call.batch.decodes
+        pending = call.batch.num_pending[rows]
+        self.kernels.lightning_replay(
+            *_inputs(call, tokens), *call.state, *_slots(call.batch, rows), pending, call.out[tokens]
+        )
 
 
-def _prefill_arguments(call: LightningCall) -> tuple[Any, ...]:
-    """What `lightning_prefill` and `lightning_segments` take, for the prefill rows."""
-    batch, t, rows = call.batch, call.batch.num_prefill_tokens, call.batch.num_prefills
-    inputs = (call.q[:t], call.k[:t], call.v[:t], call.slopes, call.scale, call.state.state)
-    starts = batch.query_start_loc[: rows + 1]
-    return (
-        *inputs,
-        batch.state_indices[:rows],
-        batch.has_initial_state[:rows],
-        starts,
-        batch.max_query_len,
-        call.out[:t],
-    )
+def _prompt_arguments(call: LightningCall) -> tuple[Any, ...]:
+    """What `lightning_prefill` and `lightning_segments` take, for the prefill rows that bring no drafts."""
+    batch, (rows, tokens) = call.batch, call.batch.prompts
+    starts = batch.query_start_loc[: rows.stop + 1]
+    inputs = (*_inputs(call, tokens), call.state.state, *_slots(batch, rows))
+    return (*inputs, starts, batch.max_query_len, call.out[tokens])
 
 
-def _decode_parts(call: LightningCall) -> tuple[Inputs, Tensor, Tensor, Tensor]:
-    """(q, k, v, slopes, scale), state_indices, has_initial_state and out of the decode rows."""
-    batch, t, rows = call.batch, call.batch.num_prefill_tokens, call.batch.num_prefills
-    inputs = (call.q[t:], call.k[t:], call.v[t:], call.slopes, call.scale)
-    return inputs, batch.state_indices[rows:], batch.has_initial_state[rows:], call.out[t:]
+def _inputs(call: LightningCall, tokens: slice) -> Inputs:
+    """The inputs of some tokens."""
+    return call.q[tokens], call.k[tokens], call.v[tokens], call.slopes, call.scale
 
 
-LINEAR_BACKENDS: dict[str, Callable[[Kernels], LinearAttentionBackend]] = {
+def _slots(batch: ForwardBatch, rows: slice) -> tuple[Tensor, Tensor]:
+    """state_indices and has_initial_state of some rows."""
+    return batch.state_indices[rows], batch.has_initial_state[rows]
+
+
+LINEAR_BACKENDS: dict[str, type[MinimaxBackend]] = {
     "minimax": MinimaxBackend,
     "seg_la": SegLaBackend,
     "replay": ReplayBackend,

@@ -4,6 +4,19 @@ One flat token axis of T tokens without padding inside. Rows are sequences: **pr
 decode rows**. A row is new or continuing by its `context_lens`, never by how many tokens it brings: a one-token
 prompt is a prefill.
 
+The last of the prefill rows may be *verify rows*: continuing rows whose tokens but the first are drafts, of which
+perhaps only the first few will be kept. To softmax attention they are prefills. A lightning layer must not write what
+may be rejected into a state, so their tokens go to the slot's ring of C places, and the next `num_pending` says how
+many of them are kept. What is folded into the state first, and what the host counts:
+
+| row of m tokens, p waiting | folded before | waiting afterwards |
+|---|---|---|
+| prefill | p, if any (`prefills_pending`) | 0 |
+| verify, p + m <= C | nothing | p + kept |
+| verify, p + m > C (`needs_fold`) | p, in `num_folded`; `num_pending` says 0 | kept |
+| decode by a backend that `replays` | nothing; a full ring within the step | p + 1, or 0 from p = C - 1 on |
+| decode by another | p, if any (`decodes_pending`) | 0 |
+
 | here | also known as |
 |---|---|
 | query_start_loc | cu_seqlens, q_offsets |
@@ -17,8 +30,22 @@ prompt is a prefill.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+def needs_fold(num_pending: int, num_new: int, ring_size: int) -> bool:
+    """Whether a verify row's waiting tokens are folded into its state first, because its new ones find no room behind
+    them in the ring. The host asks, and sends what it decided: `ForwardBatch.num_folded`."""
+    return num_pending + num_new > ring_size
+
+
+class Part(NamedTuple):
+    """Rows of one kind, and their tokens."""
+
+    rows: slice
+    tokens: slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +61,39 @@ class ForwardBatch:
     context_lens: Tensor  # [B] int32, tokens computed before this step
     has_initial_state: Tensor  # [B] bool, context_lens > 0; False = the state slot is dirty and must be ignored
     state_indices: Tensor  # [B] int32, slot of each row in the state pool; -1 = padding row
-    num_pending: Tensor  # [B] int32, computed tokens that wait in the slot's ring, not yet in its state (`replay`)
+    num_pending: Tensor  # [B] int32, computed tokens that wait in the slot's ring, not yet in its state
     slot_mapping: Tensor  # [T] int64, where each token's key and value go: block * block_size + offset
     block_table: Tensor  # [B, M] int32, the KV blocks of each row; entries past its length are 0 and never read
     logits_indices: Tensor  # [N] int64, the last token of each row whose next token is wanted
     num_prefills: int
     num_prefill_tokens: int
     num_decodes: int
-    prefills_pending: bool  # some prefill row has tokens waiting in its ring
+    prefills_pending: bool  # some prefill row, verify rows apart, has tokens waiting in its ring
     max_query_len: int  # longest prefill row; 1 when there is none
+    num_drafted: int = 0  # how many of the prefill rows, the last ones, are verify rows
+    num_drafted_tokens: int = 0  # tokens of the verify rows
+    decodes_pending: bool = False  # some decode row has tokens waiting in its ring; nobody asks who `replays`
+    num_folded: Tensor | None = None  # [num_drafted] int32, tokens of each verify row to fold first; None = of no row
 
     @property
     def extend_start_loc(self) -> Tensor:
         """[num_prefills] int32: start of each prefill row on the token axis."""
         return self.query_start_loc[: self.num_prefills]
+
+    @property
+    def prompts(self) -> Part:
+        """The prefill rows that are no verify rows."""
+        rows, tokens = self.num_prefills - self.num_drafted, self.num_prefill_tokens - self.num_drafted_tokens
+        return Part(slice(0, rows), slice(0, tokens))
+
+    @property
+    def drafts(self) -> Part:
+        """The verify rows."""
+        before = self.prompts
+        return Part(slice(before.rows.stop, self.num_prefills), slice(before.tokens.stop, self.num_prefill_tokens))
+
+    @property
+    def decodes(self) -> Part:
+        """The decode rows."""
+        rows, tokens = self.num_prefills, self.num_prefill_tokens
+        return Part(slice(rows, rows + self.num_decodes), slice(tokens, tokens + self.num_decodes))

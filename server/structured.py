@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ..engine.errors import RequestError
+from ..engine.errors import CheckpointError, RequestError
 from ..engine.grammar import GrammarCompiler, choice_rule, json_rule, regex_rule, require
 from .errors import UnsupportedParameterError
 from .json_body import drop_nulls, parse_object, require_type
@@ -50,7 +50,7 @@ async def checked(grammar: str, field: str, compiler: GrammarCompiler) -> str:
     """The grammar, once it has been compiled, aside. Raises `RequestError`."""
     try:
         await asyncio.wrap_future(compiler.compile(grammar).compiling)
-    except ValueError as error:
+    except (ValueError, CheckpointError) as error:
         raise RequestError(f"{field} cannot be used: {error}", field) from None
     return grammar
 

@@ -256,6 +256,38 @@ def replay_decode(
     return out
 
 
+def verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    scale: float,
+    state: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor,
+    num_pending: Tensor,
+    query_start_loc: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Prefill from the rows' replayed states, which are scratch. Contract: `Kernels.lightning_verify`."""
+    slots, starts = state_indices.tolist(), query_start_loc.tolist()
+    replayed = state.new_empty(len(slots), *state.shape[1:], dtype=torch.float32)
+    rows = zip(slots, has_initial_state.tolist(), num_pending.tolist(), starts, starts[1:], strict=False)
+    for row, (slot, continues, count, start, end) in enumerate(rows):
+        if slot < 0:
+            continue
+        count = count if continues else 0
+        if continues:
+            replayed[row] = _replayed_state(slopes, state, key_ring, value_ring, slot, count)
+        for ring, x in ((key_ring, k), (value_ring, v)):
+            ring[slot, :, count : count + end - start] = x[start:end].transpose(0, 1)
+    scratch = torch.arange(len(slots), device=q.device).where(state_indices >= 0, -1)
+    longest = key_ring.shape[2]
+    return chunked_prefill(q, k, v, slopes, scale, replayed, scratch, has_initial_state, query_start_loc, longest, out)
+
+
 def _replayed_state(
     slopes: Tensor, state: Tensor, key_ring: Tensor, value_ring: Tensor, slot: int, count: int
 ) -> Tensor:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import decay_minus_one, load_state, state_pointers, step_tiles
+from .tile import decay_minus_one, load_ring, load_state, state_pointers, step_tiles
 
 
 @triton.jit
@@ -36,15 +36,6 @@ def _fold(b_s, p_key_ring, p_value_ring, count, slope, i_v, K, V, BK: tl.constex
         # [BK, 1] * [1, BV] -> [BK, BV]
         b_s += b_s * decay + b_k[:, None] * b_v[None, :]
     return b_s
-
-
-@triton.jit
-def _load_ring(p_ring, i_c, count, C, RING: tl.constexpr, BC: tl.constexpr):
-    """The waiting tokens' channels i_c * BC.., zeros for those that do not wait: [RING, BC]."""
-    o_i = tl.arange(0, RING)
-    o_c = i_c * BC + tl.arange(0, BC)
-    mask = (o_i < count)[:, None] & (o_c < C)[None, :]
-    return tl.load(p_ring + o_i[:, None] * C + o_c[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize_on_alignment=["p_slots", "p_continues", "p_pending"])
@@ -96,8 +87,8 @@ def _replay_kernel(
     p_s, m_s = state_pointers(p_state, slot, i_h, i_v, s_n, s_h, s_k, K, V, BK, BV)
     # All loads before the first sum, which is a barrier.
     b_s = load_state(p_s, m_s, continues, BK, BV)
-    b_keys = _load_ring(p_key_ring, 0, count, K, RING, BK)
-    b_values = _load_ring(p_value_ring, i_v, count, V, RING, BV)
+    b_keys = load_ring(p_key_ring, 0, count, K, RING, BK)
+    b_values = load_ring(p_value_ring, i_v, count, V, RING, BV)
     b_q = _load_channels(p_q + i_b * q_t + i_h * q_h, 0, K, BK)
     b_k = _load_channels(p_k + i_b * k_t + i_h * k_h, 0, K, BK)
     b_v = _load_channels(p_v + i_b * v_t + i_h * v_h, i_v, V, BV)

@@ -108,6 +108,15 @@ def load_rows(p_x, start, n, i_c, stride_t, C: tl.constexpr, BT: tl.constexpr, B
 
 
 @triton.jit
+def load_ring(p_ring, i_c, count, C, BT: tl.constexpr, BC: tl.constexpr):
+    """The waiting tokens' channels i_c * BC.., zeros for those that do not wait: [BT, BC]."""
+    o_i = tl.arange(0, BT)
+    o_c = i_c * BC + tl.arange(0, BC)
+    mask = (o_i < count)[:, None] & (o_c < C)[None, :]
+    return tl.load(p_ring + o_i[:, None] * C + o_c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def store_rows(p_x, b_x, start, n, i_c, stride_t, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """The inverse of `load_rows`, in x's dtype."""
     o_t = tl.arange(0, BT)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import DEVICE
+from leyden.engine import cuda_graph
 from leyden.engine.tokenizer import Tokenizer
 from tiny_models import save_minimax
 
@@ -34,3 +36,20 @@ def tiny(tmp_path_factory) -> Tiny:
 @pytest.fixture(scope="session")
 def tokenizer(tiny) -> Tokenizer:
     return Tokenizer(tiny.folder)
+
+
+@pytest.fixture
+def played_graphs(monkeypatch):
+    """Where there is no GPU a graph is played by running its step again over the same static tensors."""
+
+    def record(function, pool):
+        results = function()
+
+        def replay() -> None:
+            for result, now in zip(results, function(), strict=True):
+                result.copy_(now)
+
+        return torch.inference_mode()(replay), results
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(cuda_graph, "record", record)

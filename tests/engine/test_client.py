@@ -319,6 +319,13 @@ async def test_an_engine_faster_than_its_reader_leaves_streams_their_turn():
     assert reading.cancelled()
 
 
+async def test_no_place_for_the_socket_is_a_wrong_setting(tiny, short_folder, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", os.path.join(short_folder, "missing"))
+    client = ProcessClient(engine_config(tiny.folder))
+    with pytest.raises(ConfigError, match="TMPDIR"):
+        await client.start()
+
+
 PARENT = """
 import asyncio, sys
 from leyden.configs.schema import EngineConfig

@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 import torch
 from engines import DEVICE, drain, make_core, request
-from leyden.engine import cuda_graph
 from leyden.engine.batch import Counts
 from leyden.engine.core import EngineCore
 from leyden.engine.cuda_graph import PREFILL_ROWS, GraphShape, StepGraphs, graph_shapes
@@ -24,18 +23,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _played(monkeypatch):
-    def record(function, pool):
-        results = function()
-
-        def replay() -> None:
-            for result, now in zip(results, function(), strict=True):
-                result.copy_(now)
-
-        return torch.inference_mode()(replay), results
-
-    if DEVICE == "cpu":
-        monkeypatch.setattr(cuda_graph, "record", record)
+def _played(played_graphs):
+    pass
 
 
 def plain(folder, **settings) -> EngineCore:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 from engines import DEVICE, answer, assert_nothing_held, drain, make_core, request
@@ -12,7 +13,10 @@ from leyden.engine.errors import RequestError
 from leyden.engine.grammar import Grammar, choice_grammar, json_grammar, make_matcher, regex_grammar
 from leyden.engine.llm import LLM
 from leyden.engine.sampling_params import SamplingParams
-from tiny_models import random_prompt
+from tiny_models import byte_tokenizer, random_prompt
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("llguidance")
 
@@ -136,6 +140,27 @@ def test_without_the_extra_it_is_refused_by_name(tiny, monkeypatch):
     monkeypatch.setattr(grammar.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match="structured"):
         make_core(tiny.folder).add_request(request("a", [1, 2], grammar="start: /a/\n"))
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Of a kind that llguidance cannot read."""
+    return PreTrainedTokenizerFast(tokenizer_object=Backend(WordLevel({"a": 0, "b": 1}, unk_token="b")), eos_token="b")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(lambda: byte_tokenizer(control=()), "no token that could end"), (word_tokenizer, "llguidance")],
+    ids=["without an end", "of another kind"],
+)
+def test_a_tokenizer_that_suits_no_grammar_stops_only_requests_with_one(tiny, tmp_path, make, reason):
+    folder = shutil.copytree(tiny.folder, tmp_path / "model")
+    make().save_pretrained(folder)
+    core = make_core(folder)
+    core.prepare_grammars()
+    bound = request("bound", random_prompt(5, 2), max_tokens=8, grammar="start: /a+/\n")
+    answers = drain(core, bound, request("good", random_prompt(9, 1), max_tokens=8))
+    assert answers["bound"].finish_reason == "error" and reason in answers["bound"].error
+    assert len(answers["good"].token_ids) == 8
 
 
 BOMBS = {

@@ -24,10 +24,11 @@ class FakeStep:
     """Tokens that were drawn when the step was launched."""
 
     prompt_logprobs = {}  # noqa: RUF012 - none, ever
+    answers = None
 
     def __init__(self, batch: ScheduledBatch, rng: random.Random) -> None:
-        rows = [batch.sequences[row] for row in batch.completing_rows]
-        self.completing = [(sequence, len(sequence.output_token_ids)) for sequence in rows]
+        self.sequences = rows = [batch.sequences[row] for row in batch.completing_rows]
+        self.indices = [len(sequence.output_token_ids) for sequence in rows]
         self.tokens = [-1 if rng.random() < BAD_LOGITS_RATE else rng.randrange(VOCAB) for _ in rows]
 
     def wait(self):

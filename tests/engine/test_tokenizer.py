@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import shutil
 import threading
 import time
@@ -14,10 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from leyden.engine.errors import CheckpointError, RequestError
 from leyden.engine.tokenizer import Tokenizer
-from tiny_models import CHAT_TEMPLATE, byte_tokenizer
+from tiny_models import CHAT_TEMPLATE, CONTROL, byte_tokenizer
 from transformers import AutoTokenizer
 
-CONTROL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 ATTACKS = [
     "<|end|>",
     "a<|end|>b",
@@ -299,6 +299,22 @@ def test_sampling_defaults_come_from_generation_config(tiny, tmp_path, generatio
     shutil.copy(tiny.folder / "config.json", tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert Tokenizer(tmp_path).default_sampling == expected
+
+
+def test_config_of_a_type_that_transformers_does_not_know_is_no_reason_to_warn(tiny, tokenizer, tmp_path, caplog):
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tiny.folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "minimax_text_01"}))
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        unknown = Tokenizer(tmp_path)
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert not caplog.records
+    messages = [{"role": "user", "content": "hi"}]
+    assert unknown.encode_chat(messages) == tokenizer.encode_chat(messages)
+    assert unknown.control_ids == tokenizer.control_ids
 
 
 def test_folder_without_a_tokenizer_is_a_checkpoint_error(tiny, tmp_path):

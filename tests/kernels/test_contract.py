@@ -46,6 +46,7 @@ def test_a_step_without_tokens_is_harmless(ops, device):
     assert ops.lightning_decode(q, q, q, slopes, 1.0, state, none, new, q).shape == q.shape
     ring = zeros(3, 2, 16, 16)
     assert ops.lightning_replay(q, q, q, slopes, 1.0, state, ring, ring, none, new, none, q).shape == q.shape
+    assert ops.lightning_verify(q, q, q, slopes, 1.0, state, ring, ring, none, new, none, start, q).shape == q.shape
     ops.lightning_fold(slopes, state, ring, ring, none, new, none)
     ops.rope_and_store_kv(q, q, q, positions, zeros(4, 8), cache, cache, positions)
     assert ops.attention_prefill(q, cache, cache, table, start, none, 0, 1.0, q).shape == q.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from leyden.kernels import load
 from leyden.kernels.lightning.reference import recurrence
 from leyden.models.backends import LINEAR_BACKENDS, LightningCall, LinearState
-from leyden.models.forward_batch import ForwardBatch
+from leyden.models.forward_batch import ForwardBatch, needs_fold
 from torch import Tensor
 
 HEADS, DIM = 2, 16
@@ -32,35 +33,62 @@ def make_row(num_tokens: int, slot: int) -> Row:
     return Row(torch.randn(num_tokens, HEADS, 3 * DIM, generator=generator), slot)
 
 
+def tokens(row: Row, count: int, kept: int) -> Tensor:
+    """The row's next `kept` tokens, and nonsense up to `count`: [count, H, 3 D]."""
+    own = row.qkv[row.computed : row.computed + kept]
+    return torch.cat([own, own.new_full((count - kept, *own.shape[1:]), 100.0)])
+
+
 class Layer:
     """One layer's states with a backend on top, driven as the engine drives it."""
 
-    def __init__(self, backend: str, kernels: str, device: str) -> None:
+    def __init__(self, backend: str, kernels: str, device: str, *, speculative: bool = False) -> None:
         self.device = device
-        self.backend = LINEAR_BACKENDS[backend](load(kernels))
+        self.backend = LINEAR_BACKENDS[backend](load(kernels), speculative=speculative)
         ring = self.backend.ring_size
         shapes = ((DIM, DIM), (ring, DIM), (ring, DIM))
         self.state = LinearState(*(torch.full((6, HEADS, *s), float("nan"), device=device) for s in shapes))
         self.slopes = torch.tensor([0.3, 0.004], device=device)
 
-    def step(self, prefills: list[tuple[Row, int]], decodes: list[Row]) -> None:
-        work = prefills + [(row, 1) for row in decodes]
+    def step(
+        self, prefills: list[tuple[Row, int]], decodes: list[Row], drafts: list[tuple[Row, int, int]] | None = None
+    ) -> None:
+        """Rows with their numbers of tokens; of a row of drafts (row, m, kept) those behind `kept` are nonsense."""
+        drafts = drafts or []
+        work = prefills + [(row, m) for row, m, _ in drafts] + [(row, 1) for row in decodes]
         rows, counts = [row for row, _ in work], [count for _, count in work]
-        qkv = torch.cat([row.qkv[row.computed : row.computed + count] for row, count in work]).to(self.device)
+        kept = counts.copy()
+        kept[len(prefills) : len(prefills) + len(drafts)] = [n for _, _, n in drafts]
+        qkv = torch.cat([tokens(row, count, n) for row, count, n in zip(rows, counts, kept, strict=True)])
+        q, k, v = qkv.to(self.device).split(DIM, -1)
         out = torch.full((len(qkv), HEADS, DIM), float("nan"), device=self.device)
-        batch = self.batch(rows, counts, len(prefills))
-        call = LightningCall(*qkv.split(DIM, -1), self.slopes, DIM**-0.5, self.state, batch, out)
+        batch = self.batch(rows, counts, len(prefills), len(drafts))
+        call = LightningCall(q, k, v, self.slopes, DIM**-0.5, self.state, batch, out)
         assert self.backend.forward(call) is out
-        for (row, count), part in zip(work, out.cpu().split(counts), strict=True):
-            row.outs.append(part)
-            row.computed += count
-            row.pending = (row.pending + 1) % max(1, self.backend.ring_size) if row in decodes else 0
+        verified = {row: needs_fold(row.pending, m, self.backend.ring_size) for row, m, _ in drafts}
+        for row, n, part in zip(rows, kept, out.cpu().split(counts), strict=True):
+            row.outs.append(part[:n])
+            row.computed += n
+            if row in verified:
+                row.pending = n if verified[row] else row.pending + n
+            elif row in decodes and self.backend.replays:
+                row.pending = row.pending + 1 if row.pending < self.backend.ring_size - 1 else 0
+            else:
+                row.pending = 0
 
-    def batch(self, rows: list[Row], counts: list[int], num_prefills: int) -> ForwardBatch:
+    def batch(self, rows: list[Row], counts: list[int], num_prompts: int, num_drafted: int) -> ForwardBatch:
         def ints(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=self.device)
 
+        num_prefills = num_prompts + num_drafted
+        drafts = slice(num_prompts, num_prefills)
         context = ints([row.computed for row in rows])
+        pending = [row.pending for row in rows]
+        folded = [
+            p if needs_fold(p, count, self.backend.ring_size) else 0
+            for p, count in zip(pending[drafts], counts[drafts], strict=True)
+        ]
+        pending[drafts] = [p - f for p, f in zip(pending[drafts], folded, strict=True)]
         return ForwardBatch(
             input_ids=EMPTY,
             positions=EMPTY,
@@ -68,15 +96,19 @@ class Layer:
             context_lens=context,
             has_initial_state=context > 0,
             state_indices=ints([row.slot for row in rows]),
-            num_pending=ints([row.pending for row in rows]),
+            num_pending=ints(pending),
             slot_mapping=EMPTY,
             block_table=EMPTY,
             logits_indices=EMPTY,
             num_prefills=num_prefills,
             num_prefill_tokens=sum(counts[:num_prefills]),
             num_decodes=len(rows) - num_prefills,
-            prefills_pending=any(row.pending for row in rows[:num_prefills]),
+            prefills_pending=any(row.pending for row in rows[:num_prompts]),
             max_query_len=max(counts[:num_prefills], default=1),
+            num_drafted=num_drafted,
+            num_drafted_tokens=sum(counts[drafts]),
+            decodes_pending=any(row.pending for row in rows[num_prefills:]),
+            num_folded=ints(folded) if any(folded) else None,
         )
 
     def check(self, row: Row) -> None:
@@ -103,6 +135,11 @@ def place(request) -> tuple[str, str]:
 @pytest.fixture(params=["minimax", "seg_la", "replay"])
 def layer(request, place) -> Layer:
     return Layer(request.param, *place)
+
+
+@pytest.fixture(params=LINEAR_BACKENDS)
+def speculating(request, place) -> Layer:
+    return Layer(request.param, *place, speculative=True)
 
 
 class Recorder:
@@ -189,3 +226,81 @@ def test_a_preempted_sequence_is_computed_again_in_another_slot(layer):
         layer.step([], [again])
     layer.check(again)
     assert torch.allclose(torch.cat(row.outs), torch.cat(again.outs)[:14], atol=1e-5)
+
+
+def test_rings_are_made_for_those_who_want_them():
+    sizes = {name: LINEAR_BACKENDS[name](load("torch")).ring_size for name in LINEAR_BACKENDS}
+    assert sizes == {"minimax": 0, "seg_la": 0, "replay": 16, "auto": 16}
+    assert all(LINEAR_BACKENDS[name](load("torch"), speculative=True).ring_size == 16 for name in LINEAR_BACKENDS)
+
+
+@pytest.mark.parametrize(("pending", "num_new", "expected"), [(0, 16, False), (8, 8, False), (9, 8, True)])
+def test_waiting_tokens_are_folded_when_new_ones_find_no_room(pending, num_new, expected):
+    assert needs_fold(pending, num_new, ring_size=16) is expected
+
+
+def test_every_number_of_drafts_and_of_kept_ones(speculating):
+    for m in (1, 7, 16):
+        for kept in {1, m // 2 + 1}:
+            row = make_row(60, slot=2)
+            speculating.step([(row, 6)], [])
+            speculating.step([], [], [(row, m, kept)])
+            speculating.step([], [], [(row, 5, 2)])
+            speculating.step([], [row])
+            speculating.step([], [], [(row, m, kept)])
+            speculating.step([(row, 4)], [])
+            speculating.step([], [row])
+            speculating.check(row)
+
+
+def test_batches_of_all_three_kinds(speculating):
+    rng = random.Random(0)
+    running = [make_row(90 + slot, slot) for slot in range(4)]
+    finished = []
+    while running:
+        prefills, decodes, drafts = [], [], []
+        for row in running:
+            left = len(row.qkv) - row.computed
+            kind = rng.choice(["prefill", "decode", "verify", "verify", "wait"]) if row.computed else "prefill"
+            if kind == "prefill":
+                prefills.append((row, min(rng.randint(1, 12), left)))
+            elif kind == "decode":
+                decodes.append(row)
+            elif kind == "verify":
+                m = rng.randint(1, 8)
+                drafts.append((row, m, min(rng.randint(1, m), left)))
+        if prefills or decodes or drafts:
+            speculating.step(prefills, decodes, drafts)
+        done = [row for row in running if row.computed == len(row.qkv)]
+        finished += done
+        running = [row for row in running if row not in done]
+    for row in finished:
+        speculating.check(row)
+
+
+def test_drafts_alone_and_beside_one_other_kind(speculating):
+    first, second = make_row(50, slot=1), make_row(51, slot=4)
+    speculating.step([(first, 5), (second, 9)], [])
+    speculating.step([], [], [(first, 6, 3), (second, 4, 4)])
+    speculating.step([], [second], [(first, 8, 8)])
+    speculating.step([(first, 4)], [], [(second, 8, 1)])  # what waits for first is folded, for second it stays
+    speculating.step([], [first, second])
+    speculating.step([], [first], [(second, 12, 12)])
+    speculating.check(first)
+    speculating.check(second)
+
+
+@pytest.mark.parametrize("name", ["minimax", "seg_la", "replay"])
+def test_rows_that_read_their_rings_are_not_folded(name):
+    kernels = Recorder()
+    layer = Layer(name, "torch", "cpu", speculative=True)
+    layer.backend.kernels = kernels
+    row = make_row(20, slot=0)
+    row.computed, row.pending = 5, 9
+    batch = layer.batch([row], [7], 0, 1)
+    q = torch.empty(7, HEADS, DIM)
+    layer.backend.forward(LightningCall(q, q, q, q, 1.0, layer.state, batch, q))
+    assert kernels.called == ["verify"]
+    kernels.called.clear()
+    layer.backend.forward(LightningCall(q, q, q, q, 1.0, layer.state, layer.batch([row], [1], 0, 0), q))
+    assert kernels.called == {"minimax": ["fold", "decode"], "seg_la": ["fold", "segments"], "replay": ["replay"]}[name]

@@ -33,8 +33,8 @@ def serve(checkpoint) -> Iterator[Callable[..., Served]]:
     """Start servers that a test may kill."""
     started: list[Served] = []
 
-    def start(*arguments: str, env: dict[str, str] | None = None) -> Served:
-        started.append(launch(str(checkpoint), "--served-model-name", "tiny", *arguments, env=env))
+    def start(*arguments: str, folder: Path = checkpoint, env: dict[str, str] | None = None) -> Served:
+        started.append(launch(str(folder), "--served-model-name", "tiny", *arguments, env=env))
         return started[-1]
 
     yield start

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from tiny_models import random_prompt
+from tiny_models import byte_tokenizer, random_prompt
 
 LONG = {"max_tokens": 900, "extra_body": {"ignore_eos": True}}
 
@@ -244,3 +244,14 @@ def test_json_logs_are_json_alone_in_both_processes(checkpoint, tmp_path):
     assert any("generation" in line["message"] for line in lines)
     assert lines[-1]["level"] == "error"
     assert "secret" not in log.read_text()
+
+
+def test_a_checkpoint_in_which_no_token_ends_an_answer_is_served(checkpoint, tmp_path, serve):
+    pytest.importorskip("llguidance")
+    folder = shutil.copytree(checkpoint, tmp_path / "endless")
+    byte_tokenizer(control=()).save_pretrained(folder)
+    served = serve(folder=folder)
+    body = {"prompt": "Hi", "max_tokens": 4}
+    bound = httpx.post(f"{served.url}/v1/completions", json=body | {"response_format": {"type": "json_object"}})
+    assert bound.status_code == 400 and bound.json()["error"]["param"] == "response_format", bound.text
+    assert httpx.post(f"{served.url}/v1/completions", json=body).json()["usage"]["completion_tokens"] == 4

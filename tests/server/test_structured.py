@@ -16,6 +16,7 @@ from leyden.engine.tokenizer import Tokenizer
 from leyden.models.checkpoint import resolve
 from leyden.server.app import create_app
 from pydantic import BaseModel
+from tiny_models import byte_tokenizer
 
 pytest.importorskip("llguidance")
 
@@ -27,6 +28,15 @@ SCHEMA = {
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+
+
+@pytest.fixture
+def endless_tokenizer(tmp_path):
+    """That of a checkpoint in which no token ends an answer."""
+    byte_tokenizer(control=()).save_pretrained(tmp_path)
+    config = json.loads((resolve("demo") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    return Tokenizer(tmp_path)
 
 
 @pytest.fixture
@@ -132,6 +142,28 @@ BAD = {
 async def test_what_cannot_be_used_is_named(engine, asks, error_of, route, fields, param):
     assert error_of(await asks[route](**fields), 400)["param"] == param
     assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tools"),
+    ],
+    ids=["response_format", "structured_outputs", "tools"],
+)
+async def test_a_tokenizer_that_suits_no_grammar_is_the_requests_error(
+    engine, tokenizer, endless_tokenizer, make_client, error_of, monkeypatch, fields, param
+):
+    engine.info = msgspec.structs.replace(engine.info, max_model_len=4096)
+    tokenizer.chat_template = "tools <tool_call>"
+    monkeypatch.setattr(tokenizer, "for_grammars", endless_tokenizer.for_grammars)
+    client, body = make_client(), {"messages": [{"role": "user", "content": "Hi"}]}
+    error = error_of(await client.post("/v1/chat/completions", json=body | fields), 400)
+    assert error["param"] == param and error["message"].startswith(param)
+    assert "no token that could end an answer" in error["message"] and not engine.requests
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
 
 
 async def test_a_format_beside_tools_that_may_be_called_is_refused(engine, tokenizer, make_client, error_of):

@@ -13,6 +13,7 @@ LINEAR, FULL = "linear_attention", "full_attention"
 LINEAR_FIRST = (LINEAR, LINEAR, FULL, LINEAR)
 FULL_FIRST = (FULL, LINEAR, LINEAR, FULL)
 
+CONTROL = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -59,14 +60,14 @@ def save_minimax(
     return model
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(control: tuple[str, ...] = CONTROL) -> PreTrainedTokenizerFast:
     """One token per byte, and control tokens for a chat."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(control)})
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
