@@ -98,6 +98,7 @@ class Scheduler:
         self.ring_size = ring_size  # decoded tokens after which a slot's state holds them all; 0 = after each
         self.waiting: list[Sequence] = []  # kept in order
         self.running: list[Sequence] = []  # kept in order
+        self.started: list[Sequence] = []  # by the last call of `schedule`
         self.num_preemptions = 0
         self.num_finished = 0  # aborted ones too
         self._by_id: dict[str, Sequence] = {}
@@ -179,6 +180,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's rows and give them the blocks and slots they need."""
+        self.started = []
         if not self.waiting or not self.slots.num_free:  # nobody can join those that run
             advance = self._steady.advance()
             if advance is not None:
@@ -305,6 +307,7 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
         sequence.deadline = math.inf
+        self.started.append(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
 
     def _disband(self, leader: Sequence) -> None:
