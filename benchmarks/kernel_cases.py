@@ -147,7 +147,6 @@ def lightning_batch(lengths: tuple[int, ...], num_decodes: int, continues: tuple
         num_prefills=len(lengths),
         num_prefill_tokens=sum(lengths),
         num_decodes=num_decodes,
-        prefills_pending=False,
         max_query_len=max(lengths, default=1),
     )
 

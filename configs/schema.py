@@ -87,6 +87,12 @@ class EngineConfig(BaseModel):
     host_checkpoint_gb: float = Field(
         0.0, ge=0, description="host memory for kept states that the device has no more room for, in GB"
     )
+    speculative_tokens: int = Field(
+        0, ge=0, le=7, description="drafts of a sequence's next tokens, taken from its own text, in one step; 0 = none"
+    )
+    speculative_max_rows: int = Field(
+        8, ge=1, le=64, description="most sequences decoding for which steps bring drafts"
+    )
     memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory to use")
     cpu_memory_gb: float = Field(2.0, gt=0, description="memory for state and KV cache on a CPU, in GB")
     num_kv_blocks: int | None = Field(None, ge=1, description="fix the KV cache's size instead of measuring")

@@ -42,11 +42,9 @@ class Counts:
     num_prefills: int
     num_prefill_tokens: int
     num_decodes: int
-    prefills_pending: bool
     max_query_len: int
     num_drafted: int = 0
     num_drafted_tokens: int = 0
-    decodes_pending: bool = False
 
 
 def build_batch(scheduled: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
@@ -65,8 +63,9 @@ def count_rows(scheduled: ScheduledBatch) -> Counts:
         num_prefills=scheduled.num_prefills,
         num_prefill_tokens=sum(prefill_counts),
         num_decodes=scheduled.num_decodes,
-        prefills_pending=any(s.num_pending_tokens for s in scheduled.sequences[: scheduled.num_prefills]),
         max_query_len=max(prefill_counts, default=1),
+        num_drafted=scheduled.num_drafted,
+        num_drafted_tokens=sum(prefill_counts) if scheduled.num_drafted else 0,
     )
 
 
@@ -85,6 +84,8 @@ def batch_arrays(scheduled: ScheduledBatch, block_size: int) -> Arrays:
         np.cumsum(counts, out=query_start_loc[1:])
         logits_indices = query_start_loc[1:].astype(np.int64)[scheduled.completing_rows] - 1
         rows = np.repeat(rows, counts)
+        if scheduled.num_drafted:
+            logits_indices = np.arange(len(rows))
         positions = np.arange(len(rows)) + (positions - query_start_loc[:-1])[rows]
     block, offset = np.divmod(positions, block_size)
     return {
@@ -117,7 +118,7 @@ def block_tables(sequences: list[Sequence]) -> np.ndarray:
 
 def _input_ids(sequences: list[Sequence], counts: list[int], num_prefills: int) -> np.ndarray:
     parts = [
-        np.array(s.token_ids(s.num_computed_tokens, s.num_computed_tokens + count), dtype=np.int64)
+        np.array(s.token_ids(s.num_computed_tokens, s.num_computed_tokens + count) + s.drafts, dtype=np.int64)
         for s, count in zip(sequences[:num_prefills], counts[:num_prefills], strict=True)
     ]
     decoding = _ints([(s.output_token_ids or s.prompt_token_ids)[-1] for s in sequences[num_prefills:]])

@@ -1,4 +1,4 @@
-"""What has to be copied between pools before a step is computed, in this order and on its stream."""
+"""What has to be done to the pools before a step is computed, in this order and on its stream."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ class Fork(NamedTuple):
     blocks: list[tuple[int, int]]  # (from, to) of those whose contents are copied
 
 
-class Save(NamedTuple):
-    """A slot's state becomes a checkpoint, after `num_pending` tokens of its ring were folded into it."""
+class Fold(NamedTuple):
+    """The `num_pending` tokens that wait in a slot's ring go into its state."""
 
     slot: int
     num_pending: int
+
+
+class Save(NamedTuple):
+    """A slot's state, with nothing waiting in its ring, becomes a checkpoint."""
+
+    slot: int
     checkpoint: int
 
 
@@ -36,4 +42,4 @@ class Move(NamedTuple):
     target: int
 
 
-Copy = Fork | Save | Restore | Move
+Copy = Fold | Fork | Save | Restore | Move

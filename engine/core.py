@@ -22,6 +22,7 @@ from .prefix_cache import PrefixCache
 from .scheduler import Scheduler
 from .sequence import Sequence, Status
 from .slots import SlotManager
+from .speculation import Speculation, can_draft, num_kept
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger("leyden.engine")
@@ -53,7 +54,9 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
             mixed_prefill_tokens=config.mixed_prefill_tokens,
-            ring_size=self.runner.ring_size,
+            ring_size=self.runner.ring_size if self.runner.replays else 0,
+            ring_capacity=self.runner.ring_size,
+            speculation=Speculation(config.speculative_tokens, config.speculative_max_rows),
         )
         self._stats = EngineStats()
         self._arrivals = 0
@@ -89,6 +92,7 @@ class EngineCore:
             leader=self._leader_of(request, max_tokens),
             uses_cache=request.prefix_cache and max_tokens > 0 and params.prompt_logprobs is None,
             cache_salt=request.cache_salt,
+            may_draft=can_draft(params),
             deadline=math.inf if limit is None else time.monotonic() + limit,
             arrived_at=time.perf_counter(),
         )
@@ -190,6 +194,8 @@ class EngineCore:
             host_checkpoints_used=scheduler.cache.num_host_checkpoints_used,
             prefix_cache_queries_total=scheduler.reuse.num_queried_tokens,
             prefix_cache_hits_total=scheduler.reuse.num_cached_tokens,
+            draft_tokens_total=scheduler.speculation.num_drafted,
+            accepted_tokens_total=scheduler.speculation.num_accepted,
             preemptions_total=scheduler.num_preemptions,
         )
 
@@ -254,12 +260,46 @@ class EngineCore:
         """Put tokens in their places, finish the sequences that end, and say what is new. Those that ended or were
         aborted while the step ran get nothing."""
         outputs = None
-        if step.answers is not None and step.num_finished == self.scheduler.num_finished:
+        if step.drafts is not None:
+            outputs = self._collect_verified(step.drafts, tokens, logprobs)
+        elif step.answers is not None and step.num_finished == self.scheduler.num_finished:
             outputs = step.answers.take(step.indices, tokens)
         if outputs is None:
             outputs = self._collect_each(step, tokens, logprobs)
         self._stats.generation_tokens_total += sum([len(output.token_ids) for output in outputs])
         return outputs
+
+    def _collect_verified(
+        self, drafts: list[tuple[Sequence, list[int]]], tokens: list[int], logprobs: list[TokenLogprobs | None]
+    ) -> list[StepOutput]:
+        """`_collect` of a step with drafts: each sequence gets the tokens that were drawn up to the first that its
+        drafts had wrong."""
+        outputs, at = [], 0
+        for sequence, guessed in drafts:
+            start, at = at, at + len(guessed) + 1
+            if sequence.status is Status.FINISHED:
+                continue
+            self.scheduler.verified(sequence)
+            kept = num_kept(guessed, tokens[start:at])
+            outputs.append(self._take_kept(sequence, tokens[start : start + kept], logprobs[start]))
+            self.scheduler.speculation.observe(sequence, len(guessed), kept - 1)
+        return outputs
+
+    def _take_kept(self, sequence: Sequence, tokens: list[int], logprobs: TokenLogprobs | None) -> StepOutput:
+        """Take tokens until the sequence ends or there are no more. logprobs: of the first; who asks for them has no
+        other."""
+        whole: StepOutput | None = None
+        for token_id in tokens:
+            self.scheduler.keep_verified(sequence)
+            output = self._advance(sequence, sequence.num_output_tokens - 1, token_id, logprobs)
+            if whole is None:
+                whole = output
+            else:
+                whole.extend(output)
+            if output.finish_reason is not None:
+                break
+        assert whole is not None
+        return whole
 
     def _collect_each(
         self, step: LaunchedStep, tokens: list[int], logprobs: list[TokenLogprobs | None]

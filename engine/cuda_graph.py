@@ -8,6 +8,7 @@ as many tokens as take the device no longer than the host takes to launch kernel
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..configs.schema import EngineConfig
 from ..models.forward_batch import ForwardBatch
 from .batch import Arrays, Counts, Upload, make_batch, pack, packed_size
 from .sampler import Draw
@@ -23,6 +25,7 @@ from .staging import StagingPool
 
 PREFILL_TOKENS = (64, 128, 256, 512)
 PREFILL_ROWS = 32  # the last is the padding's
+VERIFY_TOKENS = 8  # of a row, its drafts and the token before them
 
 
 class GraphShape(NamedTuple):
@@ -30,10 +33,23 @@ class GraphShape(NamedTuple):
 
     num_decodes: int
     num_prefill_tokens: int = 0
+    num_verifies: int = 0  # rows of up to VERIFY_TOKENS tokens, then as many for the padding; alone
+
+    @classmethod
+    def of_drafts(cls, num_rows: int) -> GraphShape:
+        """Room for so many rows with drafts and nothing else."""
+        return cls(0, num_rows * VERIFY_TOKENS, num_rows)
 
     @property
     def num_prefills(self) -> int:
+        if self.num_verifies:
+            return 2 * self.num_verifies
         return PREFILL_ROWS if self.num_prefill_tokens else 0
+
+    @property
+    def num_draws(self) -> int:
+        """Rows of logits: one per row, with drafts one per token."""
+        return self.num_tokens if self.num_verifies else self.num_rows
 
     @property
     def num_rows(self) -> int:
@@ -44,7 +60,9 @@ class GraphShape(NamedTuple):
         return self.num_prefill_tokens + self.num_decodes
 
     def holds(self, counts: Counts) -> bool:
-        if counts.num_decodes > self.num_decodes or counts.prefills_pending:
+        if counts.num_drafted or self.num_verifies:
+            return 0 < counts.num_drafted <= self.num_verifies and counts.max_query_len <= VERIFY_TOKENS
+        if counts.num_decodes > self.num_decodes:
             return False
         if not counts.num_prefills:
             return not self.num_prefills
@@ -52,10 +70,10 @@ class GraphShape(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """What a step computes for each row, those of padding included."""
+    """What a step computes for each of its draws, those of padding included."""
 
-    logits: Tensor  # [B, V], after the row's last token
-    tokens: Tensor  # [B] int32, drawn as rows want that look at nothing but their logits
+    logits: Tensor  # [N, V], after a row's last token, of rows with drafts after each token
+    tokens: Tensor  # [N] int32, drawn as rows want that look at nothing but their logits
 
 
 class Padding(NamedTuple):
@@ -101,6 +119,15 @@ def graph_shapes(max_rows: int, max_tokens: int) -> list[GraphShape]:
     return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_rows))
 
 
+def shapes_for(config: EngineConfig, num_slots: int) -> list[GraphShape]:
+    """The shapes that serving wants."""
+    shapes = graph_shapes(min(num_slots, config.max_graph_rows), config.max_num_batched_tokens)
+    if config.speculative_tokens:
+        most = min(num_slots, config.speculative_max_rows)
+        shapes += [GraphShape.of_drafts(rows) for rows in (*(1 << i for i in range(7) if 1 << i < most), most)]
+    return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_rows))
+
+
 def pad(arrays: Arrays, counts: Counts, shape: GraphShape, graph_rows: np.ndarray) -> Arrays:
     """The arrays of a step at their places in the shape. `graph_rows`: places of the rows to draw, in their order."""
     rows, tokens = (counts.num_prefills, shape.num_prefills), (counts.num_prefill_tokens, shape.num_prefill_tokens)
@@ -111,10 +138,12 @@ def pad(arrays: Arrays, counts: Counts, shape: GraphShape, graph_rows: np.ndarra
             padded[name][:own] = arrays[name][:own]
             padded[name][first : first + counts.num_decodes] = arrays[name][own:]
     for name, dtype in DRAW_DTYPES.items():
-        padded[name] = np.zeros(shape.num_rows, dtype=dtype)
+        padded[name] = np.zeros(shape.num_draws, dtype=dtype)
         padded[name][graph_rows] = arrays[name]
     if shape.num_prefills:
         starts = _row_starts(arrays["query_start_loc"][: counts.num_prefills + 1], shape)
+        if shape.num_verifies:
+            return padded | {"query_start_loc": starts, "logits_indices": np.arange(shape.num_tokens)}
         return padded | {"query_start_loc": starts, "logits_indices": np.maximum(starts[1:] - 1, 0).astype(np.int64)}
     return padded | {name: np.zeros(shape.num_rows, dtype=dtype) for name, dtype in TURN_DTYPES.items()}
 
@@ -130,9 +159,14 @@ def pad_table(table: np.ndarray, counts: Counts, shape: GraphShape) -> np.ndarra
 
 
 def _row_starts(own: np.ndarray, shape: GraphShape) -> np.ndarray:
-    """query_start_loc of a shape: the prompts at `own`, empty rows after them, the last with all that is left."""
+    """query_start_loc of a shape: the prompts at `own`, empty rows after them, the last with all that is left. After
+    rows with drafts the padding's take what is left together."""
     starts = np.full(shape.num_rows + 1, own[-1], dtype=np.int32)
     starts[: len(own)] = own
+    if shape.num_verifies:  # no row may be longer than what a ring holds
+        padding = own[-1] + VERIFY_TOKENS * np.arange(1, len(starts) - len(own) + 1)
+        starts[len(own) :] = np.minimum(padding, shape.num_tokens)
+        return starts
     starts[shape.num_prefills :] = np.arange(shape.num_prefill_tokens, shape.num_tokens + 1)
     return starts
 
@@ -161,12 +195,13 @@ class StepGraphs:
         self.device = device
         self.shapes = shapes
         most_rows = max(shape.num_rows for shape in self.shapes)
+        most_draws = max(shape.num_draws for shape in self.shapes)
         self._cells = torch.zeros(SPARE_CELLS + most_rows * table_width, dtype=torch.int32, device=device)
         self.block_table = self._cells[SPARE_CELLS:].view(most_rows, table_width)
         self.logits: Tensor | None = None  # of the last replay; one for all graphs, since a vocabulary is large
         self.padding: dict[GraphShape, Padding] = {}  # this and the next: of shapes without prompts
         self.staging: dict[GraphShape, StagingPool] = {}
-        self._most_rows = most_rows
+        self._most_draws = most_draws
         self._graphs: dict[GraphShape, tuple[Callable[[], None], Computed]] = {}
         self._inputs: dict[GraphShape, Tensor] = {}
         self._turns: dict[GraphShape, tuple[Tensor, Tensor]] = {}
@@ -181,7 +216,7 @@ class StepGraphs:
 
     def shape_of_decodes(self, num_rows: int) -> GraphShape | None:
         """The smallest for so many decoding rows alone, or None."""
-        return self.shape_for(Counts(0, 0, num_rows, prefills_pending=False, max_query_len=1))
+        return self.shape_for(Counts(0, 0, num_rows, max_query_len=1))
 
     def replay(self, shape: GraphShape, packed: Tensor, table: Tensor | None, *, has_turned: bool = False) -> Computed:
         """Results of every row of the shape.
@@ -213,16 +248,19 @@ class StepGraphs:
             self.staging[shape] = StagingPool(host.size, shape.num_rows, self.device)
             self._turns[shape] = (static["turned_at"], static["turned_to"])
             self._cells.scatter_(0, *self._turns[shape])  # so that its kernel is loaded by now
-        counts = (shape.num_prefills, shape.num_prefill_tokens, shape.num_decodes)
-        batch = make_batch(tensors, Counts(*counts, prefills_pending=False, max_query_len=counts[1] or 1))
+        counts = Counts(shape.num_prefills, shape.num_prefill_tokens, shape.num_decodes, shape.num_prefill_tokens or 1)
+        if shape.num_verifies:
+            drafted = {"num_drafted": counts.num_prefills, "num_drafted_tokens": counts.num_prefill_tokens}
+            counts = dataclasses.replace(counts, max_query_len=VERIFY_TOKENS, **drafted)
+        batch = make_batch(tensors, counts)
         draw = Draw(*(static[name] for name in Draw._fields))
 
         def compute() -> Computed:
             logits, tokens = step(batch, draw)
             if self.logits is None:
-                self.logits = logits.new_empty(self._most_rows, logits.shape[1])
-            self.logits[: shape.num_rows].copy_(logits)
-            return Computed(self.logits[: shape.num_rows], tokens)
+                self.logits = logits.new_empty(self._most_draws, logits.shape[1])
+            self.logits[: shape.num_draws].copy_(logits)
+            return Computed(self.logits[: shape.num_draws], tokens)
 
         self._batches[shape] = batch
         self._graphs[shape] = record(compute, pool)
@@ -232,4 +270,4 @@ def _padding_alone(shape: GraphShape) -> Arrays:
     """The arrays of `pad` for a step without rows."""
     names = (*TOKEN_DTYPES, *ROW_DTYPES, *DRAW_DTYPES)
     nothing: Arrays = {name: np.empty(0) for name in names} | {"query_start_loc": np.zeros(1, dtype=np.int32)}
-    return pad(nothing, Counts(0, 0, 0, prefills_pending=False, max_query_len=1), shape, np.empty(0, dtype=np.int64))
+    return pad(nothing, Counts(0, 0, 0, max_query_len=1), shape, np.empty(0, dtype=np.int64))

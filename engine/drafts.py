@@ -116,6 +116,11 @@ class NgramProposer:
         self._resumes_at = 0  # tokens of the text
 
     @property
+    def num_tokens(self) -> int:
+        """Of the text so far."""
+        return len(self._index.tokens)
+
+    @property
     def is_pausing(self) -> bool:
         return len(self._index.tokens) < self._resumes_at
 

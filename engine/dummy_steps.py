@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .copies import Copy, Restore, Save
+from .copies import Copy, Fold, Restore, Save
 from .sampling_params import MAX_LOGPROBS, SamplingParams
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
@@ -55,8 +55,16 @@ def smallest_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
 
 def checkpoint_step(limits: StepLimits, num_pending: int) -> ScheduledBatch:
     """A slot is saved and restored, as the prefix cache does, before a prompt of one token."""
-    copies: list[Copy] = [Save(0, num_pending, 0), Restore(0, 0, [(0, 0)])]
+    folds = [Fold(0, num_pending)] if num_pending else []
+    copies: list[Copy] = [*folds, Save(0, 0), Restore(0, 0, [(0, 0)])]
     return ScheduledBatch([_sequence(limits, 0, 1)], [1], 1, copies)
+
+
+def verify_step(limits: StepLimits) -> ScheduledBatch:
+    """A row with a draft, after `smallest_steps`."""
+    row = _decoding(limits, 0)
+    row.drafts = [0]
+    return ScheduledBatch([row], [2], 1, num_drafted=1)
 
 
 def serving_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:

@@ -22,10 +22,10 @@ from ..models.minimax import Cache, MiniMaxForCausalLM
 from ..models.registry import FAMILIES
 from ..models.weights import fill_with_noise, load_weights
 from .batch import BATCH_TENSORS, Arrays, Counts, batch_arrays, count_rows, make_batch, packed_size, upload
-from .copies import Copy, Fork, Move, Restore, Save
-from .cuda_graph import Computed, GraphShape, StepGraphs, graph_shapes, pad, pad_table
+from .copies import Copy, Fold, Fork, Move, Restore, Save
+from .cuda_graph import Computed, GraphShape, StepGraphs, pad, pad_table, shapes_for
 from .decode_rows import Answers, DecodeRows
-from .dummy_steps import StepLimits, checkpoint_step, smallest_steps
+from .dummy_steps import StepLimits, checkpoint_step, smallest_steps, verify_step
 from .errors import ConfigError
 from .outputs import TokenLogprobs
 from .pools import CheckpointPool, KVPool, StatePool
@@ -41,13 +41,15 @@ PROMPT_LOGPROB_ROWS = 64  # rows of vocabulary-wide float32 that exist at once
 @dataclass(slots=True)
 class LaunchedStep:
     """A step on its way. `sequences`: who gets a token; `indices`: which of their answers' it is; `answers`: a shorter
-    way to put them there, as long as none of these sequences has finished."""
+    way to put them there, as long as none of these sequences has finished. With drafts a sequence comes once for each
+    token that was drawn for it."""
 
     sequences: list[Sequence]
     indices: list[int]
     sampled: Sampled | StagedTokens | None
     prompt_logprobs: dict[Sequence, list[TokenLogprobs]]
     answers: Answers | None = None
+    drafts: list[tuple[Sequence, list[int]]] | None = None  # of a step with drafts, those of each of its rows
     num_finished: int = 0  # sequences that had when it was launched
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
@@ -69,8 +71,9 @@ class ModelRunner:
         self.block_size = config.block_size
         torch.set_num_threads(config.num_threads or _spare_cores())
         self.kernels = load_kernels(self.kernel_name)
-        linear_backend = LINEAR_BACKENDS[config.linear_backend](self.kernels)
-        self.ring_size = linear_backend.ring_size
+        self.is_speculative = config.speculative_tokens > 0
+        linear_backend = LINEAR_BACKENDS[config.linear_backend](self.kernels, speculative=self.is_speculative)
+        self.ring_size, self.replays = linear_backend.ring_size, linear_backend.replays
         with refuse_out_of_memory("the weights", "take a device with more memory, or a smaller dtype"):
             self.model = self._load(config, linear_backend, progress=progress)
         self.graphs: StepGraphs | None = None
@@ -101,14 +104,15 @@ class ModelRunner:
         self._decoding = self._decode_rows(scheduled)
         if self._decoding is not None:
             return self._decode(self._decoding)
-        rows = [scheduled.sequences[row] for row in scheduled.completing_rows]
-        indices = [len(sequence.output_token_ids) for sequence in rows]
-        arrays = batch_arrays(scheduled, self.block_size) | self.sampler.arrays(rows)
+        rows, indices = _drawn_rows(scheduled)
+        drafts = [(s, s.drafts) for s in scheduled.sequences] if scheduled.num_drafted else None
+        arrays = batch_arrays(scheduled, self.block_size) | self.sampler.arrays(rows, indices)
         counts = count_rows(scheduled)
         if self.graphs is not None and not scheduled.wants_prompt_logprobs:
             shape = self.graphs.shape_for(counts)
             if shape is not None:
-                return LaunchedStep(rows, indices, self._replay(self.graphs, shape, scheduled, counts, arrays), {})
+                sampled = self._replay(self.graphs, shape, scheduled, counts, arrays)
+                return LaunchedStep(rows, indices, sampled, {}, drafts=drafts)
         sent = upload(arrays, self.device)
         batch = make_batch(sent, counts)
         hidden = self._forward(batch)
@@ -116,14 +120,14 @@ class ModelRunner:
         if rows:
             logits = self.model.compute_logits(hidden[batch.logits_indices])
             sampled = self.sampler.sample(logits, SamplingBatch.of(sent))
-        return LaunchedStep(rows, indices, sampled, self._prompt_logprobs(scheduled, hidden))
+        return LaunchedStep(rows, indices, sampled, self._prompt_logprobs(scheduled, hidden), drafts=drafts)
 
     def _make_copies(self, copies: list[Copy]) -> None:
-        """In their order; what is saved out of a ring is folded before. A slot is never saved after it was written to
-        by another copy of the same step, so all may be folded at once."""
-        pending = [(copy.slot, copy.num_pending) for copy in copies if isinstance(copy, Save) and copy.num_pending]
-        if pending:
-            slots, counts = np.array(pending, dtype=np.int32).T
+        """In their order, but for what is folded: that comes first, all at once. A slot in which tokens wait is not
+        written to by another copy before it."""
+        folds = [copy for copy in copies if isinstance(copy, Fold)]
+        if folds:
+            slots, counts = np.array(folds, dtype=np.int32).T
             sent = upload({"slots": slots, "counts": counts}, self.device)
             self.model.fold_pending(self.caches, sent["slots"], sent["counts"])
         for copy in copies:
@@ -131,7 +135,7 @@ class ModelRunner:
                 case Fork(source, target, blocks):
                     self.states.slot(target).copy_(self.states.slot(source))
                     self._copy_blocks(blocks)
-                case Save(slot, _, checkpoint):
+                case Save(slot, checkpoint):
                     self.checkpoints[checkpoint].copy_(self.states.slot(slot))
                 case Restore(checkpoint, slot, blocks):
                     self.states.slot(slot).copy_(self.checkpoints[checkpoint], non_blocking=True)
@@ -172,18 +176,16 @@ class ModelRunner:
         self, graphs: StepGraphs, shape: GraphShape, scheduled: ScheduledBatch, counts: Counts, arrays: Arrays
     ) -> Sampled | None:
         """A step from its graph, which draws the tokens too; rows that want more are drawn again."""
-        completing = scheduled.completing_rows
-        graph_rows = np.array(completing, dtype=np.int64)
-        graph_rows[graph_rows >= counts.num_prefills] += shape.num_prefills - counts.num_prefills
+        graph_rows = _places_of_draws(scheduled, counts, shape)
         padded = pad(arrays, counts, shape, graph_rows)
         rest = {"table": pad_table(arrays["block_table"], counts, shape), "graph_rows": graph_rows}
         if not self.sampler.is_plain:
             rest |= {name: array for name, array in arrays.items() if name not in BATCH_TENSORS}
         sent = upload({f"padded_{name}": array for name, array in padded.items()} | rest, self.device)
         computed = graphs.replay(shape, sent.buffer[: packed_size(padded)], sent["table"])
-        if not completing:
+        if not len(graph_rows):
             return None
-        rows = sent["graph_rows"] if shape.num_prefills else slice(len(completing))
+        rows = sent["graph_rows"] if shape.num_prefills else slice(len(graph_rows))
         if self.sampler.is_plain:
             return send_home(computed.tokens[rows])
         return self.sampler.sample(computed.logits[rows], SamplingBatch.of(sent))
@@ -200,6 +202,8 @@ class ModelRunner:
         """A step as its graph is to hold it."""
         hidden = self._forward(batch)
         logits = self.model.compute_logits(hidden[batch.logits_indices] if batch.num_prefills else hidden)
+        if batch.num_drafted:  # the host sees these tokens before anything follows them
+            return Computed(logits, self.kernels.sample(logits, *draw))
         return Computed(logits, self.sampler.draw(logits, draw, batch.state_indices))
 
     @torch.inference_mode()
@@ -213,7 +217,7 @@ class ModelRunner:
 
     def _keep_graphs(self, config: EngineConfig, *, progress: bool) -> None:
         """Capture the graphs that serve, and account for what they really take."""
-        shapes = graph_shapes(min(self.plan.num_state_slots, config.max_graph_rows), config.max_num_batched_tokens)
+        shapes = shapes_for(config, self.plan.num_state_slots)
         before = free_memory(self.device)[0]
         self.graphs = self.capture(shapes, self.plan.max_model_len, progress=progress)
         self.memory.graphs = before - free_memory(self.device)[0]
@@ -304,6 +308,26 @@ class ModelRunner:
                 self.launch(step).wait()
             if plan.num_checkpoints:
                 self.launch(checkpoint_step(limits, num_pending=min(1, self.ring_size))).wait()
+            if self.is_speculative and plan.max_model_len > 2:
+                self.launch(verify_step(limits)).wait()
+
+
+def _drawn_rows(scheduled: ScheduledBatch) -> tuple[list[Sequence], list[int]]:
+    """A row for each token that is drawn: whose it is, and which of its answer's."""
+    if not scheduled.num_drafted:
+        rows = [scheduled.sequences[row] for row in scheduled.completing_rows]
+        return rows, [len(sequence.output_token_ids) for sequence in rows]
+    rows = [s for s in scheduled.sequences for _ in range(1 + len(s.drafts))]
+    return rows, [s.num_output_tokens + i for s in scheduled.sequences for i in range(1 + len(s.drafts))]
+
+
+def _places_of_draws(scheduled: ScheduledBatch, counts: Counts, shape: GraphShape) -> np.ndarray:
+    """Which of a graph's draws [N] int64 are the step's."""
+    if counts.num_drafted:
+        return np.arange(counts.num_drafted_tokens)
+    rows = np.array(scheduled.completing_rows, dtype=np.int64)
+    rows[rows >= counts.num_prefills] += shape.num_prefills - counts.num_prefills
+    return rows
 
 
 def _spare_cores() -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Mapping
 
-from .copies import Copy, Restore, Save
+from .copies import Copy, Fold, Restore, Save
 from .prefix_cache import Match, PrefixCache, common_prefix
 from .sequence import Sequence
 
@@ -108,7 +108,15 @@ class Reuse:
         checkpoint, moves = self.cache.insert(tokens, sequence.block_table.tolist(), sequence.cache_salt)
         self.copies += moves
         if checkpoint is not None:
-            self.copies.append(Save(sequence.state_slot, sequence.num_pending_tokens, checkpoint))
+            self.fold(sequence)
+            self.copies.append(Save(sequence.state_slot, checkpoint))
+
+    def fold(self, sequence: Sequence) -> None:
+        """Let nothing wait in the ring of the sequence's slot."""
+        if sequence.num_pending_tokens:
+            assert sequence.state_slot is not None
+            self.copies.append(Fold(sequence.state_slot, sequence.num_pending_tokens))
+            sequence.num_pending_tokens = 0
 
     def waits(
         self, sequence: Sequence, match: Match, running: Iterable[Sequence], scheduled: Mapping[Sequence, int]

@@ -110,10 +110,10 @@ class Sampler:
             self._rows = SamplingRows(sequences, slots)
         return self._rows
 
-    def arrays(self, sequences: list[Sequence]) -> Arrays:
-        """The fields of `SamplingBatch` for these sequences, in numpy. Those with penalties count as counted from here
-        on."""
-        return self.rows(sequences).arrays(self.counts.shape[1])
+    def arrays(self, sequences: list[Sequence], indices: list[int]) -> Arrays:
+        """The fields of `SamplingBatch` for these sequences, one row each, in numpy. indices: which token of its answer
+        each row gets. Those with penalties count as counted from here on."""
+        return self.rows(sequences).arrays(self.counts.shape[1], indices)
 
     @property
     def is_plain(self) -> bool:

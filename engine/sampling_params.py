@@ -123,6 +123,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             _check_range("logit_bias", bias, -100.0, 100.0)
 
     @property
+    def is_penalised(self) -> bool:
+        """Whether tokens count that occurred before."""
+        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
+
+    @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
 

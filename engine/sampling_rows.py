@@ -24,17 +24,18 @@ class SamplingRows:
         self.seeds = np.array([sequence.seed & _MASK64 for sequence in sequences], dtype=np.uint64)
         self.is_drawn = any(not p.is_greedy for p in params)
         self._biased = [row for row, p in enumerate(params) if p.logit_bias or p.min_tokens]
-        self._penalised = [row for row, p in enumerate(params) if _is_penalised(p)]
+        self._penalised = [row for row, p in enumerate(params) if p.is_penalised]
         self._constrained = [row for row, sequence in enumerate(sequences) if sequence.grammar is not None]
         wants_logprobs = any(num is not None for num in self.num_top)
         self.is_plain = not (self._biased or self._penalised or self._constrained or wants_logprobs)
         self.constant = self._constant_arrays(params)
 
-    def arrays(self, vocab_size: int) -> Arrays:
-        """The fields of `SamplingBatch`. Sequences with penalties count as counted from here on."""
+    def arrays(self, vocab_size: int, indices: list[int]) -> Arrays:
+        """The fields of `SamplingBatch`. indices: which token of its answer each row gets. Sequences with penalties
+        count as counted from here on."""
         numbers = np.zeros(len(self.sequences), dtype=np.float32)
         if self.is_drawn:
-            numbers = draws(self.seeds, np.array([len(sequence.output_token_ids) for sequence in self.sequences]))
+            numbers = draws(self.seeds, np.array(indices))
         parts = (self._bias(vocab_size), self._tokens_to_count(vocab_size), self._masks(vocab_size))
         return {"uniform": numbers, **self.constant, **parts[0], **parts[1], **parts[2]}
 
@@ -110,7 +111,3 @@ def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
-
-
-def _is_penalised(params: SamplingParams) -> bool:
-    return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)

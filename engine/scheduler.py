@@ -29,6 +29,7 @@ from .prefix_cache import Match, PrefixCache
 from .reuse import NOTHING, Reuse
 from .sequence import UNSEEN, Sequence, Status
 from .slots import SlotManager
+from .speculation import Speculation
 from .steady import Advance, Steady
 
 NUM_COMPARED = 8  # waiting sequences that are compared with each other by what is cached of them
@@ -46,6 +47,7 @@ class ScheduledBatch:
     num_prefills: int
     copies: list[Copy] = field(default_factory=list)  # to make before anything is computed
     advance: Advance | None = None  # from the batch before, where this one follows from it
+    num_drafted: int = 0  # rows that bring drafts: none, or every row as one of the prefill rows
 
     @property
     def is_empty(self) -> bool:
@@ -64,6 +66,8 @@ class ScheduledBatch:
     @property
     def completing_prefills(self) -> list[int]:
         """Prefill rows whose tokens are all computed after this step. Asked before `update`."""
+        if self.num_drafted:
+            return list(range(self.num_prefills))
         counts, rows = self.num_scheduled_tokens, range(self.num_prefills)
         return [row for row in rows if self.sequences[row].num_uncomputed_tokens == counts[row]]
 
@@ -87,6 +91,8 @@ class Scheduler:
         ring_size: int = 0,
         cache: PrefixCache | None = None,
         checkpoint_interval: int = 1 << 20,
+        speculation: Speculation | None = None,
+        ring_capacity: int = 0,
     ) -> None:
         self.blocks = blocks
         self.cache = PrefixCache(blocks, 0) if cache is None else cache
@@ -96,6 +102,8 @@ class Scheduler:
         self.mixed_prefill_tokens = max_num_batched_tokens if mixed_prefill_tokens is None else mixed_prefill_tokens
         self.max_waiting = max_waiting
         self.ring_size = ring_size  # decoded tokens after which a slot's state holds them all; 0 = after each
+        self.ring_capacity = ring_capacity  # tokens that may wait in a ring
+        self.speculation = speculation or Speculation()
         self.waiting: list[Sequence] = []  # kept in order
         self.running: list[Sequence] = []  # kept in order
         self.started: list[Sequence] = []  # by the last call of `schedule`
@@ -181,7 +189,8 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's rows and give them the blocks and slots they need."""
         self.started = []
-        if not self.waiting or not self.slots.num_free:  # nobody can join those that run
+        nobody_joins = not self.waiting or not self.slots.num_free
+        if nobody_joins and not self.speculation.applies_to(len(self.running)):
             advance = self._steady.advance()
             if advance is not None:
                 return ScheduledBatch(advance.rows, [1] * len(advance.rows), 0, self._take_copies(), advance)
@@ -203,7 +212,11 @@ class Scheduler:
         block_size = self.blocks.block_size
         for sequence in self.running.copy():
             num_new, num_computed = sequence.num_uncomputed_tokens, sequence.num_computed_tokens
-            if (held and sequence in held) or (sequence.grammar is not None and sequence.waits_for_its_token):
+            if (
+                sequence.is_verifying
+                or (held and sequence in held)
+                or (sequence.grammar is not None and sequence.waits_for_its_token)
+            ):
                 continue
             if num_new > 1 or num_computed == 0:
                 behind.append(sequence)
@@ -220,16 +233,54 @@ class Scheduler:
                 prefilling[sequence] = num_new
                 budget -= num_new
         self._admit(prefilling, decoding, budget)
+        if not prefilling and self.speculation.applies_to(len(decoding)):
+            drafted = self._draft(list(decoding))
+            if drafted is not None:
+                return drafted
+        if not self.ring_size:
+            for sequence in decoding:
+                self.reuse.fold(sequence)  # which only those with drafts left in a ring
         rows = [*prefilling, *decoding]
         copies = self._take_copies() if rows else []  # what is to be saved stays where it is until the next step
         return ScheduledBatch(rows, [*prefilling.values(), *decoding.values()], len(prefilling), copies)
+
+    def _draft(self, rows: list[Sequence]) -> ScheduledBatch | None:
+        """A step of these decoding rows with drafts, an empty one where these depend on tokens that are on their way,
+        or None when nobody has drafts."""
+        if self.speculation.waits(rows):
+            return ScheduledBatch([], [], 0)
+        if any(row.ends_in_unseen for row in rows):
+            return None
+        budget = self.max_num_batched_tokens - len(rows)
+        for row in rows:
+            row.drafts = self._fitting(row, self.speculation.drafts(row)[:budget])
+            budget -= len(row.drafts)
+        if not any(row.drafts for row in rows):
+            return None
+        for row in rows:
+            if row.num_pending_tokens + 1 + len(row.drafts) > self.ring_capacity:
+                self.reuse.fold(row)
+        counts = [1 + len(row.drafts) for row in rows]
+        return ScheduledBatch(rows, counts, len(rows), self._take_copies(), num_drafted=len(rows))
+
+    def _fitting(self, sequence: Sequence, drafts: list[int]) -> list[int]:
+        """As many of the drafts as there are blocks for without putting anybody out."""
+        total = sequence.num_computed_tokens + 1 + len(drafts)
+        if self.cache.make_room(self.blocks.missing(sequence, total)):
+            self.blocks.grow(sequence, total)
+        return drafts[: len(sequence.block_table) * self.blocks.block_size - sequence.num_computed_tokens - 1]
 
     def _take_copies(self) -> list[Copy]:
         copies, self.reuse.copies = self.reuse.copies, []
         return copies
 
     def update(self, batch: ScheduledBatch) -> None:
-        """Note that the batch is being computed: what it completes ends in `UNSEEN` until its tokens arrive."""
+        """Note that the batch is being computed: what it completes ends in `UNSEEN` until its tokens arrive. Of drafts
+        nothing is known before."""
+        if batch.num_drafted:
+            for sequence in batch.sequences:
+                sequence.is_verifying = True
+            return
         num_prefills, last_in_ring = batch.num_prefills, self.ring_size - 1
         for row in batch.completing_prefills:
             if batch.sequences[row].max_tokens > 0:
@@ -245,6 +296,19 @@ class Scheduler:
             pending = sequence.num_pending_tokens
             sequence.num_pending_tokens = pending + 1 if pending < last_in_ring else 0
 
+    def verified(self, sequence: Sequence) -> int:
+        """Note that a step with the sequence's drafts has come back. Returns how many drafts it had."""
+        num_drafts = len(sequence.drafts)
+        sequence.is_verifying, sequence.drafts = False, []
+        return num_drafts
+
+    def keep_verified(self, sequence: Sequence) -> None:
+        """One more token of such a step is the sequence's. One that has fallen since has given it back."""
+        sequence.output_token_ids.append(UNSEEN)
+        if sequence.status is Status.RUNNING:
+            sequence.num_computed_tokens += 1
+            sequence.num_pending_tokens += 1
+
     def check_integrity(self) -> None:
         """Ownership is whole and the queues are in order. Raises AssertionError."""
         self.blocks.check_integrity(self.running, self.cache.tables())
@@ -257,7 +321,7 @@ class Scheduler:
             assert sequence.state_slot is None and not sequence.block_table
             assert sequence.num_computed_tokens == sequence.num_pending_tokens == 0
         for sequence in self.running:
-            assert 0 <= sequence.num_pending_tokens < max(1, self.ring_size)
+            assert 0 <= sequence.num_pending_tokens <= max(self.ring_size - 1, self.ring_capacity, 0)
         assert len(self._by_id) == len(self.waiting) + len(self.running)
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> int:
@@ -360,7 +424,8 @@ class Scheduler:
 
     def _ready(self) -> Iterator[Sequence]:
         """Those that wait and could start. One that has just fallen first gets the token that is on its way."""
-        return (s for s in self.waiting if s.leader is None and s.is_ready and not s.ends_in_unseen)
+        waiting = (s for s in self.waiting if s.leader is None and s.is_ready)
+        return (s for s in waiting if not s.ends_in_unseen and not s.is_verifying)
 
     def _make_room(self, sequence: Sequence, num_new: int, *scheduled: dict[Sequence, int]) -> bool:
         """Give `sequence` the blocks for num_new more tokens, preempting from the end. False if it fell itself."""

@@ -14,6 +14,7 @@ from .outputs import FinishReason, TokenLogprobs
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from .drafts import NgramProposer
     from .grammar import Grammar
 
 # The place of a token that the device has drawn, or is about to, and the host has not seen.
@@ -58,6 +59,10 @@ class Sequence:
     num_siblings: int = 0  # sequences that are to copy what this one has computed before its prompt's last token
     siblings: list[Sequence] = field(default_factory=list, repr=False)  # those of them that are here
     leader: Sequence | None = field(default=None, repr=False)  # whose sibling this is, until they part
+    may_draft: bool = False  # it asks for nothing but tokens, so that drafts can be checked by what is drawn
+    proposer: NgramProposer | None = field(default=None, repr=False)  # of its drafts, once there may be some
+    drafts: list[int] = field(default_factory=list)  # behind its last token in the step that is under way
+    is_verifying: bool = False  # a step is under way that tells which of its drafts, perhaps none, are right
     uses_cache: bool = False  # it may begin with what the prefix cache holds, and leaves its own there
     cache_salt: str | None = None  # it shares with those of the same salt only
     num_cached_tokens: int | None = None  # that it began with; None until it is first admitted

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..configs.schema import EngineConfig
-from .cuda_graph import GraphShape, graph_shapes
+from .cuda_graph import GraphShape, shapes_for
 from .dummy_steps import StepLimits, serving_steps
 from .errors import ConfigError
 from .memory import MemoryPlan, MemoryUse, plan_memory
@@ -113,7 +113,7 @@ def _measure(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> M
         runner.allocate(limits.num_slots, limits.num_blocks)
         runner.model.reserve_positions(limits.longest_prompt + 1)
         workspace = _measure_steps(runner, limits)
-    shapes = graph_shapes(min(limits.num_slots, config.max_graph_rows), limits.max_tokens)
+    shapes = shapes_for(config, limits.num_slots)
     graphs = _measure_graphs(runner, shapes, max_model_len) if runner.wants_graphs else 0
     runner.release()
     free, everything = free_memory(runner.device)

@@ -2,8 +2,8 @@
 
 A step in which some sequence brings drafts is made of *verify rows* alone: each the last token of a sequence, and its
 drafts after it. The device draws a token after each of them, with the very number that it would have used without
-drafts. Those drafts are kept that are what was drawn, and the first token that was drawn otherwise; so a text, greedy or
-sampled, does not depend on drafts, nor does its distribution.
+drafts. Those drafts are kept that are what was drawn, and the first token that was drawn otherwise; so a text, greedy
+or sampled, does not depend on drafts, nor does its distribution.
 
 What to draft depends on tokens that the host has seen, so such a step is not launched ahead of the one before it. A
 sequence whose text does not repeat proposes nothing, and steps are launched ahead as ever.
@@ -12,6 +12,7 @@ sequence whose text does not repeat proposes nothing, and steps are launched ahe
 from __future__ import annotations
 
 from .drafts import NgramProposer
+from .sampling_params import SamplingParams
 from .sequence import Sequence
 
 
@@ -19,7 +20,7 @@ class Speculation:
     """Drafts for the sequences of a step. `max_drafts` = most for one sequence; in steps of more than `max_rows`
     sequences nobody drafts, since then the rows keep the device busy."""
 
-    def __init__(self, max_drafts: int, max_rows: int) -> None:
+    def __init__(self, max_drafts: int = 0, max_rows: int = 1) -> None:
         self.max_drafts = max_drafts
         self.max_rows = max_rows
         self.num_drafted = 0
@@ -59,6 +60,12 @@ class Speculation:
         answer = sequence.output_token_ids
         known = proposer.num_tokens - sequence.num_prompt_tokens
         proposer.extend(answer[known : len(answer) - sequence.ends_in_unseen])
+
+
+def can_draft(params: SamplingParams) -> bool:
+    """Whether a draw depends on nothing but the logits and the position: no token before it counts otherwise."""
+    asks_for_more = params.logprobs is not None or params.logit_bias or params.min_tokens or params.grammar is not None
+    return not asks_for_more and not params.is_penalised
 
 
 def num_kept(drafts: list[int], drawn: list[int]) -> int:

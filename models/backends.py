@@ -64,7 +64,6 @@ class MinimaxBackend:
 
     def forward(self, call: LightningCall) -> Tensor:
         batch = call.batch
-        self.fold_waiting(call)
         if batch.num_prefills > batch.num_drafted:
             self.prefill(call)
         if batch.num_drafted:
@@ -72,16 +71,6 @@ class MinimaxBackend:
         if batch.num_decodes:
             self.decode(call)
         return call.out
-
-    def fold_waiting(self, call: LightningCall) -> None:
-        """Fold what waits in the rings of rows that do not read them, or need their places."""
-        batch = call.batch
-        if batch.prefills_pending:
-            self._fold(call, batch.prompts.rows, batch.num_pending[batch.prompts.rows])
-        if batch.num_folded is not None:
-            self._fold(call, batch.drafts.rows, batch.num_folded)
-        if batch.decodes_pending and not self.replays:
-            self._fold(call, batch.decodes.rows, batch.num_pending[batch.decodes.rows])
 
     def prefill(self, call: LightningCall) -> None:
         """The prefill rows that bring no drafts."""
@@ -101,9 +90,6 @@ class MinimaxBackend:
             *_inputs(call, tokens), call.state.state, *_slots(call.batch, rows), call.out[tokens]
         )
 
-    def _fold(self, call: LightningCall, rows: slice, counts: Tensor) -> None:
-        self.kernels.lightning_fold(call.slopes, *call.state, *_slots(call.batch, rows), counts)
-
 
 class SegLaBackend(MinimaxBackend):
     """One launch walks every row, prefill and decode alike, with the state in registers. Best for many rows."""
@@ -112,7 +98,6 @@ class SegLaBackend(MinimaxBackend):
         batch = call.batch
         if batch.num_drafted:  # they lie between the others
             return super().forward(call)
-        self.fold_waiting(call)
         rows = (batch.state_indices, batch.has_initial_state, batch.query_start_loc)
         return self.kernels.lightning_segments(*call[:5], call.state.state, *rows, batch.max_query_len, call.out)
 

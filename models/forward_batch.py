@@ -7,15 +7,14 @@ prompt is a prefill.
 The last of the prefill rows may be *verify rows*: continuing rows whose tokens but the first are drafts, of which
 perhaps only the first few will be kept. To softmax attention they are prefills. A lightning layer must not write what
 may be rejected into a state, so their tokens go to the slot's ring of C places, and the next `num_pending` says how
-many of them are kept. What is folded into the state first, and what the host counts:
+many of them are kept. What the host counts, and who must have been folded (`MiniMaxForCausalLM.fold_pending`) before:
 
-| row of m tokens, p waiting | folded before | waiting afterwards |
+| row of m tokens, p waiting | before the step | waiting afterwards |
 |---|---|---|
-| prefill | p, if any (`prefills_pending`) | 0 |
-| verify, p + m <= C | nothing | p + kept |
-| verify, p + m > C (`needs_fold`) | p, in `num_folded`; `num_pending` says 0 | kept |
-| decode by a backend that `replays` | nothing; a full ring within the step | p + 1, or 0 from p = C - 1 on |
-| decode by another | p, if any (`decodes_pending`) | 0 |
+| prefill | p = 0 | 0 |
+| verify | p + m <= C | p + kept |
+| decode by a backend that `replays` | any p <= C | p + 1, or 0 from p = C - 1 on |
+| decode by another | p = 0 | 0 |
 
 | here | also known as |
 |---|---|
@@ -33,12 +32,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
-
-
-def needs_fold(num_pending: int, num_new: int, ring_size: int) -> bool:
-    """Whether a verify row's waiting tokens are folded into its state first, because its new ones find no room behind
-    them in the ring. The host asks, and sends what it decided: `ForwardBatch.num_folded`."""
-    return num_pending + num_new > ring_size
 
 
 class Part(NamedTuple):
@@ -68,12 +61,9 @@ class ForwardBatch:
     num_prefills: int
     num_prefill_tokens: int
     num_decodes: int
-    prefills_pending: bool  # some prefill row, verify rows apart, has tokens waiting in its ring
     max_query_len: int  # longest prefill row; 1 when there is none
     num_drafted: int = 0  # how many of the prefill rows, the last ones, are verify rows
     num_drafted_tokens: int = 0  # tokens of the verify rows
-    decodes_pending: bool = False  # some decode row has tokens waiting in its ring; nobody asks who `replays`
-    num_folded: Tensor | None = None  # [num_drafted] int32, tokens of each verify row to fold first; None = of no row
 
     @property
     def extend_start_loc(self) -> Tensor:

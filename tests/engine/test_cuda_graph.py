@@ -3,9 +3,13 @@ running its step again over the same static tensors."""
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from engines import DEVICE, drain, make_core, request
+from leyden.engine import cuda_graph
 from leyden.engine.batch import Counts
 from leyden.engine.core import EngineCore
 from leyden.engine.cuda_graph import PREFILL_ROWS, GraphShape, StepGraphs, graph_shapes
@@ -171,18 +175,28 @@ def test_shapes_with_prompts_grow_and_waste_little(most, tokens):
     assert room == (0 if tokens < 64 else min(1 << tokens.bit_length() - 1, 512))
     for num_decodes in range(most + 1):
         for num_tokens in {1, 64, 65, 300, room} & set(range(room + 1)) - {0}:
-            counts = Counts(1, num_tokens, num_decodes, prefills_pending=False, max_query_len=num_tokens)
+            counts = Counts(1, num_tokens, num_decodes, max_query_len=num_tokens)
             shape = next(shape for shape in shapes if shape.holds(counts))
             assert shape.num_tokens <= max(64, 2 * num_tokens) + num_decodes + 64
 
 
 @pytest.mark.parametrize(
     "counts",
-    [(PREFILL_ROWS, 40, 2, False), (1, 65, 2, False), (1, 40, 9, False), (1, 40, 2, True), (0, 0, 2, False)],
-    ids=["rows", "tokens", "decodes", "pending", "no prompt"],
+    [(PREFILL_ROWS, 40, 2), (1, 65, 2), (1, 40, 9), (0, 0, 2)],
+    ids=["rows", "tokens", "decodes", "no prompt"],
 )
 def test_what_a_shape_does_not_hold(counts):
     shape = GraphShape(8, 64)
-    assert shape.holds(Counts(PREFILL_ROWS - 1, 64, 8, prefills_pending=False, max_query_len=64))
-    prefills, tokens, decodes, pending = counts
-    assert not shape.holds(Counts(prefills, tokens, decodes, prefills_pending=pending, max_query_len=tokens or 1))
+    assert shape.holds(Counts(PREFILL_ROWS - 1, 64, 8, max_query_len=64))
+    assert not shape.holds(Counts(*counts, max_query_len=counts[1] or 1))
+
+
+def test_drafts_have_shapes_of_their_own():
+    shape = GraphShape.of_drafts(2)
+    fitting = Counts(2, 11, 0, max_query_len=8, num_drafted=2, num_drafted_tokens=11)
+    assert shape.holds(fitting) and not GraphShape(8, 64).holds(fitting)
+    for wrong in ({"num_drafted": 3, "num_prefills": 3}, {"max_query_len": 9}, {"num_drafted": 0}):
+        assert not shape.holds(dataclasses.replace(fitting, **wrong))
+    starts = cuda_graph._row_starts(np.array([0, 3, 11]), shape)
+    assert starts.tolist() == [0, 3, 11, 16, 16]
+    assert cuda_graph._row_starts(np.array([0, 1]), shape).tolist() == [0, 1, 9, 16, 16]

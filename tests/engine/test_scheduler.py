@@ -7,7 +7,7 @@ import random
 import pytest
 from engines import sequence
 from leyden.engine.block_manager import BlockManager
-from leyden.engine.copies import Copy, Fork, Move, Restore, Save
+from leyden.engine.copies import Copy, Fold, Fork, Move, Restore, Save
 from leyden.engine.errors import ContextLengthError, QueueFullError
 from leyden.engine.prefix_cache import PrefixCache
 from leyden.engine.scheduler import MAX_PASSED, ScheduledBatch, Scheduler
@@ -138,8 +138,11 @@ class Device:
                 assert self.pending[source] == 0, "tokens in a ring stay behind"
                 self.states[target], self.pending[target] = self.states[source], 0
                 self.copy_blocks(blocks)
-            case Save(slot, num_pending, checkpoint):
+            case Fold(slot, num_pending):
                 assert num_pending == self.pending[slot]
+                self.pending[slot] = 0
+            case Save(slot, checkpoint):
+                assert self.pending[slot] == 0
                 self.checkpoints[checkpoint] = self.states[slot]
             case Restore(checkpoint, slot, blocks):
                 self.states[slot], self.pending[slot] = self.checkpoints[checkpoint], 0

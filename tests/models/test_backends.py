@@ -10,7 +10,7 @@ import torch
 from leyden.kernels import load
 from leyden.kernels.lightning.reference import recurrence
 from leyden.models.backends import LINEAR_BACKENDS, LightningCall, LinearState
-from leyden.models.forward_batch import ForwardBatch, needs_fold
+from leyden.models.forward_batch import ForwardBatch
 from torch import Tensor
 
 HEADS, DIM = 2, 16
@@ -59,22 +59,34 @@ class Layer:
         rows, counts = [row for row, _ in work], [count for _, count in work]
         kept = counts.copy()
         kept[len(prefills) : len(prefills) + len(drafts)] = [n for _, _, n in drafts]
+        self.fold([row for row, _ in prefills])
+        self.fold([row for row, m, _ in drafts if row.pending + m > self.backend.ring_size])
+        self.fold([] if self.backend.replays else decodes)
         qkv = torch.cat([tokens(row, count, n) for row, count, n in zip(rows, counts, kept, strict=True)])
         q, k, v = qkv.to(self.device).split(DIM, -1)
         out = torch.full((len(qkv), HEADS, DIM), float("nan"), device=self.device)
         batch = self.batch(rows, counts, len(prefills), len(drafts))
         call = LightningCall(q, k, v, self.slopes, DIM**-0.5, self.state, batch, out)
         assert self.backend.forward(call) is out
-        verified = {row: needs_fold(row.pending, m, self.backend.ring_size) for row, m, _ in drafts}
+        verified = [row for row, _, _ in drafts]
         for row, n, part in zip(rows, kept, out.cpu().split(counts), strict=True):
             row.outs.append(part[:n])
             row.computed += n
             if row in verified:
-                row.pending = n if verified[row] else row.pending + n
+                row.pending += n
             elif row in decodes and self.backend.replays:
                 row.pending = row.pending + 1 if row.pending < self.backend.ring_size - 1 else 0
             else:
                 row.pending = 0
+
+    def fold(self, rows: list[Row]) -> None:
+        """What the engine does before a step that does not read these rows' rings, or needs room there."""
+        if rows and self.backend.ring_size:
+            slots = torch.tensor([row.slot for row in rows], dtype=torch.int32, device=self.device)
+            pending = torch.tensor([row.pending for row in rows], dtype=torch.int32, device=self.device)
+            self.backend.kernels.lightning_fold(self.slopes, *self.state, slots, pending > 0, pending)
+        for row in rows:
+            row.pending = 0
 
     def batch(self, rows: list[Row], counts: list[int], num_prompts: int, num_drafted: int) -> ForwardBatch:
         def ints(values: list[int]) -> Tensor:
@@ -83,12 +95,6 @@ class Layer:
         num_prefills = num_prompts + num_drafted
         drafts = slice(num_prompts, num_prefills)
         context = ints([row.computed for row in rows])
-        pending = [row.pending for row in rows]
-        folded = [
-            p if needs_fold(p, count, self.backend.ring_size) else 0
-            for p, count in zip(pending[drafts], counts[drafts], strict=True)
-        ]
-        pending[drafts] = [p - f for p, f in zip(pending[drafts], folded, strict=True)]
         return ForwardBatch(
             input_ids=EMPTY,
             positions=EMPTY,
@@ -96,19 +102,16 @@ class Layer:
             context_lens=context,
             has_initial_state=context > 0,
             state_indices=ints([row.slot for row in rows]),
-            num_pending=ints(pending),
+            num_pending=ints([row.pending for row in rows]),
             slot_mapping=EMPTY,
             block_table=EMPTY,
             logits_indices=EMPTY,
             num_prefills=num_prefills,
             num_prefill_tokens=sum(counts[:num_prefills]),
             num_decodes=len(rows) - num_prefills,
-            prefills_pending=any(row.pending for row in rows[:num_prompts]),
             max_query_len=max(counts[:num_prefills], default=1),
             num_drafted=num_drafted,
             num_drafted_tokens=sum(counts[drafts]),
-            decodes_pending=any(row.pending for row in rows[num_prefills:]),
-            num_folded=ints(folded) if any(folded) else None,
         )
 
     def check(self, row: Row) -> None:
@@ -175,7 +178,6 @@ def test_auto_chooses_by_shape_and_replays(heads, prompts, decodes, expected):
         num_prefills=len(prompts),
         num_prefill_tokens=tokens,
         num_decodes=decodes,
-        prefills_pending=False,
         max_query_len=max(prompts, default=1),
     )
     q = torch.empty(tokens + decodes, heads, 1)
@@ -232,11 +234,6 @@ def test_rings_are_made_for_those_who_want_them():
     sizes = {name: LINEAR_BACKENDS[name](load("torch")).ring_size for name in LINEAR_BACKENDS}
     assert sizes == {"minimax": 0, "seg_la": 0, "replay": 16, "auto": 16}
     assert all(LINEAR_BACKENDS[name](load("torch"), speculative=True).ring_size == 16 for name in LINEAR_BACKENDS)
-
-
-@pytest.mark.parametrize(("pending", "num_new", "expected"), [(0, 16, False), (8, 8, False), (9, 8, True)])
-def test_waiting_tokens_are_folded_when_new_ones_find_no_room(pending, num_new, expected):
-    assert needs_fold(pending, num_new, ring_size=16) is expected
 
 
 def test_every_number_of_drafts_and_of_kept_ones(speculating):
