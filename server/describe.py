@@ -68,7 +68,7 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, model_config, device)
     kernels = load("torch")
-    backend = LINEAR_BACKENDS[config.linear_backend](kernels)
+    backend = LINEAR_BACKENDS[config.linear_backend](kernels, speculative=config.speculative_tokens > 0)
     model = FAMILIES[model_config.architecture].module()(
         model_config, kernels, backend, device=torch.device("meta"), dtype=dtype
     )

@@ -24,11 +24,13 @@ def memory_line(text: str, label: str) -> str:
     return re.search(rf"^  {label} +(.*)$", text, re.MULTILINE)[1]
 
 
-@pytest.mark.parametrize("backend", ["auto", "replay"])
-def test_the_split_planned_from_the_config_is_the_one_the_engine_makes(tmp_path, backend):
+@pytest.mark.parametrize("settings", [{}, {"speculative_tokens": 3}], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "replay", "seg_la"])
+def test_the_split_planned_from_the_config_is_the_one_the_engine_makes(tmp_path, backend, settings):
     save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
-    config = engine_config(tmp_path, linear_backend=backend, cpu_memory_gb=0.001)
-    core = make_core(tmp_path, linear_backend=backend, cpu_memory_gb=0.001)
+    settings = {"linear_backend": backend, "cpu_memory_gb": 0.001} | settings
+    config = engine_config(tmp_path, **settings)
+    core = make_core(tmp_path, **settings)
     told = banner(core.info(), name="tiny", address="http://x", needs_key=False)
     planned = describe_model(config, None)
     split = memory_line(planned, "planned split")
