@@ -99,6 +99,11 @@ class EngineConfig(BaseModel):
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores but one")
     seed: int = Field(0, ge=0, description="seed of requests that bring none")
 
+    @property
+    def saved_state_dtype(self) -> str:
+        """The dtype of states that the prefix cache keeps."""
+        return self.state_dtype if self.state_checkpoint_dtype == "auto" else self.state_checkpoint_dtype
+
     @field_validator("max_num_batched_tokens")
     @classmethod
     def _budget_fits_every_row(cls, value: int, info: Any) -> int:

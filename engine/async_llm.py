@@ -29,12 +29,14 @@ class AsyncLLM:
         priority: int = 0,
         shown_ids: frozenset[int] = frozenset(),
         *,
+        prefix_cache: bool = True,
+        cache_salt: str | None = None,
         num_siblings: int = 0,
         sibling_of: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Deltas of one answer; the last one has a finish_reason. `shown_ids`: control tokens that are text even where
-        `params` hide them. Several answers to one prompt are siblings (`AddRequest`). Closing the iterator early aborts
-        the sequence.
+        `params` hide them. `prefix_cache`, `cache_salt` and siblings, several answers to one prompt: see `AddRequest`.
+        Closing the iterator early aborts the sequence.
 
         Raises what `EngineClient.generate` raises.
         """
@@ -44,6 +46,8 @@ class AsyncLLM:
             sampling_params=params,
             priority=priority,
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
+            prefix_cache=prefix_cache,
+            cache_salt=cache_salt,
             num_siblings=num_siblings,
             sibling_of=sibling_of,
             max_queue_seconds=self.max_queue_seconds,

@@ -19,7 +19,7 @@ from .messages import AddRequest, EngineInfo, EngineStats
 from .model_runner import LaunchedStep, ModelRunner
 from .outputs import ErrorCode, StepOutput, TokenLogprobs
 from .prefix_cache import PrefixCache
-from .scheduler import ScheduledBatch, Scheduler
+from .scheduler import Scheduler
 from .sequence import Sequence, Status
 from .slots import SlotManager
 from .speculation import Speculation, can_draft, num_kept
@@ -155,7 +155,7 @@ class EngineCore:
         refused = [*self._expire(time.monotonic()), *self._refuse_bad_grammars()]
         batch = self.scheduler.schedule()
         scheduled = time.perf_counter()
-        _end_queueing(batch, scheduled)
+        _end_queueing(self.scheduler.started, scheduled)
         launched = None
         if not batch.is_empty:
             launched = self.runner.launch(batch)
@@ -352,9 +352,9 @@ class EngineCore:
         return output
 
 
-def _end_queueing(batch: ScheduledBatch, now: float) -> None:
-    """Note how long those waited that come to their first step; a preemption later does not count."""
-    for sequence in batch.sequences[: batch.num_prefills]:
+def _end_queueing(started: list[Sequence], now: float) -> None:
+    """Note how long those waited that start; a preemption later does not count."""
+    for sequence in started:
         if sequence.queue_seconds is None:
             sequence.queue_seconds = now - sequence.arrived_at
 

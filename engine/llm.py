@@ -34,6 +34,7 @@ class Completion:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
     def add(self, output: RequestOutput) -> None:
         self.text += output.text
@@ -41,6 +42,7 @@ class Completion:
         if output.logprobs is not None:
             self.logprobs = (self.logprobs or []) + output.logprobs
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+        self.num_cached_tokens += output.num_cached_tokens or 0
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
 
 
@@ -68,9 +70,11 @@ class LLM:
         prompts: Prompt | list[Prompt],
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
+        cache_salt: str | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Continue each prompt (text or token ids), in order. One `params` for all, or one each.
+        """Continue each prompt (text or token ids), in order. One `params` for all, or one each. They share the prefix
+        cache with those of the same `cache_salt`.
 
         Raises `RequestError` for a prompt that cannot be served; the others are then not run either.
         """
@@ -78,32 +82,34 @@ class LLM:
         each = params if isinstance(params, list) else [params or SamplingParams()] * len(ids)
         if len(each) != len(ids):
             raise RequestError(f"{len(ids)} prompts but {len(each)} sampling params; give one, or one each", "params")
-        return self._run(ids, each, progress)
+        requests = [self._request(prompt, one, cache_salt) for prompt, one in zip(ids, each, strict=True)]
+        return self._run(requests, progress)
 
     def chat(
         self,
         conversations: list[dict[str, Any]] | list[list[dict[str, Any]]],
         params: SamplingParams | None = None,
         *,
+        cache_salt: str | None = None,
         progress: bool = False,
     ) -> list[Completion]:
         """Answer one conversation (a list of messages) or several, by the checkpoint's chat template."""
         several: list[Any] = conversations if conversations and isinstance(conversations[0], list) else [conversations]
         prompts: list[Prompt] = [self.tokenizer.encode_chat(messages) for messages in several]
-        return self.generate(prompts, params or SamplingParams(max_tokens=256), progress=progress)
+        params = params or SamplingParams(max_tokens=256)
+        return self.generate(prompts, params, cache_salt=cache_salt, progress=progress)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
-    def _run(self, prompts: list[list[int]], params: list[SamplingParams], progress: bool) -> list[Completion]:
-        completions = [Completion(prompt) for prompt in prompts]
-        requests = [self._request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+    def _run(self, requests: list[AddRequest], progress: bool) -> list[Completion]:
+        completions = [Completion(request.prompt_token_ids) for request in requests]
         for request in requests:
             self.core.check(request)
         pending = deque(enumerate(requests))
         streams: dict[str, tuple[int, TextStream]] = {}
         try:
-            with tqdm(total=len(prompts), desc="generate", disable=not progress) as bar:
+            with tqdm(total=len(requests), desc="generate", disable=not progress) as bar:
                 while pending or streams:
                     self._admit(pending, streams)
                     for index, output in self._step(streams):
@@ -114,13 +120,14 @@ class LLM:
                 self.core.abort_request(request_id)
         return completions
 
-    def _request(self, prompt: list[int], params: SamplingParams) -> AddRequest:
+    def _request(self, prompt: list[int], params: SamplingParams, cache_salt: str | None) -> AddRequest:
         self._count += 1
         return AddRequest(
             request_id=f"offline-{self._count}",
             prompt_token_ids=prompt,
             sampling_params=params,
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
+            cache_salt=cache_salt,
         )
 
     def _admit(self, pending: deque[tuple[int, AddRequest]], streams: dict[str, tuple[int, TextStream]]) -> None:

@@ -66,8 +66,7 @@ class ModelRunner:
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.model_config, self.device)
         self.state_dtype = getattr(torch, config.state_dtype)
-        saved = config.state_dtype if config.state_checkpoint_dtype == "auto" else config.state_checkpoint_dtype
-        self.checkpoint_dtype = getattr(torch, saved)
+        self.checkpoint_dtype = getattr(torch, config.saved_state_dtype)
         self.kernel_name = pick_kernels(config.kernels, self.device)
         self.block_size = config.block_size
         torch.set_num_threads(config.num_threads or _spare_cores())

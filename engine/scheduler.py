@@ -106,6 +106,7 @@ class Scheduler:
         self.speculation = speculation or Speculation()
         self.waiting: list[Sequence] = []  # kept in order
         self.running: list[Sequence] = []  # kept in order
+        self.started: list[Sequence] = []  # by the last call of `schedule`
         self.num_preemptions = 0
         self.num_finished = 0  # aborted ones too
         self._by_id: dict[str, Sequence] = {}
@@ -187,6 +188,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's rows and give them the blocks and slots they need."""
+        self.started = []
         nobody_joins = not self.waiting or not self.slots.num_free
         if nobody_joins and not self.speculation.applies_to(len(self.running)):
             advance = self._steady.advance()
@@ -369,6 +371,7 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
         sequence.deadline = math.inf
+        self.started.append(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
 
     def _disband(self, leader: Sequence) -> None:

@@ -31,17 +31,13 @@ def size_pools(runner: ModelRunner, config: EngineConfig) -> tuple[MemoryPlan, M
     max_model_len = context_length(config, runner.model_config.max_model_len)
     use = _measure(runner, config, max_model_len) if runner.device.type == "cuda" else _cpu_share(runner, config)
     use.weights += runner.model.position_bytes(max_model_len)
-    plan = plan_memory(
+    plan = plan_pools(
+        config,
         use.unassigned,
+        max_model_len=max_model_len,
         state_bytes_per_slot=runner.state_bytes_per_slot + Sampler.bytes_per_slot(runner.model_config.vocab_size),
         kv_bytes_per_token=runner.kv_bytes_per_token,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-        num_kv_blocks=config.num_kv_blocks,
         checkpoint_bytes=runner.checkpoint_bytes,
-        num_checkpoints=config.state_checkpoints if config.prefix_cache else 0,
-        host_bytes=int(config.host_checkpoint_gb * 1e9),
     )
     remedy = "lower max_num_seqs or memory_fraction (on a CPU cpu_memory_gb)"
     with refuse_out_of_memory(f"{plan.num_state_slots} states and {plan.num_kv_blocks} KV blocks", remedy):
@@ -50,6 +46,30 @@ def size_pools(runner: ModelRunner, config: EngineConfig) -> tuple[MemoryPlan, M
     use.state, use.kv, use.sampler = runner.states.nbytes, runner.kv.nbytes, runner.sampler.nbytes
     use.checkpoints = runner.checkpoints.nbytes
     return plan, use
+
+
+def plan_pools(
+    config: EngineConfig,
+    budget: int,
+    *,
+    max_model_len: int,
+    state_bytes_per_slot: int,
+    kv_bytes_per_token: int,
+    checkpoint_bytes: int,
+) -> MemoryPlan:
+    """`plan_memory` for `budget` bytes as the settings want it. Raises `ConfigError`."""
+    return plan_memory(
+        budget,
+        state_bytes_per_slot=state_bytes_per_slot,
+        kv_bytes_per_token=kv_bytes_per_token,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        num_kv_blocks=config.num_kv_blocks,
+        checkpoint_bytes=checkpoint_bytes,
+        num_checkpoints=config.state_checkpoints if config.prefix_cache else 0,
+        host_bytes=int(config.host_checkpoint_gb * 1e9),
+    )
 
 
 def context_length(config: EngineConfig, longest: int) -> int:

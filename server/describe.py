@@ -8,7 +8,7 @@ import msgspec
 
 from ..configs.schema import EngineConfig
 from ..engine.errors import ConfigError
-from ..engine.memory import MemoryUse, plan_memory
+from ..engine.memory import MemoryUse
 from ..engine.messages import EngineInfo
 
 if TYPE_CHECKING:
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from ..models.minimax import MiniMaxForCausalLM
 
 CONTEXTS = (1024, 8192, 32768, 131072, 1048576)
-KINDS = {"kv": "KV cache", "sampler": "sampler tables", "graphs": "CUDA graphs"}  # where the kind's own name says less
+KINDS = {  # where the kind's own name says less
+    "kv": "KV cache",
+    "checkpoints": "state checkpoints",
+    "sampler": "sampler tables",
+    "graphs": "CUDA graphs",
+}
 
 
 def banner(info: EngineInfo, *, name: str, address: str, needs_key: bool) -> str:
@@ -32,6 +37,7 @@ def banner(info: EngineInfo, *, name: str, address: str, needs_key: bool) -> str
         f"  memory    {_split(info.memory)}",
         f"  capacity  {info.num_state_slots} sequences at once, {kv_tokens:,} tokens of KV cache, "
         f"context {info.max_model_len:,}",
+        f"  prefixes  {_checkpoints(info.num_checkpoints, info.num_host_checkpoints, info.memory.checkpoints)}",
         *(f"  note      {note}" for note in info.notes),
         f"  address   {address}",
         "",
@@ -62,7 +68,7 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, model_config, device)
     kernels = load("torch")
-    backend = LINEAR_BACKENDS[config.linear_backend](kernels)
+    backend = LINEAR_BACKENDS[config.linear_backend](kernels, speculative=config.speculative_tokens > 0)
     model = FAMILIES[model_config.architecture].module()(
         model_config, kernels, backend, device=torch.device("meta"), dtype=dtype
     )
@@ -111,33 +117,46 @@ def _planned(
     config: EngineConfig, model: MiniMaxForCausalLM, use: MemoryUse, where: str, *, state: int, kv: int
 ) -> list[str]:
     """How the engine would share the memory out. `state`: bytes per slot, `kv`: bytes per token."""
+    import torch
+
     from ..engine.sampler import Sampler
-    from ..engine.sizing import context_length
+    from ..engine.sizing import context_length, plan_pools
 
     max_model_len = context_length(config, model.config.max_model_len)
     table = Sampler.bytes_per_slot(model.config.vocab_size)
+    checkpoint = model.config.state_bytes_per_sequence(getattr(torch, config.saved_state_dtype).itemsize)
     use = msgspec.structs.replace(use, weights=use.weights + model.position_bytes(max_model_len))
     try:
-        plan = plan_memory(
+        plan = plan_pools(
+            config,
             use.unassigned,
+            max_model_len=max_model_len,
             state_bytes_per_slot=state + table,
             kv_bytes_per_token=kv,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=max_model_len,
-            num_kv_blocks=config.num_kv_blocks,
+            checkpoint_bytes=checkpoint,
         )
     except ConfigError as error:
         return [f"  does not fit in {_size(use.total)} ({where}): {error}"]
     use.state, use.sampler = plan.num_state_slots * state, plan.num_state_slots * table
     use.kv = plan.num_kv_blocks * config.block_size * kv
+    use.checkpoints = plan.num_checkpoints * checkpoint
     return [
         f"  planned split      {_split(use)}",
         f"                     for {plan.num_state_slots} sequences at once and "
         f"{plan.num_kv_blocks * config.block_size:,} tokens of KV cache",
+        f"  prefix cache       {_checkpoints(plan.num_checkpoints, plan.num_host_checkpoints, use.checkpoints)}",
         "                     (on a GPU workspace and CUDA graphs are measured at start and come off these)",
         *(f"  note               {note}" for note in plan.notes),
     ]
+
+
+def _checkpoints(num: int, num_on_host: int, num_bytes: int) -> str:
+    """The prefix cache's states: `num` take `num_bytes` of the device; those on the host are as large."""
+    if not num:
+        return "no state checkpoints"
+    each = num_bytes // num
+    on_host = f", and {num_on_host:,} on the host, {_size(num_on_host * each)}" if num_on_host else ""
+    return f"{num:,} state checkpoints of {_size(each)}, {_size(num_bytes)}{on_host}"
 
 
 def _split(use: MemoryUse) -> str:

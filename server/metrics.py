@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
@@ -108,10 +108,18 @@ class EngineCollector(Collector):
         yield self._gauge("num_requests_running", "Sequences in the batch.", stats.num_running)
         yield self._gauge("num_requests_waiting", "Sequences in the queue.", stats.num_waiting)
         kv_share = stats.kv_blocks_used / info.num_kv_blocks if info.num_kv_blocks else 0.0
-        yield self._gauge("kv_cache_usage_perc", "KV blocks in use; 1 means all.", kv_share)
+        yield self._gauge("kv_cache_usage_perc", "KV blocks of sequences; 1 means all.", kv_share)
         yield self._gauge("state_slots_used", "Recurrent state slots in use.", stats.state_slots_used)
         yield self._gauge("state_slots_total", "Recurrent state slots there are.", info.num_state_slots)
-        yield self._counter("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens_total)
+        yield self._gauge("prefix_cache_blocks", "KV blocks of the prefix cache alone.", stats.kv_blocks_cached)
+        used = {"device": stats.checkpoints_used, "host": stats.host_checkpoints_used}
+        yield self._gauges("state_checkpoints_used", "States in the prefix cache.", "tier", used)
+        total = {"device": info.num_checkpoints, "host": info.num_host_checkpoints}
+        yield self._gauges("state_checkpoints_total", "States it has room for.", "tier", total)
+        looked_up, found = stats.prefix_cache_queries_total, stats.prefix_cache_hits_total
+        yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", looked_up)
+        yield self._counter("prefix_cache_hits", "Those of them found there.", found)
+        yield self._counter("prompt_tokens", "Prompt tokens, cached ones included.", stats.prompt_tokens_total)
         yield self._counter("generation_tokens", "Tokens generated.", stats.generation_tokens_total)
         yield self._counter("num_preemptions", "Sequences set back to the queue.", stats.preemptions_total)
         steps = stats.steps_total
@@ -128,6 +136,12 @@ class EngineCollector(Collector):
         family.add_metric([self.model_name], value)
         return family
 
+    def _gauges(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+        family = GaugeMetricFamily(f"{self.prefix}:{name}", text, labels=["model_name", label])
+        for label_value, value in values.items():
+            family.add_metric([self.model_name, label_value], value)
+        return family
+
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(f"{self.prefix}:{name}", text, labels=["model_name"])
         family.add_metric([self.model_name], value)
@@ -142,10 +156,7 @@ class EngineCollector(Collector):
         use = self.client.info.memory
         yield self._gauge("memory_budget_bytes", "Device memory that the settings give.", use.total)
         text = "Device memory by what it is for, as measured at start."
-        family = GaugeMetricFamily(f"{self.prefix}:memory_bytes", text, labels=["model_name", "kind"])
-        for kind, num_bytes in {**use.by_kind(), "free": max(0, use.unassigned)}.items():
-            family.add_metric([self.model_name, kind], num_bytes)
-        yield family
+        yield self._gauges("memory_bytes", text, "kind", {**use.by_kind(), "free": max(0, use.unassigned)})
 
     def _cache_config(self) -> Metric:
         info = self.client.info

@@ -37,7 +37,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     # vLLM, both
     "allowed_token_ids": (),
     "bad_words": ([],),
-    "cache_salt": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "documents": ([],),

@@ -15,6 +15,7 @@ from .tools import MAX_TOOLS, NAME
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
+MAX_CACHE_SALT_CHARS = 256
 # What the document says; the settings may say otherwise, and `validation` asks them.
 MAX_N = ServerConfig.model_fields["max_n"].default
 MAX_PROMPTS = ServerConfig.model_fields["max_prompts"].default
@@ -207,6 +208,9 @@ class SamplingRequest(RequestModel):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX)
+    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT_CHARS)
+    # Our own: false takes nothing from the prefix cache and leaves nothing there.
+    prefix_cache: bool = True
 
 
 class GenerationRequest(SamplingRequest):

@@ -8,16 +8,19 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 from starlette.responses import Response
 
-from .protocol import StreamOptions
-
 PublicFinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class PromptTokensDetails(Struct):
+    cached_tokens: int  # found in the prefix cache
 
 
 class Usage(Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(Struct):
@@ -180,7 +183,7 @@ class Health(Struct):
 
 
 class Load(Struct):
-    """Sequences, slots and blocks of the engine right now."""
+    """Sequences, slots, blocks and checkpoints of the engine right now."""
 
     server_load: int
     num_requests_running: int
@@ -188,7 +191,12 @@ class Load(Struct):
     state_slots_used: int
     state_slots_total: int
     kv_blocks_used: int
+    kv_blocks_cached: int
     kv_blocks_total: int
+    state_checkpoints_used: int
+    state_checkpoints_total: int
+    host_checkpoints_used: int
+    host_checkpoints_total: int
 
 
 class ServerInfo(Struct):
@@ -210,16 +218,3 @@ class ModelInfo(Struct):
 
 def json_response(body: Any, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(body), headers=headers, media_type="application/json")
-
-
-def count_usage(num_prompt_tokens: int, num_output_tokens: int) -> Usage:
-    return Usage(num_prompt_tokens, num_output_tokens, num_prompt_tokens + num_output_tokens)
-
-
-def chunk_usage(
-    options: StreamOptions | None, num_prompt_tokens: int, num_output_tokens: int
-) -> Usage | UnsetType | None:
-    """`usage` of a chunk that is not the last: so far, or null when the last one will have it, or left out."""
-    if options is not None and options.continuous_usage_stats:
-        return count_usage(num_prompt_tokens, num_output_tokens)
-    return None if options is not None and options.include_usage else UNSET

@@ -54,9 +54,9 @@ OutputItem = ReasoningItem | MessageItem | FunctionCallItem
 
 
 class InputTokensDetails(Struct):
-    """There is no prefix cache."""
+    """`cache_write_tokens` are those of a cache that a request has to ask for, which there is not."""
 
-    cached_tokens: int = 0
+    cached_tokens: int
     cache_write_tokens: int = 0
 
 

@@ -50,6 +50,7 @@ class ResponseWriter:
         self._token_names = state.token_names
         self._num_top = asked.top_logprobs
         self._num_input_tokens = len(prepared.prompts[0].token_ids)
+        self._num_cached_tokens = 0
         self._num_reasoning_tokens = 0
         self._parser = prepared.answer.parser()
         self._growing: GrowingItem | None = None
@@ -79,6 +80,8 @@ class ResponseWriter:
             yield event
 
     def _events(self, output: RequestOutput) -> Iterator[Event]:
+        if output.num_cached_tokens is not None:
+            self._num_cached_tokens = output.num_cached_tokens
         if not self._num_events:
             yield Created(response=self.response)
             yield InProgress(response=self.response)
@@ -162,7 +165,7 @@ class ResponseWriter:
     def _usage(self, num_output_tokens: int) -> ResponseUsage:
         return ResponseUsage(
             self._num_input_tokens,
-            InputTokensDetails(),
+            InputTokensDetails(self._num_cached_tokens),
             num_output_tokens,
             OutputTokensDetails(self._num_reasoning_tokens),
             self._num_input_tokens + num_output_tokens,

@@ -27,6 +27,8 @@ class Job:
     priority: int
     n: int  # choices of this prompt
     shown_ids: frozenset[int] = frozenset()  # control tokens that are text even where `params` hide them
+    prefix_cache: bool = True
+    cache_salt: str | None = None
 
     @property
     def first_index(self) -> int:
@@ -54,8 +56,19 @@ def make_jobs(
         fields["max_tokens"] = _fit_context(asked, default_max_tokens, len(prompt.token_ids), num_left)
         for j in range(request.n):
             params = SamplingParams(**fields, seed=_seed_of(request.seed, j))
-            index = prompt_index * request.n + j
-            jobs.append(Job(index, prompt_index, prompt.token_ids, params, request.priority, request.n, shown_ids))
+            jobs.append(
+                Job(
+                    index=prompt_index * request.n + j,
+                    prompt_index=prompt_index,
+                    prompt_token_ids=prompt.token_ids,
+                    params=params,
+                    priority=request.priority,
+                    n=request.n,
+                    shown_ids=shown_ids,
+                    prefix_cache=request.prefix_cache,
+                    cache_salt=request.cache_salt,
+                )
+            )
     return jobs
 
 

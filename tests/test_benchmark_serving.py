@@ -138,6 +138,16 @@ def test_the_default_cases_that_exceed_the_context_are_left_out_and_said(capsys,
     assert max(case.prompt + case.answer for case in cases) <= settings["max_model_len"] <= 2048
 
 
+@pytest.mark.parametrize(("engine", "is_on"), [({}, False), ({"prefix_cache": "true"}, True)], ids=["unless", "asked"])
+def test_the_prefix_cache_is_off_unless_asked_for(engine, is_on):
+    from leyden.configs.schema import load_settings
+    from leyden.server.bench.flags import OfflineCase
+    from leyden.server.bench.offline import choose
+
+    _, settings = choose({"model": "demo"}, [OfflineCase(1, 8, 8)], engine, is_profiled=False)
+    assert load_settings(settings).engine().prefix_cache is is_on
+
+
 @pytest.mark.parametrize("flag", ["--out", "--profile"])
 def test_what_cannot_be_written_is_said_before_anything_is_measured(benchmark, monkeypatch, tmp_path, capsys, flag):
     (tmp_path / "file").touch()

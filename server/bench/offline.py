@@ -128,6 +128,7 @@ def _room_for(cases: list[OfflineCase], length: int, budget: int) -> dict[str, A
         "max_model_len": length,
         "max_num_batched_tokens": budget,
         "mixed_prefill_tokens": budget,  # nobody reads along
+        "prefix_cache": False,  # its memory would be the batch's, and no prompt comes twice
     }
 
 

@@ -25,12 +25,12 @@ from ..responses import (
     ChatDelta,
     ChatLogprobs,
     Usage,
-    chunk_usage,
-    count_usage,
     json_response,
 )
+from ..sampling import Job
 from ..state import ServerState, refuse_unless_ready
 from ..streaming import EventStream
+from ..usage import UsageCounter
 from ..validation import Prepared, prepare_chat
 
 router = APIRouter()
@@ -59,14 +59,15 @@ class ChatWriter:
         self.request = prepared.request
         self.prompt_token_ids = prepared.prompts[0].token_ids
         self.created = int(time.time())
-        self.num_output_tokens = [0] * len(prepared.jobs)
+        self.usage = UsageCounter(prepared.prompts, len(prepared.jobs), prepared.request.stream_options)
         self.is_begun = [False] * len(prepared.jobs)
         self.parsers = [prepared.answer.parser() for _ in prepared.jobs]
 
     def whole(self, outputs: list[Event]) -> ChatCompletion:
         """The answer in one object, from one merged output per choice."""
-        choices = [self._choice(job.index, output) for job, output in outputs]
-        answer = ChatCompletion(self.id, "chat.completion", self.created, self.state.model_name, choices, self._usage())
+        choices = [self._choice(job, output) for job, output in outputs]
+        usage = self.usage.total()
+        answer = ChatCompletion(self.id, "chat.completion", self.created, self.state.model_name, choices, usage)
         if self.request.return_token_ids:
             answer.prompt_token_ids = self.prompt_token_ids
         return answer
@@ -74,11 +75,11 @@ class ChatWriter:
     def render(self, event: Event) -> Iterator[ChatChunk]:
         """The chunks of one output: the role before anything else, what is said, and the finish reason by itself."""
         job, output = event
-        self.num_output_tokens[job.index] = output.num_output_tokens
-        usage = chunk_usage(self.request.stream_options, len(self.prompt_token_ids), output.num_output_tokens)
+        self.usage.observe(job, output)
+        usage = self.usage.of_chunk(job, output.num_output_tokens)
         if not self.is_begun[job.index]:
             self.is_begun[job.index] = True
-            yield self._role_chunk(job.index)
+            yield self._role_chunk(job)
         for choice in self._said(job.index, output):
             yield self._chunk([choice], usage)
         if output.finish_reason is not None:
@@ -88,11 +89,11 @@ class ChatWriter:
     def render_end(self) -> Iterator[ChatChunk]:
         options = self.request.stream_options
         if options is not None and options.include_usage:
-            yield self._chunk([], self._usage())
+            yield self._chunk([], self.usage.total())
 
-    def _role_chunk(self, index: int) -> ChatChunk:
-        usage = chunk_usage(self.request.stream_options, len(self.prompt_token_ids), 0)
-        chunk = self._chunk([ChatChunkChoice(index, ChatDelta(role="assistant", content=""))], usage)
+    def _role_chunk(self, job: Job) -> ChatChunk:
+        choice = ChatChunkChoice(job.index, ChatDelta(role="assistant", content=""))
+        chunk = self._chunk([choice], self.usage.of_chunk(job, 0))
         if self.request.return_token_ids:
             chunk.prompt_token_ids = self.prompt_token_ids
         return chunk
@@ -109,11 +110,11 @@ class ChatWriter:
             choices[0].logprobs, choices[0].token_ids = logprobs, token_ids
         return choices
 
-    def _choice(self, index: int, output: RequestOutput) -> ChatChoice:
-        self.num_output_tokens[index] = output.num_output_tokens
-        parser = self.parsers[index]
+    def _choice(self, job: Job, output: RequestOutput) -> ChatChoice:
+        self.usage.observe(job, output)
+        parser = self.parsers[job.index]
         message = whole_message(read_deltas(parser, output))
-        choice = ChatChoice(index, message, self._logprobs(output), finish_reason(parser, output))
+        choice = ChatChoice(job.index, message, self._logprobs(output), finish_reason(parser, output))
         if self.request.return_token_ids:
             choice.token_ids = output.token_ids
         return choice
@@ -122,9 +123,6 @@ class ChatWriter:
         if not self.request.logprobs:
             return None
         return chat_logprobs(output.logprobs or [], self.request.top_logprobs, self.state.token_names)
-
-    def _usage(self) -> Usage:
-        return count_usage(len(self.prompt_token_ids), sum(self.num_output_tokens))
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         return ChatChunk(self.id, "chat.completion.chunk", self.created, self.state.model_name, choices, usage)

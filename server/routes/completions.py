@@ -22,12 +22,11 @@ from ..responses import (
     CompletionChoice,
     CompletionLogprobs,
     Usage,
-    chunk_usage,
-    count_usage,
     json_response,
 )
 from ..state import ServerState, refuse_unless_ready
 from ..streaming import EventStream
+from ..usage import UsageCounter
 from ..validation import Prepared, prepare_completion
 
 router = APIRouter()
@@ -57,7 +56,7 @@ class CompletionWriter:
         self.request = prepared.request
         self.prompts = prepared.prompts
         self.created = int(time.time())
-        self.num_output_tokens = [0] * len(prepared.jobs)
+        self.usage = UsageCounter(prepared.prompts, len(prepared.jobs), prepared.request.stream_options)
         self.is_begun = [False] * len(prepared.jobs)
         self.logprobs = [CompletionLogprobsWriter(state.token_names) for _ in prepared.jobs]
 
@@ -66,22 +65,22 @@ class CompletionWriter:
         job, output = event
         choice = self.choice(event)
         if choice.text or choice.logprobs or choice.finish_reason or choice.token_ids:
-            usage = chunk_usage(self.request.stream_options, len(job.prompt_token_ids), output.num_output_tokens)
-            yield self.envelope([choice], usage)
+            yield self.envelope([choice], self.usage.of_chunk(job, output.num_output_tokens))
 
     def render_end(self) -> Iterator[Completion]:
         options = self.request.stream_options
         if options is not None and options.include_usage:
-            yield self.envelope([], self.usage())
+            yield self.envelope([], self.usage.total())
 
     def whole(self, outputs: list[Event]) -> Completion:
         """The answer in one object, from one merged output per choice."""
-        return self.envelope([self.choice(output) for output in outputs], self.usage())
+        choices = [self.choice(output) for output in outputs]
+        return self.envelope(choices, self.usage.total())
 
     def choice(self, event: Event) -> CompletionChoice:
         """What one output adds to its choice; the first one begins with the prompt when `echo` asks for it."""
         job, output = event
-        self.num_output_tokens[job.index] = output.num_output_tokens
+        self.usage.observe(job, output)
         is_first, self.is_begun[job.index] = not self.is_begun[job.index], True
         text = output.text
         entries: list[TokenLogprobs | None] = list(output.logprobs or [])
@@ -101,10 +100,6 @@ class CompletionWriter:
     def num_scored_tokens(self, outputs: list[Event]) -> int:
         """How many tokens have logprobs to be written, which is what makes an answer large."""
         return sum(len(o.prompt_logprobs or ()) + len(o.logprobs or ()) for _, o in outputs)
-
-    def usage(self) -> Usage:
-        """Each prompt counts once, however many choices continue it."""
-        return count_usage(sum(len(p.token_ids) for p in self.prompts), sum(self.num_output_tokens))
 
     def envelope(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
         return Completion(self.id, "text_completion", self.created, self.state.model_name, choices, usage)

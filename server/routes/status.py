@@ -29,7 +29,12 @@ async def load(http: Request) -> Response:
         state_slots_used=stats.state_slots_used,
         state_slots_total=info.num_state_slots,
         kv_blocks_used=stats.kv_blocks_used,
+        kv_blocks_cached=stats.kv_blocks_cached,
         kv_blocks_total=info.num_kv_blocks,
+        state_checkpoints_used=stats.checkpoints_used,
+        state_checkpoints_total=info.num_checkpoints,
+        host_checkpoints_used=stats.host_checkpoints_used,
+        host_checkpoints_total=info.num_host_checkpoints,
     )
     return json_response(answer)
 

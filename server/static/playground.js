@@ -53,6 +53,10 @@ function complain(text) {
   at("alert").hidden = !text;
 }
 
+function cachedShare(usage) {
+  return `${usage.prompt_tokens_details.cached_tokens} of ${usage.prompt_tokens}`;
+}
+
 class Answer {
   constructor(asked) {
     this.text = "";
@@ -79,6 +83,7 @@ class Answer {
     else if (piece) this.body.append(piece);
     if (isAtEnd) at("answers").scrollTop = at("answers").scrollHeight;
     this.measure(chunk.usage?.completion_tokens ?? 0);
+    if (chunk.usage) at("cached").textContent = cachedShare(chunk.usage);
     this.reason = choice?.finish_reason ?? this.reason;
   }
 
@@ -119,7 +124,7 @@ async function ask() {
   const [path, body] = request(text);
   const answer = new Answer(text);
   complain("");
-  for (const id of ["ttft", "speed", "tokens"]) at(id).textContent = "–";
+  for (const id of ["ttft", "speed", "tokens", "cached"]) at(id).textContent = "–";
   at("status").textContent = "Answering …";
   if (isChat) at("prompt").value = "";
   setRunning(new AbortController());
@@ -159,6 +164,7 @@ async function pollLoad() {
   const load = await getJson("load");
   gauge("slots", load.state_slots_used, load.state_slots_total);
   gauge("blocks", load.kv_blocks_used, load.kv_blocks_total);
+  gauge("checkpoints", load.state_checkpoints_used, load.state_checkpoints_total);
   at("queue").textContent = `${load.num_requests_running}, ${load.num_requests_waiting}`;
 }
 

@@ -363,6 +363,25 @@ def test_queue_time_ends_with_the_first_step_and_is_told_once(tiny, monkeypatch)
     assert told == {"first": [1.0, None, None, None], "second": [5.0, None, None, None]}
 
 
+def test_those_whose_prompt_others_computed_tell_their_queue_time_too(tiny, monkeypatch):
+    core, now = make_core(tiny.folder, state_checkpoint_min_tokens=1), [0.0]
+    drain(core, request("before", PROMPT, max_tokens=1))
+
+    def clock() -> float:
+        return now[0]
+
+    monkeypatch.setattr("leyden.engine.core.time", SimpleNamespace(perf_counter=clock, monotonic=clock))
+    core.add_request(request("cached", PROMPT, max_tokens=2))
+    core.add_request(request("leader", [1, 2, 3], max_tokens=2, num_siblings=1))
+    core.add_request(request("sibling", [1, 2, 3], max_tokens=2, sibling_of="leader"))
+    told = {}
+    while core.has_work:
+        now[0] += 1.0
+        for output in core.step():
+            told.setdefault(output.request_id, (output.queue_seconds, output.num_cached_tokens))
+    assert told == {"cached": (1.0, len(PROMPT) - 1), "leader": (1.0, 0), "sibling": (2.0, 0)}
+
+
 def test_info_tells_what_was_loaded(core, tiny):
     info = core.info()
     assert (info.architecture, info.num_linear_layers, info.num_full_layers) == ("MiniMaxForCausalLM", 1, 1)

@@ -104,8 +104,8 @@ def test_what_a_step_reads_and_writes_is_touched_by_no_later_step_until_it_is_re
             launched.append(runner.launch(batch))
             scheduler.update(batch)
             staging = launched[-1].sampled._staging
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
             memory.append((staging, staging.array.copy(), staging.tokens.clone()))
         assert len({id(staging) for staging, _, _ in memory}) == 3
         for step, (staging, inputs, tokens) in zip(launched, memory, strict=True):

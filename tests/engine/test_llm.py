@@ -77,6 +77,18 @@ def test_logprobs_belong_to_the_tokens(llm):
     assert [entry and entry.token_id for entry in got.prompt_logprobs] == [None, 2, 3]
 
 
+def test_prompts_share_what_is_cached_with_those_of_their_salt(tiny):
+    llm = LLM(str(tiny.folder), device="cpu", cpu_memory_gb=0.05, num_threads=1, state_checkpoint_min_tokens=1)
+    messages = [{"role": "user", "content": "x" * 40}]
+    for ask in (
+        lambda salt: llm.generate([[1] * 40], GREEDY, cache_salt=salt),
+        lambda salt: llm.chat(messages, GREEDY, cache_salt=salt),
+    ):
+        each = [ask(salt)[0] for salt in ("a", "a", "b", None)]
+        assert [answer.num_cached_tokens for answer in each] == [0, len(each[0].prompt_token_ids) - 1, 0, 0]
+        assert all(answer.token_ids == each[0].token_ids for answer in each)
+
+
 def test_chat_renders_the_template(llm, tiny):
     conversation = [{"role": "user", "content": "Hello"}]
     [one] = llm.chat(conversation, GREEDY)

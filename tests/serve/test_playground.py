@@ -66,7 +66,10 @@ def test_a_chat_streams_and_is_measured(page, shared):
     status(page, "Ended at max tokens")
     assert page.locator("#tokens").inner_text() == "200"
     assert page.locator("#ttft").inner_text().endswith(" ms") and int(page.locator("#speed").inner_text()) > 0
+    playwright.expect(page.locator("#cached")).to_have_text(re.compile(r"^\d+ of \d+$"))
     playwright.expect(page.locator("#slots-text")).to_have_text("0 of 64")
+    playwright.expect(page.get_by_label("Checkpoints")).to_be_visible()
+    playwright.expect(page.locator("#checkpoints-text")).to_have_text(re.compile(r"^\d+ of [1-9]\d*$"))
 
 
 def test_stop_aborts_on_the_server_too(page, shared):

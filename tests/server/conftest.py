@@ -98,6 +98,8 @@ class FakeEngine:
             num_state_slots=8,
             max_waiting=1024,
             num_kv_blocks=10,
+            num_checkpoints=6,
+            num_host_checkpoints=4,
             block_size=16,
             weight_bytes=1,
             memory=MemoryUse(total=1000, weights=400, state=100, kv=200, sampler=10, workspace=50, graphs=30, other=60),
@@ -108,6 +110,7 @@ class FakeEngine:
         self.is_healthy = True
         self.reply = b"Hello, world"
         self.choose_reply = lambda request: self.reply
+        self.count_cached = lambda request: 0  # tokens of its prompt
         self.queue_bound = 10**6
         self.hold_after = None  # stop giving tokens after so many, until the request is closed
         self.die_after = None
@@ -141,7 +144,9 @@ class FakeEngine:
         params, request_id = request.sampling_params, request.request_id
         prompt_logprobs = self._prompt_logprobs(request)
         if params.max_tokens == 0:
-            yield StepOutput(request_id=request_id, prompt_logprobs=prompt_logprobs, finish_reason="length")
+            yield StepOutput(
+                request_id=request_id, prompt_logprobs=prompt_logprobs, num_cached_tokens=0, finish_reason="length"
+            )
             return
         ids = [*self.choose_reply(request), *([] if params.ignore_eos else [EOS])]
         for count, token_id in enumerate(ids[: params.max_tokens], start=1):
@@ -161,6 +166,7 @@ class FakeEngine:
                 logprobs=None if params.logprobs is None else [self.logprobs(token_id, params.logprobs)],
                 prompt_logprobs=prompt_logprobs,
                 queue_seconds=0.25 if count == 1 else None,
+                num_cached_tokens=self.count_cached(request) if count == 1 else None,
                 finish_reason="stop" if is_stop else "length" if count == params.max_tokens else None,
                 stop_token_id=token_id if is_stop else None,
             )

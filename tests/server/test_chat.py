@@ -18,7 +18,12 @@ async def test_a_chat_completion_has_exactly_the_documented_keys(chat):
     assert body["object"] == "chat.completion"
     message = {"content": "Hello, world", "role": "assistant", "refusal": None}
     assert body["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
-    assert body["usage"] == {"prompt_tokens": 6, "completion_tokens": 13, "total_tokens": 19}
+    assert body["usage"] == {
+        "prompt_tokens": 6,
+        "completion_tokens": 13,
+        "total_tokens": 19,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 async def test_the_chat_template_lays_out_all_roles(chat, engine):

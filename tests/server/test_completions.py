@@ -19,7 +19,12 @@ async def test_a_completion_has_exactly_the_documented_keys(complete):
     assert body["id"].startswith("cmpl-")
     assert (body["object"], body["model"]) == ("text_completion", "tiny")
     assert body["choices"] == [{"index": 0, "text": "Hello, world", "logprobs": None, "finish_reason": "stop"}]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 13, "total_tokens": 16}
+    assert body["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 13,
+        "total_tokens": 16,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 async def test_max_tokens_defaults_to_16_and_ends_with_length(complete, engine):

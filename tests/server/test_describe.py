@@ -24,18 +24,43 @@ def memory_line(text: str, label: str) -> str:
     return re.search(rf"^  {label} +(.*)$", text, re.MULTILINE)[1]
 
 
-@pytest.mark.parametrize("backend", ["auto", "replay"])
-def test_the_split_planned_from_the_config_is_the_one_the_engine_makes(tmp_path, backend):
+@pytest.mark.parametrize("settings", [{}, {"speculative_tokens": 3}], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "replay", "seg_la"])
+def test_the_split_planned_from_the_config_is_the_one_the_engine_makes(tmp_path, backend, settings):
     save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
-    config = engine_config(tmp_path, linear_backend=backend, cpu_memory_gb=0.001)
-    core = make_core(tmp_path, linear_backend=backend, cpu_memory_gb=0.001)
+    settings = {"linear_backend": backend, "cpu_memory_gb": 0.001} | settings
+    config = engine_config(tmp_path, **settings)
+    core = make_core(tmp_path, **settings)
     told = banner(core.info(), name="tiny", address="http://x", needs_key=False)
     planned = describe_model(config, None)
     split = memory_line(planned, "planned split")
     assert split == memory_line(told, "memory")
-    for word in ("weights", "state", "KV cache", "sampler tables", "free of"):
+    for word in ("weights", "state", "KV cache", "state checkpoints", "sampler tables", "free of"):
         assert word in split
     assert f"for {core.info().num_state_slots} sequences at once" in planned
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"state_checkpoints": 3}, "3 state checkpoints of 4.1 KB, 12.3 KB"),
+        ({"state_checkpoints": 3, "state_dtype": "bfloat16"}, "3 state checkpoints of 2.05 KB, 6.14 KB"),
+        ({"state_checkpoints": 3, "state_checkpoint_dtype": "float16"}, "3 state checkpoints of 2.05 KB, 6.14 KB"),
+        (
+            {"state_checkpoints": 3, "host_checkpoint_gb": 0.0001},
+            "3 state checkpoints of 4.1 KB, 12.3 KB, and 24 on the host, 98.3 KB",
+        ),
+        ({"state_checkpoints": 0, "host_checkpoint_gb": 0.0001}, "no state checkpoints"),
+        ({"prefix_cache": False, "state_checkpoints": 3}, "no state checkpoints"),
+    ],
+    ids=str,
+)
+def test_the_prefix_cache_is_told_alike_before_and_after_the_start(tmp_path, settings, words):
+    save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
+    planned = describe_model(engine_config(tmp_path, **settings), None)
+    told = banner(make_core(tmp_path, **settings).info(), name="tiny", address="http://x", needs_key=False)
+    assert memory_line(planned, "prefix cache") == memory_line(told, "prefixes") == words
+    assert memory_line(planned, "planned split") == memory_line(told, "memory")
 
 
 def test_a_gpus_banner_names_what_was_measured(tmp_path):

@@ -25,6 +25,11 @@ async def test_the_engines_numbers_appear_under_vllms_names(client, engine):
         num_waiting=2,
         state_slots_used=4,
         kv_blocks_used=5,
+        kv_blocks_cached=2,
+        checkpoints_used=3,
+        host_checkpoints_used=1,
+        prefix_cache_queries_total=60,
+        prefix_cache_hits_total=40,
         prompt_tokens_total=70,
         generation_tokens_total=80,
         preemptions_total=1,
@@ -42,6 +47,9 @@ async def test_the_engines_numbers_appear_under_vllms_names(client, engine):
         "kv_cache_usage_perc": 0.5,
         "state_slots_used": 4,
         "state_slots_total": 8,
+        "prefix_cache_blocks": 2,
+        "prefix_cache_queries_total": 60,
+        "prefix_cache_hits_total": 40,
         "prompt_tokens_total": 70,
         "generation_tokens_total": 80,
         "num_preemptions_total": 1,
@@ -53,6 +61,12 @@ async def test_the_engines_numbers_appear_under_vllms_names(client, engine):
         "engine_decode_host_seconds_sum": 0.5,
     }
     assert {name: samples[f"leyden:{name}", ()] for name in expected} == expected
+    by_tier = [
+        samples[f"leyden:state_checkpoints_{name}", (("tier", tier),)]
+        for name in ("used", "total")
+        for tier in ("device", "host")
+    ]
+    assert by_tier == [3, 1, 6, 4]
     info = next(dict(labels) for name, labels in samples if name == "leyden:cache_config_info")
     assert (info["block_size"], info["num_gpu_blocks"]) == ("16", "10")
 
@@ -64,6 +78,7 @@ async def test_memory_is_told_by_kind_and_adds_up_to_the_budget(client, engine):
         "weights": 400,
         "state": 100,
         "kv": 200,
+        "checkpoints": 0,
         "sampler": 10,
         "workspace": 50,
         "graphs": 30,

@@ -34,6 +34,26 @@ def test_every_static_file_is_served_and_none_is_missing():
     assert set(FILES.values()) == {path.name for path in FOLDER.iterdir()}
 
 
+def test_every_element_that_the_playground_fills_is_there_and_every_meter_has_a_label():
+    page, script = (FOLDER / "playground.html").read_text(), (FOLDER / "playground.js").read_text()
+    there = set(re.findall(r'\sid="([\w-]+)"', page))
+    gauges = set(re.findall(r'\bgauge\("(\w+)"', script))
+    assert set(re.findall(r'\bat\("([\w-]+)"\)', script)) | gauges | {f"{name}-text" for name in gauges} <= there
+    meters = re.findall(r'<meter id="(\w+)"', page)
+    assert gauges == set(meters) <= set(re.findall(r'<label [^>]*for="(\w+)"', page))
+
+
+async def test_the_playground_shows_numbers_that_the_server_tells(client, complete):
+    script = (FOLDER / "playground.js").read_text()
+    load = (await client.get("/load")).json()
+    assert set(re.findall(r"\bload\.(\w+)", script)) <= set(load)
+    usage = (await complete()).json()["usage"]
+    for path in re.findall(r"\busage\??\.([\w.]+)", script):
+        value = usage
+        for name in path.split("."):
+            value = value[name]
+
+
 @pytest.mark.parametrize("name", FILES.values())
 def test_pages_hold_no_inline_code_and_need_nothing_from_elsewhere(name):
     text = (FOLDER / name).read_text()

@@ -51,6 +51,7 @@ class PilingClient(StreamingClient):
 
 @pytest.fixture
 async def piling(engine):
+    engine.count_cached = lambda request: 1
     client = PilingClient(engine)
     await client.start()
     yield client

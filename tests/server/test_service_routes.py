@@ -137,8 +137,16 @@ async def test_a_bad_detokenize_request_is_refused_by_name(client, error_of, bod
     assert error_of(await client.post("/detokenize", json=body), 400)["param"] == param
 
 
-async def test_load_tells_sequences_slots_and_blocks(client, engine):
-    engine.stats = EngineStats(num_running=3, num_waiting=2, state_slots_used=4, kv_blocks_used=5)
+async def test_load_tells_sequences_slots_blocks_and_checkpoints(client, engine):
+    engine.stats = EngineStats(
+        num_running=3,
+        num_waiting=2,
+        state_slots_used=4,
+        kv_blocks_used=5,
+        kv_blocks_cached=2,
+        checkpoints_used=3,
+        host_checkpoints_used=1,
+    )
     assert (await client.get("/load")).json() == {
         "server_load": 5,
         "num_requests_running": 3,
@@ -146,7 +154,12 @@ async def test_load_tells_sequences_slots_and_blocks(client, engine):
         "state_slots_used": 4,
         "state_slots_total": 8,
         "kv_blocks_used": 5,
+        "kv_blocks_cached": 2,
         "kv_blocks_total": 10,
+        "state_checkpoints_used": 3,
+        "state_checkpoints_total": 6,
+        "host_checkpoints_used": 1,
+        "host_checkpoints_total": 4,
     }
 
 

@@ -194,7 +194,6 @@ REFUSED = {
     "use_beam_search": True,
     "length_penalty": 0.5,
     "prompt_logprobs": 1,
-    "cache_salt": "x",
     "guided_json": {},
     "guided_regex": "x",
     "guided_choice": ["a"],

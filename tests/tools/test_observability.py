@@ -28,6 +28,8 @@ def samples() -> dict[str, set[str]]:
         num_kv_blocks=10,
         num_state_slots=8,
         block_size=16,
+        num_checkpoints=6,
+        num_host_checkpoints=0,
         state_dtype="float32",
         linear_backend="auto",
         memory=MemoryUse(total=1, weights=1),
