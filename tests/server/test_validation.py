@@ -196,6 +196,7 @@ REFUSED = {
     "prompt_logprobs": 1,
     "cache_salt": "x",
     "guided_json": {},
+    "structural_tag": {},
     "guided_regex": "x",
     "guided_choice": ["a"],
     "guided_grammar": "x",
