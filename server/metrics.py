@@ -114,6 +114,8 @@ class EngineCollector(Collector):
         yield self._counter("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens_total)
         yield self._counter("generation_tokens", "Tokens generated.", stats.generation_tokens_total)
         yield self._counter("num_preemptions", "Sequences set back to the queue.", stats.preemptions_total)
+        for name in ("queries", "hits"):  # which dashboards divide
+            yield self._counter(f"prefix_cache_{name}", "There is no prefix cache.", 0)
         steps = stats.steps_total
         yield self._summary("engine_step_seconds", "Whole engine steps.", steps, stats.step_seconds_total)
         yield self._summary("schedule_seconds", "Scheduling in a step.", steps, stats.schedule_seconds_total)

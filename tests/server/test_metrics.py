@@ -38,6 +38,8 @@ async def test_the_engines_numbers_appear_under_vllms_names(client, engine):
     samples = await scrape(client)
     expected = {
         "num_requests_running": 3,
+        "prefix_cache_queries_total": 0,
+        "prefix_cache_hits_total": 0,
         "num_requests_waiting": 2,
         "kv_cache_usage_perc": 0.5,
         "state_slots_used": 4,
