@@ -132,10 +132,11 @@ class TextStream:
         """The text of a step. finish_reason "stop" may be set by a stop string before the engine knows of it; tokens
         that came after the one that completed it are dropped, so that an answer does not depend on what piled up."""
         num_before = self._num_output_tokens
-        text, stop = self._read(step)
+        pieces, stop = self._read(step)
         output = RequestOutput(
             request_id=step.request_id,
-            text=text,
+            text="".join(pieces),
+            pieces=pieces,
             token_ids=step.token_ids,
             logprobs=step.logprobs,
             prompt_logprobs=step.prompt_logprobs,
@@ -154,22 +155,26 @@ class TextStream:
             output.logprobs = step.logprobs and step.logprobs[:num_kept]
         return output
 
-    def _read(self, step: StepOutput) -> tuple[str, str | None]:
-        """(text that is safe to show, the stop string that ends it or None). Counts the tokens up to there."""
-        text = ""
+    def _read(self, step: StepOutput) -> tuple[list[str], str | None]:
+        """(text that is safe to show, by tokens; the stop string that ends it or None). Counts the tokens up to there.
+
+        What the end releases goes with the last token.
+        """
+        pieces: list[str] = []
         # The stop token itself is not part of the text, unless asked for.
         is_hidden = step.stop_token_id is not None and not self._params.include_stop_str_in_output
         num_visible = len(step.token_ids) - is_hidden
         for i, token_id in enumerate(step.token_ids):
             self._num_output_tokens += 1
             safe, stop = self._scan(self._detokenizer.push_one(token_id) if i < num_visible else "")
-            text += safe
+            pieces.append(safe)
             if stop is not None:
-                return text, stop
+                return pieces, stop
         if step.finish_reason is None:
-            return text, None
+            return pieces or [""], None
         safe, stop = self._scan(self._detokenizer.flush())
-        return text + safe + ("" if stop is not None else self._stops.flush()), stop
+        last = pieces.pop() if pieces else ""
+        return [*pieces, last + safe + ("" if stop is not None else self._stops.flush())], stop
 
     def _scan(self, text: str) -> tuple[str, str | None]:
         if not self._params.stop or self._num_output_tokens <= self._params.min_tokens:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,8 +19,16 @@ from typing import Any
 import numpy as np
 
 from .errors import CheckpointError, RequestError
+from .json_schema import MAX_OPEN_PROPERTIES, check_schema
 
 MAX_GRAMMAR_CHARS = 1 << 18
+MAX_CONJUNCTIONS = 8  # of regular expressions in one grammar, for llguidance's time doubles with every other one
+# Text that can only go on in one way would be looked up to its end, which a grammar like /a+/ "a" has not. The last
+# such line counts, so that no grammar can undo it.
+NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
+EMBEDDED = re.compile(r"%json\s*")
+LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
+MAX_ITEMS = 8 * MAX_OPEN_PROPERTIES + 500  # that a parser keeps in mind at one place; a property is 4 of them, or 7
 QUICK_SECONDS = 0.005  # for a token; what lies beyond is added up
 MAX_SLOW_SECONDS = 0.5  # of one answer
 WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -74,11 +83,24 @@ def make_matcher(grammar: str, tokenizer: Any) -> Any:
 
     if len(grammar) > MAX_GRAMMAR_CHARS:
         raise ValueError(f"the grammar has {len(grammar)} characters; at most {MAX_GRAMMAR_CHARS} are taken")
-    limits = LLParserLimits(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, max_grammar_size=200_000)
-    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits)
+    _check_explosive(grammar)
+    limits = LLParserLimits(
+        initial_lexer_fuel=500_000, step_lexer_fuel=100_000, max_grammar_size=200_000, max_items_in_row=MAX_ITEMS
+    )
+    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar + NO_FORCING), log_level=0, limits=limits)
     if matcher.is_error():
         raise ValueError(matcher.get_error())
     return matcher
+
+
+def _check_explosive(grammar: str) -> None:
+    """Raises `ValueError` for what none of llguidance's limits bounds."""
+    if LITERAL.sub("", grammar).count("&") > MAX_CONJUNCTIONS:
+        raise ValueError(f"the grammar has more than {MAX_CONJUNCTIONS} conjunctions (&)")
+    for found in EMBEDDED.finditer(grammar):
+        schema, _ = json.JSONDecoder().raw_decode(grammar, found.end())
+        if isinstance(schema, dict):
+            check_schema(schema)
 
 
 class Grammar:

@@ -57,6 +57,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
 
     request_id: str
     text: str = ""
+    pieces: list[str] = []  # `text`, cut where a token completed it: one for each of `token_ids`, and one at least
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -69,7 +70,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     num_cached_tokens: int | None = None  # likewise
 
     def extend(self, later: RequestOutput) -> None:
-        """Take in all but the text of what the same request got next: many small texts are better joined once."""
+        """Take in all but the text and its pieces of what the same request got next: many are better joined once."""
         self.token_ids += later.token_ids
         self.logprobs = _joined(self.logprobs, later.logprobs)
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason

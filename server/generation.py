@@ -98,8 +98,10 @@ async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
                 timer.observe(output)
                 _raise_if_failed(output)
                 yield job, output
-    except (RequestError, QueueFullError, QueueTimeoutError):  # it never began
+    except (RequestError, QueueFullError, QueueTimeoutError) as error:  # it never began
         reason = None
+        if getattr(error, "param", None) == "grammar":  # the engine's word for it
+            raise RequestError(f"{job.form_field} cannot be used: {error}", job.form_field) from None
         raise
     except Exception:
         reason = "error"

@@ -66,6 +66,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "routed_experts_prompt_start": (0,),
     "spaces_between_special_tokens": (True,),
     "stream_interval": (1,),
+    "structural_tag": (),
     "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
     "truncation_side": (),

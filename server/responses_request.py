@@ -22,6 +22,7 @@ from .tools import MAX_TOOLS
 from .validation import Prepared, prepare_conversation, read_body, typed
 
 LOGPROBS = "message.output_text.logprobs"
+ENCRYPTED = "reasoning.encrypted_content"  # thoughts come in the open, which serves the same end
 TEXT_FORMAT = {"type": "text"}
 MAX_METADATA = 16  # OpenAI's
 MAX_INCLUDED = 16
@@ -120,8 +121,9 @@ async def prepare_response(http: Request) -> PreparedResponse:
         chat = await prepare_conversation(chat_body, ServerState.of(http), ignored + unknown)
     except RequestError as error:
         raise names.renamed(error) from None
+    jobs = [replace(job, form_field=names.of(job.form_field)) for job in chat.jobs]
     left_out = [name.replace("tools[].function.", "tools[].") for name in chat.ignored]
-    return PreparedResponse(request, replace(chat, ignored=left_out))
+    return PreparedResponse(request, replace(chat, jobs=jobs, ignored=left_out))
 
 
 def _as_chat(request: ResponsesRequest, names: FieldNames) -> tuple[dict[str, Any], list[str]]:
@@ -136,26 +138,29 @@ def _as_chat(request: ResponsesRequest, names: FieldNames) -> tuple[dict[str, An
     else:
         conversation.add_items(request.input)
     response_format, unknown = _read_format(request.text)
+    with_logprobs, left_out = _read_include(request)
     body |= {
         "messages": conversation.messages,
         "max_completion_tokens": request.max_output_tokens,
-        "logprobs": _read_include(request),
+        "logprobs": with_logprobs,
         "response_format": response_format,
         "tools": _read_tools(request.tools, names),
         "tool_choice": _read_tool_choice(request.tool_choice),
     }
-    return drop_nulls(body), [*conversation.unknown, *unknown]
+    return drop_nulls(body), [*conversation.unknown, *unknown, *left_out]
 
 
-def _read_include(request: ResponsesRequest) -> bool:
-    """Whether log-probabilities are asked for."""
+def _read_include(request: ResponsesRequest) -> tuple[bool, list[str]]:
+    """(whether log-probabilities are asked for, what is left out)."""
     for index, name in enumerate(request.include):
-        if name != LOGPROBS:
+        if name not in (LOGPROBS, ENCRYPTED):
             where = f"include[{index}]"
-            raise UnsupportedParameterError(f"{where} must be {LOGPROBS!r}, got {name[:80]!r}", where)
-    if request.top_logprobs and not request.include:
+            message = f"{where} must be {LOGPROBS!r} or {ENCRYPTED!r}, got {name[:80]!r}"
+            raise UnsupportedParameterError(message, where)
+    with_logprobs = LOGPROBS in request.include
+    if request.top_logprobs and not with_logprobs:
         raise RequestError(f"top_logprobs needs include: [{LOGPROBS!r}]", "top_logprobs")
-    return bool(request.include)
+    return with_logprobs, [f"include.{ENCRYPTED}"] if ENCRYPTED in request.include else []
 
 
 def _read_format(text: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:

@@ -10,10 +10,9 @@ import msgspec
 
 from ..engine.outputs import RequestOutput
 from . import generation
-from .chat_messages import read_deltas
 from .errors import ApiError
 from .logprobs import chat_logprobs
-from .parsers.deltas import CallArguments, CallBegin, Content, Delta
+from .parsers.deltas import CallArguments, CallBegin, Content, Delta, Reasoning, merged
 from .protocol import ChatRequest
 from .responses_items import GrowingCall, GrowingItem, GrowingMessage, GrowingReasoning, Logprobs, make_id
 from .responses_request import ResponsesRequest
@@ -86,12 +85,22 @@ class ResponseWriter:
             yield Created(response=self.response)
             yield InProgress(response=self.response)
         self._logprobs += chat_logprobs(output.logprobs or [], self._num_top, self._token_names).content
-        for delta in read_deltas(self._parser, output):
+        for delta in self._read(output):
             yield from self._take(delta)
-        if isinstance(self._growing, GrowingReasoning):
-            self._num_reasoning_tokens = output.num_output_tokens
         if output.finish_reason is not None:
             yield from self._finish(output)
+
+    def _read(self, output: RequestOutput) -> list[Delta]:
+        """What one output adds, while a thought may go on token by token: so its tokens can be counted."""
+        deltas: list[Delta] = []
+        num_before = output.num_output_tokens - len(output.token_ids)
+        for number, piece in enumerate(output.pieces, start=1):
+            was_thinking = self._parser.is_thinking
+            read = self._parser.push(piece)
+            if was_thinking or self._parser.is_thinking or any(isinstance(delta, Reasoning) for delta in read):
+                self._num_reasoning_tokens = min(num_before + number, output.num_output_tokens)
+            deltas += read
+        return merged(deltas if output.finish_reason is None else [*deltas, *self._parser.finish()])
 
     def _take(self, delta: Delta) -> Iterator[Event]:
         match delta:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..engine.errors import ContextLengthError, RequestError
@@ -11,6 +11,7 @@ from ..engine.sampling_params import SEED_BOUND, SamplingParams
 from .prompts import Prompt
 from .protocol import GenerationRequest
 from .state import ServerState
+from .structured import Form
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 MAX_SHOWN_CHARS = 80
@@ -29,6 +30,7 @@ class Job:
     shown_ids: frozenset[int] = frozenset()  # control tokens that are text even where `params` hide them
     prefix_cache: bool = True
     cache_salt: str | None = None
+    form_field: str = "grammar"  # of the request, which the grammar in `params` was made of
 
     @property
     def first_index(self) -> int:
@@ -46,29 +48,28 @@ def make_jobs(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     shown_ids: frozenset[int] = frozenset(),
-    grammar: str | None = None,
+    form: Form | None = None,
 ) -> list[Job]:
     fields = _sampling_fields(request, state)
-    fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs, "grammar": grammar}
+    fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs, "grammar": form and form.grammar}
     jobs = []
     for prompt_index, prompt in enumerate(prompts):
         num_left = state.llm.client.info.max_model_len - len(prompt.token_ids)
         fields["max_tokens"] = _fit_context(asked, default_max_tokens, len(prompt.token_ids), num_left)
         for j in range(request.n):
             params = SamplingParams(**fields, seed=_seed_of(request.seed, j))
-            jobs.append(
-                Job(
-                    index=prompt_index * request.n + j,
-                    prompt_index=prompt_index,
-                    prompt_token_ids=prompt.token_ids,
-                    params=params,
-                    priority=request.priority,
-                    n=request.n,
-                    shown_ids=shown_ids,
-                    prefix_cache=request.prefix_cache,
-                    cache_salt=request.cache_salt,
-                )
+            job = Job(
+                index=prompt_index * request.n + j,
+                prompt_index=prompt_index,
+                prompt_token_ids=prompt.token_ids,
+                params=params,
+                priority=request.priority,
+                n=request.n,
+                shown_ids=shown_ids,
+                prefix_cache=request.prefix_cache,
+                cache_salt=request.cache_salt,
             )
+            jobs.append(job if form is None else replace(job, form_field=form.field))
     return jobs
 
 

@@ -27,6 +27,7 @@ from ..models.checkpoint import resolve
 from .app import create_app
 from .connection import max_sockets, uvicorn_config
 from .describe import banner
+from .starting import refusing
 from .trace_export import exporting_tracer
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | N
     starting = asyncio.create_task(client.start())
     try:
         # Both take seconds: the engine imports and loads while this process reads the tokenizer.
-        folder = await asyncio.to_thread(resolve, settings.model, settings.revision, weights=False)
-        tokenizer = await asyncio.to_thread(Tokenizer, folder)
-        info = await _unless_interrupted(starting)
+        async with refusing(listener, BACKLOG, settings.read_timeout):
+            folder = await asyncio.to_thread(resolve, settings.model, settings.revision, weights=False)
+            tokenizer = await asyncio.to_thread(Tokenizer, folder)
+            info = await _unless_interrupted(starting)
         if info is None:
             return 130
         name = settings.served_model_name or _model_name(settings.model)
@@ -68,7 +70,6 @@ async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | N
         app = create_app(llm, settings, model_name=name, tracer=tracer)
         app.state.server.grammars.prepare()
         address = _address(*listener.getsockname()[:2])
-        listener.listen(BACKLOG)  # who reads the address may come at once; uvicorn takes them a moment later
         print(banner(info, name=name, address=address, needs_key=_needs_key(settings)), flush=True)
         return await Service(settings, client, app).run(listener)
     except EngineDeadError as error:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..engine.errors import CheckpointError, RequestError
 from ..engine.grammar import GrammarCompiler, choice_rule, json_rule, regex_rule, require
@@ -30,7 +30,14 @@ _RULES: dict[str, Callable[[Any], str]] = {"json": json_rule, "regex": regex_rul
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
 
-async def read_grammar(request: GenerationRequest, answer: AnswerFormat, compiler: GrammarCompiler) -> str | None:
+class Form(NamedTuple):
+    """What an answer has to be, and the field of the request that says so."""
+
+    field: str
+    grammar: str
+
+
+async def read_form(request: GenerationRequest, answer: AnswerFormat, compiler: GrammarCompiler) -> Form | None:
     """The grammar that the request asks for, which compiles. Raises `RequestError`, naming the field."""
     asked = _read_format(request.response_format), _read_structured(request.structured_outputs)
     if asked[0] and asked[1]:
@@ -46,13 +53,13 @@ async def read_grammar(request: GenerationRequest, answer: AnswerFormat, compile
     return await checked(_lark(field, kind, value, answer), field, compiler)
 
 
-async def checked(grammar: str, field: str, compiler: GrammarCompiler) -> str:
-    """The grammar, once it has been compiled, aside. Raises `RequestError`."""
+async def checked(grammar: str, field: str, compiler: GrammarCompiler) -> Form:
+    """The form, once its grammar has been compiled, aside. Raises `RequestError`."""
     try:
         await asyncio.wrap_future(compiler.compile(grammar).compiling)
     except (ValueError, CheckpointError) as error:
         raise RequestError(f"{field} cannot be used: {error}", field) from None
-    return grammar
+    return Form(field, grammar)
 
 
 def _lark(field: str, kind: str, value: Any, answer: AnswerFormat) -> str:

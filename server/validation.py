@@ -40,7 +40,7 @@ from .protocol import (
 )
 from .sampling import Job, make_jobs
 from .state import ServerState
-from .structured import checked, read_grammar
+from .structured import checked, read_form
 from .tools import read_tools
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
@@ -76,7 +76,7 @@ async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
     prompts = await read_prompts(request, state)
     check_can_be_admitted(len(prompts), request.n, state.llm.client.info)
     prompt_logprobs = request.logprobs if request.echo else None
-    grammar = await read_grammar(request, AnswerFormat(), state.grammars)
+    form = await read_form(request, AnswerFormat(), state.grammars)
     jobs = make_jobs(
         request,
         state,
@@ -85,7 +85,7 @@ async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
         default_max_tokens=DEFAULT_MAX_TOKENS,
         logprobs=request.logprobs,
         prompt_logprobs=prompt_logprobs,
-        grammar=grammar,
+        form=form,
     )
     return Prepared(request, prompts, jobs, ignored)
 
@@ -109,9 +109,9 @@ async def prepare_conversation(
     prompt = Prompt(await encode_messages(request, state, tools))
     check_prompt(prompt.token_ids, state.llm.client.info, "messages")
     answer = answer_format(request, state, prompt.token_ids, with_tools=bool(tools))
-    grammar = await read_grammar(request, answer, state.grammars)
+    form = await read_form(request, answer, state.grammars)
     if (forced := forced_call(request, tools, answer)) is not None:
-        grammar = await checked(forced, "tools", state.grammars)
+        form = await checked(forced, "tools", state.grammars)
     logprobs = request.top_logprobs if request.logprobs else None
     jobs = make_jobs(
         request,
@@ -121,7 +121,7 @@ async def prepare_conversation(
         default_max_tokens=None,
         logprobs=logprobs,
         shown_ids=answer.shown_ids,
-        grammar=grammar,
+        form=form,
     )
     return Prepared(request, [prompt], jobs, ignored, answer)
 

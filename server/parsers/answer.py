@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from .deltas import CallArguments, CallBegin, Content, Delta, Parser, merged
 from .markers import Markers
+from .reasoning import Thinking
 
 
 class AnswerParser:
@@ -21,6 +22,11 @@ class AnswerParser:
         self._max_calls = max_calls
         self._held = ""  # content that may become a control token
         self.num_calls = 0
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether a thought is open."""
+        return isinstance(self._parser, Thinking) and self._parser.is_open
 
     def push(self, text: str) -> list[Delta]:
         return self._pass_on(self._parser.push(text))

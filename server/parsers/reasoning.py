@@ -25,6 +25,11 @@ class Thinking:
         self._read = self._read_opening
         self._thought = TrimmedText(follows_marker=True)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether what comes next belongs to the thought, its closing marker too."""
+        return self._read == self._read_thought or (self._has_begun and self._read == self._read_opening)
+
     def push(self, text: str) -> list[Delta]:
         self._text += text
         deltas: list[Delta] = []
@@ -34,7 +39,7 @@ class Thinking:
 
     def finish(self) -> list[Delta]:
         text, self._text = self._text, ""
-        if self._read == self._read_thought or (self._has_begun and self._read == self._read_opening):
+        if self.is_open:
             return merged([Reasoning(self._thought.write(text)), Reasoning(self._thought.finish())])
         return merged([*self._answer.push(text), *self._answer.finish()])
 

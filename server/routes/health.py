@@ -15,8 +15,8 @@ from ..state import ServerState, refuse_unless_ready
 router = APIRouter()
 
 
-@router.head("/health", include_in_schema=False)
-@router.get("/health", **documented(Health))
+@router.get("/health", **documented(Health))  # for the document: the next is asked first
+@router.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
 async def health(http: Request) -> Response:
     """200 while the engine answers; 503 when it is dead or the server is draining."""
     refuse_unless_ready(http)
@@ -28,8 +28,8 @@ async def version() -> Response:
     return json_response(Version(__version__))
 
 
-@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", **documented(None))
+@router.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)
 async def metrics(http: Request) -> Response:
     """Prometheus text."""
     return Response(ServerState.of(http).metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -257,6 +257,7 @@ def test_an_answer_does_not_depend_on_how_its_steps_pile_up(
         for output in rest:
             first.extend(output)
             first.text += output.text
+            first.pieces += output.pieces
         return first
 
     assert whole(merged(steps, sizes)) == whole(merged(steps, [1]))

@@ -11,6 +11,7 @@ from engines import DEVICE, answer, assert_nothing_held, drain, make_core, reque
 from leyden.engine import grammar
 from leyden.engine.errors import RequestError
 from leyden.engine.grammar import Grammar, choice_grammar, json_grammar, make_matcher, regex_grammar
+from leyden.engine.json_schema import MAX_OPEN_PROPERTIES
 from leyden.engine.llm import LLM
 from leyden.engine.sampling_params import SamplingParams
 from tiny_models import byte_tokenizer, random_prompt
@@ -93,17 +94,34 @@ def test_a_preempted_answer_goes_on_where_it_was():
     assert tight.core.stats().preemptions_total > 0
 
 
-@pytest.mark.parametrize(
-    "bad",
-    ["start: (((", "", "start: nothing\n", regex_grammar("(?=a)b"), "x" * (grammar.MAX_GRAMMAR_CHARS + 1)],
-    ids=["syntax", "empty", "rule", "look-around", "size"],
-)
+WIDE = {"type": "object", "properties": {f"p{i}": {} for i in range(MAX_OPEN_PROPERTIES + 1)}}
+JOINED = "start: A\nA: " + " & ".join(f"/.*a{i}.*/" for i in range(grammar.MAX_CONJUNCTIONS + 2))
+
+
+BAD = {
+    "syntax": "start: (((",
+    "empty": "",
+    "rule": "start: nothing\n",
+    "look-around": regex_grammar("(?=a)b"),
+    "size": "x" * (grammar.MAX_GRAMMAR_CHARS + 1),
+    "conjunctions": JOINED,
+    "wide": json_grammar({"type": "array", "items": WIDE}),
+    "hidden schema": "start: %json // {}\n{}",
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_a_bad_grammar_is_refused_and_the_others_go_on(llm, bad):
     with pytest.raises(RequestError, match="grammar") as error:
         llm.generate(["Once", "Once"], [SamplingParams(grammar=bad), SamplingParams()])
     assert error.value.param == "grammar"
     assert_nothing_held(llm.core)
     assert len(llm.generate("Once", SamplingParams(max_tokens=3))[0].token_ids) == 3
+
+
+def test_an_ampersand_in_a_text_or_pattern_is_no_conjunction(llm):
+    sound = "start: " + ' "a" '.join(['"&"', "/[&]/"] * grammar.MAX_CONJUNCTIONS)
+    make_matcher(sound, llm.tokenizer.for_grammars(llm.core.runner.model_config.vocab_size))
 
 
 def test_a_bad_grammar_among_others_in_the_engine(tiny):
@@ -170,6 +188,7 @@ BOMBS = {
     "backtracking": regex_grammar("(.*a){300}b"),
     "states": regex_grammar("(a|b)*a(a|b){500}"),
     "recursion": 'start: a\na: "x" a a | "y"\n',
+    "endless text": 'start: /a+/ "a"\n%llguidance {"no_forcing": false}',
     "endless reference": json_grammar({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
 }
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -153,6 +154,23 @@ async def test_second_signal_does_not_wait(serve):
     served.process.send_signal(signal.SIGINT)
     assert await asyncio.to_thread(served.process.wait, 20) == 0
     assert not exists(engine)
+
+
+def test_health_is_503_while_the_model_loads(checkpoint):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(checkpoint), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    seen = []
+    deadline = time.monotonic() + 60
+    while seen[-1:] != [200]:
+        assert time.monotonic() < deadline and process.poll() is None
+        with suppress(httpx.TransportError):
+            seen.append(httpx.get(f"http://127.0.0.1:{port}/health").status_code)
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    assert set(seen[:-1]) == {503}
 
 
 def test_ctrl_c_while_the_model_loads_leaves_nothing_behind(checkpoint):

@@ -26,12 +26,14 @@ async def test_an_unknown_route_is_404_in_the_envelope(client, error_of, method,
         ("DELETE", "/v1/models/tiny", "GET"),
         ("OPTIONS", "/tokenize", "POST"),
         ("POST", "/version", "GET"),
+        ("POST", "/health", "GET, HEAD"),
+        ("DELETE", "/metrics", "GET, HEAD"),
     ],
 )
 async def test_a_wrong_method_is_405_and_says_which_are_right(client, error_of, method, path, allowed):
     response = await client.request(method, path)
     error_of(response, 405)
-    assert response.headers["allow"] == allowed
+    assert sorted(response.headers["allow"].split(", ")) == sorted(allowed.split(", "))
 
 
 async def test_a_body_declared_too_large_is_413_before_it_is_read(make_client, error_of):

@@ -119,6 +119,26 @@ async def test_the_same_in_a_chat(chat, chunks_of, piling, body):
     assert len(chunks) == 3 * num_choices + 1, "per choice its role, all of its text and its reason; then usage"
 
 
+@pytest.mark.parametrize("num_piled", [1, 2, 7, 100])
+@pytest.mark.parametrize(
+    ("reply", "num_reasoning"),
+    [
+        ("<think>\nHm, é.\n</think>\n\nSunny", len("<think>\nHm, é.\n</think>".encode())),
+        ("<think>Hm", len("<think>Hm") + 1),  # and the token that ends it all
+        ("Sunny", 0),
+    ],
+    ids=["a thought and words", "an open thought", "words"],
+)
+async def test_reasoning_tokens_are_counted_however_many_pile_up(
+    make_client, engine, tokenizer, piling, reply, num_reasoning, num_piled
+):
+    tokenizer.chat_template = "<think>"
+    engine.reply = reply.encode()
+    piling.num_piled = num_piled
+    answer = (await make_client().post("/v1/responses", json={"input": "Hi"})).json()
+    assert answer["usage"]["output_tokens_details"] == {"reasoning_tokens": num_reasoning}
+
+
 async def test_continuous_usage_counts_the_tokens_of_each_chunk(complete, chunks_of, piling):
     piling.num_piled = 5
     options = {"include_usage": True, "continuous_usage_stats": True}

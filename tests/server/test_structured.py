@@ -12,6 +12,8 @@ import pytest
 from leyden.configs.schema import EngineConfig, ServerConfig
 from leyden.engine.async_llm import AsyncLLM
 from leyden.engine.client import InProcessClient
+from leyden.engine.errors import RequestError
+from leyden.engine.json_schema import MAX_OPEN_PROPERTIES
 from leyden.engine.tokenizer import Tokenizer
 from leyden.models.checkpoint import resolve
 from leyden.server.app import create_app
@@ -185,3 +187,39 @@ async def test_a_thought_comes_before_what_has_to_be_said(engine, tokenizer, mak
     answer = await make_client().post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
     assert "thought" in engine.requests[0].sampling_params.grammar
+
+
+ASKED = {
+    "response_format": ("/v1/completions", {"prompt": "Hi", "response_format": FORMAT}),
+    "structured_outputs.regex": ("/v1/chat/completions", {"structured_outputs": {"regex": "a+"}}),
+    "tools": ("/v1/chat/completions", {"tools": [TOOL], "tool_choice": "required"}),
+    "text.format": ("/v1/responses", {"input": "Hi", "text": {"format": {"type": "json_object"}}}),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "body"), ASKED.values(), ids=ASKED)
+async def test_what_the_engine_says_of_a_grammar_names_the_field_that_was_sent(
+    engine, tokenizer, make_client, error_of, monkeypatch, request, path, body, stream
+):
+    async def refuse(sent):
+        assert sent.sampling_params.grammar is not None
+        raise RequestError("grammar: too slow", "grammar")
+        yield
+
+    engine.info = msgspec.structs.replace(engine.info, max_model_len=4096)
+    tokenizer.chat_template = "tools <tool_call>"
+    monkeypatch.setattr(engine, "generate", refuse)
+    if "chat" in path:
+        body = body | {"messages": [{"role": "user", "content": "Hi"}]}
+    error = error_of(await make_client().post(path, json=body | {"stream": stream}), 400)
+    assert request.node.callspec.id.split("-")[0] in error["param"]
+    assert "too slow" in error["message"]
+
+
+async def test_a_schema_that_leaves_too_much_open_is_refused_at_the_door(engine, complete, error_of):
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(MAX_OPEN_PROPERTIES + 1)}}
+    asked = {"type": "json_schema", "json_schema": {"name": "wide", "schema": schema}}
+    error = error_of(await complete(response_format=asked), 400)
+    assert error["param"] == "response_format.json_schema.schema" and str(MAX_OPEN_PROPERTIES) in error["message"]
+    assert not engine.requests

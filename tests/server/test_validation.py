@@ -195,6 +195,7 @@ REFUSED = {
     "length_penalty": 0.5,
     "prompt_logprobs": 1,
     "guided_json": {},
+    "structural_tag": {},
     "guided_regex": "x",
     "guided_choice": ["a"],
     "guided_grammar": "x",

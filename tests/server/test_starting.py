@@ -1,0 +1,49 @@
+"""Before the model is loaded the port says so, and nobody who asks then is in the way of the server that follows."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+from leyden.server.serve import BACKLOG, bind
+from leyden.server.starting import refusing
+
+
+@pytest.fixture
+def listener():
+    with bind("127.0.0.1", 0) as sock:
+        yield sock
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_everything_is_503_with_retry_after_in_the_envelope(listener, error_of, method):
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/health"
+    async with refusing(listener, BACKLOG, read_timeout=5), httpx.AsyncClient() as http:
+        response = await http.request(method, url, content=b"x" * 1_000_000 * (method == "POST"))
+    assert error_of(response, 503)["type"] == "overloaded"
+    assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"x" * 1_000_000], ids=["nothing", "half a head", "no head"])
+async def test_who_does_not_ask_is_hung_up_on(listener, sent):
+    async with refusing(listener, BACKLOG, read_timeout=0.1):
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(sent)
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await asyncio.wait_for(reader.readexactly(1), 5)
+        writer.close()
+
+
+async def test_who_connects_at_the_end_is_served_by_what_follows(listener):
+    async with refusing(listener, BACKLOG, read_timeout=5):
+        pass
+    reader, writer = await asyncio.open_connection(*listener.getsockname())
+
+    async def greet(_, client):
+        client.write(b"served")
+        client.close()
+
+    async with await asyncio.start_server(greet, sock=listener):
+        assert await asyncio.wait_for(reader.read(), 5) == b"served"
+    writer.close()
