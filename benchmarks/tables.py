@@ -89,6 +89,46 @@ def api_process_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def prefix_cache_table(report: dict[str, Any]) -> str:
+    """Time to the first token by turn, with the cache and without."""
+    on, off = report["runs"]["on"], report["runs"]["off"]
+    aligned = " and ".join(f"{share:.0%} in blocks of {size}" for size, share in on["share_in_blocks_of"].items())
+    lines = [
+        f"Model {report['model']}, {report['hardware']}; {versions(report['software'])}. {report['conversations']} "
+        f"conversations of {report['turns']} turns, {report['users']} at a time, that begin with one of "
+        f"{report['systems']} system prompts of {report['system_tokens']:,} tokens (Zipf's law); each turn adds "
+        f"{report['message_tokens']} tokens and an answer of {report['answer_tokens']}. Of the tokens that an earlier "
+        f"prompt or answer began with, too, {on['cached_share']:.1%} were not computed again (if hits were whole "
+        f"blocks: at most {aligned}).",
+        "",
+        "| turn | first token without the cache, median | with it | |",
+        "|---:|---:|---:|---:|",
+    ]
+    for turn, without in off["first_token_ms"].items():
+        slow, fast = without["median"], on["first_token_ms"][turn]["median"]
+        lines.append(f"| {turn.removeprefix('turn ')} | {slow:.1f} ms | {fast:.1f} ms | {slow / fast:.1f}x |")
+    return "\n".join(lines)
+
+
+def prompt_lookup_table(dense: dict[str, Any], moe: dict[str, Any]) -> str:
+    """Tokens per second of one stream, with drafts and without."""
+    lines = [
+        f"{dense['hardware']}; {versions(dense['software'])}; one stream, greedy, up to {dense['speculative_tokens']} "
+        "drafts a step.",
+        "",
+        "| model | task | without drafts | with drafts | | tokens per step | drafts that were right |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, report in (("dense", dense), ("moe", moe)):
+        for task, runs in report["tasks"].items():
+            off, on = runs["off"]["tokens_per_s"], runs["on"]["tokens_per_s"]
+            share = runs["on"]["accepted_share"]
+            right = "none were made" if share is None else f"{share:.0%}"
+            cells = f"{off:,.0f} tokens/s | {on:,.0f} tokens/s | {on / off:.2f}x"
+            lines.append(f"| {name} | {task} | {cells} | {runs['on']['tokens_per_step']:.2f} | {right} |")
+    return "\n".join(lines)
+
+
 KERNEL_GROUPS = {
     "prefill": "Lightning prefill and mixed steps, time over the floor",
     "decode": "Lightning decode, time per step over the floor",
@@ -148,7 +188,9 @@ README, PERFORMANCE = "README.md", "docs/performance.md"
 TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "serving-cpu": (README, serving_table, ["serving-cpu"]),
     "serving-offline-h100": (README, offline_table, ["serving-dense-h100", "serving-moe-h100", "vllm-0.23-h100"]),
-    "serving-http-h100": (README, serving_table, ["serving-http-h100"]),
+    "serving-http-h200": (README, serving_table, ["serving-http-h200"]),
+    "prefix-cache-h200": (README, prefix_cache_table, ["prefix-cache-dense-h200"]),
+    "prompt-lookup-h200": (README, prompt_lookup_table, ["prompt-lookup-dense-h200", "prompt-lookup-moe-h200"]),
     "api-process-cpu": (README, api_process_table, ["api-process-cpu"]),
     "kernels-h100": (README, kernels_table, ["kernels-h100"]),
     "steps-dense-h100": (PERFORMANCE, steps_table, ["profile-dense-h100", "../configs/dense/config", "kernels-h100"]),

@@ -72,10 +72,10 @@ def test_a_table_has_a_place_if_and_only_if_its_run_is_recorded(tables, tmp_path
         (tmp_path / f"{name}.json").write_text((RESULTS / f"{name}.json").read_text())
     readme = "".join(f"<!-- {name} -->\nyesterday\n<!-- /{name} -->\n" for name in ("serving-cpu", "kernels-h100"))
     assert "yesterday" not in tables.render("README.md", readme, tmp_path)
-    with pytest.raises(SystemExit, match=r"serving-http-h100, which is not recorded"):
-        tables.render("README.md", readme + "<!-- serving-http-h100 -->\n<!-- /serving-http-h100 -->", tmp_path)
-    (tmp_path / "serving-http-h100.json").write_text(json.dumps(http_report()))
-    with pytest.raises(SystemExit, match="no place for it: <!-- serving-http-h100 -->"):
+    with pytest.raises(SystemExit, match=r"serving-http-h200, which is not recorded"):
+        tables.render("README.md", readme + "<!-- serving-http-h200 -->\n<!-- /serving-http-h200 -->", tmp_path)
+    (tmp_path / "serving-http-h200.json").write_text(json.dumps(http_report()))
+    with pytest.raises(SystemExit, match="no place for it: <!-- serving-http-h200 -->"):
         tables.render("README.md", readme, tmp_path)
 
 

@@ -541,3 +541,74 @@ def test_token_ids_run_over_the_border_of_prompt_and_answer():
     for start in range(6):
         for end in range(start, 6):
             assert both.token_ids(start, end) == whole[start:end]
+
+
+# -- scheduling that knows the cache ----------------------------------------------------------------------------------
+
+
+def cached(prompt: list[int], request_id: str, arrival: int, **fields) -> Sequence:
+    return sequence(prompt, request_id=request_id, arrival=arrival, uses_cache=True, **({"max_tokens": 1} | fields))
+
+
+def run_alone(scheduler: Scheduler, each: Sequence) -> None:
+    scheduler.add(each)
+    while scheduler.has_work:
+        step(scheduler)
+
+
+def test_of_those_that_wait_the_one_goes_first_of_which_most_is_cached():
+    scheduler = make_scheduler(blocks=40, slots=1, budget=64, checkpoints=8)
+    run_alone(scheduler, cached([5] * 20, "warm", 0))
+    scheduler.add(cached([9] * 20, "cold", 1))
+    scheduler.add(cached([5] * 19 + [6], "near", 2))
+    scheduler.add(cached([5] * 20, "nearest", 3))
+    scheduler.add(cached([5] * 20, "urgent but cold", 4, priority=-1))
+    order = []
+    while scheduler.has_work:
+        order += [s.request_id for s in step(scheduler).sequences if s.request_id not in order]
+    assert order == ["urgent but cold", "near", "nearest", "cold"]
+
+
+@pytest.mark.parametrize("arrivals_per_step", [1, 3])
+def test_nobody_is_passed_over_for_ever(arrivals_per_step):
+    """Hits keep coming, and a prompt that is not cached has its turn nevertheless."""
+    scheduler = make_scheduler(blocks=60, slots=1, budget=64, checkpoints=8, max_waiting=10_000)
+    run_alone(scheduler, cached([5] * 20, "warm", 0))
+    cold = cached([9] * 20, "cold", 1)
+    scheduler.add(cold)
+    num_before = arrival = 0
+    while cold.status is Status.WAITING:
+        for _ in range(arrivals_per_step):
+            arrival += 1
+            scheduler.add(cached([5] * 20, f"hit {arrival}", 1 + arrival))
+        step(scheduler)
+        num_before += cold.status is Status.WAITING
+        assert num_before < 10 * MAX_PASSED, "starved"
+    assert cold.num_passed == MAX_PASSED
+
+
+def test_who_shares_a_beginning_with_a_prompt_under_way_waits_for_it_and_nobody_else_does():
+    scheduler = make_scheduler(blocks=60, slots=4, budget=8, checkpoints=8)
+    scheduler.add(cached([5] * 20 + [1, 2, 3], "first", 1))
+    scheduler.add(cached([5] * 20 + [7, 8, 9], "second", 2))
+    scheduler.add(cached([4] * 6, "other", 3))
+    seen = []
+    while scheduler.has_work:
+        seen.append(rows(step(scheduler)))
+    counts = {}
+    for name, count in (row for batch in seen for row in batch):
+        counts[name] = counts.get(name, 0) + count
+    assert counts == {"first": 23, "second": 3, "other": 6}
+    started = {name: next(i for i, batch in enumerate(seen) if name in dict(batch)) for name in counts}
+    assert started["other"] < started["second"], "it has nothing to wait for"
+
+
+def test_who_waits_for_one_that_is_aborted_goes_on_alone():
+    scheduler = make_scheduler(blocks=60, slots=4, budget=8, checkpoints=8)
+    scheduler.add(cached([5] * 20 + [1, 2, 3], "first", 1))
+    scheduler.add(cached([5] * 20 + [7, 8, 9], "second", 2))
+    assert rows(step(scheduler)) == [("first", 8)]
+    scheduler.abort("first")
+    assert rows(step(scheduler)) == [("second", 8)]
+    while scheduler.has_work:
+        step(scheduler)
