@@ -87,6 +87,9 @@ class EngineConfig(BaseModel):
     host_checkpoint_gb: float = Field(
         0.0, ge=0, description="host memory for kept states that the device has no more room for, in GB"
     )
+    session_folder: Path | None = Field(
+        None, description="folder for saved conversations, /v1/sessions; default: none are saved"
+    )
     memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory to use")
     cpu_memory_gb: float = Field(2.0, gt=0, description="memory for state and KV cache on a CPU, in GB")
     num_kv_blocks: int | None = Field(None, ge=1, description="fix the KV cache's size instead of measuring")

@@ -90,7 +90,7 @@ class ModelRunner:
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start computing the scheduled tokens, which writes state and KV pools, and sampling where a row's tokens are
         complete. On CUDA nothing waits for the device, but for log-probabilities of a prompt."""
-        self._make_copies(scheduled.copies)
+        self.make_copies(scheduled.copies)
         rows = [scheduled.sequences[row] for row in scheduled.completing_rows]
         completing = [(sequence, len(sequence.output_token_ids)) for sequence in rows]
         arrays = batch_arrays(scheduled, self.block_size) | self.sampler.arrays(rows)
@@ -108,7 +108,8 @@ class ModelRunner:
             sampled = self.sampler.sample(logits, SamplingBatch.of(sent))
         return LaunchedStep(completing, sampled, self._prompt_logprobs(scheduled, hidden))
 
-    def _make_copies(self, copies: list[Copy]) -> None:
+    @torch.inference_mode()
+    def make_copies(self, copies: list[Copy]) -> None:
         """In their order; what is saved out of a ring is folded before. A slot is never saved after it was written to
         by another copy of the same step, so all may be folded at once."""
         pending = [(copy.slot, copy.num_pending) for copy in copies if isinstance(copy, Save) and copy.num_pending]

@@ -137,11 +137,15 @@ class Scheduler:
             sequence.leader.siblings.append(sequence)
 
     def abort(self, request_id: str) -> bool:
-        """Forget a sequence and free what it holds. False when it is not here (it may just have finished)."""
+        """Forget a sequence and free what it holds, but for what a session is to keep: its answer may be as long as its
+        client wants it. False when it is not here (it may just have finished)."""
         sequence = self._by_id.get(request_id)
         if sequence is None:
             return False
-        self.finish(sequence)
+        if sequence.session_id is not None and sequence.output_token_ids:
+            self.complete(sequence)
+        else:
+            self.finish(sequence)
         return True
 
     def expire(self, now: float) -> list[Sequence]:
@@ -205,7 +209,7 @@ class Scheduler:
         rows = [*prefilling, *decoding]
         copies: list[Copy] = []
         if rows:  # what is to be saved stays where it is until the next step
-            copies, self.reuse.copies = self.reuse.copies, copies
+            copies = self.reuse.take_copies()
         return ScheduledBatch(rows, [*prefilling.values(), *decoding.values()], len(prefilling), copies)
 
     def update(self, batch: ScheduledBatch) -> None:
