@@ -31,10 +31,11 @@ class AsyncLLM:
         *,
         num_siblings: int = 0,
         sibling_of: str | None = None,
+        session_id: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Deltas of one answer; the last one has a finish_reason. `shown_ids`: control tokens that are text even where
-        `params` hide them. Several answers to one prompt are siblings (`AddRequest`). Closing the iterator early aborts
-        the sequence.
+        `params` hide them. Several answers to one prompt are siblings, and one with a session's id can be saved
+        (`AddRequest`). Closing the iterator early aborts the sequence.
 
         Raises what `EngineClient.generate` raises.
         """
@@ -46,6 +47,7 @@ class AsyncLLM:
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
             num_siblings=num_siblings,
             sibling_of=sibling_of,
+            session_id=session_id,
             max_queue_seconds=self.max_queue_seconds,
         )
         text = TextStream(self.tokenizer, params, len(prompt_token_ids), shown_ids)

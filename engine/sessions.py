@@ -38,7 +38,7 @@ class Sessions:
     """The calls, and who makes them. `folder` None = every call is refused."""
 
     def __init__(self, folder: Path | None, runner: ModelRunner, reuse: Reuse) -> None:
-        self.folder = folder
+        self.folder = folder = None if folder is None else folder.expanduser()
         self._runner, self._reuse = runner, reuse
         self._waiting: deque[SessionCall] = deque()
         self._refused: list[SessionDone] = []

@@ -88,6 +88,7 @@ async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
         job.shown_ids,
         num_siblings=job.n - 1 if is_first else 0,
         sibling_of=None if is_first else f"{answer_id}-{job.first_index}",
+        session_id=job.session_id,
     )
     reason: str | None = "abort"  # unless its last output comes
     try:

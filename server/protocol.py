@@ -27,6 +27,8 @@ def _bound_entries(value: Any) -> Any:
     return value
 
 
+SESSION_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+SESSION_ID_SCHEMA = {"type": "string", "pattern": SESSION_ID_PATTERN}
 STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 TOKEN_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}}
 NumTokens = Annotated[int, Field(ge=0, le=INT32_MAX)]
@@ -207,6 +209,8 @@ class SamplingRequest(RequestModel):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX)
+    # Our own
+    session_id: str | None = Field(None, pattern=SESSION_ID_PATTERN)  # where sessions are off, it says who asks
 
 
 class GenerationRequest(SamplingRequest):

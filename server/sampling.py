@@ -27,6 +27,7 @@ class Job:
     priority: int
     n: int  # choices of this prompt
     shown_ids: frozenset[int] = frozenset()  # control tokens that are text even where `params` hide them
+    session_id: str | None = None  # under which its end can be saved
 
     @property
     def first_index(self) -> int:
@@ -48,6 +49,7 @@ def make_jobs(
 ) -> list[Job]:
     fields = _sampling_fields(request, state)
     fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs, "grammar": grammar}
+    session_id = _session_of(request, len(prompts), state.llm.client.info)
     jobs = []
     for prompt_index, prompt in enumerate(prompts):
         num_left = state.llm.client.info.max_model_len - len(prompt.token_ids)
@@ -55,8 +57,22 @@ def make_jobs(
         for j in range(request.n):
             params = SamplingParams(**fields, seed=_seed_of(request.seed, j))
             index = prompt_index * request.n + j
-            jobs.append(Job(index, prompt_index, prompt.token_ids, params, request.priority, request.n, shown_ids))
+            jobs.append(
+                Job(index, prompt_index, prompt.token_ids, params, request.priority, request.n, shown_ids, session_id)
+            )
     return jobs
+
+
+def _session_of(request: GenerationRequest, num_prompts: int, info: EngineInfo) -> str | None:
+    """A session is one conversation. Where there are none, the id only says who asks."""
+    if request.session_id is None or not info.has_sessions:
+        return None
+    if num_prompts * request.n > 1:
+        raise RequestError(
+            f"session_id needs one prompt and n = 1, got {num_prompts} and {request.n}: a session is one conversation",
+            "session_id",
+        )
+    return request.session_id
 
 
 def _sampling_fields(request: GenerationRequest, state: ServerState) -> dict[str, Any]:

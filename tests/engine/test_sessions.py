@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import os
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 from engines import DEVICE, answer, assert_nothing_held, drain, request
 from leyden.engine import conversations, session_copies, session_file, sessions
+from leyden.engine.client import InProcessClient, ProcessClient
 from leyden.engine.core import EngineCore
-from leyden.engine.errors import ConfigError, RequestError
+from leyden.engine.errors import ConfigError, EngineDeadError, RequestError, SessionError
 from leyden.engine.messages import SessionCall, SessionDone
 from leyden.engine.session_file import checksum
 from safetensors import safe_open
@@ -551,6 +553,42 @@ def test_a_bug_is_told_and_the_engine_goes_on(make_core, monkeypatch):
     nothing_taken(again)
     monkeypatch.setattr(session_copies.Carrier, "load", inner)
     done(again, "restore")
+
+
+@pytest.mark.parametrize("make", [InProcessClient, ProcessClient])
+async def test_a_session_outlives_its_engine(tiny, tmp_path, make):
+    config = engines.engine_config(tiny.folder, session_folder=tmp_path / "saved")
+    tokens: list[int] = []
+    async with asyncio.timeout(DEADLINE):
+        for prompt in (PROMPT, None):
+            client = make(config)
+            try:
+                info = await client.start()
+                if prompt is None:
+                    assert (await client.call_session("restore", "a")).num_tokens == len(PROMPT + tokens) - 1
+                    prompt = PROMPT + tokens + MORE
+                async for output in client.generate(request("r", prompt, max_tokens=5, session_id="a")):
+                    tokens += output.token_ids
+                await client.call_session("save", "a")
+                with pytest.raises(SessionError, match="no saved session") as error:
+                    await client.call_session("restore", "b")
+                assert error.value.code == "session_not_found" and info.has_sessions
+                cached = client.stats.prefix_cache_hits_total
+            finally:
+                await client.close()
+    assert cached == len(PROMPT) + 4
+    with pytest.raises(EngineDeadError):
+        await client.call_session("list")
+
+
+async def test_who_waits_for_a_session_is_told_of_the_engines_death(tiny, tmp_path, monkeypatch):
+    client = InProcessClient(engines.engine_config(tiny.folder, session_folder=tmp_path / "saved"))
+    await client.start()
+    monkeypatch.setattr(sessions.Sessions, "advance", lambda _: 1 / 0)
+    async with asyncio.timeout(DEADLINE):
+        with pytest.raises(EngineDeadError, match="ZeroDivisionError"):
+            await client.call_session("list")
+        await client.close()
 
 
 def test_a_folder_that_cannot_be_used_stops_the_start(make_core, tmp_path):
