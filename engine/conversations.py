@@ -1,7 +1,8 @@
-"""Which place of the prefix cache each session id stands for. Torch-free bookkeeping; nothing is kept alive by it."""
+"""Which place of the prefix cache each session id stands for. Nothing is kept there because of it."""
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -10,9 +11,9 @@ from .prefix_cache import Node, PrefixCache
 MAX_KNOWN = 4096  # ids; of more the longest unused is forgotten
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
-    """The end of its latest answer, or None when the cache has forgotten it, and the salt of its tree."""
+    """The end of its latest answer, None when the cache has forgotten it, and the salt of its tree."""
 
     node: Node | None
     salt: str | None
@@ -23,27 +24,22 @@ class Conversations:
 
     def __init__(self, cache: PrefixCache) -> None:
         self.cache = cache
-        self._known: OrderedDict[str, Conversation] = OrderedDict()
+        self._known: OrderedDict[str, tuple[weakref.ref[Node] | None, str | None]] = OrderedDict()
 
     def note(self, session_id: str, node: Node | None, salt: str | None) -> None:
         """From here on the id stands for the node."""
-        self._known[session_id] = Conversation(node, salt)
+        self._known[session_id] = (None if node is None else weakref.ref(node), salt)
         self._known.move_to_end(session_id)
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
-        for conversation in self._known.values():  # whose tokens would be kept for nothing
-            self._refresh(conversation)
 
     def find(self, session_id: str) -> Conversation | None:
-        conversation = self._known.get(session_id)
-        if conversation is not None:
-            self._known.move_to_end(session_id)
-            self._refresh(conversation)
-        return conversation
+        if session_id not in self._known:
+            return None
+        self._known.move_to_end(session_id)
+        found, salt = self._known[session_id]
+        node = None if found is None else found()
+        return Conversation(node if node is not None and self.cache.has_checkpoint(node) else None, salt)
 
     def forget(self, session_id: str) -> None:
         self._known.pop(session_id, None)
-
-    def _refresh(self, conversation: Conversation) -> None:
-        if conversation.node is not None and not self.cache.has_checkpoint(conversation.node):
-            conversation.node = None

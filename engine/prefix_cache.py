@@ -25,7 +25,7 @@ from .copies import Move
 Tokens = np.ndarray  # [N] int32
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Node:
     """The tokens from the root up to `end`; those after the parent's end are its own."""
 

@@ -26,16 +26,17 @@ from .session_file import (
     SessionHeader,
     checksum,
     make_header,
-    new_file,
     read_piece,
     rows_per_piece,
 )
-
-DEVICE_BYTES = NUM_READERS * PIECE_BYTES + (
-    1 << 20
-)  # that this takes on a CUDA device: a buffer each, and a few indices
+from .session_folder import new_file
 
 T = TypeVar("T")
+
+
+def device_bytes(max_model_len: int) -> int:
+    """That this takes on a CUDA device: a buffer per thread, and where each token is."""
+    return NUM_READERS * PIECE_BYTES + 8 * max_model_len
 
 
 class Place(NamedTuple):

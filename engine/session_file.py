@@ -12,17 +12,13 @@ nothing is as large as the file says before it is known to fit.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
 import stat
 import struct
-import tempfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,17 +32,14 @@ from torch import Tensor
 from ..models.errors import CheckpointError
 from ..models.weight_reader import DTYPES, StoredTensor, read, read_header
 from .errors import SessionError
-from .messages import SessionFile
+from .session_folder import not_found
 
-SUFFIX = ".safetensors"
 FORMAT = "leyden.session"
 VERSION = 1
 MAX_STATES = 2  # the end of the answer, and the one before: its prompt's, when no answer went between
 PIECE_BYTES = 8 << 20  # at most, and part of the format: it says where checksums begin
 WORDS = 512  # of 8 bytes, that are summed before they come into the checksum
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MAX_LISTED = 1000
 
 
 class Facts(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -160,58 +153,6 @@ def read_session(path: Path, layout: Layout) -> SessionHeader:
     return SessionHeader(path, tokens, facts.ends, facts.cache_salt, stored, checksums)
 
 
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[int]:
-    """A descriptor to write to; the file is at `path`, readable by this user alone, once the block has ended well.
-    Before, and after an error, whatever was there is. Raises `SessionError` when the disk has no room."""
-    temporary = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".part", dir=path.parent)  # mode 0600
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.rename(temporary, path)
-        temporary = None
-        _sync_folder(path.parent)
-    except OSError as error:
-        message = f"the session could not be written to session_folder: {error.strerror}"
-        raise SessionError(message, "session_no_room" if error.errno in NO_ROOM else "session_failed") from None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def list_files(folder: Path) -> tuple[list[SessionFile], bool]:
-    """The saved sessions, the latest first, and whether there are more than are listed. Opens none of them."""
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.endswith(SUFFIX) and entry.is_file(follow_symlinks=False):
-                status = entry.stat(follow_symlinks=False)
-                found.append(SessionFile(entry.name.removesuffix(SUFFIX), status.st_size, int(status.st_mtime)))
-    found.sort(key=lambda file: (-file.modified, file.session_id))
-    return found[:MAX_LISTED], len(found) > MAX_LISTED
-
-
-def delete_file(path: Path) -> int:
-    """Returns the bytes that it had. Raises `SessionError` when there is none."""
-    try:
-        num_bytes = os.lstat(path).st_size
-        path.unlink()
-    except FileNotFoundError:
-        raise not_found() from None
-    except OSError as error:
-        raise SessionError(f"the session's file cannot be deleted: {error.strerror}", "session_failed") from None
-    return num_bytes
-
-
-def not_found() -> SessionError:
-    return SessionError("there is no saved session of this id; GET /v1/sessions lists them", "session_not_found")
-
-
 def damaged(what: str) -> SessionError:
     return SessionError(
         f"the session's file is damaged: {what}; delete the session, and send its text", "session_damaged"
@@ -317,11 +258,3 @@ def _without(path: Path, error: Exception) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,6 @@ cache; what it yields is done in a thread of its own, while steps go on. Calls a
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Generator
@@ -20,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from ..models.fingerprint import fingerprint
+from . import session_folder
 from .errors import ConfigError, SessionError
 from .messages import SessionCall, SessionDone
 from .model_runner import ModelRunner
 from .reuse import Reuse
 from .session_copies import Carrier, Place, slots_of
-from .session_file import MAX_STATES, SUFFIX, Layout, delete_file, list_files, read_session
+from .session_file import MAX_STATES, Layout, read_session
+from .session_folder import SESSION_ID, SUFFIX, delete_file, list_files
 
 logger = logging.getLogger("leyden.engine")
 
-SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_CALLS = 64  # that wait
 Work = Generator[Callable[[], Any], Any, SessionDone]
 
@@ -181,8 +181,7 @@ class Sessions:
 
 def _prepare(folder: Path) -> None:
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        list_files(folder)
+        session_folder.prepare(folder)
     except OSError as error:
         raise ConfigError(f"session_folder = {folder}: {error.strerror}") from None
 

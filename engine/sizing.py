@@ -14,7 +14,7 @@ from .dummy_steps import StepLimits, serving_steps
 from .errors import ConfigError
 from .memory import MemoryPlan, MemoryUse, plan_memory
 from .sampler import Sampler
-from .session_copies import DEVICE_BYTES as SESSION_BYTES
+from .session_copies import device_bytes as session_bytes
 
 if TYPE_CHECKING:
     from .model_runner import ModelRunner
@@ -33,7 +33,7 @@ def size_pools(runner: ModelRunner, config: EngineConfig) -> tuple[MemoryPlan, M
     use = _measure(runner, config, max_model_len) if runner.device.type == "cuda" else _cpu_share(runner, config)
     use.weights += runner.model.position_bytes(max_model_len)
     if runner.device.type == "cuda" and config.session_folder is not None:
-        use.other += SESSION_BYTES
+        use.other += session_bytes(max_model_len)
     plan = plan_memory(
         use.unassigned,
         state_bytes_per_slot=runner.state_bytes_per_slot + Sampler.bytes_per_slot(runner.model_config.vocab_size),

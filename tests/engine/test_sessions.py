@@ -15,7 +15,7 @@ import engines
 import numpy as np
 import pytest
 from engines import DEVICE, answer, assert_nothing_held, drain, request
-from leyden.engine import conversations, session_copies, session_file, sessions
+from leyden.engine import conversations, session_copies, session_file, session_folder, sessions
 from leyden.engine.client import InProcessClient, ProcessClient
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ConfigError, EngineDeadError, RequestError, SessionError
@@ -467,6 +467,17 @@ def test_a_file_is_private_and_whole_or_not_there(make_core, monkeypatch):
     assert [path.name for path in core.sessions.folder.iterdir()] == ["a.safetensors"]
 
 
+def test_what_a_killed_server_left_is_removed_at_the_next_start(make_core):
+    core = make_core()
+    saved(core)
+    old, young = core.sessions.folder / ".a.x.part", core.sessions.folder / ".a.y.part"
+    for path in (old, young):
+        path.write_text("")
+    os.utime(old, (0, 0))
+    make_core()
+    assert {path.name for path in core.sessions.folder.iterdir()} == {"a.safetensors", young.name}
+
+
 def test_other_programs_read_it(make_core):
     core = make_core()
     conversation = saved(core)
@@ -483,11 +494,12 @@ def test_sessions_are_listed_and_deleted(make_core, monkeypatch):
     talk(core, session_id="b")
     size = done(core, "save", "b").num_bytes
     os.utime(path_of(core, "b"), (0, 0))
-    (core.sessions.folder / "notes.txt").write_text("not a session")
+    for name in ("notes.txt", "not an id.safetensors", ".safetensors"):
+        (core.sessions.folder / name).write_text("not a session")
     listed = done(core, "list", "")
     assert [(file.session_id, file.num_bytes) for file in listed.files] == [("a", size), ("b", size)]
     assert not listed.is_cut and listed.num_bytes == 2 * size
-    monkeypatch.setattr(session_file, "MAX_LISTED", 1)
+    monkeypatch.setattr(session_folder, "MAX_LISTED", 1)
     assert [file.session_id for file in done(core, "list", "").files] == ["a"] and done(core, "list", "").is_cut
     done(core, "delete")
     assert not path_of(core).exists()
