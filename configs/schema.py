@@ -93,6 +93,9 @@ class EngineConfig(BaseModel):
     speculative_max_rows: int = Field(
         8, ge=1, le=64, description="most sequences decoding for which steps bring drafts"
     )
+    session_folder: Path | None = Field(
+        None, description="folder for saved conversations, /v1/sessions; default: none are saved"
+    )
     memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory to use")
     cpu_memory_gb: float = Field(2.0, gt=0, description="memory for state and KV cache on a CPU, in GB")
     num_kv_blocks: int | None = Field(None, ge=1, description="fix the KV cache's size instead of measuring")

@@ -33,10 +33,11 @@ class AsyncLLM:
         cache_salt: str | None = None,
         num_siblings: int = 0,
         sibling_of: str | None = None,
+        session_id: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Deltas of one answer; the last one has a finish_reason. `shown_ids`: control tokens that are text even where
-        `params` hide them. `prefix_cache`, `cache_salt` and siblings, several answers to one prompt: see `AddRequest`.
-        Closing the iterator early aborts the sequence.
+        `params` hide them. `prefix_cache`, `cache_salt`, siblings (several answers to one prompt) and a session's id,
+        under which it can be saved: see `AddRequest`. Closing the iterator early aborts the sequence.
 
         Raises what `EngineClient.generate` raises.
         """
@@ -50,6 +51,7 @@ class AsyncLLM:
             cache_salt=cache_salt,
             num_siblings=num_siblings,
             sibling_of=sibling_of,
+            session_id=session_id,
             max_queue_seconds=self.max_queue_seconds,
         )
         text = TextStream(self.tokenizer, params, len(prompt_token_ids), shown_ids)

@@ -43,6 +43,12 @@ class BlockManager:
         """Extend the sequence's table to hold num_tokens. The caller has checked `missing` against `num_free`."""
         self.share(sequence, [self._free.pop() for _ in range(self.missing(sequence, num_tokens))])
 
+    def take(self, num_blocks: int) -> list[int]:
+        """Free blocks, for a holder that is no sequence. The caller has checked `num_free`."""
+        blocks = [self._free.pop() for _ in range(num_blocks)]
+        self.hold(blocks)
+        return blocks
+
     def share(self, sequence: Sequence, blocks: list[int]) -> None:
         """Extend the sequence's table by blocks that others hold too, and write no more."""
         self.hold(blocks)

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Protocol
@@ -31,6 +32,7 @@ from .errors import (
     QueueFullError,
     QueueTimeoutError,
     RequestError,
+    SessionError,
 )
 from .logs import LogFormat
 from .messages import (
@@ -40,6 +42,9 @@ from .messages import (
     EngineInfo,
     EngineStats,
     FromEngine,
+    SessionAction,
+    SessionCall,
+    SessionDone,
     Shutdown,
     StepOutputs,
     ToEngine,
@@ -68,6 +73,9 @@ class EngineClient(Protocol):
         Raises `RequestError`, `QueueFullError` or `QueueTimeoutError` before the first output, `EngineDeadError` at any
         time. Closing the iterator early aborts the sequence.
         """
+
+    async def call_session(self, action: SessionAction, session_id: str = "") -> SessionDone:
+        """Save, restore or delete a session, or list them. Raises `SessionError` or `EngineDeadError`."""
 
     async def wait_dead(self) -> str:
         """Returns why, when the engine dies by itself; never otherwise."""
@@ -123,6 +131,7 @@ class StreamingClient(ABC):
         self.info: EngineInfo
         self.stats = EngineStats()
         self._streams: dict[str, Stream] = {}
+        self._calls: dict[str, asyncio.Future[SessionDone]] = {}
         self._ready: asyncio.Future[EngineInfo]
         self._death: asyncio.Future[str]
         self._is_closing = False
@@ -162,6 +171,20 @@ class StreamingClient(ABC):
             if not is_finished and self.is_healthy:
                 self._send(AbortRequest(request.request_id))
 
+    async def call_session(self, action: SessionAction, session_id: str = "") -> SessionDone:
+        if not self.is_healthy:
+            raise EngineDeadError(self._reason())
+        call_id = uuid.uuid4().hex
+        future = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(SessionCall(call_id, action, session_id))
+            done = await future
+        finally:
+            del self._calls[call_id]
+        if done.error_code is not None:
+            raise SessionError(done.error or "the session call failed", done.error_code)
+        return done
+
     async def wait_dead(self) -> str:
         return await asyncio.shield(self._death)
 
@@ -179,6 +202,10 @@ class StreamingClient(ABC):
                     stream = self._streams.get(output.request_id)
                     if stream is not None:  # its reader may have left
                         stream.put(output)
+            case SessionDone():
+                future = self._calls.get(message.call_id)
+                if future is not None and not future.done():  # its caller may have left
+                    future.set_result(message)
             case EngineInfo():
                 if not self._ready.done():  # the start may have been cancelled
                     self._ready.set_result(message)
@@ -197,6 +224,9 @@ class StreamingClient(ABC):
     def _fail_streams(self, reason: str) -> None:
         for stream in self._streams.values():
             stream.fail(EngineDeadError(reason))
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineDeadError(reason))
 
     def _check_room(self) -> None:
         """The queue's bound, known here too, so that a refusal comes before any output of a request's other choices."""

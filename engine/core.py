@@ -21,13 +21,14 @@ from .outputs import ErrorCode, StepOutput, TokenLogprobs
 from .prefix_cache import PrefixCache
 from .scheduler import Scheduler
 from .sequence import Sequence, Status
+from .sessions import Sessions
 from .slots import SlotManager
 from .speculation import Speculation, can_draft, num_kept
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger("leyden.engine")
 
-COMPILER_SECONDS = 0.001
+IDLE_SECONDS = 0.001
 BAD_LOGITS = "the model gave NaN or infinite logits for this request"
 NOTHING_ALLOWED = "the grammar of this request allows no token here, or the model gave NaN or infinite logits"
 
@@ -58,6 +59,7 @@ class EngineCore:
             ring_capacity=self.runner.ring_size,
             speculation=Speculation(config.speculative_tokens, config.speculative_max_rows),
         )
+        self.sessions = Sessions(config.session_folder, self.runner, self.scheduler.reuse)
         self._stats = EngineStats()
         self._arrivals = 0
         self._next_look = 0.0  # for what has waited too long, on the clock of `time.monotonic`
@@ -69,7 +71,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._in_flight is not None
+        return self.scheduler.has_work or self._in_flight is not None or self.sessions.is_busy
 
     def add_request(self, request: AddRequest) -> None:
         """Queue a request. Raises `RequestError`, `ContextLengthError` or `QueueFullError`; then nothing is kept."""
@@ -90,9 +92,10 @@ class EngineCore:
             seed=seed,
             num_siblings=request.num_siblings if max_tokens else 0,
             leader=self._leader_of(request, max_tokens),
-            uses_cache=request.prefix_cache and max_tokens > 0 and params.prompt_logprobs is None,
+            uses_cache=_uses_cache(request, max_tokens),
             cache_salt=request.cache_salt,
             may_draft=can_draft(params),
+            session_id=request.session_id,
             deadline=math.inf if limit is None else time.monotonic() + limit,
             arrived_at=time.perf_counter(),
         )
@@ -141,7 +144,14 @@ class EngineCore:
                 f"{self.max_model_len}; shorten the prompt or the answer",
                 "max_tokens" if len(prompt) < self.max_model_len else "prompt",
             )
-        return room if params.max_tokens is None else params.max_tokens
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        if request.session_id is not None and not _uses_cache(request, max_tokens):
+            raise RequestError(
+                "session_id needs what the prefix cache keeps: leave out prefix_cache: false and the scores of the "
+                "prompt (echo with logprobs), and ask for at least one token",
+                "session_id",
+            )
+        return max_tokens
 
     def abort_request(self, request_id: str) -> None:
         """Forget a request and free what it holds. An id that is not here has just finished: nothing to do."""
@@ -163,8 +173,8 @@ class EngineCore:
             _keep_prompt_logprobs(launched)
             self.scheduler.update(batch)
             self._stats.steps_total += 1
-        elif self._compiling and self._in_flight is None:
-            time.sleep(COMPILER_SECONDS)  # nothing else to do: leave the processor to it
+        elif (self._compiling or self.sessions.is_busy) and self._in_flight is None:
+            time.sleep(IDLE_SECONDS)  # nothing else to do: leave the processor to other threads
         if self._is_async:
             launched, self._in_flight = self._in_flight, launched
         waiting = time.perf_counter()
@@ -228,6 +238,7 @@ class EngineCore:
             memory=runner.memory,
             state_bytes_per_slot=runner.state_bytes_per_slot,
             kv_bytes_per_token=runner.kv_bytes_per_token,
+            has_sessions=self.sessions.folder is not None,
             notes=plan.notes,
         )
 
@@ -357,6 +368,11 @@ def _end_queueing(started: list[Sequence], now: float) -> None:
     for sequence in started:
         if sequence.queue_seconds is None:
             sequence.queue_seconds = now - sequence.arrived_at
+
+
+def _uses_cache(request: AddRequest, max_tokens: int) -> bool:
+    """Whether it takes from the prefix cache and leaves something there. Who wants its prompt's scores computes it."""
+    return request.prefix_cache and max_tokens > 0 and request.sampling_params.prompt_logprobs is None
 
 
 def _failure(sequence: Sequence, message: str) -> StepOutput:

@@ -8,10 +8,13 @@ LeydenError
 │   └── ContextLengthError     prompt and answer do not fit          HTTP 400, code context_length_exceeded
 ├── QueueFullError         too many requests wait                    HTTP 429
 ├── QueueTimeoutError      a request waited too long for its start   HTTP 503
+├── SessionError           a session cannot be saved or restored     HTTP by its code: 400, 404, 409, 429, 500, 507
 └── EngineDeadError        the engine is gone                        HTTP 500 / 503
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from ..models.errors import CheckpointError, LeydenError
 
@@ -24,6 +27,20 @@ __all__ = [
     "QueueFullError",
     "QueueTimeoutError",
     "RequestError",
+    "SessionError",
+    "SessionErrorCode",
+]
+
+SessionErrorCode = Literal[
+    "sessions_disabled",  # there is no folder for them
+    "session_id_invalid",
+    "session_not_found",
+    "session_evicted",  # the prefix cache has forgotten it
+    "session_mismatch",  # the file is of another model or of other settings
+    "session_damaged",  # the file is not what was written
+    "session_no_room",  # in the pools, or on the disk
+    "session_queue_full",
+    "session_failed",  # our fault, or the disk's
 ]
 
 
@@ -53,6 +70,14 @@ class QueueFullError(LeydenError):
 
 class QueueTimeoutError(LeydenError):
     """The request was not started within its `max_queue_seconds`."""
+
+
+class SessionError(LeydenError):
+    """A session could not be saved, restored or deleted; nothing has changed."""
+
+    def __init__(self, message: str, code: SessionErrorCode) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class EngineDeadError(LeydenError):

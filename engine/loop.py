@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .core import EngineCore, refusal
 from .errors import QueueFullError, RequestError
-from .messages import AbortRequest, AddRequest, FromEngine, Shutdown, StepOutputs, ToEngine
+from .messages import AbortRequest, AddRequest, FromEngine, SessionCall, Shutdown, StepOutputs, ToEngine
 from .outputs import StepOutput
 
 # Returns the messages that are there; waits for one when `wait` is true.
@@ -21,6 +21,8 @@ def run_loop(core: EngineCore, receive: Receive, send: Callable[[FromEngine], No
             return
         outputs = [output for message in messages if (output := _handle(core, message)) is not None]
         outputs += core.step()
+        for done in core.sessions.advance():
+            send(done)
         if outputs or messages:
             send(StepOutputs(outputs=outputs, stats=core.stats()))
 
@@ -34,4 +36,6 @@ def _handle(core: EngineCore, message: ToEngine) -> StepOutput | None:
                 return refusal(message.request_id, error)
         case AbortRequest():
             core.abort_request(message.request_id)
+        case SessionCall():
+            core.sessions.add(message)
     return None

@@ -23,7 +23,7 @@ class MemoryUse(msgspec.Struct, kw_only=True):
     sampler: int = 0  # tables of token counts, one row per slot
     workspace: int = 0  # what the largest step takes at its peak beside all of these
     graphs: int = 0  # CUDA graphs
-    other: int = 0  # the CUDA context, compiled kernels, rounding, other processes
+    other: int = 0  # the CUDA context, compiled kernels, rounding, buffers of sessions, other processes
 
     def by_kind(self) -> dict[str, int]:
         """Every kind but `total`, which is their sum together with what is `unassigned`."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
+from .errors import SessionErrorCode
 from .memory import MemoryUse
 from .outputs import StepOutput
 from .sampling_params import SamplingParams
+
+SessionAction = Literal["save", "restore", "delete", "list"]
 
 
 class AddRequest(msgspec.Struct, tag="add", kw_only=True):
@@ -15,7 +20,8 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     `eos_token_ids` None = those of the checkpoint's config and generation config. `max_queue_seconds` None = it waits
     for its start as long as it takes. `num_siblings` more requests will follow at once that have the same prompt and
     name this one as `sibling_of`: the prompt is then computed once. `prefix_cache` False = it takes nothing from the
-    prefix cache and leaves nothing there; `cache_salt` = it shares only with requests of the same salt.
+    prefix cache and leaves nothing there; `cache_salt` = it shares only with requests of the same salt. `session_id` =
+    where its answer ends is known by that id, and can be saved.
     """
 
     request_id: str
@@ -26,6 +32,7 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     max_queue_seconds: float | None = None
     prefix_cache: bool = True
     cache_salt: str | None = None
+    session_id: str | None = None
     num_siblings: int = 0
     sibling_of: str | None = None
 
@@ -34,6 +41,15 @@ class AbortRequest(msgspec.Struct, tag="abort"):
     """Forget a sequence, whatever it is doing. Unknown ids are ignored: it may just have finished."""
 
     request_id: str
+
+
+class SessionCall(msgspec.Struct, tag="session"):
+    """Do something with the sessions' files. `call_id` is the caller's, and names the answer; `list` needs no
+    `session_id`."""
+
+    call_id: str
+    action: SessionAction
+    session_id: str = ""
 
 
 class Shutdown(msgspec.Struct, tag="shutdown"):
@@ -67,6 +83,7 @@ class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
     memory: MemoryUse
     state_bytes_per_slot: int
     kv_bytes_per_token: int
+    has_sessions: bool = False  # they can be saved
     notes: list[str] = []  # what was clamped, and why
 
 
@@ -102,6 +119,27 @@ class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True):
     stats: EngineStats
 
 
+class SessionFile(msgspec.Struct, frozen=True):
+    """A saved session. `modified` is in seconds since 1970."""
+
+    session_id: str
+    num_bytes: int
+    modified: int
+
+
+class SessionDone(msgspec.Struct, tag="session_done", kw_only=True):
+    """What became of a `SessionCall`: what was saved, restored or deleted, or an error and why."""
+
+    call_id: str
+    num_tokens: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0  # of work, without waiting for other calls
+    files: list[SessionFile] = []  # of `list`, the latest first
+    is_cut: bool = False  # there are more files
+    error: str | None = None
+    error_code: SessionErrorCode | None = None
+
+
 class EngineFailed(msgspec.Struct, tag="failed"):
     """The last message of an engine that cannot go on. `is_user_error` = a setting or checkpoint is wrong."""
 
@@ -109,5 +147,5 @@ class EngineFailed(msgspec.Struct, tag="failed"):
     is_user_error: bool = False
 
 
-ToEngine = AddRequest | AbortRequest | Shutdown
-FromEngine = EngineInfo | StepOutputs | EngineFailed
+ToEngine = AddRequest | AbortRequest | SessionCall | Shutdown
+FromEngine = EngineInfo | StepOutputs | SessionDone | EngineFailed

@@ -100,7 +100,7 @@ class ModelRunner:
         """Start computing the scheduled tokens, which writes state and KV pools, and sampling where a row's tokens are
         complete. On CUDA nothing waits for the device, but for log-probabilities of a prompt."""
         if scheduled.copies:
-            self._make_copies(scheduled.copies)
+            self.make_copies(scheduled.copies)
         self._decoding = self._decode_rows(scheduled)
         if self._decoding is not None:
             return self._decode(self._decoding)
@@ -122,7 +122,8 @@ class ModelRunner:
             sampled = self.sampler.sample(logits, SamplingBatch.of(sent))
         return LaunchedStep(rows, indices, sampled, self._prompt_logprobs(scheduled, hidden), drafts=drafts)
 
-    def _make_copies(self, copies: list[Copy]) -> None:
+    @torch.inference_mode()
+    def make_copies(self, copies: list[Copy]) -> None:
         """In their order, but for what is folded: that comes first, all at once. A slot in which tokens wait is not
         written to by another copy before it."""
         folds = [copy for copy in copies if isinstance(copy, Fold)]

@@ -25,7 +25,7 @@ from .copies import Move
 Tokens = np.ndarray  # [N] int32
 
 
-@dataclass(eq=False, repr=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True, weakref_slot=True)
 class Node:
     """The tokens from the root up to `end`; those after the parent's end are its own."""
 
@@ -52,6 +52,14 @@ class Match(NamedTuple):
         return self.node.end if self.node is not None else 0
 
 
+@dataclass(eq=False, slots=True)
+class Hold:
+    """Blocks and checkpoints that nobody else takes or writes to until they are let go, in the tree or not."""
+
+    blocks: list[int]
+    checkpoints: list[int]
+
+
 class PrefixCache:
     """The tree, and which checkpoints are free.
 
@@ -70,6 +78,7 @@ class PrefixCache:
         self._free_on_host = list(range(num_checkpoints + num_host_checkpoints - 1, num_checkpoints - 1, -1))
         self._roots: dict[str | None, Node] = {}  # by salt
         self._used: OrderedDict[Node, None] = OrderedDict()  # every node but the roots, least recently used first
+        self._holds: list[Hold] = []
 
     @property
     def num_checkpoints_used(self) -> int:
@@ -95,28 +104,81 @@ class PrefixCache:
             table += part.blocks
         return table
 
-    def insert(self, tokens: Tokens, table: list[int], salt: str | None = None) -> tuple[int | None, list[Move]]:
-        """Make a checkpoint after `tokens`, whose keys and values are in the blocks of `table`.
+    def insert(
+        self, tokens: Tokens, table: list[int], salt: str | None = None, min_tokens: int | None = None
+    ) -> tuple[int | None, list[Move]]:
+        """Make a checkpoint after `tokens`, whose keys and values are in the blocks of `table`, if it spares at least
+        `min_tokens` (None = the cache's own).
 
         Returns where the states are to be saved, None when there is no need or no room, and what has to be moved
         before. From here on the cache holds the blocks.
         """
-        if len(tokens) - self.match(tokens, salt).num_cached < self.min_tokens:
+        if len(tokens) - self.match(tokens, salt).num_cached < (self.min_tokens if min_tokens is None else min_tokens):
             return None, []
         checkpoint, moves = self._take_checkpoint()
         if checkpoint is None:
             return None, []
-        node, at, child = self._walk(tokens, salt)
-        if node is None:
-            node = self._roots[salt] = Node(None, tokens[:0], 0, [])
-        if child is not None:
-            node = self._split(child, at)
-        if at < len(tokens):
-            node = self._add(node, tokens, table)
+        node = self._node_at(tokens, table, salt)
         node.checkpoint = checkpoint
         self._used[node] = None
         self._used.move_to_end(node)
         return checkpoint, moves
+
+    def has_checkpoint(self, node: Node) -> bool:
+        """Whether the node is still in the tree, with its checkpoint."""
+        return node in self._used and node.checkpoint is not None
+
+    def hold(self, node: Node, most: int) -> tuple[Tokens, list[int], Hold]:
+        """Keep what a node in the tree stands for: (its tokens from the root on, the ends of the `most` deepest
+        checkpoints of its path, their checkpoints and the blocks of all the tokens)."""
+        path = _path(node)
+        kept = [part for part in path if part.checkpoint is not None][-most:]
+        hold = Hold(self.use(node), [part.checkpoint for part in kept if part.checkpoint is not None])
+        self.blocks.hold(hold.blocks)
+        self._holds.append(hold)
+        return np.concatenate([part.tokens for part in path]), [part.end for part in kept], hold
+
+    def take(self, num_blocks: int, num_checkpoints: int) -> tuple[Hold | None, list[Move]]:
+        """Free blocks and up to so many checkpoints, at least one, for contents that come from elsewhere. Returns them
+        and what has to be moved before they are written to. None when there is no room; then nothing was forgotten,
+        unless other holds are in the way."""
+        is_hopeless = not self.num_checkpoints or num_blocks > self.blocks.num_blocks - self.blocks.num_used
+        if is_hopeless or not self.make_room(num_blocks):
+            return None, []
+        hold = Hold(self.blocks.take(num_blocks), [])
+        self._holds.append(hold)
+        moves: list[Move] = []
+        for _ in range(num_checkpoints):
+            checkpoint, moved = self._take_checkpoint()
+            if checkpoint is not None:
+                hold.checkpoints.append(checkpoint)
+                moves += moved
+        if not hold.checkpoints:
+            self.let_go(hold)
+            return None, []
+        return hold, moves
+
+    def adopt(self, hold: Hold, tokens: Tokens, ends: list[int], salt: str | None = None) -> Node:
+        """Put what was taken, and is filled now, into the tree: the keys and values of the tokens are in its blocks,
+        the states after the first `end` tokens in the checkpoint of the same place. Lets go of the rest. Returns the
+        last end's node."""
+        for end, checkpoint in zip(ends, hold.checkpoints, strict=True):
+            node = self._node_at(tokens[:end], hold.blocks, salt)
+            if node.checkpoint is None:  # else somebody has computed it meanwhile
+                node.checkpoint = checkpoint
+            self._used[node] = None
+            self._used.move_to_end(node)
+        self.let_go(hold)
+        return node
+
+    def let_go(self, hold: Hold) -> None:
+        """What is in no use any more is free."""
+        self._holds.remove(hold)
+        self.blocks.let_go(hold.blocks)
+        in_tree = {node.checkpoint for node in self._used}
+        for checkpoint in hold.checkpoints:
+            if checkpoint not in in_tree:
+                self._free_checkpoint(checkpoint)
 
     def make_room(self, num_blocks: int, keep: Node | None = None) -> bool:
         """Forget leaves, least recently used first, until so many blocks are free; False when that is not enough."""
@@ -146,13 +208,16 @@ class PrefixCache:
             assert parent.children[int(node.tokens[0])] is node
             assert len(node.blocks) == self.blocks.blocks_for(node.end) - node.start // size
             assert node.checkpoint is not None or len(node.children) > 1, "a node of no use"
-        held = [node.checkpoint for node in found if node.checkpoint is not None]
+        owned = [node.checkpoint for node in found if node.checkpoint is not None]
+        assert len(set(owned)) == len(owned), "a checkpoint of two nodes"
+        held = {*owned, *(checkpoint for hold in self._holds for checkpoint in hold.checkpoints)}
         everything = range(self.num_checkpoints + self.num_host_checkpoints)
-        assert sorted(held + self._free + self._free_on_host) == list(everything), "checkpoints lost or owned twice"
+        assert sorted([*held, *self._free, *self._free_on_host]) == list(everything), "checkpoints lost or owned twice"
 
     def tables(self) -> Iterator[list[int]]:
-        """The blocks that each node holds."""
-        return (node.blocks for node in self._used)
+        """The blocks that each node holds, and each `Hold`."""
+        yield from (node.blocks for node in self._used)
+        yield from (hold.blocks for hold in self._holds)
 
     def _walk(self, tokens: Tokens, salt: str | None) -> tuple[Node | None, int, Node | None]:
         """(the deepest node whose tokens all agree, how many tokens agree, the child that agrees with some more)."""
@@ -172,17 +237,44 @@ class PrefixCache:
         """A free one on the device, if need be after sending the least recently used to the host."""
         if self._free or not self.num_checkpoints:
             return (self._free.pop() if self._free else None), []
-        victim = next(n for n in self._used if n.checkpoint is not None and n.checkpoint < self.num_checkpoints)
+        victim = self._least_used(on_host=False)
+        if victim is None:
+            return None, []
         taken = victim.checkpoint
         assert taken is not None
         if not self.num_host_checkpoints:
             self._drop_checkpoint(victim)
             return self._free.pop(), []
         if not self._free_on_host:
-            oldest = (n for n in self._used if n.checkpoint is not None and n.checkpoint >= self.num_checkpoints)
-            self._drop_checkpoint(next(oldest))
+            oldest = self._least_used(on_host=True)
+            if oldest is None:
+                return None, []
+            self._drop_checkpoint(oldest)
         victim.checkpoint = self._free_on_host.pop()
         return taken, [Move(taken, victim.checkpoint)]
+
+    def _least_used(self, *, on_host: bool) -> Node | None:
+        """The node that has waited longest of those whose checkpoint lies there and may be given away."""
+        held = {checkpoint for hold in self._holds for checkpoint in hold.checkpoints}
+        return next(
+            (
+                node
+                for node in self._used
+                if node.checkpoint is not None
+                and (node.checkpoint >= self.num_checkpoints) is on_host
+                and node.checkpoint not in held
+            ),
+            None,
+        )
+
+    def _node_at(self, tokens: Tokens, table: list[int], salt: str | None) -> Node:
+        """The node that ends with the last token, made if need be: its keys and values are in the blocks of `table`."""
+        node, at, child = self._walk(tokens, salt)
+        if node is None:
+            node = self._roots[salt] = Node(None, tokens[:0], 0, [])
+        if child is not None:
+            node = self._split(child, at)
+        return self._add(node, tokens, table) if at < len(tokens) else node
 
     def _split(self, child: Node, end: int) -> Node:
         """A new node at `end`, between the child and its parent."""
@@ -217,9 +309,13 @@ class PrefixCache:
     def _drop_checkpoint(self, node: Node) -> None:
         """Free the checkpoint, and with it every node that is now of no use."""
         assert node.checkpoint is not None
-        (self._free if node.checkpoint < self.num_checkpoints else self._free_on_host).append(node.checkpoint)
+        if not any(node.checkpoint in hold.checkpoints for hold in self._holds):
+            self._free_checkpoint(node.checkpoint)
         node.checkpoint = None
         self._tidy(node)
+
+    def _free_checkpoint(self, checkpoint: int) -> None:
+        (self._free if checkpoint < self.num_checkpoints else self._free_on_host).append(checkpoint)
 
     def _tidy(self, node: Node) -> None:
         """Remove a node without a checkpoint when it is a leaf; join it with its child when it has only one."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Mapping
 
+from .conversations import Conversations
 from .copies import Copy, Fold, Restore, Save
 from .prefix_cache import Match, PrefixCache, common_prefix
 from .sequence import Sequence
@@ -26,6 +27,7 @@ class Reuse:
         self.blocks = cache.blocks
         self.interval = interval
         self.copies: list[Copy] = []
+        self.conversations = Conversations(cache)
         self.num_queried_tokens = 0
         self.num_cached_tokens = 0
 
@@ -98,14 +100,23 @@ class Reuse:
         sequence.stops = [stop for stop in sequence.stops if stop > sequence.num_computed_tokens]
 
     def save_answer(self, sequence: Sequence) -> None:
-        """Save a sequence that is complete, with its answer."""
-        if sequence.uses_cache and sequence.state_slot is not None:
+        """Save a sequence that is complete, with its answer; one of a session however little that spares."""
+        if not sequence.uses_cache or sequence.state_slot is None:
+            return
+        if sequence.session_id is None:
             self._save(sequence)
+            return
+        self._save(sequence, min_tokens=1)
+        tokens = sequence.known_tokens(sequence.num_computed_tokens)
+        node = self.cache.match(tokens, sequence.cache_salt).node
+        is_whole = node is not None and node.end == len(tokens)
+        self.conversations.note(sequence.session_id, node if is_whole else None, sequence.cache_salt)
 
-    def _save(self, sequence: Sequence) -> None:
+    def _save(self, sequence: Sequence, min_tokens: int | None = None) -> None:
         assert sequence.state_slot is not None
         tokens = sequence.known_tokens(sequence.num_computed_tokens)
-        checkpoint, moves = self.cache.insert(tokens, sequence.block_table.tolist(), sequence.cache_salt)
+        table = sequence.block_table.tolist()
+        checkpoint, moves = self.cache.insert(tokens, table, sequence.cache_salt, min_tokens)
         self.copies += moves
         if checkpoint is not None:
             self.fold(sequence)
@@ -117,6 +128,11 @@ class Reuse:
             assert sequence.state_slot is not None
             self.copies.append(Fold(sequence.state_slot, sequence.num_pending_tokens))
             sequence.num_pending_tokens = 0
+
+    def take_copies(self) -> list[Copy]:
+        """What has been noted so far, for who makes it now."""
+        copies, self.copies = self.copies, []
+        return copies
 
     def waits(
         self, sequence: Sequence, match: Match, running: Iterable[Sequence], scheduled: Mapping[Sequence, int]

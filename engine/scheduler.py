@@ -150,11 +150,15 @@ class Scheduler:
             sequence.leader.siblings.append(sequence)
 
     def abort(self, request_id: str) -> bool:
-        """Forget a sequence and free what it holds. False when it is not here (it may just have finished)."""
+        """Forget a sequence and free what it holds, but for what a session is to keep: its answer may be as long as its
+        client wants it. False when it is not here (it may just have finished)."""
         sequence = self._by_id.get(request_id)
         if sequence is None:
             return False
-        self.finish(sequence)
+        if sequence.session_id is not None and sequence.output_token_ids:
+            self.complete(sequence)
+        else:
+            self.finish(sequence)
         return True
 
     def expire(self, now: float) -> list[Sequence]:
@@ -193,7 +197,7 @@ class Scheduler:
         if nobody_joins and not self.speculation.applies_to(len(self.running)):
             advance = self._steady.advance()
             if advance is not None:
-                return ScheduledBatch(advance.rows, [1] * len(advance.rows), 0, self._take_copies(), advance)
+                return ScheduledBatch(advance.rows, [1] * len(advance.rows), 0, self.reuse.take_copies(), advance)
         batch = self._schedule_anew()
         self._steady.follow(batch.sequences, batch.num_prefills, self.running)
         return batch
@@ -241,7 +245,7 @@ class Scheduler:
             for sequence in decoding:
                 self.reuse.fold(sequence)  # which only those with drafts left in a ring
         rows = [*prefilling, *decoding]
-        copies = self._take_copies() if rows else []  # what is to be saved stays where it is until the next step
+        copies = self.reuse.take_copies() if rows else []  # what is to be saved stays where it is until the next step
         return ScheduledBatch(rows, [*prefilling.values(), *decoding.values()], len(prefilling), copies)
 
     def _draft(self, rows: list[Sequence]) -> ScheduledBatch | None:
@@ -261,7 +265,7 @@ class Scheduler:
             if row.num_pending_tokens + 1 + len(row.drafts) > self.ring_capacity:
                 self.reuse.fold(row)
         counts = [1 + len(row.drafts) for row in rows]
-        return ScheduledBatch(rows, counts, len(rows), self._take_copies(), num_drafted=len(rows))
+        return ScheduledBatch(rows, counts, len(rows), self.reuse.take_copies(), num_drafted=len(rows))
 
     def _fitting(self, sequence: Sequence, drafts: list[int]) -> list[int]:
         """As many of the drafts as there are blocks for without putting anybody out."""
@@ -269,10 +273,6 @@ class Scheduler:
         if self.cache.make_room(self.blocks.missing(sequence, total)):
             self.blocks.grow(sequence, total)
         return drafts[: len(sequence.block_table) * self.blocks.block_size - sequence.num_computed_tokens - 1]
-
-    def _take_copies(self) -> list[Copy]:
-        copies, self.reuse.copies = self.reuse.copies, []
-        return copies
 
     def update(self, batch: ScheduledBatch) -> None:
         """Note that the batch is being computed: what it completes ends in `UNSEEN` until its tokens arrive. Of drafts

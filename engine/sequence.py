@@ -65,6 +65,7 @@ class Sequence:
     is_verifying: bool = False  # a step is under way that tells which of its drafts, perhaps none, are right
     uses_cache: bool = False  # it may begin with what the prefix cache holds, and leaves its own there
     cache_salt: str | None = None  # it shares with those of the same salt only
+    session_id: str | None = None  # under which its end is to be found, to be saved to a file
     num_cached_tokens: int | None = None  # that it began with; None until it is first admitted
     stops: list[int] = field(default_factory=list)  # increasing; after so many tokens of the prompt it is saved
     wanted_stops: set[int] = field(default_factory=set)  # where it parts from prompts that were computed beside it

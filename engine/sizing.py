@@ -14,6 +14,7 @@ from .dummy_steps import StepLimits, serving_steps
 from .errors import ConfigError
 from .memory import MemoryPlan, MemoryUse, plan_memory
 from .sampler import Sampler
+from .session_copies import device_bytes as session_bytes
 
 if TYPE_CHECKING:
     from .model_runner import ModelRunner
@@ -31,6 +32,8 @@ def size_pools(runner: ModelRunner, config: EngineConfig) -> tuple[MemoryPlan, M
     max_model_len = context_length(config, runner.model_config.max_model_len)
     use = _measure(runner, config, max_model_len) if runner.device.type == "cuda" else _cpu_share(runner, config)
     use.weights += runner.model.position_bytes(max_model_len)
+    if runner.device.type == "cuda" and config.session_folder is not None:
+        use.other += session_bytes(max_model_len)
     plan = plan_pools(
         config,
         use.unassigned,

@@ -28,7 +28,7 @@ from .middleware import (
     load_keys,
 )
 from .parsers.formats import ChatFormat
-from .routes import chat, completions, health, models, pages, responses, status, tokenize
+from .routes import chat, completions, health, models, pages, responses, sessions, status, tokenize
 from .state import ServerState
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str, tracer
         chat_format=ChatFormat.choose(settings, llm.tokenizer),
         grammars=GrammarCompiler(lambda: llm.tokenizer.for_grammars(llm.client.info.vocab_size)),
     )
-    for module in (completions, chat, responses, models, tokenize, health, status, pages):
+    for module in (completions, chat, responses, sessions, models, tokenize, health, status, pages):
         app.include_router(module.router)
     return app
 

@@ -10,7 +10,15 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..engine.errors import ContextLengthError, EngineDeadError, QueueFullError, QueueTimeoutError, RequestError
+from ..engine.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestError,
+    SessionError,
+    SessionErrorCode,
+)
 from ..engine.logs import printable
 
 logger = logging.getLogger("leyden.server")
@@ -21,12 +29,25 @@ ERROR_TYPES = {
     404: "invalid_request_error",
     405: "invalid_request_error",
     408: "invalid_request_error",
+    409: "invalid_request_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
     431: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "overloaded",
+    507: "overloaded",
+}
+SESSION_STATUS: dict[SessionErrorCode, int] = {
+    "sessions_disabled": 400,
+    "session_id_invalid": 400,
+    "session_not_found": 404,
+    "session_evicted": 409,
+    "session_mismatch": 409,
+    "session_damaged": 409,
+    "session_queue_full": 429,
+    "session_failed": 500,
+    "session_no_room": 507,
 }
 ERROR_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 INTERNAL_ERROR = "internal_error"
@@ -109,6 +130,8 @@ def describe(error: Exception) -> ApiError:
             return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
         case QueueTimeoutError():
             return overloaded(str(error))
+        case SessionError():
+            return _describe_session(error)
         case EngineDeadError():
             return ApiError(500, "the engine stopped before the answer was complete", code="engine_dead")
         case HTTPException():
@@ -127,6 +150,13 @@ def log_failure(request_id: str, error: Exception, answer: ApiError) -> None:
 
 def error_response(error: ApiError) -> Response:
     return Response(error.envelope(), error.status, error.headers, media_type="application/json")
+
+
+def _describe_session(error: SessionError) -> ApiError:
+    status = SESSION_STATUS[error.code]
+    headers = {"Retry-After": RETRY_AFTER_SECONDS} if status == 429 else None
+    param = "session_id" if error.code == "session_id_invalid" else None
+    return ApiError(status, str(error), param=param, code=error.code, headers=headers)
 
 
 def _describe_http(error: HTTPException) -> ApiError:

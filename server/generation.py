@@ -90,6 +90,7 @@ async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
         cache_salt=job.cache_salt,
         num_siblings=job.n - 1 if is_first else 0,
         sibling_of=None if is_first else f"{answer_id}-{job.first_index}",
+        session_id=job.session_id,
     )
     reason: str | None = "abort"  # unless its last output comes
     try:

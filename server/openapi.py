@@ -9,23 +9,26 @@ import msgspec
 from starlette.responses import Response
 
 from .errors import ErrorEnvelope
-from .protocol import RequestModel
+from .protocol import SESSION_ID_SCHEMA, RequestModel
 
 ERRORS = {
     400: "the request is malformed, or a value is out of bounds: `param` names it",
     401: "a key is required",
-    404: "no such model",
+    404: "no such model or session",
     408: "the body did not arrive in time",
+    409: "the session is not in the cache any more, or its file does not fit this model or is damaged",
     413: "the body is too large",
     415: "the body is not application/json",
     429: "the queue is full",
     431: "the headers are too large",
     500: "the server failed",
     503: "the server is overloaded, draining or without its engine",
+    507: "there is no room for the session, in the caches or on the disk",
 }
 ANY_ROUTE = (401, 413, 431, 500, 503)
 WITH_BODY = (400, 408, 415)
 GENERATING = (404, 429)
+PATH_SCHEMAS = {"session_id": SESSION_ID_SCHEMA}
 RETRY_AFTER = {"Retry-After": {"description": "seconds", "required": True, "schema": {"type": "string"}}}
 
 
@@ -56,7 +59,8 @@ def documented(
     if body is not None:
         extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _body_schema(body)}}}
     if path is not None:
-        extra["parameters"] = [{"name": path, "in": "path", "required": True, "schema": {"type": "string"}}]
+        schema = PATH_SCHEMAS.get(path, {"type": "string"})
+        extra["parameters"] = [{"name": path, "in": "path", "required": True, "schema": schema}]
     return {"response_class": Response, "openapi_extra": extra}
 
 

@@ -28,6 +28,8 @@ def _bound_entries(value: Any) -> Any:
     return value
 
 
+SESSION_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+SESSION_ID_SCHEMA = {"type": "string", "pattern": SESSION_ID_PATTERN}
 STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 TOKEN_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}}
 NumTokens = Annotated[int, Field(ge=0, le=INT32_MAX)]
@@ -209,8 +211,9 @@ class SamplingRequest(RequestModel):
     include_stop_str_in_output: bool = False
     priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX)
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT_CHARS)
-    # Our own: false takes nothing from the prefix cache and leaves nothing there.
-    prefix_cache: bool = True
+    # Our own
+    prefix_cache: bool = True  # false takes nothing from the prefix cache and leaves nothing there
+    session_id: str | None = Field(None, pattern=SESSION_ID_PATTERN)  # where sessions are off, it says who asks
 
 
 class GenerationRequest(SamplingRequest):

@@ -31,6 +31,7 @@ class Job:
     prefix_cache: bool = True
     cache_salt: str | None = None
     form_field: str = "grammar"  # of the request, which the grammar in `params` was made of
+    session_id: str | None = None  # under which its end can be saved
 
     @property
     def first_index(self) -> int:
@@ -52,6 +53,7 @@ def make_jobs(
 ) -> list[Job]:
     fields = _sampling_fields(request, state)
     fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs, "grammar": form and form.grammar}
+    session_id = _session_of(request, len(prompts), state.llm.client.info)
     jobs = []
     for prompt_index, prompt in enumerate(prompts):
         num_left = state.llm.client.info.max_model_len - len(prompt.token_ids)
@@ -68,9 +70,22 @@ def make_jobs(
                 shown_ids=shown_ids,
                 prefix_cache=request.prefix_cache,
                 cache_salt=request.cache_salt,
+                session_id=session_id,
             )
             jobs.append(job if form is None else replace(job, form_field=form.field))
     return jobs
+
+
+def _session_of(request: GenerationRequest, num_prompts: int, info: EngineInfo) -> str | None:
+    """A session is one conversation. Where there are none, the id only says who asks."""
+    if request.session_id is None or not info.has_sessions:
+        return None
+    if num_prompts * request.n > 1:
+        raise RequestError(
+            f"session_id needs one prompt and n = 1, got {num_prompts} and {request.n}: a session is one conversation",
+            "session_id",
+        )
+    return request.session_id
 
 
 def _sampling_fields(request: GenerationRequest, state: ServerState) -> dict[str, Any]:

@@ -140,6 +140,79 @@ def test_random_trees_stay_whole_and_know_what_was_left(block_size, seed):
     assert book.blocks.num_free == 60 and book.cache.num_checkpoints_used == 0
 
 
+def test_what_is_held_is_given_to_nobody():
+    book = Book(blocks=4, num_checkpoints=1, num_host_checkpoints=1)
+    book.leave("aaaa")
+    found, ends, hold = book.cache.hold(book.cache.match(tokens("aaaa")).node, 2)
+    assert (found.tolist(), ends, hold.checkpoints) == (tokens("aaaa").tolist(), [4], [0])
+    assert book.leave("bbbb") == (None, []), "the only checkpoint is held"
+    assert book.cache.make_room(3) and not book.cache.make_room(4)
+    book.check()
+    assert book.find("aaaa") == (0, 0) and book.blocks.num_free == 3, (
+        "it was forgotten, and is there until it is let go"
+    )
+    book.cache.let_go(hold)
+    assert book.blocks.num_free == 4 and book.leave("cccc") == (0, [])
+
+
+def test_what_was_taken_comes_into_the_tree_where_nothing_is():
+    book = Book(num_checkpoints=4)
+    book.leave("the cat")
+    hold, moves = book.cache.take(book.blocks.blocks_for(22), 2)
+    assert hold is not None and not moves and book.find("the cat sat on the mat") == (7, 7)
+    book.leave("the cat sat")  # somebody computes it meanwhile
+    node = book.cache.adopt(hold, tokens("the cat sat on the mat"), [11, 22])
+    book.check()
+    assert node.end == 22 and book.find("the cat sat on the mat") == (22, 22)
+    assert book.cache.num_checkpoints_used == 3, "the checkpoint in the way is free again"
+    assert book.blocks.num_cached == 2 + 2 + 4, "of the blocks those that end in a node of their own are kept"
+
+
+def test_nothing_is_forgotten_for_what_could_never_fit():
+    book = Book(blocks=4, num_checkpoints=4)
+    book.leave("aaaa")
+    runner = sequence(8)
+    book.blocks.grow(runner, 8)
+    assert book.cache.take(3, 1) == (None, []) and book.find("aaaa") == (4, 4)
+    assert Book(num_checkpoints=0).cache.take(1, 1) == (None, [])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_holds_leave_the_tree_whole(seed):
+    rng = random.Random(seed)
+    device, host = rng.choice([1, 3, 20]), rng.choice([0, 2])
+    book = Book(blocks=40, block_size=rng.choice([1, 4]), num_checkpoints=device, num_host_checkpoints=host)
+    holds: list = []
+    for _ in range(300):
+        text = "".join(rng.choice("ab") for _ in range(rng.randint(1, 14)))
+        match = book.cache.match(tokens(text))
+        if rng.random() < 0.2 and match.node is not None:
+            holds.append((book.cache.hold(match.node, rng.randint(1, 2))[2], None))
+        elif rng.random() < 0.2:
+            hold, _ = book.cache.take(book.blocks.blocks_for(len(text)), rng.randint(1, 2))
+            if hold is not None:
+                assert all(node.checkpoint not in hold.checkpoints for node in book.cache._used)
+                holds.append((hold, text))
+        elif rng.random() < 0.5 and holds:
+            hold, text = holds.pop(rng.randrange(len(holds)))
+            ends = [len(text) // 2, len(text)][-len(hold.checkpoints) :] if text else []
+            if text and 0 not in ends and rng.random() < 0.7:
+                book.cache.adopt(hold, tokens(text), ends)
+                assert book.find(text)[0] == len(text)
+            else:
+                book.cache.let_go(hold)
+        elif book.cache.make_room(book.blocks.blocks_for(len(text))):
+            checkpoint, moves = book.leave(text)
+            held = {each for hold, _ in holds for each in hold.checkpoints}
+            assert checkpoint not in held and not held & {place for move in moves for place in move}
+        book.check()
+    for hold, _ in holds:
+        book.cache.let_go(hold)
+    book.cache.clear()
+    book.check()
+    assert book.blocks.num_free == 40 and book.cache.num_checkpoints_used == book.cache.num_host_checkpoints_used == 0
+
+
 def test_common_prefixes():
     pairs = [("", ""), ("a", ""), ("abc", "abd"), ("abc", "abc"), ("abc", "abcd"), ("xbc", "abc")]
     assert [common_prefix(tokens(a), tokens(b)) for a, b in pairs] == [0, 0, 2, 3, 3, 0]

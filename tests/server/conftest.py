@@ -14,7 +14,7 @@ from leyden.configs.schema import ServerConfig
 from leyden.engine.async_llm import AsyncLLM
 from leyden.engine.errors import EngineDeadError, QueueFullError, RequestError
 from leyden.engine.memory import MemoryUse
-from leyden.engine.messages import EngineInfo, EngineStats
+from leyden.engine.messages import EngineInfo, EngineStats, SessionDone
 from leyden.engine.outputs import StepOutput, TokenLogprobs
 from leyden.server.app import create_app
 from leyden.server.connection import uvicorn_config
@@ -96,6 +96,7 @@ class FakeEngine:
             linear_backend="minimax",
             kernels="torch",
             num_state_slots=8,
+            has_sessions=True,
             max_waiting=1024,
             num_kv_blocks=10,
             num_checkpoints=6,
@@ -120,6 +121,17 @@ class FakeEngine:
         self.requests = []
         self.num_open = 0
         self.num_aborted = 0
+        self.calls = []  # (action, session id)
+        self.session_error = None
+        self.session_done = SessionDone(call_id="1", num_tokens=7, num_bytes=100, seconds=0.5)
+
+    async def call_session(self, action, session_id=""):
+        if not self.is_healthy:
+            raise EngineDeadError("secret internals: dead")
+        self.calls.append((action, session_id))
+        if self.session_error is not None:
+            raise self.session_error
+        return self.session_done
 
     async def generate(self, request):
         if not self.is_healthy:

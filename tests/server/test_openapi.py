@@ -30,7 +30,9 @@ CHECKS = [
 GENERATE = ["/v1/completions", "/v1/chat/completions", "/v1/responses"]
 TAKE_A_BODY = [*GENERATE, "/tokenize", "/detokenize"]
 ROUTERS = ["/load", "/server_info", "/get_model_info"]
-OTHERS = ["/v1/models", "/v1/models/{model_id}", "/health", "/version", "/metrics", *ROUTERS]
+SESSIONS = ["/v1/sessions", "/v1/sessions/{session_id}"]
+SESSIONS += [f"/v1/sessions/{{session_id}}/{action}" for action in ("save", "restore", "delete")]
+OTHERS = [*SESSIONS, "/v1/models", "/v1/models/{model_id}", "/health", "/version", "/metrics", *ROUTERS]
 SOUND, UNSOUND = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 
 

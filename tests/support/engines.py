@@ -60,6 +60,7 @@ def request(
     sibling_of: str | None = None,
     prefix_cache: bool = True,
     cache_salt: str | None = None,
+    session_id: str | None = None,
     **params: Any,
 ) -> AddRequest:
     """Greedy unless told otherwise, and without the checkpoint's stop ids."""
@@ -74,6 +75,7 @@ def request(
         sibling_of=sibling_of,
         prefix_cache=prefix_cache,
         cache_salt=cache_salt,
+        session_id=session_id,
     )
 
 
@@ -87,6 +89,7 @@ def drain(core: EngineCore, *requests: AddRequest, max_steps: int = 2000) -> dic
             break
         for output in core.step():
             answers.setdefault(output.request_id, Answer()).add(output)
+        core.sessions.advance()
         core.check_integrity()
     assert not core.has_work, "the engine does not come to an end"
     assert_nothing_held(core)

@@ -1,0 +1,98 @@
+"""Saved conversations: GET /v1/sessions, POST /v1/sessions/{id}/save and /restore, DELETE /v1/sessions/{id}.
+
+The files are the engine's; this process opens none of them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ...engine.messages import SessionAction, SessionDone
+from ..openapi import documented
+from ..responses import json_response
+from ..state import ServerState, refuse_unless_ready
+
+router = APIRouter()
+
+
+class SessionState(msgspec.Struct):
+    """What was saved or restored, and how long that took in the engine."""
+
+    id: str
+    object: Literal["session"]
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+class DeletedSession(msgspec.Struct):
+    id: str
+    object: Literal["session"]
+    deleted: Literal[True]
+
+
+class SavedSession(msgspec.Struct):
+    """`modified` is in seconds since 1970."""
+
+    id: str
+    object: Literal["session"]
+    bytes: int
+    modified: int
+
+
+class SessionList(msgspec.Struct):
+    """The latest first. `has_more`: there are more than are listed."""
+
+    object: Literal["list"]
+    data: list[SavedSession]
+    has_more: bool
+
+
+@router.get("/v1/sessions", **documented(SessionList, 400, 429))
+async def list_sessions(http: Request) -> Response:
+    """The files of saved sessions."""
+    refuse_unless_ready(http)
+    done = await ServerState.of(http).llm.client.call_session("list")
+    saved = [SavedSession(file.session_id, "session", file.num_bytes, file.modified) for file in done.files]
+    return json_response(SessionList("list", saved, done.is_cut))
+
+
+@router.post("/v1/sessions/{session_id}/save", **documented(SessionState, 400, 404, 409, 429, 507, path="session_id"))
+async def save_session(http: Request) -> Response:
+    """Write the latest conversation of this `session_id` to its file."""
+    return _state_of(http, await _call(http, "save"))
+
+
+@router.post(
+    "/v1/sessions/{session_id}/restore", **documented(SessionState, 400, 404, 409, 429, 507, path="session_id")
+)
+async def restore_session(http: Request) -> Response:
+    """Read the session's file, so that the next turn of the conversation computes its new tokens alone."""
+    return _state_of(http, await _call(http, "restore"))
+
+
+@router.delete("/v1/sessions/{session_id}", **documented(DeletedSession, 400, 404, 429, path="session_id"))
+@router.post("/v1/sessions/{session_id}/delete", **documented(DeletedSession, 400, 404, 429, path="session_id"))
+async def delete_session(http: Request) -> Response:
+    """Delete the session's file, and forget its id."""
+    await _call(http, "delete")
+    return json_response(DeletedSession(_id_of(http), "session", True))
+
+
+async def _call(http: Request, action: SessionAction) -> SessionDone:
+    refuse_unless_ready(http)
+    return await ServerState.of(http).llm.client.call_session(action, _id_of(http))
+
+
+def _state_of(http: Request, done: SessionDone) -> Response:
+    return json_response(SessionState(_id_of(http), "session", done.num_tokens, done.num_bytes, done.seconds))
+
+
+def _id_of(http: Request) -> str:
+    session_id: str = http.path_params["session_id"]
+    return session_id
