@@ -44,6 +44,7 @@ class Conversation:
     messages: list[list[int]]
     prompt: list[int]
     params: SamplingParams
+    beginning: int  # tokens of the system prompt
     turn: int = 0
 
 
@@ -134,7 +135,7 @@ def make_conversations(arguments: argparse.Namespace, core: EngineCore, seed: in
     conversations = []
     for chosen in rng.choices(range(arguments.systems), weights, k=arguments.conversations):
         messages = [rng.choices(vocabulary, k=arguments.message_tokens) for _ in range(arguments.turns)]
-        conversations.append(Conversation(messages, list(systems[chosen]), params))
+        conversations.append(Conversation(messages, list(systems[chosen]), params, arguments.system_tokens))
     return conversations
 
 
@@ -177,7 +178,9 @@ def start_turn(
     request_id = f"turn-{len(turns)}"
     turns.append(turn)
     open_[request_id] = (conversation, turn)
-    core.add_request(AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling_params=conversation.params))
+    request = AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling_params=conversation.params)
+    request.beginning = conversation.beginning if turn.number == 1 else 0  # as the server says of a first message
+    core.add_request(request)
 
 
 def summary(turns: list[Turn], seconds: float) -> dict[str, Any]:

@@ -31,13 +31,14 @@ class AsyncLLM:
         *,
         prefix_cache: bool = True,
         cache_salt: str | None = None,
+        beginning: int = 0,
         num_siblings: int = 0,
         sibling_of: str | None = None,
         session_id: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Deltas of one answer; the last one has a finish_reason. `shown_ids`: control tokens that are text even where
-        `params` hide them. `prefix_cache`, `cache_salt`, siblings (several answers to one prompt) and a session's id,
-        under which it can be saved: see `AddRequest`. Closing the iterator early aborts the sequence.
+        `params` hide them. `prefix_cache`, `cache_salt`, `beginning`, siblings (several answers to one prompt) and a
+        session's id, under which it can be saved: see `AddRequest`. Closing the iterator early aborts the sequence.
 
         Raises what `EngineClient.generate` raises.
         """
@@ -49,6 +50,7 @@ class AsyncLLM:
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
             prefix_cache=prefix_cache,
             cache_salt=cache_salt,
+            beginning=beginning,
             num_siblings=num_siblings,
             sibling_of=sibling_of,
             session_id=session_id,

@@ -94,6 +94,7 @@ class EngineCore:
             leader=self._leader_of(request, max_tokens),
             uses_cache=_uses_cache(request, max_tokens),
             cache_salt=request.cache_salt,
+            wanted_stops={request.beginning} if request.beginning else set(),
             may_draft=can_draft(params),
             session_id=request.session_id,
             deadline=math.inf if limit is None else time.monotonic() + limit,

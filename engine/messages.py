@@ -20,8 +20,9 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     `eos_token_ids` None = those of the checkpoint's config and generation config. `max_queue_seconds` None = it waits
     for its start as long as it takes. `num_siblings` more requests will follow at once that have the same prompt and
     name this one as `sibling_of`: the prompt is then computed once. `prefix_cache` False = it takes nothing from the
-    prefix cache and leaves nothing there; `cache_salt` = it shares only with requests of the same salt. `session_id` =
-    where its answer ends is known by that id, and can be saved.
+    prefix cache and leaves nothing there; `cache_salt` = it shares only with requests of the same salt; `beginning` =
+    so many of the prompt's first tokens are likely to be those of other prompts, too. `session_id` = where its answer
+    ends is known by that id, and can be saved.
     """
 
     request_id: str
@@ -32,6 +33,7 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     max_queue_seconds: float | None = None
     prefix_cache: bool = True
     cache_salt: str | None = None
+    beginning: int = 0
     session_id: str | None = None
     num_siblings: int = 0
     sibling_of: str | None = None

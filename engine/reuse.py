@@ -1,8 +1,8 @@
 """What sequences take from the prefix cache and leave in it, and who waits for whom.
 
-A prompt is computed in chunks that end where a checkpoint is worth while: before its last token, which every sequence
-has to feed to get its first one; where it parts from another prompt; and every `interval` tokens. An answer that is
-complete leaves one at its end, where the next turn of a conversation begins.
+A prompt is computed in chunks that end where a checkpoint is worth while: where it parts from another prompt, or is
+told that it is likely to; before its last token, which every sequence has to feed to get its first one; and every
+`interval` tokens. An answer that is complete leaves one at its end, where the next turn of a conversation begins.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .prefix_cache import Match, PrefixCache, common_prefix
 from .sequence import Sequence
 
 NOTHING = Match(None, 0)
+ANSWER_TOKENS = 16  # that an answer's end must spare: it costs no step, and is where the next turn goes on
 MAX_WAITS = 4  # sequences that one waits for in its life, one after another
 
 
@@ -75,12 +76,12 @@ class Reuse:
         last = sequence.num_prompt_tokens - 1
         if not sequence.uses_cache or not self.cache.num_checkpoints:
             return
-        self.add_stop(sequence, last)
-        self.add_stop(sequence, match.num_shared)
-        for stop in sequence.wanted_stops:
+        for stop in sequence.wanted_stops:  # first those that more than one is likely to hit
             self.add_stop(sequence, stop)
+        self.add_stop(sequence, match.num_shared)
         for other in others:
             self.add_stop(sequence, self._common(sequence, other))
+        self.add_stop(sequence, last)
         for stop in range(self.interval, last, self.interval):
             self.add_stop(sequence, stop)
 
@@ -104,7 +105,7 @@ class Reuse:
         if not sequence.uses_cache or sequence.state_slot is None:
             return
         if sequence.session_id is None:
-            self._save(sequence)
+            self._save(sequence, min(self.cache.min_tokens, ANSWER_TOKENS))
             return
         self._save(sequence, min_tokens=1)
         tokens = sequence.known_tokens(sequence.num_computed_tokens)

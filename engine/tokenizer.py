@@ -10,6 +10,7 @@ import inspect
 import logging
 import re
 import secrets
+import threading
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .errors import CheckpointError, RequestError
 logger = logging.getLogger("leyden.engine")
 
 MANY_IDS = 1024
+MAX_BEGINNINGS = 64  # texts with which conversations begin, whose lengths in tokens are remembered
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -49,6 +51,8 @@ class Tokenizer:
         self._control_start = _start_of_any(controls)
         self._control_prefixes = {token[:n] for token in controls for n in range(1, len(token))}
         self._max_prefix = max(map(len, self._control_prefixes), default=0)
+        self._beginnings: dict[str, int] = {}
+        self._beginnings_lock = threading.Lock()
         self._decode_one = cache(self._decode)  # never more entries than twice the vocabulary
         self.max_token_chars = max(map(len, self._with_control.get_vocab(with_added_tokens=True)), default=1)
         self.vocab_size = int(self._with_control.get_vocab_size(with_added_tokens=True))
@@ -105,11 +109,51 @@ class Tokenizer:
 
         Raises `RequestError` when there is no template, it refuses the messages, or it has no place for `tools`.
         """
+        text, marker = self._render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            extra=template_kwargs or {},
+        )
+        return self._encode_rendered(text, marker)
+
+    def encode_conversation(self, messages: list[dict[str, Any]], **settings: Any) -> tuple[list[int], int]:
+        """`encode_chat`, and how many of the first tokens come before the last message's text, where nothing has been
+        answered yet: a system prompt and tools, with which other conversations are likely to begin, too; else 0."""
+        asked = {"add_generation_prompt": True, "continue_final_message": False, "tools": None, "extra": {}} | settings
+        text, marker = self._render(messages, **asked)
+        ids = self._encode_rendered(text, marker)
+        said = self._defuse(messages[-1].get("content"), marker)
+        has_answers = any(message.get("role") == "assistant" for message in messages)
+        at = text.rfind(said) if said and isinstance(said, str) and not has_answers else -1
+        return ids, self._num_beginning(text[:at], marker) if at > 0 else 0
+
+    def _num_beginning(self, text: str, marker: str) -> int:
+        """Tokens of rendered text that others may follow; remembered, since it is the same many times. One token less,
+        which may be another with what follows."""
+        key = text.replace(marker, "")
+        with self._beginnings_lock:
+            if key not in self._beginnings:
+                if len(self._beginnings) >= MAX_BEGINNINGS:
+                    del self._beginnings[next(iter(self._beginnings))]
+                self._beginnings[key] = max(len(self._encode_rendered(text, marker)) - 1, 0)
+            return self._beginnings[key]
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        tools: list[dict[str, Any]] | None,
+        extra: dict[str, Any],
+    ) -> tuple[str, str]:
+        """(the text, with a marker wherever it is to be cut; the marker)."""
         if not self.has_chat_template:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
         if tools and "tools" not in self.chat_template:
             raise RequestError("this model's chat template does not use tools; leave them out", "tools")
-        extra = template_kwargs or {}
         for name in inspect.signature(self._hf.apply_chat_template).parameters:
             if name in extra:
                 raise RequestError(f"{name!r} is not an argument of the chat template", "chat_template_kwargs")
@@ -131,7 +175,10 @@ class Tokenizer:
         except Exception as error:  # a template is a program, and may stumble over anything
             logger.exception("the chat template failed")
             raise RequestError("the chat template failed on these messages", "messages") from error
-        # Cut where a user's text spelled a control token: neither half is one.
+        return text, marker
+
+    def _encode_rendered(self, text: str, marker: str) -> list[int]:
+        """Token ids of what `_render` gave, cut where a user's text spelled a control token: neither half is one."""
         ids: list[int] = []
         for piece in text.split(marker):
             ids += _encode(self._with_control, piece, False)

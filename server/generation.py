@@ -88,6 +88,7 @@ async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
         job.shown_ids,
         prefix_cache=job.prefix_cache,
         cache_salt=job.cache_salt,
+        beginning=job.beginning,
         num_siblings=job.n - 1 if is_first else 0,
         sibling_of=None if is_first else f"{answer_id}-{job.first_index}",
         session_id=job.session_id,

@@ -26,6 +26,7 @@ class Prompt:
 
     token_ids: list[int]
     text: str = ""
+    beginning: int = 0  # of these, tokens that come before anything the user said
 
 
 async def read_prompts(request: CompletionRequest, state: ServerState) -> list[Prompt]:
@@ -92,8 +93,8 @@ def _bad_prompt(found: str, where: str) -> RequestError:
 
 async def encode_messages(
     request: ChatRequest | TokenizeRequest, state: ServerState, tools: list[dict[str, Any]] | None
-) -> list[int]:
-    """Token ids of a conversation. `request.messages` have been through `messages.read_messages`, `tools` through
+) -> Prompt:
+    """A conversation. `request.messages` have been through `messages.read_messages`, `tools` through
     `tools.read_tools`."""
     tokenizer = state.llm.tokenizer
     if not tokenizer.has_chat_template:
@@ -113,15 +114,16 @@ async def encode_messages(
     has_objects = tools or any("tool_calls" in message for message in request.messages)
     num_chars = sum(len(text) for message in request.messages for text in message.values() if isinstance(text, str))
     check_num_chars(num_chars, state, "messages")
-    return await off_loop(
+    ids, beginning = await off_loop(
         MAX_CHARS_INLINE + 1 if has_objects else num_chars + CHARS_PER_MESSAGE * len(request.messages),
-        lambda: tokenizer.encode_chat(
+        lambda: tokenizer.encode_conversation(
             request.messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=request.continue_final_message,
             tools=tools or None,
         ),
     )
+    return Prompt(ids, beginning=beginning)
 
 
 async def off_loop(num_chars: int, work: Callable[[], T]) -> T:

@@ -30,6 +30,7 @@ class Job:
     shown_ids: frozenset[int] = frozenset()  # control tokens that are text even where `params` hide them
     prefix_cache: bool = True
     cache_salt: str | None = None
+    beginning: int = 0  # tokens with which other prompts are likely to begin, too
     form_field: str = "grammar"  # of the request, which the grammar in `params` was made of
     session_id: str | None = None  # under which its end can be saved
 
@@ -70,6 +71,7 @@ def make_jobs(
                 shown_ids=shown_ids,
                 prefix_cache=request.prefix_cache,
                 cache_salt=request.cache_salt,
+                beginning=prompt.beginning,
                 session_id=session_id,
             )
             jobs.append(job if form is None else replace(job, form_field=form.field))

@@ -106,7 +106,7 @@ async def prepare_conversation(
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     tools = offered_tools(request, state)
     check_can_be_admitted(1, request.n, state.llm.client.info)
-    prompt = Prompt(await encode_messages(request, state, tools))
+    prompt = await encode_messages(request, state, tools)
     check_prompt(prompt.token_ids, state.llm.client.info, "messages")
     answer = answer_format(request, state, prompt.token_ids, with_tools=bool(tools))
     form = await read_form(request, answer, state.grammars)
@@ -135,7 +135,7 @@ async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], d
     if request.tools and request.messages is None:
         raise RequestError("tools need messages", "tools")
     if request.prompt is None:
-        return request, await encode_messages(request, state, request.tools), headers
+        return request, (await encode_messages(request, state, request.tools)).token_ids, headers
     text, add_special_tokens = request.prompt, request.add_special_tokens is not False
     encode = state.llm.tokenizer.encode
     tokens = await off_loop(len(text), lambda: encode(text, add_special_tokens=add_special_tokens))

@@ -297,6 +297,29 @@ def test_one_that_comes_later_takes_the_point_where_two_part(tiny):
     assert hits == [0, 0, 50]
 
 
+def test_a_beginning_that_is_told_is_kept_for_the_next(tiny):
+    core = make_core(tiny.folder, state_checkpoint_min_tokens=16)
+    system = random_prompt(50, seed=5)
+    hits = []
+    for i in range(2):
+        before = core.stats().prefix_cache_hits_total
+        drain(core, request(str(i), system + random_prompt(9, seed=20 + i), beginning=50, max_tokens=2))
+        hits.append(core.stats().prefix_cache_hits_total - before)
+    assert hits == [0, 50], "nearer to the prompt's end than two checkpoints may be, this is the one to keep"
+
+
+def test_an_answers_end_is_kept_sooner_than_a_place_that_costs_a_step(tiny):
+    core = make_core(tiny.folder, state_checkpoint_min_tokens=128, async_scheduling=False)
+    prompt = random_prompt(8, seed=3)
+    answer(core, prompt, max_tokens=5)
+    assert core.stats().checkpoints_used == 0
+    said = answer(core, prompt, max_tokens=30).token_ids
+    assert core.stats().checkpoints_used == 1
+    before = core.stats().prefix_cache_hits_total
+    answer(core, prompt + said + [1, 2], max_tokens=2)
+    assert core.stats().prefix_cache_hits_total - before == 8 + 29
+
+
 def test_a_long_prompt_is_kept_every_so_many_tokens(tiny):
     core = make_core(tiny.folder, state_checkpoint_interval=32)
     prompt = random_prompt(100, seed=6)

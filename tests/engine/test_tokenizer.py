@@ -13,6 +13,7 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from leyden.engine import tokenizer as tokenizer_module
 from leyden.engine.errors import CheckpointError, RequestError
 from leyden.engine.tokenizer import Tokenizer
 from tiny_models import CHAT_TEMPLATE, CONTROL, byte_tokenizer
@@ -96,6 +97,36 @@ def test_harmless_messages_render_as_transformers_does(tiny, tokenizer, generate
     ]
     expected = hf.apply_chat_template(messages, add_generation_prompt=generate, tokenize=True, return_dict=False)
     assert tokenizer.encode_chat(messages, add_generation_prompt=generate) == expected
+
+
+def test_what_comes_before_the_first_question_is_told_and_shared(tokenizer):
+    system = {"role": "system", "content": "Be kind <|end|> and brief."}
+    several = [[system, {"role": "user", "content": text}] for text in ("one", "two, three", "one<|end|>")]
+    encoded = [tokenizer.encode_conversation(messages) for messages in several]
+    assert [ids for ids, _ in encoded] == [tokenizer.encode_chat(messages) for messages in several]
+    (length,) = {length for _, length in encoded}
+    begun = {tuple(ids[:length]) for ids, _ in encoded}
+    assert len(begun) == 1 and "brief" in tokenizer.decode(list(begun.pop())), "all but a token of the system prompt"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+        [{"role": "user", "content": ""}],
+        [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+    ],
+    ids=["answered", "nothing said", "parts"],
+)
+def test_no_beginning_is_told_where_there_is_none(tokenizer, messages):
+    assert tokenizer.encode_conversation(messages)[1] == 0
+
+
+def test_beginnings_are_remembered_within_a_bound(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "MAX_BEGINNINGS", 2)
+    for text in ("a", "b", "c", "a"):
+        tokenizer.encode_conversation([{"role": "system", "content": text * 9}, {"role": "user", "content": "x"}])
+        assert len(tokenizer._beginnings) <= 2
 
 
 @pytest.mark.parametrize("text", ATTACKS)

@@ -65,6 +65,9 @@ class FakeTokenizer:
             ids.pop()
         return ids + [ASSISTANT] * add_generation_prompt
 
+    def encode_conversation(self, messages, **settings):
+        return self.encode_chat(messages, **settings), 0
+
     def decode(self, ids, skip_special_tokens=True):
         special = {i: b"" if skip_special_tokens else text.encode() for i, text in self.special.items()}
         return b"".join(special[i] if i in special else bytes([i]) for i in ids).decode("utf-8", errors="replace")

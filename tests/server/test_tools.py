@@ -219,8 +219,8 @@ async def test_a_thought_before_a_call(ask, chunks_of):
 
 
 async def test_a_thought_that_the_template_opened_is_reasoning(ask, tokenizer):
-    encode = tokenizer.encode_chat
-    tokenizer.encode_chat = lambda *args, **kwargs: encode(*args, **kwargs) + list(b"<think>\n")
+    encode = tokenizer.encode_conversation
+    tokenizer.encode_conversation = lambda *args, **kwargs: (encode(*args, **kwargs)[0] + list(b"<think>\n"), 0)
     message = choice_of(await ask("a\n</think>\n\nb", template="<think>", tools=None))["message"]
     assert (message["content"], message["reasoning_content"]) == ("b", "a")
     message = choice_of(await ask("never ends", template="<think>", tools=None))["message"]

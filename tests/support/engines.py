@@ -60,6 +60,7 @@ def request(
     sibling_of: str | None = None,
     prefix_cache: bool = True,
     cache_salt: str | None = None,
+    beginning: int = 0,
     session_id: str | None = None,
     **params: Any,
 ) -> AddRequest:
@@ -75,6 +76,7 @@ def request(
         sibling_of=sibling_of,
         prefix_cache=prefix_cache,
         cache_salt=cache_salt,
+        beginning=beginning,
         session_id=session_id,
     )
 
