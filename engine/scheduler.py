@@ -261,8 +261,8 @@ class Scheduler:
             budget -= len(row.drafts)
         if not any(row.drafts for row in rows):
             return None
-        for row in rows:
-            if row.num_pending_tokens + 1 + len(row.drafts) > self.ring_capacity:
+        for row in rows:  # a place stays free, for a step without drafts
+            if row.num_pending_tokens + 1 + len(row.drafts) >= self.ring_capacity:
                 self.reuse.fold(row)
         counts = [1 + len(row.drafts) for row in rows]
         return ScheduledBatch(rows, counts, len(rows), self.reuse.take_copies(), num_drafted=len(rows))
@@ -321,7 +321,7 @@ class Scheduler:
             assert sequence.state_slot is None and not sequence.block_table
             assert sequence.num_computed_tokens == sequence.num_pending_tokens == 0
         for sequence in self.running:
-            assert 0 <= sequence.num_pending_tokens <= max(self.ring_size - 1, self.ring_capacity, 0)
+            assert 0 <= sequence.num_pending_tokens < max(self.ring_capacity, self.ring_size, 1)
         assert len(self._by_id) == len(self.waiting) + len(self.running)
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> int:
