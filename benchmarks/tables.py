@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,21 @@ def prompt_lookup_table(dense: dict[str, Any], moe: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sessions_table(report: dict[str, Any]) -> str:
+    """A long conversation's way to a file and back, beside computing it again."""
+    restored = statistics.median(report["restore_s"])
+    return "\n".join(
+        [
+            f"{report['device']}; {report['tokens']:,} tokens, {report['gb']:.2f} GB.",
+            "",
+            "| compute | save, with fsync | restore, file not in memory | restore from the page cache | |",
+            "|---:|---:|---:|---:|---:|",
+            f"| {report['compute_s']:.1f} s | {report['save_s']:.2f} s | {report['restore_cold_s']:.2f} s "
+            f"| {restored:.2f} s | {report['compute_s'] / restored:.0f}x |",
+        ]
+    )
+
+
 KERNEL_GROUPS = {
     "prefill": "Lightning prefill and mixed steps, time over the floor",
     "decode": "Lightning decode, time per step over the floor",
@@ -191,6 +207,7 @@ TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "serving-http-h200": (README, serving_table, ["serving-http-h200"]),
     "prefix-cache-h200": (README, prefix_cache_table, ["prefix-cache-dense-h200"]),
     "prompt-lookup-h200": (README, prompt_lookup_table, ["prompt-lookup-dense-h200", "prompt-lookup-moe-h200"]),
+    "sessions-h200": (README, sessions_table, ["sessions-h200"]),
     "api-process-cpu": (README, api_process_table, ["api-process-cpu"]),
     "kernels-h100": (README, kernels_table, ["kernels-h100"]),
     "steps-dense-h100": (PERFORMANCE, steps_table, ["profile-dense-h100", "../configs/dense/config", "kernels-h100"]),

@@ -67,6 +67,38 @@ def test_a_served_case_is_a_row_and_its_failures_are_told(tables):
     assert "start to ready" not in text
 
 
+def test_what_the_prefix_cache_spares_is_shown_by_turn(tables):
+    def run(*medians: float, share: float) -> dict:
+        turns = {f"turn {i}": {"median": median, "p99": 1.0} for i, median in enumerate(medians, 1)}
+        return {"first_token_ms": turns, "cached_share": share, "share_in_blocks_of": {"512": 0.9}}
+
+    told = {"model": "m", "hardware": "a GPU", "software": {}, "conversations": 4, "turns": 2, "users": 3, "systems": 5}
+    told |= {"system_tokens": 8192, "message_tokens": 64, "answer_tokens": 32}
+    text = tables.prefix_cache_table(told | {"runs": {"on": run(100, 8, share=0.987), "off": run(200, 192, share=0)}})
+    assert "98.7%" in text and "90% in blocks of 512" in text and "8,192 tokens" in text
+    assert "| 2 | 192.0 ms | 8.0 ms | 24.0x |" in text
+
+
+def test_what_drafts_bring_is_shown_by_model_and_task(tables):
+    def task(off: float, on: float, share: float | None) -> dict:
+        return {
+            "off": {"tokens_per_s": off},
+            "on": {"tokens_per_s": on, "tokens_per_step": 3.21, "accepted_share": share},
+        }
+
+    report = {"hardware": "a GPU", "software": {}, "speculative_tokens": 7}
+    dense = report | {"tasks": {"edit": task(100, 250, 0.8), "random": task(100, 99, None)}}
+    text = tables.prompt_lookup_table(dense, report | {"tasks": {}})
+    assert "| dense | edit | 100 tokens/s | 250 tokens/s | 2.50x | 3.21 | 80% |" in text
+    assert "| dense | random | 100 tokens/s | 99 tokens/s | 0.99x | 3.21 | none were made |" in text
+
+
+def test_a_session_is_shown_beside_computing_it(tables):
+    told = {"device": "a GPU", "tokens": 100_000, "gb": 1.7, "compute_s": 30.0, "save_s": 1.0, "restore_cold_s": 0.9}
+    text = tables.sessions_table(told | {"restore_s": [0.4, 0.5, 0.6]})
+    assert "| 30.0 s | 1.00 s | 0.90 s | 0.50 s | 60x |" in text and "100,000 tokens" in text
+
+
 def test_a_table_has_a_place_if_and_only_if_its_run_is_recorded(tables, tmp_path):
     for name in ("serving-cpu", "kernels-h100"):
         (tmp_path / f"{name}.json").write_text((RESULTS / f"{name}.json").read_text())
