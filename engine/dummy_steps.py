@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,12 +59,13 @@ class StepLimits:
 
 
 def smallest_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
-    """A prompt of two tokens, and a decode step after it, with drafts too: what runs at all, runs."""
+    """A prompt of two tokens, a decode step after it, and two with drafts: what runs at all, runs."""
     yield _prompts(limits, [min(2, limits.max_len)])
     if limits.max_len > 1:
         yield _decodes(limits, 1)
     if limits.most_drafted:
         yield _verifies(limits, 1)
+        yield dataclasses.replace(_verifies(limits, 1), copies=[Fold(0, 1)])  # a token of the one before was right
 
 
 def checkpoint_step(limits: StepLimits, num_pending: int) -> ScheduledBatch:

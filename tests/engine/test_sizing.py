@@ -11,6 +11,7 @@ import pytest
 import torch
 from engines import engine_config, make_core, request
 from leyden.engine import model_runner, sizing
+from leyden.engine.copies import Fold
 from leyden.engine.cuda_graph import GraphShape, shapes_for
 from leyden.engine.dummy_steps import StepLimits, serving_steps, smallest_steps
 from leyden.engine.errors import ConfigError
@@ -187,6 +188,33 @@ def test_steps_with_drafts_are_measured_up_to_the_most_rows_and_tokens():
     for name in ("plain", "no room for drafts", "a context without drafts"):
         assert largest(LIMITS[name]) == []
         assert not any(step.num_drafted for step in smallest_steps(LIMITS[name]))
+
+
+def test_a_fold_is_compiled_at_start_and_finds_a_token_to_fold():
+    drafted = [step for step in smallest_steps(LIMITS["drafts"]) if step.num_drafted]
+    assert [step.copies for step in drafted] == [[], [Fold(0, 1)]]
+
+
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+def test_the_first_steps_leave_numbers(tiny, monkeypatch, backend):
+    """What no step has written may be NaN, and is never read."""
+    allocate, launch = ModelRunner.allocate, ModelRunner.launch
+    drawn: list[list[int]] = []
+
+    def poisoned(self, *sizes):
+        allocate(self, *sizes)
+        for pool in (self.states.state, self.states.key_ring, self.states.value_ring, self.kv.key, self.kv.value):
+            pool.fill_(float("nan"))
+
+    def launched(self, step):
+        result = launch(self, step)
+        drawn.append(result.wait()[0])
+        return result
+
+    monkeypatch.setattr(ModelRunner, "allocate", poisoned)
+    monkeypatch.setattr(ModelRunner, "launch", launched)
+    ModelRunner(engine_config(tiny.folder, linear_backend=backend, speculative_tokens=7), progress=False)
+    assert len(drawn) == 5 and min(min(tokens) for tokens in drawn) >= 0
 
 
 def test_the_settings_say_which_steps_with_drafts_are_measured(device, runner, tiny):
