@@ -146,8 +146,8 @@ def _planned(
         f"                     for {plan.num_state_slots} sequences at once and "
         f"{plan.num_kv_blocks * config.block_size:,} tokens of KV cache",
         f"  prefix cache       {_checkpoints(plan.num_checkpoints, plan.num_host_checkpoints, use.checkpoints)}",
-        *_drafts("drafts            ", config.speculative_tokens, config.speculative_max_rows),
         "                     (on a GPU workspace and CUDA graphs are measured at start and come off these)",
+        *_drafts("drafts            ", config.speculative_tokens, config.speculative_max_rows),
         *(f"  note               {note}" for note in plan.notes),
     ]
 
