@@ -303,6 +303,73 @@ def bind_replay(x: LightningInputs, dtype: torch.dtype) -> Bound:
     return in_place(x, step, state)
 
 
+class VerifyInputs(NamedTuple):
+    """`lightning` as one step, and rings [num_slots, H, 16, 128] of keys and of values with the waiting tokens."""
+
+    lightning: LightningInputs
+    rings: tuple[Tensor, Tensor]
+    pending: Tensor
+
+    def row_rings(self) -> tuple[Tensor, Tensor]:
+        keys, values = (ring[self.lightning.batch.state_indices] for ring in self.rings)
+        return keys, values
+
+
+@dataclass(frozen=True)
+class VerifyCase:
+    """Rows of a few tokens, most of them drafts, whose rings are then full: half was waiting, half is new."""
+
+    heads: int
+    num_rows: int
+    group: str = "verify"
+    num_steps: int = 1
+    WAITING = NEW = RING // 2
+
+    @property
+    def label(self) -> str:
+        return f"B={self.num_rows}"
+
+    @property
+    def name(self) -> str:
+        return f"verify/h{self.heads}/b{self.num_rows}"
+
+    def inputs(self, seed: int, *, checked: bool) -> VerifyInputs:
+        lightning = LightningCase(self.label, self.heads, (self.NEW,) * self.num_rows).inputs(seed, checked=False)
+        rings = new_rings(lightning, RING)
+        for i, ring in enumerate(rings):
+            ring[:, :, : self.WAITING] = normal(seed + 2 + i, *ring[:, :, : self.WAITING].shape)
+        return VerifyInputs(lightning, rings, torch.full_like(lightning.batch.state_indices, self.WAITING))
+
+    def work(self, inputs: VerifyInputs | None = None) -> Work:
+        states = self.num_rows * self.heads * HEAD_DIM**2 * 4
+        waiting, new = (self.num_rows * self.heads * n * HEAD_DIM * 2 for n in (self.WAITING, self.NEW))
+        return Work(states + 2 * waiting + (4 + 2) * new)  # keys and values that wait; q, k, v, o; k and v for the ring
+
+    def expected(self, inputs: VerifyInputs) -> dict[str, Tensor]:
+        x, length = inputs.lightning, self.WAITING + self.NEW
+        q, k, v = (y.unflatten(0, (self.num_rows, self.NEW)) for y in x.qkv_at(0))
+        rings = [ring[:, :, : self.WAITING].transpose(1, 2) for ring in inputs.row_rings()]  # [B, p, H, 128]
+        keys, values = (torch.cat([waiting, new], dim=1) for waiting, new in zip(rings, (k, v), strict=True))
+        queries = torch.cat([torch.zeros_like(rings[0]), q], dim=1)
+        starts = torch.arange(self.num_rows + 1) * length
+        rows = (x.state, x.batch.state_indices, x.batch.has_initial_state, starts)
+        out, _ = blocked_recurrence(*(y.flatten(0, 1) for y in (queries, keys, values)), x.slopes, x.scale, *rows)
+        ring = torch.cat([keys, values], dim=-1).transpose(1, 2).double()
+        return {"out": out.unflatten(0, (self.num_rows, length))[:, self.WAITING :].flatten(0, 1), "ring": ring}
+
+    def implementations(self) -> dict[str, Implementation]:
+        return {"leyden": Implementation(self.bind)}
+
+    def bind(self, inputs: VerifyInputs) -> Bound:
+        kernels, x = load("triton"), inputs.lightning
+        rows = (x.batch.state_indices, x.batch.has_initial_state, inputs.pending, x.batch.query_start_loc)
+
+        def step(_: int) -> None:
+            kernels.lightning_verify(*x.qkv_at(0), x.slopes, x.scale, x.state, *inputs.rings, *rows, x.out[0])
+
+        return Bound(step, lambda: (x.out[0], torch.cat(inputs.row_rings(), dim=-1)))
+
+
 # -- softmax attention -----------------------------------------------------------------------------------------
 
 
@@ -768,6 +835,8 @@ def all_cases() -> Iterator[Case]:
     for heads in (64, 16):
         for rows in (1, 8, 32, 64, 128, 256):
             yield LightningCase(f"B={rows}", heads, (), rows)
+    for rows in (1, 8, 64):
+        yield VerifyCase(64, rows)
     for head_dim in (128, 64):
         yield AttentionCase(is_prefill=False, num_rows=64, length=4096, head_dim=head_dim)
     for rows, length in ((1, 4096), (1, 8192), (4, 2048)):

@@ -148,6 +148,7 @@ def sessions_table(report: dict[str, Any]) -> str:
 KERNEL_GROUPS = {
     "prefill": "Lightning prefill and mixed steps, time over the floor",
     "decode": "Lightning decode, time per step over the floor",
+    "verify": "Rows of 8 tokens with drafts, after 8 that wait in the ring, time over the floor",
     "attention-decode": "Softmax attention, decode over a paged cache, time and share of the copy bandwidth",
     "attention-prefill": "Softmax attention, prefill, time and share of the matrix rate",
     "linear": "One row times a bfloat16 matrix, N x K, time and share of the copy bandwidth",

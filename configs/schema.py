@@ -67,7 +67,12 @@ class EngineConfig(BaseModel):
         None, description="launch a step before the tokens of the one before are known; default: on CUDA"
     )
     cuda_graphs: bool = Field(True, description="replay steps from CUDA graphs, captured at start")
-    max_graph_rows: int = Field(512, ge=1, le=65536, description="largest decode step that gets a CUDA graph")
+    max_graph_rows: int = Field(
+        512,
+        ge=1,
+        le=65536,
+        description="most decoding sequences, with drafts or without, of a step that gets a CUDA graph",
+    )
     block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")
     prefix_cache: bool = Field(
         True, description="resume prompts at what earlier prompts and answers have in common with them"

@@ -214,6 +214,7 @@ class EngineCore:
         """What the engine turned out to be."""
         runner, plan, config = self.runner, self.runner.plan, self.runner.model_config
         device = runner.device
+        speculation = self.scheduler.speculation
         return EngineInfo(
             model_path=str(runner.folder),
             architecture=config.architecture,
@@ -227,7 +228,7 @@ class EngineCore:
             device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             dtype=str(runner.dtype).removeprefix("torch."),
             state_dtype=str(runner.state_dtype).removeprefix("torch."),
-            linear_backend=self.config.linear_backend,
+            linear_backend=self.runner.linear_backend,
             kernels=runner.kernel_name,
             num_state_slots=plan.num_state_slots,
             max_waiting=self.config.max_waiting,
@@ -235,6 +236,8 @@ class EngineCore:
             num_checkpoints=plan.num_checkpoints,
             num_host_checkpoints=plan.num_host_checkpoints,
             block_size=self.config.block_size,
+            speculative_tokens=speculation.max_drafts,
+            speculative_max_rows=speculation.max_rows if speculation.max_drafts else 0,
             weight_bytes=runner.weight_bytes,
             memory=runner.memory,
             state_bytes_per_slot=runner.state_bytes_per_slot,

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..configs.schema import EngineConfig
 from ..models.forward_batch import ForwardBatch
 from .batch import Arrays, Counts, Upload, make_batch, pack, packed_size
+from .dummy_steps import doubling
 from .sampler import Draw
 from .staging import StagingPool
 
@@ -123,10 +124,11 @@ def graph_shapes(max_rows: int, max_tokens: int) -> list[GraphShape]:
 
 def shapes_for(config: EngineConfig, num_slots: int) -> list[GraphShape]:
     """The shapes that serving wants."""
-    shapes = graph_shapes(min(num_slots, config.max_graph_rows), config.max_num_batched_tokens)
+    most_rows = min(num_slots, config.max_graph_rows)
+    shapes = graph_shapes(most_rows, config.max_num_batched_tokens)
     if config.speculative_tokens:
-        most = min(num_slots, config.speculative_max_rows)
-        shapes += [GraphShape.of_drafts(rows) for rows in (*(1 << i for i in range(7) if 1 << i < most), most)]
+        most = min(most_rows, config.speculative_max_rows, config.max_num_batched_tokens - 1)  # a draft needs room, too
+        shapes += [GraphShape.of_drafts(rows) for rows in doubling(most)]
     return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_rows))
 
 

@@ -73,7 +73,7 @@ class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
     device_name: str
     dtype: str
     state_dtype: str
-    linear_backend: str
+    linear_backend: str  # never `auto`: what it stands for
     kernels: str
     num_state_slots: int
     max_waiting: int
@@ -81,6 +81,8 @@ class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
     num_checkpoints: int = 0
     num_host_checkpoints: int = 0
     block_size: int
+    speculative_tokens: int = 0  # most drafts of a sequence in a step; 0 = speculative decoding is off
+    speculative_max_rows: int = 0  # most sequences of a step with drafts
     weight_bytes: int
     memory: MemoryUse
     state_bytes_per_slot: int

@@ -25,7 +25,7 @@ from .batch import BATCH_TENSORS, Arrays, Counts, batch_arrays, count_rows, make
 from .copies import Copy, Fold, Fork, Move, Restore, Save
 from .cuda_graph import Computed, GraphShape, StepGraphs, pad, pad_table, shapes_for
 from .decode_rows import Answers, DecodeRows
-from .dummy_steps import StepLimits, checkpoint_step, smallest_steps, verify_step
+from .dummy_steps import StepLimits, checkpoint_step, smallest_steps
 from .errors import ConfigError
 from .outputs import TokenLogprobs
 from .pools import CheckpointPool, KVPool, StatePool
@@ -71,8 +71,9 @@ class ModelRunner:
         self.block_size = config.block_size
         torch.set_num_threads(config.num_threads or _spare_cores())
         self.kernels = load_kernels(self.kernel_name)
-        self.is_speculative = config.speculative_tokens > 0
-        linear_backend = LINEAR_BACKENDS[config.linear_backend](self.kernels, speculative=self.is_speculative)
+        self.max_drafts = config.speculative_tokens
+        linear_backend = LINEAR_BACKENDS[config.linear_backend](self.kernels, speculative=self.max_drafts > 0)
+        self.linear_backend = linear_backend.name
         self.ring_size, self.replays = linear_backend.ring_size, linear_backend.replays
         with refuse_out_of_memory("the weights", "take a device with more memory, or a smaller dtype"):
             self.model = self._load(config, linear_backend, progress=progress)
@@ -211,7 +212,7 @@ class ModelRunner:
     def capture(self, shapes: list[GraphShape], max_model_len: int, *, progress: bool = False) -> StepGraphs:
         """Graphs of steps of these shapes. Raises `ConfigError` when they do not fit."""
         width = -(-max_model_len // self.block_size)
-        most = max(shape.num_decodes for shape in shapes)
+        most = max(max(shape.num_decodes, shape.num_verifies) for shape in shapes)
         remedy = "lower max_graph_rows or max_num_seqs, or set cuda_graphs to false"
         with refuse_out_of_memory(f"CUDA graphs of up to {most} rows", remedy):
             return StepGraphs(self._compute, shapes, width, self.device, progress=progress)
@@ -302,15 +303,14 @@ class ModelRunner:
         what any former owner leaves. On CUDA all that serving meets is compiled by now: prefill by
         `dummy_steps.serving_steps`, which measured it, and decode by that or by the capture of its graphs."""
         plan = self.plan
-        limits = StepLimits(plan.num_state_slots, plan.num_kv_blocks, self.block_size, plan.max_model_len, 2)
+        pools = (plan.num_state_slots, plan.num_kv_blocks, self.block_size, plan.max_model_len)
+        limits = StepLimits(*pools, max_tokens=2, max_drafts=self.max_drafts, max_drafted=1)
         remedy = "lower memory_fraction or max_num_batched_tokens"
         with refuse_out_of_memory("a first step beside the pools", remedy):
             for step in smallest_steps(limits):
                 self.launch(step).wait()
             if plan.num_checkpoints:
                 self.launch(checkpoint_step(limits, num_pending=min(1, self.ring_size))).wait()
-            if self.is_speculative and plan.max_model_len > 2:
-                self.launch(verify_step(limits)).wait()
 
 
 def _drawn_rows(scheduled: ScheduledBatch) -> tuple[list[Sequence], list[int]]:

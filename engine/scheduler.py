@@ -251,11 +251,13 @@ class Scheduler:
     def _draft(self, rows: list[Sequence]) -> ScheduledBatch | None:
         """A step of these decoding rows with drafts, an empty one where these depend on tokens that are on their way,
         or None when nobody has drafts."""
+        budget = self.max_num_batched_tokens - len(rows)
+        if not budget:
+            return None
         if self.speculation.waits(rows):
             return ScheduledBatch([], [], 0)
         if any(row.ends_in_unseen for row in rows):
             return None
-        budget = self.max_num_batched_tokens - len(rows)
         for row in rows:
             row.drafts = self._fitting(row, self.speculation.drafts(row)[:budget])
             budget -= len(row.drafts)

@@ -138,7 +138,8 @@ def _measured_limits(runner: ModelRunner, config: EngineConfig, max_model_len: i
     budget = config.max_num_batched_tokens
     length = max(1, min(max_model_len, budget // slots)) + 1
     blocks = max(slots * -(-length // config.block_size), -(-min(max_model_len, budget) // config.block_size))
-    return StepLimits(slots, blocks, config.block_size, max_model_len, budget)
+    drafts = (config.speculative_tokens, config.speculative_max_rows)
+    return StepLimits(slots, blocks, config.block_size, max_model_len, budget, *drafts)
 
 
 def _measure_steps(runner: ModelRunner, limits: StepLimits) -> int:
@@ -159,17 +160,20 @@ def _measure_steps(runner: ModelRunner, limits: StepLimits) -> int:
 
 
 def _measure_graphs(runner: ModelRunner, shapes: list[GraphShape], max_model_len: int) -> int:
-    """Bytes that graphs of these shapes will take: the largest shapes their memory, each adds its own nodes, as some
-    of every kind tell."""
+    """Bytes that graphs of these shapes will take: the largest shapes their memory, by tokens and by draws, each adds
+    its own nodes, as some of every kind tell."""
     free = [free_memory(runner.device)[0]]
-    some = shapes[: -1 : max(1, len(shapes) // 8)]
-    for part in (shapes[-1:], [*some, shapes[-1]]):
+    most_drawn = max(shapes, key=lambda shape: (shape.num_draws, shape.num_tokens))
+    largest = [shape for shape in shapes if shape in (most_drawn, shapes[-1])]
+    rest = [shape for shape in shapes if shape not in largest]
+    some = rest[:: max(1, len(shapes) // 8)]
+    for part in (largest, sorted([*some, *largest], key=shapes.index)):
         graphs = runner.capture(part, max_model_len)
         free.append(free_memory(runner.device)[0])
         del graphs
         free_memory(runner.device)
-    largest, others = free[0] - free[1], max(0, free[1] - free[2])
-    return largest + others * len(shapes) // max(1, len(some)) + CUBLAS_BYTES
+    own, others = free[0] - free[1], max(0, free[1] - free[2])
+    return own + others * len(shapes) // max(1, len(some)) + CUBLAS_BYTES
 
 
 def bound_allocator(device: torch.device, use: MemoryUse) -> None:

@@ -37,10 +37,12 @@ class LightningCall(NamedTuple):
 class LinearAttentionBackend(Protocol):
     """Lightning attention for all rows of a batch.
 
-    `ring_size` is C of `LinearState`, 0 for none; without a ring there are no verify rows. `replays` says that decode
-    rows leave their tokens in the ring too. `ForwardBatch` tells what waits there after a step.
+    `name` is that of the setting. `ring_size` is C of `LinearState`, 0 for none; without a ring there are no verify
+    rows. `replays` says that decode rows leave their tokens in the ring too. `ForwardBatch` tells what waits there
+    after a step.
     """
 
+    name: str
     ring_size: int
     replays: bool
 
@@ -56,6 +58,7 @@ class MinimaxBackend:
     """
 
     RING_SIZE = 16
+    name = "minimax"
     replays = False
 
     def __init__(self, kernels: Kernels, *, speculative: bool = False) -> None:
@@ -94,6 +97,8 @@ class MinimaxBackend:
 class SegLaBackend(MinimaxBackend):
     """One launch walks every row, prefill and decode alike, with the state in registers. Best for many rows."""
 
+    name = "seg_la"
+
     def forward(self, call: LightningCall) -> Tensor:
         batch = call.batch
         if batch.num_drafted:  # they lie between the others
@@ -114,6 +119,7 @@ class ReplayBackend(MinimaxBackend):
     (`docs/kernels.md`) they meet at about 40 long rows x heads.
     """
 
+    name = "replay"
     replays = True
     MIN_PARALLEL = 40  # long rows x heads
     LONG_PROMPT = 1024  # tokens; shorter ones are over before a second launch would help

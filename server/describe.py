@@ -38,6 +38,7 @@ def banner(info: EngineInfo, *, name: str, address: str, needs_key: bool) -> str
         f"  capacity  {info.num_state_slots} sequences at once, {kv_tokens:,} tokens of KV cache, "
         f"context {info.max_model_len:,}",
         f"  prefixes  {_checkpoints(info.num_checkpoints, info.num_host_checkpoints, info.memory.checkpoints)}",
+        *_drafts("drafts   ", info.speculative_tokens, info.speculative_max_rows),
         *(f"  note      {note}" for note in info.notes),
         f"  address   {address}",
         "",
@@ -146,6 +147,7 @@ def _planned(
         f"{plan.num_kv_blocks * config.block_size:,} tokens of KV cache",
         f"  prefix cache       {_checkpoints(plan.num_checkpoints, plan.num_host_checkpoints, use.checkpoints)}",
         "                     (on a GPU workspace and CUDA graphs are measured at start and come off these)",
+        *_drafts("drafts            ", config.speculative_tokens, config.speculative_max_rows),
         *(f"  note               {note}" for note in plan.notes),
     ]
 
@@ -157,6 +159,12 @@ def _checkpoints(num: int, num_on_host: int, num_bytes: int) -> str:
     each = num_bytes // num
     on_host = f", and {num_on_host:,} on the host, {_size(num_on_host * each)}" if num_on_host else ""
     return f"{num:,} state checkpoints of {_size(each)}, {_size(num_bytes)}{on_host}"
+
+
+def _drafts(name: str, num_tokens: int, max_rows: int) -> list[str]:
+    """A line on speculative decoding where it is on."""
+    line = f"  {name} up to {num_tokens} per sequence and step, while at most {max_rows} sequences decode"
+    return [line] if num_tokens else []
 
 
 def _split(use: MemoryUse) -> str:

@@ -119,6 +119,9 @@ class EngineCollector(Collector):
         looked_up, found = stats.prefix_cache_queries_total, stats.prefix_cache_hits_total
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", looked_up)
         yield self._counter("prefix_cache_hits", "Those of them found there.", found)
+        drafted, accepted = stats.draft_tokens_total, stats.accepted_tokens_total
+        yield self._counter("spec_decode_num_draft_tokens", "Drafts of speculative decoding.", drafted)
+        yield self._counter("spec_decode_num_accepted_tokens", "Those of them that were right.", accepted)
         yield self._counter("prompt_tokens", "Prompt tokens, cached ones included.", stats.prompt_tokens_total)
         yield self._counter("generation_tokens", "Tokens generated.", stats.generation_tokens_total)
         yield self._counter("num_preemptions", "Sequences set back to the queue.", stats.preemptions_total)

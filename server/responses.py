@@ -183,7 +183,7 @@ class Health(Struct):
 
 
 class Load(Struct):
-    """Sequences, slots, blocks and checkpoints of the engine right now."""
+    """Sequences, slots, blocks and checkpoints of the engine right now, and its drafts so far."""
 
     server_load: int
     num_requests_running: int
@@ -197,6 +197,8 @@ class Load(Struct):
     state_checkpoints_total: int
     host_checkpoints_used: int
     host_checkpoints_total: int
+    draft_tokens_total: int
+    accepted_tokens_total: int
 
 
 class ServerInfo(Struct):

@@ -42,6 +42,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 SMALL_CASES = [
     cases.LightningCase("mixed", 2, (70, 3, 1), 2),
     cases.LightningCase("B=3", 2, (), 3),
+    cases.VerifyCase(heads=2, num_rows=3),
     cases.AttentionCase(is_prefill=False, num_rows=2, length=48, head_dim=16, heads=4, kv_heads=2),
     cases.AttentionCase(is_prefill=True, num_rows=2, length=32, head_dim=16, heads=4, kv_heads=2),
     cases.MoeCase(5, num_experts=4, top_k=2, size=24, width=16),
@@ -134,6 +135,8 @@ def test_floors():
     assert prefill.work().floor_us(limits) == pytest.approx(47.4, abs=0.05)
     (decode,) = benchmark.chosen_cases(["decode/h64/b64"])
     assert decode.work().floor_us(limits) == pytest.approx(179.8, abs=0.1)
+    (verify,) = benchmark.chosen_cases(["verify/h64/b8"])
+    assert verify.work().num_bytes == 8 * 64 * (128 * 128 * 4 + (2 * 8 + 6 * 8) * 128 * 2)
     (attention,) = benchmark.chosen_cases(["attention-prefill/*/1x4096"])
     assert attention.work().flops == 4 * 32 * 128 * sum(range(1, 4097))
     (moe,) = benchmark.chosen_cases(["moe/t8192"])

@@ -19,7 +19,8 @@ PRIVATE_FACTS = {"model_path"}  # where files lie on the server is nobody's busi
 
 @router.get("/load", **documented(Load))
 async def load(http: Request) -> Response:
-    """Sequences and memory in use after the engine's latest step; `server_load` is vLLM's name for all sequences."""
+    """Sequences and memory in use after the engine's latest step, and drafts so far; `server_load` is vLLM's name for
+    all sequences."""
     client = ServerState.of(http).llm.client
     stats, info = client.stats, client.info
     answer = Load(
@@ -35,6 +36,8 @@ async def load(http: Request) -> Response:
         state_checkpoints_total=info.num_checkpoints,
         host_checkpoints_used=stats.host_checkpoints_used,
         host_checkpoints_total=info.num_host_checkpoints,
+        draft_tokens_total=stats.draft_tokens_total,
+        accepted_tokens_total=stats.accepted_tokens_total,
     )
     return json_response(answer)
 

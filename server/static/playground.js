@@ -165,6 +165,8 @@ async function pollLoad() {
   gauge("slots", load.state_slots_used, load.state_slots_total);
   gauge("blocks", load.kv_blocks_used, load.kv_blocks_total);
   gauge("checkpoints", load.state_checkpoints_used, load.state_checkpoints_total);
+  gauge("drafts", load.accepted_tokens_total, load.draft_tokens_total);
+  at("speculation").hidden = !load.draft_tokens_total;
   at("queue").textContent = `${load.num_requests_running}, ${load.num_requests_waiting}`;
 }
 

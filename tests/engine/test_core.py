@@ -10,6 +10,7 @@ import torch
 from engines import Answer, answer, assert_nothing_held, drain, make_core, request
 from leyden.engine.errors import ConfigError, ContextLengthError, QueueFullError, RequestError
 from leyden.engine.sequence import Status
+from leyden.models.backends import LINEAR_BACKENDS
 from tiny_models import VOCAB, greedy, random_prompt
 
 PROMPT = random_prompt(40, seed=3)
@@ -327,6 +328,13 @@ def test_state_in_half_precision_serves(tiny):
     core = make_core(tiny.folder, state_dtype="bfloat16", linear_backend="minimax")
     assert len(answer(core, PROMPT, max_tokens=12).token_ids) == 12
     assert core.info().state_bytes_per_slot == 4 * 16 * 16 * 2
+
+
+@pytest.mark.parametrize(("setting", "told"), [("auto", "replay"), *((n, n) for n in LINEAR_BACKENDS if n != "auto")])
+def test_the_backend_told_is_the_one_that_runs(tiny, setting, told):
+    core = make_core(tiny.folder, linear_backend=setting)
+    assert core.info().linear_backend == told
+    assert core.runner.replays is (told == "replay")
 
 
 def test_rings_beside_the_states_are_counted(tiny):

@@ -4,15 +4,16 @@ running its step again over the same static tensors."""
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
 import torch
-from engines import DEVICE, drain, make_core, request
+from engines import DEVICE, drain, engine_config, make_core, request
 from leyden.engine import cuda_graph
 from leyden.engine.batch import Counts
 from leyden.engine.core import EngineCore
-from leyden.engine.cuda_graph import PREFILL_ROWS, GraphShape, StepGraphs, graph_shapes
+from leyden.engine.cuda_graph import PREFILL_ROWS, GraphShape, StepGraphs, graph_shapes, shapes_for
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 
 DECODES = [GraphShape(2), GraphShape(8)]
@@ -32,7 +33,7 @@ def _played(played_graphs):
 
 
 def plain(folder, **settings) -> EngineCore:
-    return make_core(folder, max_num_seqs=8, device=DEVICE, cuda_graphs=False, **settings)
+    return make_core(folder, **{"max_num_seqs": 8, "device": DEVICE, "cuda_graphs": False, **settings})
 
 
 def with_graphs(folder, shapes=DECODES, **settings) -> EngineCore:
@@ -189,6 +190,57 @@ def test_what_a_shape_does_not_hold(counts):
     shape = GraphShape(8, 64)
     assert shape.holds(Counts(PREFILL_ROWS - 1, 64, 8, max_query_len=64))
     assert not shape.holds(Counts(*counts, max_query_len=counts[1] or 1))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lags", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["at once", "a step behind"])
+@pytest.mark.parametrize("backend", ["minimax", "replay"])
+@pytest.mark.parametrize("max_tokens", [3, 9, 64])
+def test_drafts_from_graphs_answer_as_a_text_without_drafts(folder, backend, max_tokens, lags):
+    settings = {"linear_backend": backend, "async_scheduling": lags, "max_num_batched_tokens": max_tokens}
+    names = ["greedy", "drawn", "penalised"]
+    requests = [request(n, random_prompt(4, i) * 4, max_tokens=40, **PARAMS[n]) for i, n in enumerate(names)]
+    settings["max_num_seqs"] = 3
+    expected = drain(plain(folder, **settings), *requests)
+    settings |= {"speculative_tokens": 7, "speculative_max_rows": 3}
+    shapes = shapes_for(engine_config(folder, **settings), 3)
+    core = with_graphs(folder, shapes, **settings)
+    rng = random.Random(0)
+    propose(core, lambda known: [t if rng.random() < 0.8 else t + 1 for t in known], expected)
+    taken = []
+    replay = core.runner._replay
+    core.runner._replay = lambda graphs, shape, *rest: taken.append(shape) or replay(graphs, shape, *rest)
+    answers = drain(core, *requests)
+    assert {n: a.token_ids for n, a in answers.items()} == {n: a.token_ids for n, a in expected.items()}
+    assert core.stats().accepted_tokens_total > 0
+    assert any(shape.num_verifies for shape in taken)
+
+
+def propose(core: EngineCore, change, answers) -> None:
+    """Let those draft who may: what their answers will be, changed."""
+
+    def proposal(row, count):
+        known = row.num_output_tokens - row.ends_in_unseen
+        return change(answers[row.request_id].token_ids[known : known + max(count, 0)]) if row.may_draft else []
+
+    core.scheduler.speculation._propose = proposal
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 8, 64])
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 9, 64, 2048])
+@pytest.mark.parametrize("bound", ["speculative_max_rows", "max_graph_rows"])
+def test_every_step_with_drafts_has_a_shape_and_every_shape_can_be_met(num_slots, max_tokens, bound):
+    num_slots = min(num_slots, max_tokens)
+    settings = {"max_num_seqs": num_slots, "max_num_batched_tokens": max_tokens, bound: 5}
+    shapes = shapes_for(engine_config("x", speculative_tokens=7, **settings), num_slots)
+    assert len(set(shapes)) == len(shapes) and shapes == sorted(shapes, key=lambda shape: shape.num_tokens)
+    most = max((shape.num_verifies for shape in shapes), default=0)
+    assert most == min(num_slots, 5, max_tokens - 1)
+    for rows in range(1, most + 1):
+        tokens = min(8 * rows, max_tokens)
+        counts = Counts(rows, tokens, 0, max_query_len=8, num_drafted=rows, num_drafted_tokens=tokens)
+        assert next(shape for shape in shapes if shape.holds(counts)).num_verifies < 2 * rows
+    assert not any(shape.num_verifies for shape in shapes_for(engine_config("x", **settings), num_slots))
 
 
 def test_drafts_have_shapes_of_their_own():

@@ -122,10 +122,13 @@ def test_every_kind_of_memory_is_measured(folder):
 
 @pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
 @pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "eager"])
-def test_no_request_waits_for_a_compiler(folder, monkeypatch, backend, cuda_graphs):
+@pytest.mark.parametrize("drafts", [0, 7])
+def test_no_request_waits_for_a_compiler(folder, monkeypatch, backend, cuda_graphs, drafts):
     import triton
 
-    core = make(folder, linear_backend=backend, cuda_graphs=cuda_graphs)
+    settings = {"speculative_tokens": drafts, "speculative_max_rows": 16, "prefix_cache": not drafts}
+    core = make(folder, linear_backend=backend, cuda_graphs=cuda_graphs, **settings)
+    core.scheduler.speculation._propose = lambda each, count: [5] * count if each.may_draft else []
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **told: compiled.append(told["repr"]))
     lengths = [1, 2, 3, 17, 63, 64, 65, 200, 1000, 3001, 4096, 9000]
@@ -138,6 +141,7 @@ def test_no_request_waits_for_a_compiler(folder, monkeypatch, backend, cuda_grap
     while core.has_work:
         core.step()
     assert compiled == []
+    assert (core.stats().draft_tokens_total > 0) == (drafts > 0)
 
 
 @pytest.mark.parametrize(

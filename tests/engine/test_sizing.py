@@ -11,7 +11,8 @@ import pytest
 import torch
 from engines import engine_config, make_core, request
 from leyden.engine import model_runner, sizing
-from leyden.engine.cuda_graph import GraphShape
+from leyden.engine.copies import Fold
+from leyden.engine.cuda_graph import GraphShape, shapes_for
 from leyden.engine.dummy_steps import StepLimits, serving_steps, smallest_steps
 from leyden.engine.errors import ConfigError
 from leyden.engine.memory import MemoryUse
@@ -135,6 +136,12 @@ LIMITS = {
     "a budget of one": StepLimits(num_slots=1, num_blocks=2, block_size=16, max_len=32, max_tokens=1),
     "a token for each": StepLimits(num_slots=5, num_blocks=10, block_size=1, max_len=64, max_tokens=5),
     "more slots than blocks": StepLimits(num_slots=4, num_blocks=3, block_size=4, max_len=12, max_tokens=16),
+    "drafts": StepLimits(4, 40, 16, max_len=128, max_tokens=256, max_drafts=7, max_drafted=3),
+    "drafts in small blocks": StepLimits(3, 60, 1, max_len=64, max_tokens=64, max_drafts=7, max_drafted=8),
+    "drafts in a small budget": StepLimits(4, 40, 2, max_len=64, max_tokens=5, max_drafts=7, max_drafted=8),
+    "no room for drafts": StepLimits(1, 4, 16, max_len=64, max_tokens=1, max_drafts=7, max_drafted=8),
+    "a context without drafts": StepLimits(2, 4, 1, max_len=2, max_tokens=16, max_drafts=7, max_drafted=8),
+    "a context of one draft": StepLimits(2, 6, 2, max_len=3, max_tokens=16, max_drafts=7, max_drafted=8),
     "a short context": StepLimits(num_slots=2, num_blocks=2, block_size=16, max_len=9, max_tokens=512),
 }
 
@@ -156,8 +163,9 @@ def test_dummy_steps_keep_within_their_limits(make, limits):
             assert end <= limits.max_len
             assert len(sequence.block_table) * limits.block_size >= end
             assert max(sequence.block_table) < limits.num_blocks
-            assert (sequence.num_computed_tokens > 0) == (row >= step.num_prefills)
-            assert sequence.num_uncomputed_tokens == count
+            assert (sequence.num_computed_tokens > 0) == (row >= step.num_prefills or step.num_drafted > 0)
+            assert sequence.num_uncomputed_tokens + len(sequence.drafts) == count
+        assert step.num_drafted in (0, len(counts)) and bool(step.num_drafted) == any(s.drafts for s in step.sequences)
 
 
 def test_dummy_steps_hold_the_largest_of_each_kind():
@@ -169,17 +177,83 @@ def test_dummy_steps_hold_the_largest_of_each_kind():
         assert shape in shapes, shape
 
 
+def test_steps_with_drafts_are_measured_up_to_the_most_rows_and_tokens():
+    def largest(limits: StepLimits) -> list[tuple[int, int]]:
+        return [
+            (step.num_drafted, sum(step.num_scheduled_tokens)) for step in serving_steps(limits) if step.num_drafted
+        ]
+
+    assert largest(LIMITS["drafts"]) == [(1, 8), (2, 9), (3, 17)], "one that asks for more has no drafts"
+    assert largest(LIMITS["drafts in a small budget"]) == [(1, 5), (2, 5), (4, 5)]
+    for name in ("plain", "no room for drafts", "a context without drafts"):
+        assert largest(LIMITS[name]) == []
+        assert not any(step.num_drafted for step in smallest_steps(LIMITS[name]))
+
+
+def test_a_fold_is_compiled_at_start_and_finds_a_token_to_fold():
+    drafted = [step for step in smallest_steps(LIMITS["drafts"]) if step.num_drafted]
+    assert [step.copies for step in drafted] == [[], [Fold(0, 1)]]
+
+
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+def test_the_first_steps_leave_numbers(tiny, monkeypatch, backend):
+    """What no step has written may be NaN, and is never read."""
+    allocate, launch = ModelRunner.allocate, ModelRunner.launch
+    drawn: list[list[int]] = []
+
+    def poisoned(self, *sizes):
+        allocate(self, *sizes)
+        for pool in (self.states.state, self.states.key_ring, self.states.value_ring, self.kv.key, self.kv.value):
+            pool.fill_(float("nan"))
+
+    def launched(self, step):
+        result = launch(self, step)
+        drawn.append(result.wait()[0])
+        return result
+
+    monkeypatch.setattr(ModelRunner, "allocate", poisoned)
+    monkeypatch.setattr(ModelRunner, "launch", launched)
+    ModelRunner(engine_config(tiny.folder, linear_backend=backend, speculative_tokens=7), progress=False)
+    assert len(drawn) == 5 and min(min(tokens) for tokens in drawn) >= 0
+
+
+def test_the_settings_say_which_steps_with_drafts_are_measured(device, runner, tiny):
+    sizing.size_pools(runner, engine_config(tiny.folder, speculative_tokens=3, speculative_max_rows=2))
+    assert max(len(row.drafts) for step in device.steps for row in step.sequences) == 3
+    assert max(step.num_drafted for step in device.steps) == 2
+
+
 @pytest.mark.parametrize("backend", ["auto", "minimax", "replay"])
 def test_a_decoding_dummy_reads_what_a_prompt_wrote_before(tiny, backend):
     """A state that nobody wrote may hold NaN, and choose experts that do not exist."""
-    core = make_core(tiny.folder, linear_backend=backend)
+    core = make_core(tiny.folder, linear_backend=backend, speculative_tokens=7)
     runner = core.runner
     for pool in (runner.states.state, runner.states.key_ring, runner.states.value_ring, runner.kv.key, runner.kv.value):
         pool.fill_(float("nan"))
-    limits = StepLimits(4, 64, 16, 256, 64)
+    limits = StepLimits(4, 64, 16, 256, 64, max_drafts=7, max_drafted=4)
     for step in serving_steps(limits):
         tokens, _ = runner.launch(step).wait()
-        assert len(tokens) == len(step.sequences) and min(tokens) >= 0
+        num_drafts = sum(len(sequence.drafts) for sequence in step.sequences)
+        assert len(tokens) == len(step.sequences) + num_drafts and min(tokens) >= 0
+
+
+# -- graphs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_seqs", [1, 8, 64])
+@pytest.mark.parametrize("max_rows", [1, 8, 64])
+def test_graphs_are_measured_with_the_most_tokens_and_the_most_rows_of_logits(runner, monkeypatch, num_seqs, max_rows):
+    settings = {"max_num_seqs": num_seqs, "speculative_tokens": 7, "speculative_max_rows": max_rows}
+    shapes = shapes_for(engine_config("x", **settings, max_num_batched_tokens=2048), num_seqs)
+    captured: list[list[GraphShape]] = []
+    monkeypatch.setattr(runner, "capture", lambda part, max_model_len: captured.append(part))
+    monkeypatch.setattr(sizing, "free_memory", lambda device: (10**10 - 1000 * len(captured), 10**10))
+    sizing._measure_graphs(runner, shapes, 256)
+    for part in captured:
+        assert part == sorted(part, key=shapes.index) and len(set(part)) == len(part)
+        assert max(shape.num_tokens for shape in part) == max(shape.num_tokens for shape in shapes)
+        assert max(shape.num_draws for shape in part) == max(shape.num_draws for shape in shapes)
+    assert len(captured[0]) <= 2 < len(captured[1]) <= len(shapes)
 
 
 # -- what does not fit ----------------------------------------------------------------------------------------

@@ -165,6 +165,44 @@ def test_text_that_repeats_takes_fewer_steps_without_an_oracle():
     assert steps(drafted.core) < steps(plain.core) - 20
 
 
+@pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
+@pytest.mark.parametrize(("max_tokens", "num_rows"), [(1, 1), (2, 1), (2, 2), (3, 2), (9, 4)])
+def test_a_step_with_drafts_stays_within_its_budget(tiny, max_tokens, num_rows, lags):
+    prompts = [random_prompt(7, seed=i) for i in range(num_rows)]
+    settings = {"max_num_batched_tokens": max_tokens, "max_num_seqs": num_rows, "async_scheduling": lags}
+    core = knowing(speculating(tiny.folder, **settings), prompts, 0.2, max_tokens=30)
+    sizes, idle = [], 0
+    schedule = core.scheduler.schedule
+
+    def watched():
+        nonlocal idle
+        batch = schedule()
+        sizes.append(sum(batch.num_scheduled_tokens))
+        idle += batch.is_empty and core.scheduler.has_work
+        return batch
+
+    core.scheduler.schedule = watched
+    found = drain(core, *(request(str(i), prompt, max_tokens=30) for i, prompt in enumerate(prompts)))
+    texts = core.scheduler.speculation._propose.__self__.texts
+    assert [found[str(i)].token_ids for i in range(num_rows)] == [texts[tuple(prompt)] for prompt in prompts]
+    assert max(sizes) <= max_tokens
+    if max_tokens == num_rows == 1:
+        assert core.stats().draft_tokens_total == 0
+        assert idle <= 1, "nobody waits for what there is no room for, but at last for the last token"
+    else:
+        assert core.stats().accepted_tokens_total > 0
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 16])
+@pytest.mark.parametrize("max_model_len", [1, 2, 3, 4, 64])
+@pytest.mark.parametrize("num_slots", [1, 2, 4])
+def test_an_engine_with_drafts_starts_whatever_its_blocks_and_its_context(tiny, block_size, max_model_len, num_slots):
+    settings = {"block_size": block_size, "max_model_len": max_model_len, "max_num_seqs": num_slots}
+    core = speculating(tiny.folder, **settings, cpu_memory_gb=0.01)
+    if max_model_len > 1:
+        assert len(answer(core, [1], max_tokens=max_model_len - 1).token_ids) == max_model_len - 1
+
+
 def test_many_rows_bring_no_drafts(tiny):
     core = speculating(tiny.folder, max_num_seqs=4, speculative_max_rows=2)
     prompts = [random_prompt(6, seed=i) * 4 for i in range(4)]

@@ -70,6 +70,7 @@ def test_a_chat_streams_and_is_measured(page, shared):
     playwright.expect(page.locator("#slots-text")).to_have_text("0 of 64")
     playwright.expect(page.get_by_label("Checkpoints")).to_be_visible()
     playwright.expect(page.locator("#checkpoints-text")).to_have_text(re.compile(r"^\d+ of [1-9]\d*$"))
+    playwright.expect(page.get_by_label("Drafts accepted")).to_be_hidden()
 
 
 def test_stop_aborts_on_the_server_too(page, shared):

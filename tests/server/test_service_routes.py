@@ -146,6 +146,8 @@ async def test_load_tells_sequences_slots_blocks_and_checkpoints(client, engine)
         kv_blocks_cached=2,
         checkpoints_used=3,
         host_checkpoints_used=1,
+        draft_tokens_total=9,
+        accepted_tokens_total=7,
     )
     assert (await client.get("/load")).json() == {
         "server_load": 5,
@@ -160,6 +162,8 @@ async def test_load_tells_sequences_slots_blocks_and_checkpoints(client, engine)
         "state_checkpoints_total": 6,
         "host_checkpoints_used": 1,
         "host_checkpoints_total": 4,
+        "draft_tokens_total": 9,
+        "accepted_tokens_total": 7,
     }
 
 
@@ -169,6 +173,7 @@ async def test_server_info_tells_the_engine_and_not_where_files_lie(client, engi
     assert facts["version"] == leyden.__version__
     assert (facts["served_model_name"], facts["linear_backend"], facts["num_linear_layers"]) == ("tiny", "minimax", 3)
     assert facts["memory"]["weights"] == 400
+    assert (facts["speculative_tokens"], facts["speculative_max_rows"]) == (0, 0)
     assert engine.info.model_path not in response.text
 
 
