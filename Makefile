@@ -7,6 +7,7 @@ PACKAGES := server engine models kernels configs
 # Where PyTorch publishes builds without CUDA: smaller by gigabytes, and preferred where there is no GPU.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_SOURCE := $(if $(shell command -v nvidia-smi),,--retries 0 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX))
+TORCH := PyTorch $(if $(shell command -v nvidia-smi),with CUDA (about 3 GB),without CUDA (about 0.2 GB))
 PIP := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check install --quiet -c constraints.txt
 
 .PHONY: help install serve test test-all clients lint format bench clean
@@ -19,14 +20,17 @@ install: $(BIN)/.installed  ## make the virtual environment
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Leyden needs Python 3.11 or newer; make PYTHON=python3.11")'
 	$(PYTHON) -m venv --without-pip $(VENV)
-	$(PIP) $(TORCH_SOURCE) torch
-	$(PIP) -e '.[dev]'
+	@echo "Downloading $(TORCH) into $(VENV): some minutes without a word"
+	@$(PIP) $(TORCH_SOURCE) torch pip
+	@echo "Downloading what else Leyden and its tests need (about 0.3 GB)"
+	@$(PIP) -e '.[dev]'
+	@echo "Installed: 'source $(BIN)/activate' puts leyden on the PATH"
 	@touch $@
 
 serve: install  ## serve the embedded model (ARGS="..." for anything `leyden serve` takes)
 	@exec $(BIN)/leyden serve $(ARGS)
 
-test: install  ## the test suite (ARGS="..." for pytest)
+test: install  ## the test suite, about 7 minutes on two cores (ARGS="..." for pytest)
 	$(BIN)/pytest $(ARGS)
 
 test-all: install  ## with the slow ones
@@ -34,7 +38,8 @@ test-all: install  ## with the slow ones
 
 clients:  ## an environment with clients that others wrote, for `pytest -m slow tests/clients`
 	$(PYTHON) -m venv --without-pip .venv-clients
-	$(PYTHON) -m pip --python .venv-clients/bin/python --disable-pip-version-check install --quiet $(TORCH_SOURCE) \
+	@echo "Downloading the clients and what they need, $(TORCH) among it, into .venv-clients"
+	@$(PYTHON) -m pip --python .venv-clients/bin/python --disable-pip-version-check install --quiet $(TORCH_SOURCE) \
 		torch transformers accelerate 'lm-eval[api]' langchain-openai 'litellm!=1.82.7,!=1.82.8' instructor guidellm
 	-npm install --silent --prefix .venv-clients openai
 
@@ -52,4 +57,4 @@ bench: install  ## measure a served model on this machine
 	$(BIN)/python -P benchmarks/serving.py $(or $(ARGS),http)
 
 clean:  ## remove what was made
-	rm -rf $(VENV) .venv-clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-clients build dist profile *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

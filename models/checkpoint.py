@@ -52,8 +52,10 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a wide family; all of them mean the same to a user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot get {model!r} from the hub: {reason}") from error
+        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line.removeprefix("Got: ").rstrip(".")
+        remedy = "check the id and the network, or give the folder of a checkpoint that is on this machine"
+        raise CheckpointError(f"cannot get {model!r} from the hub: {reason}; {remedy}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import shlex
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -25,10 +27,9 @@ KINDS = {  # where the kind's own name says less
 }
 
 
-def banner(info: EngineInfo, *, name: str, address: str, needs_key: bool) -> str:
-    """The lines printed once the server answers."""
+def banner(info: EngineInfo, *, name: str, address: str, needs_key: bool, can_chat: bool) -> str:
+    """The lines printed once the server answers; the last are a command to try. `can_chat`: it has a chat template."""
     kv_tokens = info.num_kv_blocks * info.block_size
-    key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
     lines = [
         f"Leyden serves {name} ({info.architecture}, {_count(info.num_parameters)} parameters)",
         f"  layers    {info.num_linear_layers} lightning, {info.num_full_layers} softmax",
@@ -41,12 +42,27 @@ def banner(info: EngineInfo, *, name: str, address: str, needs_key: bool) -> str
         *_drafts("drafts   ", info.speculative_tokens, info.speculative_max_rows),
         *(f"  note      {note}" for note in info.notes),
         f"  address   {address}",
+        f"  browser   {address}/playground to try it, {address}/docs for the API",
         "",
-        f"  curl -N {address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\",
-        f'    -d \'{{"model": "{name}", "stream": true, "messages": '
-        '[{"role": "user", "content": "Tell me a short story about a fox."}]}\'',
+        *_example(name, address, needs_key=needs_key, can_chat=can_chat),
     ]
     return "\n".join(lines)
+
+
+def _example(name: str, address: str, *, needs_key: bool, can_chat: bool) -> list[str]:
+    """A curl command that this server answers, over two lines."""
+    key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
+    body: dict[str, Any] = {"model": name, "stream": True}
+    if can_chat:
+        route = "/v1/chat/completions"
+        body["messages"] = [{"role": "user", "content": "Tell me a short story about a fox."}]
+    else:
+        route = "/v1/completions"
+        body |= {"max_tokens": 64, "prompt": "Once upon a time"}
+    return [
+        f"  curl -sN {address}{route}{key} -H 'Content-Type: application/json' \\",
+        f"    -d {shlex.quote(json.dumps(body))}",
+    ]
 
 
 def describe_model(config: EngineConfig, memory_gb: float | None) -> str:

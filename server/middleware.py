@@ -20,13 +20,13 @@ from ..engine.errors import ConfigError
 from .connection import slow_request, too_large_head
 from .errors import ApiError, describe, error_response, log_failure, overloaded
 from .metrics import ServerMetrics
-from .pages import FILES
+from .pages import FILES, ROOT_PATH
 
 logger = logging.getLogger("leyden.server")
 
 HEALTH_PATH = "/health"
 # The pages are the same bytes for everyone, and a browser cannot send a key before it has the page that asks for it.
-PUBLIC_PATHS = frozenset({HEALTH_PATH, *FILES})
+PUBLIC_PATHS = frozenset({HEALTH_PATH, ROOT_PATH, *FILES})
 MAX_REQUEST_ID_CHARS = 128
 UNSAFE_ID_CHARS = re.compile(r"[^A-Za-z0-9._:/+=-]")
 

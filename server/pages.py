@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "static"
+ROOT_PATH = "/"  # where a browser begins; it is sent on to the playground
 FILES = {
     "/playground": "playground.html",
     "/docs": "docs.html",

@@ -70,7 +70,8 @@ async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | N
         app = create_app(llm, settings, model_name=name, tracer=tracer)
         app.state.server.grammars.prepare()
         address = _address(*listener.getsockname()[:2])
-        print(banner(info, name=name, address=address, needs_key=_needs_key(settings)), flush=True)
+        needs_key, can_chat = _needs_key(settings), tokenizer.has_chat_template
+        print(banner(info, name=name, address=address, needs_key=needs_key, can_chat=can_chat), flush=True)
         return await Service(settings, client, app).run(listener)
     except EngineDeadError as error:
         logger.error("the engine did not start: %s", error)

@@ -1,15 +1,27 @@
-"""GET /playground, /docs and their static files. They hold nothing of the server, so they need no key."""
+"""GET /playground, /docs, their static files, and the way there from /. They hold nothing of the server, so they need
+no key."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter
-from starlette.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
 
-from ..pages import HEADERS, load_pages
+from ..pages import HEADERS, ROOT_PATH, load_pages
 
 router = APIRouter()
+
+
+@router.api_route(ROOT_PATH, methods=["GET", "HEAD"], include_in_schema=False)
+async def root(http: Request) -> Response:
+    """A browser goes on to the playground; for programs there is nothing here, as under any other unknown path."""
+    if "text/html" not in http.headers.get("accept", ""):
+        raise HTTPException(404)
+    # relative, for a server that a proxy shows under a path of its own
+    return RedirectResponse("playground", 307, {"Vary": "Accept", "Cache-Control": HEADERS["Cache-Control"]})
 
 
 def _serve(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:

@@ -334,6 +334,24 @@ def test_model_that_is_no_folder_and_no_hub_id_is_refused_without_asking_anyone(
         resolve(name)
 
 
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ("Got: ConnectError: no name\nAn error happened while trying to locate the files.", "ConnectError: no name;"),
+        ("404 Client Error. (Request ID: x)\n\nRepository Not Found.", r"404 Client Error. \(Request ID: x\);"),
+        ("Outgoing traffic has been disabled.", "Outgoing traffic has been disabled;"),
+        ("", "OSError;"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_is_an_error_that_says_why_and_what_to_do(monkeypatch, told, reason):
+    def refuse(*_args, **_kwargs):
+        raise OSError(told)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=f"^cannot get 'owner/name' from the hub: {reason} .*give the folder"):
+        resolve("owner/name")
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
 def test_a_link_out_of_the_folder_is_refused_and_never_followed(folder, tensors, tmp_path_factory, name):
     write(folder, tensors)

@@ -273,3 +273,11 @@ def test_a_checkpoint_in_which_no_token_ends_an_answer_is_served(checkpoint, tmp
     bound = httpx.post(f"{served.url}/v1/completions", json=body | {"response_format": {"type": "json_object"}})
     assert bound.status_code == 400 and bound.json()["error"]["param"] == "response_format", bound.text
     assert httpx.post(f"{served.url}/v1/completions", json=body).json()["usage"]["completion_tokens"] == 4
+
+
+def test_a_checkpoint_without_a_chat_template_is_offered_a_completion_to_try(checkpoint, tmp_path, serve):
+    folder = shutil.copytree(checkpoint, tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    served = serve(folder=folder)
+    offered = next(line for line in served.process.stdout if "curl" in line)
+    assert f"{served.url}/v1/completions " in offered

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+from itertools import pairwise
 
 import pytest
 from engines import engine_config, make_core
@@ -31,7 +34,7 @@ def test_the_split_planned_from_the_config_is_the_one_the_engine_makes(tmp_path,
     settings = {"linear_backend": backend, "cpu_memory_gb": 0.001} | settings
     config = engine_config(tmp_path, **settings)
     core = make_core(tmp_path, **settings)
-    told = banner(core.info(), name="tiny", address="http://x", needs_key=False)
+    told = banner(core.info(), name="tiny", address="http://x", needs_key=False, can_chat=True)
     planned = describe_model(config, None)
     split = memory_line(planned, "planned split")
     assert split == memory_line(told, "memory")
@@ -58,7 +61,9 @@ def test_the_split_planned_from_the_config_is_the_one_the_engine_makes(tmp_path,
 def test_the_prefix_cache_is_told_alike_before_and_after_the_start(tmp_path, settings, words):
     save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
     planned = describe_model(engine_config(tmp_path, **settings), None)
-    told = banner(make_core(tmp_path, **settings).info(), name="tiny", address="http://x", needs_key=False)
+    told = banner(
+        make_core(tmp_path, **settings).info(), name="tiny", address="http://x", needs_key=False, can_chat=True
+    )
     assert memory_line(planned, "prefix cache") == memory_line(told, "prefixes") == words
     assert memory_line(planned, "planned split") == memory_line(told, "memory")
 
@@ -89,8 +94,30 @@ def test_a_gpus_banner_names_what_was_measured(tmp_path):
     save_minimax(tmp_path, heads=2, layer_types=(LINEAR,))
     info = make_core(tmp_path).info()
     info.memory.workspace, info.memory.graphs, info.memory.other = 2_000_000, 3_000_000, 4_000_000
-    told = banner(info, name="tiny", address="http://x", needs_key=False)
+    told = banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True)
     assert "2 MB workspace, 3 MB CUDA graphs, 4 MB other" in memory_line(told, "memory")
+
+
+def example(info, *, name="tiny", needs_key=False, can_chat=True):
+    """The words of the command under a banner."""
+    told = banner(info, name=name, address="http://test", needs_key=needs_key, can_chat=can_chat)
+    return shlex.split(told.partition("\n\n")[2].replace("\\\n", ""))
+
+
+@pytest.mark.parametrize("can_chat", [True, False])
+@pytest.mark.parametrize("keys", [[], ["KEY"]], ids=str)
+async def test_the_banners_command_is_one_that_the_server_answers(engine, tokenizer, make_client, keys, can_chat):
+    tokenizer.has_chat_template = can_chat
+    curl, flags, url, *rest = example(engine.info, needs_key=bool(keys), can_chat=can_chat)
+    headers = [tuple(value.split(": ")) for flag, value in pairwise(rest) if flag == "-H"]
+    response = await make_client(api_key=keys).post(url, content=rest[rest.index("-d") + 1], headers=headers)
+    assert (curl, flags, response.status_code) == ("curl", "-sN", 200), response.text
+    assert response.text.endswith("data: [DONE]\n\n")
+
+
+def test_a_models_name_may_hold_quotes_and_the_banners_command_stays_whole(engine):
+    name = """the "tiny" one's"""
+    assert json.loads(example(engine.info, name=name)[-1])["model"] == name
 
 
 def test_what_is_clamped_and_what_does_not_fit_is_said_without_an_engine(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from leyden.server.pages import FILES, FOLDER
+from leyden.server.pages import FILES, FOLDER, ROOT_PATH
 
 KEY = "correct-horse"
 
@@ -86,7 +86,9 @@ async def test_pages_need_no_key_for_a_browser_cannot_send_one_before_it_has_the
     ],
 )
 async def test_what_the_pages_ask_for_and_other_spellings_need_one(make_client, error_of, path):
-    error_of(await make_client(api_key=[KEY]).get(path), 401)
+    error_of(
+        await make_client(api_key=[KEY]).get(f"http://test{path}"), 401
+    )  # whole: "//playground" alone names a host
 
 
 @pytest.mark.parametrize(
@@ -103,5 +105,22 @@ async def test_a_page_is_its_file_for_everyone(make_client, path, name):
     assert (await make_client(api_key=[KEY], served_model_name="x").get(path)).content == content
 
 
+BROWSER = {"accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"api_key": [KEY]}], ids=str)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_browser_that_opens_the_address_comes_to_the_playground_key_or_not(make_client, settings, method):
+    response = await make_client(**settings).request(method, "/", headers=BROWSER)
+    assert (response.status_code, response.headers["vary"]) == (307, "Accept")
+    assert str(response.next_request.url) == "http://test/playground"
+
+
+@pytest.mark.parametrize("headers", [{}, {"accept": "*/*"}, {"accept": "application/json"}], ids=str)
+async def test_a_program_that_asks_for_the_root_gets_the_error_of_any_unknown_path(client, error_of, headers):
+    error = error_of(await client.get("/", headers=headers), 404)
+    assert error == error_of(await client.get("/nowhere", headers=headers), 404)
+
+
 async def test_pages_are_no_part_of_the_api(client):
-    assert not set(FILES) & set((await client.get("/openapi.json")).json()["paths"])
+    assert not {ROOT_PATH, *FILES} & set((await client.get("/openapi.json")).json()["paths"])
