@@ -28,7 +28,7 @@ from leyden.engine.async_llm import AsyncLLM
 from leyden.engine.client import ProcessClient
 from leyden.engine.loop import run_loop
 from leyden.engine.memory import MemoryUse
-from leyden.engine.messages import AddRequest, EngineInfo, EngineStats
+from leyden.engine.messages import AddRequest, EngineInfo, EngineStats, SessionDone
 from leyden.engine.outputs import StepOutput
 from leyden.engine.process import Link
 from leyden.engine.tokenizer import Tokenizer
@@ -133,8 +133,17 @@ class ScriptedClient(ProcessClient):
     """The real client, which starts this file as its engine."""
 
 
+class NoSessions:
+    """Nothing is saved, and nobody asks."""
+
+    def advance(self) -> list[SessionDone]:
+        return []
+
+
 class ScriptedCore:
     """Gives every sequence one token of a text per step, and a step its time."""
+
+    sessions = NoSessions()
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
@@ -184,7 +193,7 @@ def run_engine(step_ms: str, address: str, parent: str, *_how_to_log: str) -> No
     sizes = dict.fromkeys(EngineInfo.__struct_fields__, 1)
     names = dict.fromkeys(("model_path", "architecture", "device", "device_name", "dtype"), "scripted")
     kinds = {"state_dtype": "float32", "linear_backend": "auto", "kernels": "torch", "eos_token_ids": [0], "notes": []}
-    kinds["memory"] = MemoryUse(total=1)
+    kinds |= {"memory": MemoryUse(total=1), "has_sessions": False}
     bounds = {"vocab_size": 10**6, "max_model_len": 4096, "num_state_slots": 4096, "max_waiting": 4096}
     link.send(EngineInfo(**(sizes | names | kinds | bounds)))
     run_loop(core, link.receive, send)

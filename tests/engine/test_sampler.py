@@ -36,7 +36,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
 
 
 def step(sampler: Sampler, logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
-    arrays = sampler.arrays(sequences)
+    arrays = sampler.arrays(sequences, [each.num_output_tokens for each in sequences])
     batch = SamplingBatch.of({name: torch.from_numpy(array) for name, array in arrays.items()})
     tokens, logprobs = sampler.sample(logits, batch).wait()
     token_ids = torch.tensor(tokens)

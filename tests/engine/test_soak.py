@@ -24,7 +24,7 @@ class FakeStep:
     """Tokens that were drawn when the step was launched."""
 
     prompt_logprobs = {}  # noqa: RUF012 - none, ever
-    answers = None
+    answers = drafts = None
 
     def __init__(self, batch: ScheduledBatch, rng: random.Random) -> None:
         self.sequences = rows = [batch.sequences[row] for row in batch.completing_rows]
@@ -38,7 +38,7 @@ class FakeStep:
 class FakeRunner:
     """No model: a plan of scarce blocks and slots."""
 
-    ring_size = 16
+    ring_size, replays = 16, True
     device = torch.device("cpu")
     model_config = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=(EOS,))
 

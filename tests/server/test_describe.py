@@ -73,20 +73,20 @@ def test_drafts_are_told_where_there_may_be_some_and_otherwise_not(tmp_path):
     settings = {"speculative_tokens": 5, "speculative_max_rows": 3}
     core = make_core(tmp_path, **settings)
     assert (core.info().speculative_tokens, core.info().speculative_max_rows) == (5, 3)
-    on = [banner(core.info(), name="tiny", address="http://x", needs_key=False)]
+    on = [banner(core.info(), name="tiny", address="http://x", needs_key=False, can_chat=True)]
     on.append(describe_model(engine_config(tmp_path, **settings), None))
     for text in on:
         assert memory_line(text, "drafts") == "up to 5 per sequence and step, while at most 3 sequences decode"
     info = make_core(tmp_path, speculative_max_rows=3).info()
     assert (info.speculative_tokens, info.speculative_max_rows) == (0, 0)
-    off = [banner(info, name="tiny", address="http://x", needs_key=False)]
+    off = [banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True)]
     off.append(describe_model(engine_config(tmp_path), None))
     assert not any("  drafts" in text for text in off)
 
 
 def test_the_banner_names_the_backend_that_runs(tmp_path):
     save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
-    told = banner(make_core(tmp_path).info(), name="tiny", address="http://x", needs_key=False)
+    told = banner(make_core(tmp_path).info(), name="tiny", address="http://x", needs_key=False, can_chat=True)
     assert memory_line(told, "backend") == "replay (torch kernels) on cpu (CPU)"
 
 
