@@ -23,11 +23,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .block_manager import BlockManager
-from .copies import Copy, Fork
+from .copies import Copy
 from .errors import ContextLengthError, QueueFullError
 from .prefix_cache import Match, PrefixCache
 from .reuse import NOTHING, Reuse
 from .sequence import UNSEEN, Sequence, Status
+from .siblings import Siblings
 from .slots import SlotManager
 from .speculation import Speculation
 from .steady import Advance, Steady
@@ -35,7 +36,6 @@ from .steady import Advance, Steady
 NUM_COMPARED = 8  # waiting sequences that are compared with each other by what is cached of them
 NUM_EXAMINED = 32  # of those that wait, to find as many that need not wait for another's checkpoint
 MAX_PASSED = 8  # times that a sequence is passed over
-SIBLING_PATIENCE = 2000  # steps that a sequence waits for siblings that were announced: they are on their way
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Scheduler:
         self.num_finished = 0  # aborted ones too
         self._by_id: dict[str, Sequence] = {}
         self._at_stop: list[Sequence] = []  # the last step has brought them to a stop
-        self._leaders: dict[Sequence, int] = {}  # siblings are still to copy from them; steps they may wait for these
+        self._siblings = Siblings(blocks)
         self._steady = Steady(blocks, self.cache.make_room)
 
     def __contains__(self, request_id: str) -> bool:
@@ -120,7 +120,7 @@ class Scheduler:
     def find_leader(self, request_id: str) -> Sequence | None:
         """The sequence whose computed tokens a sibling may still come to copy, or None."""
         sequence = self._by_id.get(request_id)
-        return sequence if sequence in self._leaders else None
+        return sequence if sequence is not None and sequence in self._siblings else None
 
     @property
     def has_work(self) -> bool:
@@ -144,10 +144,7 @@ class Scheduler:
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is in the engine already"
         self._by_id[sequence.request_id] = sequence
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
-        if sequence.num_siblings and sequence.num_prompt_tokens > 1:
-            self._leaders[sequence] = SIBLING_PATIENCE
-        if sequence.leader is not None:
-            sequence.leader.siblings.append(sequence)
+        self._siblings.add(sequence)
 
     def abort(self, request_id: str) -> bool:
         """Forget a sequence and free what it holds, but for what a session is to keep: its answer may be as long as its
@@ -180,10 +177,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
         self.num_finished += 1
         del self._by_id[sequence.request_id]
-        self._disband(sequence)
-        if sequence.leader is not None:
-            sequence.leader.siblings.remove(sequence)
-            sequence.leader.num_siblings -= 1
+        self._siblings.remove(sequence)
 
     def complete(self, sequence: Sequence) -> None:
         """Take a sequence out that has its whole answer, which stays in the prefix cache."""
@@ -208,7 +202,7 @@ class Scheduler:
             if sequence.status is Status.RUNNING:
                 self.reuse.save_at_stop(sequence)
         self._at_stop = []
-        held = self._copy_prompts()
+        held = self._start_siblings()
         budget = self.max_num_batched_tokens
         decoding: dict[Sequence, int] = {}
         prefilling: dict[Sequence, int] = {}
@@ -329,59 +323,32 @@ class Scheduler:
     def _next_chunk(self, sequence: Sequence, budget: int) -> int:
         """Tokens to compute of a prompt: up to its next checkpoint. One that others wait for stops before its last."""
         num_new = sequence.num_uncomputed_tokens
-        if sequence in self._leaders:
+        if sequence in self._siblings:
             num_new -= 1
         if sequence.stops:
             num_new = min(num_new, sequence.stops[0] - sequence.num_computed_tokens)
         return min(num_new, budget)
 
-    def _copy_prompts(self) -> set[Sequence]:
-        """Give the siblings of those that have reached their prompt's last token what these have computed; a sibling
-        that finds no room computes for itself. Returns those that wait for siblings to arrive."""
-        held: set[Sequence] = set()
-        for leader in [leader for leader in self._leaders if leader.is_at_last_prompt_token]:
-            self._leaders[leader] -= 1
-            is_whole = len(leader.siblings) == leader.num_siblings and all(s.is_ready for s in leader.siblings)
-            if not is_whole and self._leaders[leader]:
-                held.add(leader)
-                continue
-            num_own = self.blocks.blocks_for(leader.num_prompt_tokens) - self._num_shared_blocks(leader)
+    def _start_siblings(self) -> set[Sequence]:
+        """Start the siblings of those that have reached their prompt's last token, as far as there is room: one that
+        finds none computes for itself. Returns those that wait for siblings to arrive."""
+        done, held = self._siblings.arrived()
+        for leader in done:
+            num_own = self._siblings.num_own_blocks(leader)
             for sibling in leader.siblings:
                 if sibling.is_ready and self.slots.num_free and self.cache.make_room(num_own):
                     self.waiting.remove(sibling)
-                    self.reuse.copies.append(self._start_as_copy(sibling, leader))
-            self._disband(leader)
+                    self.slots.take(sibling)
+                    self.reuse.copies.append(self._siblings.take_over(sibling, leader))
+                    self._start(sibling)
+            self._siblings.disband(leader)
         return held
-
-    def _num_shared_blocks(self, leader: Sequence) -> int:
-        """Blocks that a leader before its prompt's last token has filled, and writes no more."""
-        return leader.num_computed_tokens // self.blocks.block_size
-
-    def _start_as_copy(self, sibling: Sequence, leader: Sequence) -> Fork:
-        self.slots.take(sibling)
-        shared = self._num_shared_blocks(leader)
-        self.blocks.share(sibling, leader.block_table[:shared].tolist())
-        self.blocks.grow(sibling, leader.num_prompt_tokens)
-        self._start(sibling)
-        sibling.num_computed_tokens = leader.num_computed_tokens
-        assert leader.state_slot is not None and sibling.state_slot is not None
-        partial = []
-        if leader.num_computed_tokens % self.blocks.block_size:
-            partial = [(leader.block_table[shared], sibling.block_table[shared])]
-        return Fork(leader.state_slot, sibling.state_slot, partial)
 
     def _start(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
         sequence.deadline = math.inf
         self.started.append(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
-
-    def _disband(self, leader: Sequence) -> None:
-        """From here on everybody goes his own way."""
-        self._leaders.pop(leader, None)
-        for sibling in leader.siblings:
-            sibling.leader = None
-        leader.siblings = []
 
     def _admit(self, prefilling: dict[Sequence, int], decoding: dict[Sequence, int], budget: int) -> None:
         while budget > 0 and self.slots.num_free:

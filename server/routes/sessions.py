@@ -90,7 +90,7 @@ async def _call(http: Request, action: SessionAction) -> SessionDone:
 
 
 def _state_of(http: Request, done: SessionDone) -> Response:
-    return json_response(SessionState(_id_of(http), "session", done.num_tokens, done.num_bytes, done.seconds))
+    return json_response(SessionState(_id_of(http), "session", done.num_tokens, done.num_bytes, round(done.seconds, 4)))
 
 
 def _id_of(http: Request) -> str:

@@ -11,7 +11,7 @@ import torch
 from engines import DEVICE, answer, assert_nothing_held, drain, request
 from leyden.engine import grammar
 from leyden.engine.core import EngineCore
-from leyden.engine.scheduler import SIBLING_PATIENCE
+from leyden.engine.siblings import PATIENCE
 from tiny_models import random_prompt
 
 make_core = functools.partial(engines.make_core, device=DEVICE)
@@ -111,7 +111,7 @@ def test_an_announced_sibling_that_never_comes_is_waited_for_a_while(tiny):
     while core.has_work:
         ids += [token for output in core.step() for token in output.token_ids]
         steps += 1
-    assert ids == alone.token_ids and SIBLING_PATIENCE < steps < SIBLING_PATIENCE + 20
+    assert ids == alone.token_ids and PATIENCE < steps < PATIENCE + 20
 
 
 @pytest.mark.parametrize(
