@@ -292,11 +292,9 @@ class Scheduler:
             pending = sequence.num_pending_tokens
             sequence.num_pending_tokens = pending + 1 if pending < last_in_ring else 0
 
-    def verified(self, sequence: Sequence) -> int:
-        """Note that a step with the sequence's drafts has come back. Returns how many drafts it had."""
-        num_drafts = len(sequence.drafts)
+    def verified(self, sequence: Sequence) -> None:
+        """Note that a step with the sequence's drafts has come back."""
         sequence.is_verifying, sequence.drafts = False, []
-        return num_drafts
 
     def keep_verified(self, sequence: Sequence) -> None:
         """One more token of such a step is the sequence's. One that has fallen since has given it back."""

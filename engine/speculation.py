@@ -70,10 +70,11 @@ def can_draft(params: SamplingParams) -> bool:
 
 def num_kept(drafts: list[int], drawn: list[int]) -> int:
     """How many of the drawn tokens are the text: one after the last fed token, and one after each draft that is right.
-    drawn: one more than drafts."""
+    A later one that is bad (-1) is left to the next step, where it is the first and ends the text. drawn: one more than
+    drafts."""
     kept = 1
-    for draft, token in zip(drafts, drawn, strict=False):
-        if draft != token:
+    for draft, token, following in zip(drafts, drawn, drawn[1:], strict=False):
+        if draft != token or following < 0:
             break
         kept += 1
     return kept

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import engines
 import numpy as np
 import pytest
+import torch
 from engines import DEVICE, answer, drain, request, sequence
 from leyden.engine.core import EngineCore
 from leyden.engine.llm import LLM
@@ -243,6 +245,32 @@ def test_how_many_are_kept():
     assert num_kept([5, 6], [5, 6, 7]) == 3
     assert num_kept([5, 9], [5, 6, 7]) == 2
     assert num_kept([1, 6], [5, 6, 7]) == 1
+    assert num_kept([5, 6], [5, -1, 7]) == num_kept([5], [-1, 7]) == 1
+    assert num_kept([5, 6], [5, 6, -1]) == 2
+
+
+def test_bad_logits_after_a_right_draft_end_the_text_with_their_error(tiny):
+    prompt = random_prompt(21, seed=1)
+    plain = answer(make_core(tiny.folder, prefix_cache=False), prompt, max_tokens=20).token_ids
+    core = speculating(tiny.folder, cuda_graphs=False, async_scheduling=False)
+    knowing(core, [prompt], 0.0, max_tokens=20)
+    sample = core.runner.kernels.sample
+
+    def failing(logits, *draw):
+        """Bad where the sixth token of the answer is drawn, in whatever step."""
+        tokens = sample(logits, *draw)
+        (each,) = core.scheduler.running
+        place = 5 - each.num_output_tokens
+        return (
+            tokens.index_fill(0, torch.tensor([place], device=tokens.device), -1)
+            if 0 <= place < len(tokens)
+            else tokens
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core.runner.sampler, "kernels", SimpleNamespace(sample=failing))
+        failed = answer(core, prompt, max_tokens=20)
+    assert (failed.token_ids, failed.finish_reason) == (plain[:5], "error") and failed.error
 
 
 def test_drafts_end_before_the_answers_last_token_and_are_asked_of_seen_tokens():
