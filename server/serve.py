@@ -90,7 +90,7 @@ async def _unless_interrupted(starting: asyncio.Task[EngineInfo]) -> EngineInfo 
     waiting = asyncio.create_task(interrupted.wait())
     await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
-    return await starting if starting.done() else None
+    return None if interrupted.is_set() else await starting  # both at once: nobody would hear of it again
 
 
 def _spare_the_garbage_collector() -> None:
