@@ -59,7 +59,8 @@ class EngineConfig(BaseModel):
         256,
         ge=1,
         le=1 << 20,
-        description="prompt tokens in a step that also decodes; more delay its decoding rows",
+        description="prompt tokens in a step that also decodes, twice as many if it decodes 128 rows or more; "
+        "more delay its decoding rows",
     )
     max_model_len: int | None = Field(None, ge=1, description="context length; default: the checkpoint's")
     max_waiting: int = Field(1024, ge=1, le=1 << 20, description="requests that may queue before 429")

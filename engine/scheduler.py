@@ -5,7 +5,8 @@ Each step, within `max_num_batched_tokens`:
 2. running sequences that are further behind continue their prefill, in order;
 3. waiting sequences are admitted while a state slot, KV blocks and budget last: in order, but that of the first few the
    one goes first of which the prefix cache holds most, and that one waits whose beginning is just being computed.
-Beside decoding rows, 2 and 3 together bring at most `mixed_prefill_tokens`, which bounds how long a token takes.
+Beside decoding rows, 2 and 3 together bring at most `mixed_prefill_tokens`, which bounds how long a token takes, and
+twice as many beside `MANY_ROWS`: a step of so many takes as much longer itself.
 
 Sequences with the same prompt (`n`) wait for the first of them: it stops before the prompt's last token, they copy its
 state, share its blocks, and all go on from there.
@@ -36,6 +37,7 @@ from .steady import Advance, Steady
 NUM_COMPARED = 8  # waiting sequences that are compared with each other by what is cached of them
 NUM_EXAMINED = 32  # of those that wait, to find as many that need not wait for another's checkpoint
 MAX_PASSED = 8  # times that a sequence is passed over
+MANY_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +226,7 @@ class Scheduler:
                     decoding[sequence] = 1
                     budget -= 1
         if decoding:
-            budget = min(budget, self.mixed_prefill_tokens)
+            budget = min(budget, self.mixed_prefill_tokens * (2 if len(decoding) >= MANY_ROWS else 1))
         for sequence in behind:
             num_new = self._next_chunk(sequence, budget)
             if num_new and self._make_room(sequence, num_new, decoding, prefilling):

@@ -10,7 +10,7 @@ from leyden.engine.block_manager import BlockManager
 from leyden.engine.copies import Copy, Fold, Fork, Move, Restore, Save
 from leyden.engine.errors import ContextLengthError, QueueFullError
 from leyden.engine.prefix_cache import PrefixCache
-from leyden.engine.scheduler import MAX_PASSED, ScheduledBatch, Scheduler
+from leyden.engine.scheduler import MANY_ROWS, MAX_PASSED, ScheduledBatch, Scheduler
 from leyden.engine.sequence import UNSEEN, Sequence, Status
 from leyden.engine.slots import SlotManager
 
@@ -419,6 +419,16 @@ def test_prompts_bring_few_tokens_beside_decoding_rows_and_many_without():
     assert rows(step(scheduler)) == [("c", 3), ("a", 1)]
     assert rows(step(scheduler)) == [("c", 3), ("a", 1)]
     assert rows(step(scheduler)) == [("c", 3)], "the last of a has come; c ends"
+
+
+@pytest.mark.parametrize(("num_decoding", "brought"), [(MANY_ROWS - 1, 3), (MANY_ROWS, 6)])
+def test_prompts_bring_twice_as_many_beside_many_decoding_rows(num_decoding, brought):
+    scheduler = make_scheduler(blocks=300, slots=MANY_ROWS + 1, max_waiting=MANY_ROWS, budget=500, mixed=3)
+    for i in range(num_decoding):
+        scheduler.add(sequence(2, request_id=f"d{i}", arrival=i, max_tokens=3))
+    assert len(step(scheduler).sequences) == num_decoding
+    scheduler.add(sequence(9, request_id="prompt", arrival=num_decoding))
+    assert rows(step(scheduler))[0] == ("prompt", brought)
 
 
 def test_prompt_is_cut_to_the_budget_and_sampled_only_when_complete():
