@@ -12,26 +12,24 @@ import torch
 
 from ..configs.schema import EngineConfig
 from .block_manager import BlockManager
+from .collector import Collector, keep_prompt_logprobs
 from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, RequestError
 from .grammar import Grammar, GrammarCompiler
 from .grammar import require as require_grammars
 from .messages import AddRequest, EngineInfo, EngineStats
 from .model_runner import LaunchedStep, ModelRunner
-from .outputs import ErrorCode, StepOutput, TokenLogprobs
+from .outputs import ErrorCode, StepOutput
 from .prefix_cache import PrefixCache
 from .scheduler import Scheduler
 from .sequence import Sequence, Status
 from .sessions import Sessions
 from .slots import SlotManager
-from .speculation import Speculation, can_draft, num_kept
+from .speculation import Speculation, can_draft
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger("leyden.engine")
 
 IDLE_SECONDS = 0.001
-BAD_LOGITS = "the model gave NaN or infinite logits for this request"
-NOTHING_ALLOWED = "the grammar of this request allows no token here, or the model gave NaN or infinite logits"
-
 EXPIRY_SECONDS = 0.25
 QUEUE_TIMEOUT = "the request waited too long for its start (setting max_queue_seconds); try again later"
 
@@ -61,6 +59,7 @@ class EngineCore:
         )
         self.sessions = Sessions(config.session_folder, self.runner, self.scheduler.reuse)
         self._stats = EngineStats()
+        self._collector = Collector(self.scheduler, self._stats)
         self._arrivals = 0
         self._next_look = 0.0  # for what has waited too long, on the clock of `time.monotonic`
         on_cuda = self.runner.device.type == "cuda"
@@ -171,7 +170,7 @@ class EngineCore:
         if not batch.is_empty:
             launched = self.runner.launch(batch)
             launched.num_finished = self.scheduler.num_finished
-            _keep_prompt_logprobs(launched)
+            keep_prompt_logprobs(launched)
             self.scheduler.update(batch)
             self._stats.steps_total += 1
         elif (self._compiling or self.sessions.is_busy) and self._in_flight is None:
@@ -181,7 +180,7 @@ class EngineCore:
         waiting = time.perf_counter()
         tokens, logprobs = launched.wait() if launched else ([], [])
         waited = time.perf_counter() - waiting
-        outputs = refused + (self._collect(launched, tokens, logprobs) if launched else [])
+        outputs = refused + (self._collector.collect(launched, tokens, logprobs) if launched else [])
         seconds = time.perf_counter() - started
         self._stats.step_seconds_total += seconds
         self._stats.schedule_seconds_total += scheduled - started
@@ -271,101 +270,6 @@ class EngineCore:
                 outputs.append(refusal(sequence.request_id, RequestError(f"grammar: {error}", "grammar")))
         return outputs
 
-    def _collect(self, step: LaunchedStep, tokens: list[int], logprobs: list[TokenLogprobs | None]) -> list[StepOutput]:
-        """Put tokens in their places, finish the sequences that end, and say what is new. Those that ended or were
-        aborted while the step ran get nothing."""
-        outputs = None
-        if step.drafts is not None:
-            outputs = self._collect_verified(step.drafts, tokens, logprobs)
-        elif step.answers is not None and step.num_finished == self.scheduler.num_finished:
-            outputs = step.answers.take(step.indices, tokens)
-        if outputs is None:
-            outputs = self._collect_each(step, tokens, logprobs)
-        self._stats.generation_tokens_total += sum([len(output.token_ids) for output in outputs])
-        return outputs
-
-    def _collect_verified(
-        self, drafts: list[tuple[Sequence, list[int]]], tokens: list[int], logprobs: list[TokenLogprobs | None]
-    ) -> list[StepOutput]:
-        """`_collect` of a step with drafts: each sequence gets the tokens that were drawn up to the first that its
-        drafts had wrong."""
-        outputs, at = [], 0
-        for sequence, guessed in drafts:
-            start, at = at, at + len(guessed) + 1
-            if sequence.status is Status.FINISHED:
-                continue
-            self.scheduler.verified(sequence)
-            kept = num_kept(guessed, tokens[start:at])
-            outputs.append(self._take_kept(sequence, tokens[start : start + kept], logprobs[start]))
-            self.scheduler.speculation.observe(sequence, len(guessed), kept - 1)
-        return outputs
-
-    def _take_kept(self, sequence: Sequence, tokens: list[int], logprobs: TokenLogprobs | None) -> StepOutput:
-        """Take tokens until the sequence ends or there are no more. logprobs: of the first; who asks for them has no
-        other."""
-        whole: StepOutput | None = None
-        for token_id in tokens:
-            self.scheduler.keep_verified(sequence)
-            output = self._advance(sequence, sequence.num_output_tokens - 1, token_id, logprobs)
-            if whole is None:
-                whole = output
-            else:
-                whole.extend(output)
-            if output.finish_reason is not None:
-                break
-        assert whole is not None
-        return whole
-
-    def _collect_each(
-        self, step: LaunchedStep, tokens: list[int], logprobs: list[TokenLogprobs | None]
-    ) -> list[StepOutput]:
-        """`_collect` with a look at every sequence."""
-        finished = Status.FINISHED
-        outputs = []
-        for sequence, index, token_id, entry in zip(step.sequences, step.indices, tokens, logprobs, strict=True):
-            if sequence.status is finished:
-                continue
-            ends = index + 1 >= sequence.max_tokens or token_id in sequence.stop_ids
-            if token_id < 0 or ends or index == 0 or entry is not None or sequence.grammar is not None:
-                outputs.append(self._advance(sequence, index, token_id, entry))
-            else:  # nearly always
-                sequence.output_token_ids[index] = token_id
-                outputs.append(StepOutput(request_id=sequence.request_id, token_ids=[token_id]))
-        return outputs
-
-    def _advance(self, sequence: Sequence, index: int, token_id: int, logprobs: TokenLogprobs | None) -> StepOutput:
-        """Take the index-th token of the sequence's answer."""
-        grammar = sequence.grammar
-        if token_id < 0:
-            output = _failure(sequence, BAD_LOGITS if grammar is None else NOTHING_ALLOWED)
-        elif grammar is not None and sequence.max_tokens and not grammar.accept(token_id):
-            output = _failure(sequence, NOTHING_ALLOWED)
-        elif sequence.max_tokens == 0:
-            output = StepOutput(request_id=sequence.request_id, finish_reason="length")
-        else:
-            sequence.output_token_ids[index] = token_id
-            reason = sequence.finish_reason(index)
-            is_over = grammar is not None and grammar.is_over
-            if is_over:
-                reason = "stop"
-            output = StepOutput(request_id=sequence.request_id, token_ids=[token_id], finish_reason=reason)
-            if logprobs is not None:
-                output.logprobs = [logprobs]
-            if reason == "stop" and not (is_over and token_id not in sequence.stop_ids):
-                output.stop_token_id = token_id
-        if index == 0:
-            self._stats.prompt_tokens_total += sequence.num_prompt_tokens
-            output.prompt_logprobs = sequence.prompt_logprobs or None
-            output.queue_seconds = sequence.queue_seconds
-            output.num_cached_tokens = sequence.num_cached_tokens or 0
-        if output.finish_reason is not None:
-            del sequence.output_token_ids[index + 1 :]  # of the step that was computed once too often
-            if output.is_failure:
-                self.scheduler.finish(sequence)
-            else:
-                self.scheduler.complete(sequence)
-        return output
-
 
 def _end_queueing(started: list[Sequence], now: float) -> None:
     """Note how long those waited that start; a preemption later does not count."""
@@ -377,18 +281,6 @@ def _end_queueing(started: list[Sequence], now: float) -> None:
 def _uses_cache(request: AddRequest, max_tokens: int) -> bool:
     """Whether it takes from the prefix cache and leaves something there. Who wants its prompt's scores computes it."""
     return request.prefix_cache and max_tokens > 0 and request.sampling_params.prompt_logprobs is None
-
-
-def _failure(sequence: Sequence, message: str) -> StepOutput:
-    logger.error("request %s: %s", sequence.request_id, message)
-    return StepOutput(request_id=sequence.request_id, finish_reason="error", error_code="internal", error=message)
-
-
-def _keep_prompt_logprobs(step: LaunchedStep) -> None:
-    """Join a chunk's scores to those of the chunks before; a prompt that starts anew after a preemption overwrites."""
-    for sequence, entries in step.prompt_logprobs.items():
-        before: list[TokenLogprobs | None] = [None, *sequence.prompt_logprobs[1:]]
-        sequence.prompt_logprobs = [*before[: sequence.num_computed_tokens + 1], *entries]
 
 
 def refusal(request_id: str, error: RequestError | QueueFullError | QueueTimeoutError) -> StepOutput:

@@ -11,6 +11,13 @@ from served import Served, launch
 from tiny_models import save_minimax
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _hear_ctrl_c() -> None:
+    """What a shell runs in the background ignores Ctrl-C, and so would the servers of tests that run there."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")

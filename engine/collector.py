@@ -1,0 +1,132 @@
+"""What a step has drawn, put where it belongs: into the sequences, which may end by it, and into outputs."""
+
+from __future__ import annotations
+
+import logging
+
+from .messages import EngineStats
+from .model_runner import LaunchedStep
+from .outputs import StepOutput, TokenLogprobs
+from .scheduler import Scheduler
+from .sequence import Sequence, Status
+from .speculation import num_kept
+
+logger = logging.getLogger("leyden.engine")
+
+BAD_LOGITS = "the model gave NaN or infinite logits for this request"
+NOTHING_ALLOWED = "the grammar of this request allows no token here, or the model gave NaN or infinite logits"
+
+
+class Collector:
+    """Takes the tokens of steps. `stats` are counted up."""
+
+    def __init__(self, scheduler: Scheduler, stats: EngineStats) -> None:
+        self._scheduler = scheduler
+        self._stats = stats
+
+    def collect(self, step: LaunchedStep, tokens: list[int], logprobs: list[TokenLogprobs | None]) -> list[StepOutput]:
+        """Put tokens in their places, finish the sequences that end, and say what is new. Those that ended or were
+        aborted while the step ran get nothing."""
+        outputs = None
+        if step.drafts is not None:
+            outputs = self._collect_verified(step.drafts, tokens, logprobs)
+        elif step.answers is not None and step.num_finished == self._scheduler.num_finished:
+            outputs = step.answers.take(step.indices, tokens)
+        if outputs is None:
+            outputs = self._collect_each(step, tokens, logprobs)
+        self._stats.generation_tokens_total += sum([len(output.token_ids) for output in outputs])
+        return outputs
+
+    def _collect_verified(
+        self, drafts: list[tuple[Sequence, list[int]]], tokens: list[int], logprobs: list[TokenLogprobs | None]
+    ) -> list[StepOutput]:
+        """`collect` of a step with drafts: each sequence gets the tokens that were drawn up to the first that its
+        drafts had wrong."""
+        outputs, at = [], 0
+        for sequence, guessed in drafts:
+            start, at = at, at + len(guessed) + 1
+            if sequence.status is Status.FINISHED:
+                continue
+            self._scheduler.verified(sequence)
+            kept = num_kept(guessed, tokens[start:at])
+            outputs.append(self._take_kept(sequence, tokens[start : start + kept], logprobs[start]))
+            self._scheduler.speculation.observe(sequence, len(guessed), kept - 1)
+        return outputs
+
+    def _take_kept(self, sequence: Sequence, tokens: list[int], logprobs: TokenLogprobs | None) -> StepOutput:
+        """Take tokens until the sequence ends or there are no more. logprobs: of the first; who asks for them has no
+        other."""
+        whole: StepOutput | None = None
+        for token_id in tokens:
+            self._scheduler.keep_verified(sequence)
+            output = self._advance(sequence, sequence.num_output_tokens - 1, token_id, logprobs)
+            if whole is None:
+                whole = output
+            else:
+                whole.extend(output)
+            if output.finish_reason is not None:
+                break
+        assert whole is not None
+        return whole
+
+    def _collect_each(
+        self, step: LaunchedStep, tokens: list[int], logprobs: list[TokenLogprobs | None]
+    ) -> list[StepOutput]:
+        """`collect` with a look at every sequence."""
+        finished = Status.FINISHED
+        outputs = []
+        for sequence, index, token_id, entry in zip(step.sequences, step.indices, tokens, logprobs, strict=True):
+            if sequence.status is finished:
+                continue
+            ends = index + 1 >= sequence.max_tokens or token_id in sequence.stop_ids
+            if token_id < 0 or ends or index == 0 or entry is not None or sequence.grammar is not None:
+                outputs.append(self._advance(sequence, index, token_id, entry))
+            else:  # nearly always
+                sequence.output_token_ids[index] = token_id
+                outputs.append(StepOutput(request_id=sequence.request_id, token_ids=[token_id]))
+        return outputs
+
+    def _advance(self, sequence: Sequence, index: int, token_id: int, logprobs: TokenLogprobs | None) -> StepOutput:
+        """Take the index-th token of the sequence's answer."""
+        grammar = sequence.grammar
+        if token_id < 0:
+            output = _failure(sequence, BAD_LOGITS if grammar is None else NOTHING_ALLOWED)
+        elif grammar is not None and sequence.max_tokens and not grammar.accept(token_id):
+            output = _failure(sequence, NOTHING_ALLOWED)
+        elif sequence.max_tokens == 0:
+            output = StepOutput(request_id=sequence.request_id, finish_reason="length")
+        else:
+            sequence.output_token_ids[index] = token_id
+            reason = sequence.finish_reason(index)
+            is_over = grammar is not None and grammar.is_over
+            if is_over:
+                reason = "stop"
+            output = StepOutput(request_id=sequence.request_id, token_ids=[token_id], finish_reason=reason)
+            if logprobs is not None:
+                output.logprobs = [logprobs]
+            if reason == "stop" and not (is_over and token_id not in sequence.stop_ids):
+                output.stop_token_id = token_id
+        if index == 0:
+            self._stats.prompt_tokens_total += sequence.num_prompt_tokens
+            output.prompt_logprobs = sequence.prompt_logprobs or None
+            output.queue_seconds = sequence.queue_seconds
+            output.num_cached_tokens = sequence.num_cached_tokens or 0
+        if output.finish_reason is not None:
+            del sequence.output_token_ids[index + 1 :]  # of the step that was computed once too often
+            if output.is_failure:
+                self._scheduler.finish(sequence)
+            else:
+                self._scheduler.complete(sequence)
+        return output
+
+
+def _failure(sequence: Sequence, message: str) -> StepOutput:
+    logger.error("request %s: %s", sequence.request_id, message)
+    return StepOutput(request_id=sequence.request_id, finish_reason="error", error_code="internal", error=message)
+
+
+def keep_prompt_logprobs(step: LaunchedStep) -> None:
+    """Join a chunk's scores to those of the chunks before; a prompt that starts anew after a preemption overwrites."""
+    for sequence, entries in step.prompt_logprobs.items():
+        before: list[TokenLogprobs | None] = [None, *sequence.prompt_logprobs[1:]]
+        sequence.prompt_logprobs = [*before[: sequence.num_computed_tokens + 1], *entries]
