@@ -27,7 +27,7 @@ from .sampler import Draw
 from .staging import StagingPool
 
 PREFILL_TOKENS = (64, 128, 256, 512)  # beside decoding rows and without
-PREFILL_TOKENS_ALONE = range(768, 2049, 256)
+PREFILL_TOKENS_ALONE = (*range(640, 1024, 128), *range(1024, 2049, 256))
 PREFILL_ROWS = 32  # the last is the padding's
 VERIFY_TOKENS = 8  # of a row, its drafts and the token before them
 
@@ -113,7 +113,7 @@ PADDING = {"context_lens": -1, "state_indices": -1, "slot_mapping": -1}
 def graph_shapes(max_rows: int, max_tokens: int) -> list[GraphShape]:
     """Shapes worth a graph for steps of up to so many decoding rows and tokens in all, increasing. Without prompts at
     most 8 rows are padding up to 64, 16 up to 256, then 32; beside prompts at most 64. Of more than 512 prompt tokens,
-    which have no rows beside them, fewer than 256 are padding."""
+    which have no rows beside them, at most a fifth is padding."""
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows, 32)]
     beside = [0, 16, *range(64, max_rows, 64)]
     shapes = [GraphShape(size) for size in (*(size for size in steps if size < max_rows), max_rows)]
