@@ -30,7 +30,7 @@ import numpy as np
 from leyden.configs.schema import load_settings
 from leyden.engine.core import EngineCore
 from leyden.engine.messages import AddRequest
-from leyden.engine.prefix_cache import common_prefix
+from leyden.engine.radix_tree import common_prefix
 from leyden.engine.sampling_params import SamplingParams
 from leyden.server.bench.machine import hardware, software
 

@@ -6,7 +6,8 @@ import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from .prefix_cache import Node, PrefixCache
+from .prefix_cache import PrefixCache
+from .radix_tree import Node
 
 MAX_KNOWN = 4096  # ids; of more the longest unused is forgotten
 

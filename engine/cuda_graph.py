@@ -27,7 +27,7 @@ from .sampler import Draw
 from .staging import StagingPool
 
 PREFILL_TOKENS = (64, 128, 256, 512)  # beside decoding rows and without
-PREFILL_TOKENS_ALONE = (*range(640, 1024, 128), *range(1024, 2049, 256))
+PREFILL_TOKENS_ALONE = range(640, 2049, 128)
 PREFILL_ROWS = 32  # the last is the padding's
 VERIFY_TOKENS = 8  # of a row, its drafts and the token before them
 

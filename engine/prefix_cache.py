@@ -1,9 +1,8 @@
 """The prefix cache: what was computed for earlier prompts and answers, found again by their tokens.
 
-A radix tree over token ids. A node stands for the tokens from the root to its end and holds the KV blocks of its own
-part of them. Some nodes hold a *checkpoint* too: the recurrent states after exactly these tokens. Keys and values can
-be taken up at any token, a state only where one was saved, so every leaf has a checkpoint, and a sequence resumes at
-the deepest one on its path. Prompts are compared token by token; there are no hashes to collide.
+Some nodes of a radix tree hold, beside the KV blocks of their tokens, a *checkpoint*: the recurrent states after
+exactly these tokens. Keys and values can be taken up at any token, a state only where one was saved, so every leaf has
+a checkpoint, and a sequence resumes at the deepest one on its path.
 
 Nothing here touches the device. What is to be copied is said by the scheduler and done before the next step, in order
 and on the stream of the steps, so a checkpoint may be given away while a copy from it is still to be made.
@@ -12,33 +11,15 @@ and on the stream of the steps, so a checkpoint may be given away while a copy f
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from .block_manager import BlockManager
 from .copies import Move
-
-Tokens = np.ndarray  # [N] int32
-
-
-@dataclass(eq=False, repr=False, slots=True, weakref_slot=True)
-class Node:
-    """The tokens from the root up to `end`; those after the parent's end are its own."""
-
-    parent: Node | None
-    tokens: Tokens  # its own
-    end: int
-    blocks: list[int]  # from the block of its first own token to that of its last
-    checkpoint: int | None = None  # where the states after `end` tokens are
-    children: dict[int, Node] = field(default_factory=dict)  # by the first of their own tokens
-
-    @property
-    def start(self) -> int:
-        return self.end - len(self.tokens)
+from .radix_tree import Node, RadixTree, Tokens, path_to
 
 
 class Match(NamedTuple):
@@ -71,13 +52,12 @@ class PrefixCache:
         self, blocks: BlockManager, num_checkpoints: int, num_host_checkpoints: int = 0, min_tokens: int = 1
     ) -> None:
         self.blocks = blocks
+        self.tree = RadixTree(blocks)
         self.num_checkpoints = num_checkpoints
         self.num_host_checkpoints = num_host_checkpoints
         self.min_tokens = min_tokens
         self._free = list(range(num_checkpoints - 1, -1, -1))
         self._free_on_host = list(range(num_checkpoints + num_host_checkpoints - 1, num_checkpoints - 1, -1))
-        self._roots: dict[str | None, Node] = {}  # by salt
-        self._used: OrderedDict[Node, None] = OrderedDict()  # every node but the roots, least recently used first
         self._holds: list[Hold] = []
 
     @property
@@ -90,16 +70,16 @@ class PrefixCache:
 
     def match(self, tokens: Tokens, salt: str | None = None) -> Match:
         """What is known of `tokens`. Changes nothing."""
-        node, at, _ = self._walk(tokens, salt)
+        node, at, _ = self.tree.walk(tokens, salt)
         while node is not None and node.checkpoint is None:
             node = node.parent
         return Match(node, at)
 
     def use(self, node: Node) -> list[int]:
         """Note that a sequence resumes at the node. Returns the blocks of its tokens, the last maybe in part."""
-        self._used.move_to_end(node)
+        self.tree.touch(node)
         table: list[int] = []
-        for part in _path(node):
+        for part in path_to(node):
             del table[part.start // self.blocks.block_size :]
             table += part.blocks
         return table
@@ -118,20 +98,19 @@ class PrefixCache:
         checkpoint, moves = self._take_checkpoint()
         if checkpoint is None:
             return None, []
-        node = self._node_at(tokens, table, salt)
+        node = self.tree.node_at(tokens, table, salt)
         node.checkpoint = checkpoint
-        self._used[node] = None
-        self._used.move_to_end(node)
+        self.tree.touch(node)
         return checkpoint, moves
 
     def has_checkpoint(self, node: Node) -> bool:
         """Whether the node is still in the tree, with its checkpoint."""
-        return node in self._used and node.checkpoint is not None
+        return node in self.tree.nodes and node.checkpoint is not None
 
     def hold(self, node: Node, most: int) -> tuple[Tokens, list[int], Hold]:
         """Keep what a node in the tree stands for: (its tokens from the root on, the ends of the `most` deepest
         checkpoints of its path, their checkpoints and the blocks of all the tokens)."""
-        path = _path(node)
+        path = path_to(node)
         kept = [part for part in path if part.checkpoint is not None][-most:]
         hold = Hold(self.use(node), [part.checkpoint for part in kept if part.checkpoint is not None])
         self.blocks.hold(hold.blocks)
@@ -163,11 +142,10 @@ class PrefixCache:
         the states after the first `end` tokens in the checkpoint of the same place. Lets go of the rest. Returns the
         last end's node."""
         for end, checkpoint in zip(ends, hold.checkpoints, strict=True):
-            node = self._node_at(tokens[:end], hold.blocks, salt)
+            node = self.tree.node_at(tokens[:end], hold.blocks, salt)
             if node.checkpoint is None:  # else somebody has computed it meanwhile
                 node.checkpoint = checkpoint
-            self._used[node] = None
-            self._used.move_to_end(node)
+            self.tree.touch(node)
         self.let_go(hold)
         return node
 
@@ -175,7 +153,7 @@ class PrefixCache:
         """What is in no use any more is free."""
         self._holds.remove(hold)
         self.blocks.let_go(hold.blocks)
-        in_tree = {node.checkpoint for node in self._used}
+        in_tree = {node.checkpoint for node in self.tree.nodes}
         for checkpoint in hold.checkpoints:
             if checkpoint not in in_tree:
                 self._free_checkpoint(checkpoint)
@@ -183,10 +161,9 @@ class PrefixCache:
     def make_room(self, num_blocks: int, keep: Node | None = None) -> bool:
         """Forget leaves, least recently used first, until so many blocks are free; False when that is not enough."""
         while self.blocks.num_free < num_blocks:
-            leaves = [node for node in self._used if not node.children and node is not keep]
-            useful = (leaf for leaf in leaves if self._is_idle(leaf))
-            in_the_way = (leaf for leaf in leaves if any(map(self._is_idle, _path(leaf))))
-            leaf = next(itertools.chain(useful, in_the_way), None)
+            useful = (leaf for leaf in self.tree.leaves() if self._is_idle(leaf))
+            in_the_way = (leaf for leaf in self.tree.leaves() if any(map(self._is_idle, path_to(leaf))))
+            leaf = next((leaf for leaf in itertools.chain(useful, in_the_way) if leaf is not keep), None)
             if leaf is None:
                 return False
             self._drop_checkpoint(leaf)
@@ -194,21 +171,14 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget everything."""
-        for node in list(self._used):
+        for node in list(self.tree.nodes):
             if node.checkpoint is not None:
                 self._drop_checkpoint(node)
 
     def check_integrity(self) -> None:
         """The tree is whole and every checkpoint has one owner. Raises AssertionError."""
-        found = [node for root in self._roots.values() for node in _below(root)]
-        assert set(found) == set(self._used) and len(found) == len(self._used), "nodes lost"
-        for node in found:
-            parent, size = node.parent, self.blocks.block_size
-            assert parent is not None and parent.end == node.start < node.end
-            assert parent.children[int(node.tokens[0])] is node
-            assert len(node.blocks) == self.blocks.blocks_for(node.end) - node.start // size
-            assert node.checkpoint is not None or len(node.children) > 1, "a node of no use"
-        owned = [node.checkpoint for node in found if node.checkpoint is not None]
+        self.tree.check_integrity()
+        owned = [node.checkpoint for node in self.tree.nodes if node.checkpoint is not None]
         assert len(set(owned)) == len(owned), "a checkpoint of two nodes"
         held = {*owned, *(checkpoint for hold in self._holds for checkpoint in hold.checkpoints)}
         everything = range(self.num_checkpoints + self.num_host_checkpoints)
@@ -216,22 +186,8 @@ class PrefixCache:
 
     def tables(self) -> Iterator[list[int]]:
         """The blocks that each node holds, and each `Hold`."""
-        yield from (node.blocks for node in self._used)
+        yield from (node.blocks for node in self.tree.nodes)
         yield from (hold.blocks for hold in self._holds)
-
-    def _walk(self, tokens: Tokens, salt: str | None) -> tuple[Node | None, int, Node | None]:
-        """(the deepest node whose tokens all agree, how many tokens agree, the child that agrees with some more)."""
-        node, at = self._roots.get(salt), 0
-        while node is not None and at < len(tokens):
-            child = node.children.get(int(tokens[at]))
-            if child is None:
-                break
-            same = common_prefix(child.tokens, tokens[at:])
-            at += same
-            if same < len(child.tokens):
-                return node, at, child
-            node = child
-        return node, at, None
 
     def _take_checkpoint(self) -> tuple[int | None, list[Move]]:
         """A free one on the device, if need be after sending the least recently used to the host."""
@@ -259,48 +215,13 @@ class PrefixCache:
         return next(
             (
                 node
-                for node in self._used
+                for node in self.tree.nodes
                 if node.checkpoint is not None
                 and (node.checkpoint >= self.num_checkpoints) is on_host
                 and node.checkpoint not in held
             ),
             None,
         )
-
-    def _node_at(self, tokens: Tokens, table: list[int], salt: str | None) -> Node:
-        """The node that ends with the last token, made if need be: its keys and values are in the blocks of `table`."""
-        node, at, child = self._walk(tokens, salt)
-        if node is None:
-            node = self._roots[salt] = Node(None, tokens[:0], 0, [])
-        if child is not None:
-            node = self._split(child, at)
-        return self._add(node, tokens, table) if at < len(tokens) else node
-
-    def _split(self, child: Node, end: int) -> Node:
-        """A new node at `end`, between the child and its parent."""
-        size, parent = self.blocks.block_size, child.parent
-        assert parent is not None
-        first = child.start // size
-        own = child.blocks[: self.blocks.blocks_for(end) - first]
-        rest = child.blocks[end // size - first :]
-        node = Node(parent, child.tokens[: end - child.start], end, own)
-        if end % size:
-            self.blocks.hold(own[-1:])  # both have it
-        parent.children[int(node.tokens[0])] = node
-        child.parent, child.tokens, child.blocks = node, child.tokens[end - child.start :], rest
-        node.children[int(child.tokens[0])] = child
-        self._used[node] = None
-        return node
-
-    def _add(self, parent: Node, tokens: Tokens, table: list[int]) -> Node:
-        """A new leaf for the tokens after the parent's end."""
-        end = len(tokens)
-        blocks = table[parent.end // self.blocks.block_size : self.blocks.blocks_for(end)]
-        self.blocks.hold(blocks)
-        node = Node(parent, tokens[parent.end :].copy(), end, blocks)
-        parent.children[int(node.tokens[0])] = node
-        self._used[node] = None
-        return node
 
     def _is_idle(self, node: Node) -> bool:
         """Whether some of its blocks are in no sequence's table."""
@@ -312,59 +233,7 @@ class PrefixCache:
         if not any(node.checkpoint in hold.checkpoints for hold in self._holds):
             self._free_checkpoint(node.checkpoint)
         node.checkpoint = None
-        self._tidy(node)
+        self.tree.tidy(node)
 
     def _free_checkpoint(self, checkpoint: int) -> None:
         (self._free if checkpoint < self.num_checkpoints else self._free_on_host).append(checkpoint)
-
-    def _tidy(self, node: Node) -> None:
-        """Remove a node without a checkpoint when it is a leaf; join it with its child when it has only one."""
-        parent = node.parent
-        if node.checkpoint is not None or len(node.children) > 1:
-            return
-        if parent is None:
-            if not node.children:
-                self._roots = {salt: root for salt, root in self._roots.items() if root is not node}
-            return
-        del self._used[node]
-        if node.children:
-            (child,) = node.children.values()
-            self._join(node, child, parent)
-            return
-        self.blocks.let_go(node.blocks)
-        del parent.children[int(node.tokens[0])]
-        self._tidy(parent)
-
-    def _join(self, node: Node, child: Node, parent: Node) -> None:
-        """The child takes over what was the node's."""
-        kept = child.start // self.blocks.block_size - node.start // self.blocks.block_size
-        self.blocks.let_go(node.blocks[kept:])  # the child has its own of the block between them
-        child.blocks = node.blocks[:kept] + child.blocks
-        child.tokens = np.concatenate([node.tokens, child.tokens])
-        child.parent = parent
-        parent.children[int(child.tokens[0])] = child
-
-
-def common_prefix(a: Tokens, b: Tokens) -> int:
-    """How many leading tokens of both are the same."""
-    size = min(len(a), len(b))
-    different = a[:size] != b[:size]
-    first = int(different.argmax()) if size else 0
-    return first if size and different[first] else size
-
-
-def _path(node: Node) -> list[Node]:
-    """The nodes from below the root down to this one."""
-    path = []
-    while node.parent is not None:
-        path.append(node)
-        node = node.parent
-    return path[::-1]
-
-
-def _below(node: Node) -> Iterator[Node]:
-    stack = list(node.children.values())
-    while stack:
-        found = stack.pop()
-        yield found
-        stack += found.children.values()

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 
 from .conversations import Conversations
 from .copies import Copy, Fold, Restore, Save
-from .prefix_cache import Match, PrefixCache, common_prefix
+from .prefix_cache import Match, PrefixCache
+from .radix_tree import common_prefix
 from .sequence import Sequence
 
 NOTHING = Match(None, 0)

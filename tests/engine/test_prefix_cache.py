@@ -13,7 +13,8 @@ from engines import DEVICE, answer, assert_nothing_held, drain, request, sequenc
 from leyden.engine.block_manager import BlockManager
 from leyden.engine.copies import Move
 from leyden.engine.core import EngineCore
-from leyden.engine.prefix_cache import PrefixCache, common_prefix
+from leyden.engine.prefix_cache import PrefixCache
+from leyden.engine.radix_tree import common_prefix
 from tiny_models import random_prompt
 
 BACKENDS = ["minimax", "seg_la", "replay"]
@@ -191,7 +192,7 @@ def test_random_holds_leave_the_tree_whole(seed):
         elif rng.random() < 0.2:
             hold, _ = book.cache.take(book.blocks.blocks_for(len(text)), rng.randint(1, 2))
             if hold is not None:
-                assert all(node.checkpoint not in hold.checkpoints for node in book.cache._used)
+                assert all(node.checkpoint not in hold.checkpoints for node in book.cache.tree.nodes)
                 holds.append((hold, text))
         elif rng.random() < 0.5 and holds:
             hold, text = holds.pop(rng.randrange(len(holds)))
