@@ -25,12 +25,12 @@ from typing import Any
 
 from leyden.configs.schema import Settings
 from leyden.engine.async_llm import AsyncLLM
-from leyden.engine.client import ProcessClient
 from leyden.engine.loop import run_loop
 from leyden.engine.memory import MemoryUse
 from leyden.engine.messages import AddRequest, EngineInfo, EngineStats, SessionDone
 from leyden.engine.outputs import StepOutput
 from leyden.engine.process import Link
+from leyden.engine.process_client import ProcessClient
 from leyden.engine.tokenizer import Tokenizer
 from leyden.models.checkpoint import resolve
 from leyden.server.app import create_app

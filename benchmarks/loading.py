@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from leyden.engine.model_runner import pick_device
+from leyden.engine.device import pick_device
 from leyden.kernels import load
 from leyden.models.backends import LINEAR_BACKENDS
 from leyden.models.checkpoint import read_config

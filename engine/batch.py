@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.forward_batch import ForwardBatch
-from .scheduler import ScheduledBatch
+from .scheduled_batch import ScheduledBatch
 from .sequence import Sequence
 
 Arrays = dict[str, np.ndarray]

@@ -9,20 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import queue
-import shutil
-import sys
-import tempfile
 import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Protocol
-
-import msgspec
-import zmq
-import zmq.asyncio
 
 from ..configs.schema import EngineConfig
 from .errors import (
@@ -34,7 +26,6 @@ from .errors import (
     RequestError,
     SessionError,
 )
-from .logs import LogFormat
 from .messages import (
     AbortRequest,
     AddRequest,
@@ -296,91 +287,6 @@ class InProcessClient(StreamingClient):
     def _post(self, message: FromEngine) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop may have been closed under us
             self._loop.call_soon_threadsafe(self._receive, message)
-
-
-class ProcessClient(StreamingClient):
-    """The engine in its own process, over a ZeroMQ ipc socket in a private folder."""
-
-    STOP_SECONDS = 5.0
-    READS_PER_TURN = 16
-    # What Python is to run, the socket's address, its parent's id and how to log being added to it.
-    # -P: the working directory must not shadow packages (a folder "kernels" would).
-    ENGINE: tuple[str, ...] = ("-P", "-m", "leyden.engine.process")
-
-    def __init__(self, config: EngineConfig, *, log_level: str = "info", log_format: LogFormat = "text") -> None:
-        super().__init__(config)
-        self._logging = (log_level, log_format)
-
-    async def _launch(self) -> None:
-        try:
-            self._folder = tempfile.mkdtemp(prefix="leyden-")  # mode 0700
-        except OSError as error:  # above all a read-only container without a /tmp of its own
-            raise ConfigError(
-                f"cannot make a temporary folder: {error.strerror}; mount a tmpfs on /tmp, or set TMPDIR to a folder "
-                "that can be written"
-            ) from None
-        address = f"ipc://{self._folder}/engine.sock"
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        for option in (zmq.LINGER, zmq.SNDHWM, zmq.RCVHWM):
-            self._socket.setsockopt(option, 0)
-        try:
-            self._socket.bind(address)
-        except zmq.ZMQError as error:  # above all a path longer than the system allows a socket
-            raise ConfigError(f"cannot open a socket in {self._folder}: {error}; set TMPDIR to a short path") from None
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, *self.ENGINE, address, str(os.getpid()), *self._logging),
-            stdin=asyncio.subprocess.PIPE,
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(self.config.model_dump_json().encode())
-        self._process.stdin.close()
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
-
-    @property
-    def pid(self) -> int:
-        """The engine's process id."""
-        return self._process.pid
-
-    async def _stop(self) -> None:
-        if hasattr(self, "_process"):
-            await self._end_process()
-        if hasattr(self, "_socket"):
-            self._socket.close()
-            self._context.term()
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    async def _end_process(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._process.returncode is None and hasattr(self, "info"):
-            self._send(Shutdown())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), self.STOP_SECONDS)
-        if self._process.returncode is None:  # it hangs, or still loads and hears nothing
-            self._process.kill()
-            await self._process.wait()
-
-    def _send(self, message: ToEngine) -> None:
-        self._socket.send(msgspec.msgpack.encode(message))
-
-    async def _read(self) -> None:
-        """Take together what has come, so that streams that lag behind get it as one, but let them have their turn."""
-        decoder = msgspec.msgpack.Decoder(FromEngine)
-        try:
-            while True:
-                for _ in range(self.READS_PER_TURN):
-                    self._receive(decoder.decode(await self._socket.recv()))
-                await asyncio.sleep(0)
-        except Exception as error:  # nobody would be told anything any more
-            logger.exception("reading from the engine failed")
-            self._die(f"the engine process (pid {self._process.pid}) cannot be understood: {error}")
-
-    async def _watch(self) -> None:
-        code = await self._process.wait()
-        await asyncio.sleep(0.1)  # its last words may still be on the way
-        how = f"by signal {-code}" if code < 0 else f"with code {code}"
-        self._die(f"the engine process (pid {self._process.pid}) ended {how}")
 
 
 def _raise_if_refused(output: StepOutput) -> None:

@@ -12,7 +12,7 @@ from .batch import Arrays, batch_arrays, block_tables, unpack
 from .cuda_graph import DRAW_DTYPES, ROW_DTYPES, SPARE_CELLS, TOKEN_DTYPES, StepGraphs
 from .outputs import StepOutput
 from .sampling_rows import SamplingRows, draws
-from .scheduler import ScheduledBatch
+from .scheduled_batch import ScheduledBatch
 from .sequence import UNSEEN, Sequence
 from .steady import Advance
 

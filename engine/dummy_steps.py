@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .copies import Copy, Fold, Restore, Save
 from .sampling_params import MAX_LOGPROBS, SamplingParams
-from .scheduler import ScheduledBatch
+from .scheduled_batch import ScheduledBatch
 from .sequence import Sequence
 
 # Asks for everything that costs the sampler memory.

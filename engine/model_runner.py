@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..configs.schema import EngineConfig
-from ..kernels import KernelName, default_for
 from ..kernels import load as load_kernels
 from ..models.backends import LINEAR_BACKENDS, LinearAttentionBackend
 from ..models.checkpoint import read_config, resolve
@@ -25,12 +21,12 @@ from .batch import BATCH_TENSORS, Arrays, Counts, batch_arrays, count_rows, make
 from .copies import Copy, Fold, Fork, Move, Restore, Save
 from .cuda_graph import Computed, GraphShape, StepGraphs, pad, pad_table, shapes_for
 from .decode_rows import Answers, DecodeRows
+from .device import pick_device, pick_dtype, pick_kernels, spare_cores
 from .dummy_steps import StepLimits, checkpoint_step, smallest_steps
-from .errors import ConfigError
 from .outputs import TokenLogprobs
 from .pools import CheckpointPool, KVPool, StatePool
 from .sampler import Draw, Sampled, Sampler, SamplingBatch, send_home, token_logprobs
-from .scheduler import ScheduledBatch
+from .scheduled_batch import ScheduledBatch
 from .sequence import Sequence
 from .sizing import bound_allocator, free_memory, refuse_out_of_memory, size_pools
 from .staging import StagedTokens
@@ -69,7 +65,7 @@ class ModelRunner:
         self.checkpoint_dtype = getattr(torch, config.saved_state_dtype)
         self.kernel_name = pick_kernels(config.kernels, self.device)
         self.block_size = config.block_size
-        torch.set_num_threads(config.num_threads or _spare_cores())
+        torch.set_num_threads(config.num_threads or spare_cores())
         self.kernels = load_kernels(self.kernel_name)
         self.max_drafts = config.speculative_tokens
         linear_backend = LINEAR_BACKENDS[config.linear_backend](self.kernels, speculative=self.max_drafts > 0)
@@ -329,52 +325,6 @@ def _places_of_draws(scheduled: ScheduledBatch, counts: Counts, shape: GraphShap
     rows = np.array(scheduled.completing_rows, dtype=np.int64)
     rows[rows >= counts.num_prefills] += shape.num_prefills - counts.num_prefills
     return rows
-
-
-def _spare_cores() -> int:
-    """All cores but one: a step waits for its slowest thread, so a core that HTTP uses too costs more than it gives."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores - 1)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a setting; `auto` is CUDA where there is one. Raises `ConfigError`."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device("cuda:0" if name == "cuda" else name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ConfigError(f"device = {name}: this machine has {count} CUDA devices; use cpu or auto")
-    return device
-
-
-def pick_kernels(name: Literal["auto", "torch", "triton"], device: torch.device) -> KernelName:
-    """Which implementation runs on the device. Raises `ConfigError` for Triton where nothing compiles it."""
-    if name == "auto":
-        return default_for(device)
-    if name == "triton" and importlib.util.find_spec("triton") is None:
-        raise ConfigError("kernels = triton: the package triton is not installed; use torch or auto")
-    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(
-            "kernels = triton does not compile for a CPU; use torch or auto (TRITON_INTERPRET=1 interprets, to debug)"
-        )
-    return name
-
-
-def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's own dtype on CUDA, and float32 on a CPU, where half precision is slow.
-
-    Raises `ConfigError`.
-    """
-    if name == "auto":
-        name = (config.dtype or "bfloat16") if device.type == "cuda" else "float32"
-    dtype = getattr(torch, name, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(
-            f"the checkpoint's dtype {name!r} is not supported; set dtype to float32, bfloat16 or float16"
-        )
-    return dtype
 
 
 def _caches_by_layer(config: ModelConfig, states: StatePool, kv: KVPool) -> list[Cache]:

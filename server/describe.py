@@ -73,7 +73,7 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     """
     import torch
 
-    from ..engine.model_runner import pick_device, pick_dtype
+    from ..engine.device import pick_device, pick_dtype
     from ..kernels import load
     from ..models.backends import LINEAR_BACKENDS
     from ..models.checkpoint import read_config, resolve

@@ -19,9 +19,9 @@ from fastapi import FastAPI
 from ..configs.schema import Settings, SettingsError
 from ..engine import logs
 from ..engine.async_llm import AsyncLLM
-from ..engine.client import ProcessClient
 from ..engine.errors import EngineDeadError
 from ..engine.messages import EngineInfo, EngineStats
+from ..engine.process_client import ProcessClient
 from ..engine.tokenizer import Tokenizer
 from ..models.checkpoint import resolve
 from .app import create_app

@@ -49,6 +49,6 @@ def test_no_module_unpickles_or_evaluates_anything(path):
 def test_processes_speak_over_a_socket_in_the_file_system_alone():
     found = {relative_name(path): path.read_text() for path in MODULES}
     binding = {name for name, text in found.items() if re.search(r"\.bind\(|\.listen\(|start_server\(", text)}
-    assert binding == HTTP_ONLY | {"engine/client.py"}
+    assert binding == HTTP_ONLY | {"engine/process_client.py"}
     assert not any("tcp://" in text for text in found.values())
-    assert "ipc://{self._folder}/engine.sock" in found["engine/client.py"]
+    assert "ipc://{self._folder}/engine.sock" in found["engine/process_client.py"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from engines import sequence
 from leyden.engine.batch import build_batch
-from leyden.engine.scheduler import ScheduledBatch
+from leyden.engine.scheduled_batch import ScheduledBatch
 
 CPU = torch.device("cpu")
 BLOCK = 4

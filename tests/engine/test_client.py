@@ -19,7 +19,7 @@ import pytest
 from engines import engine_config, request
 from leyden.configs.schema import EngineConfig
 from leyden.engine.async_llm import AsyncLLM
-from leyden.engine.client import InProcessClient, ProcessClient, Stream
+from leyden.engine.client import InProcessClient, Stream
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import (
     ConfigError,
@@ -32,6 +32,7 @@ from leyden.engine.errors import (
 from leyden.engine.messages import EngineStats, StepOutputs
 from leyden.engine.outputs import StepOutput
 from leyden.engine.process import Link
+from leyden.engine.process_client import ProcessClient
 from leyden.engine.sampling_params import SamplingParams
 from tiny_models import greedy, random_prompt
 
@@ -329,7 +330,7 @@ async def test_no_place_for_the_socket_is_a_wrong_setting(tiny, short_folder, mo
 PARENT = """
 import asyncio, sys
 from leyden.configs.schema import EngineConfig
-from leyden.engine.client import ProcessClient
+from leyden.engine.process_client import ProcessClient
 
 async def main():
     client = ProcessClient(EngineConfig.model_validate_json(sys.argv[1]))

@@ -10,7 +10,8 @@ from leyden.engine.block_manager import BlockManager
 from leyden.engine.copies import Copy, Fold, Fork, Move, Restore, Save
 from leyden.engine.errors import ContextLengthError, QueueFullError
 from leyden.engine.prefix_cache import PrefixCache
-from leyden.engine.scheduler import MANY_ROWS, MAX_PASSED, ScheduledBatch, Scheduler
+from leyden.engine.scheduled_batch import ScheduledBatch
+from leyden.engine.scheduler import MANY_ROWS, MAX_PASSED, Scheduler
 from leyden.engine.sequence import UNSEEN, Sequence, Status
 from leyden.engine.slots import SlotManager
 

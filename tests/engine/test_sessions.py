@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from engines import DEVICE, answer, assert_nothing_held, drain, request
 from leyden.engine import conversations, session_copies, session_file, session_folder, sessions
-from leyden.engine.client import InProcessClient, ProcessClient
+from leyden.engine.client import InProcessClient
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ConfigError, EngineDeadError, RequestError, SessionError
 from leyden.engine.messages import SessionCall, SessionDone
+from leyden.engine.process_client import ProcessClient
 from leyden.engine.session_file import checksum
 from safetensors import safe_open
 from safetensors.torch import save_file

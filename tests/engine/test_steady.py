@@ -9,7 +9,8 @@ import pytest
 from engines import sequence
 from leyden.engine.block_manager import BlockManager
 from leyden.engine.errors import ContextLengthError, QueueFullError
-from leyden.engine.scheduler import ScheduledBatch, Scheduler
+from leyden.engine.scheduled_batch import ScheduledBatch
+from leyden.engine.scheduler import Scheduler
 from leyden.engine.sequence import Sequence, Status
 from leyden.engine.slots import SlotManager
 from leyden.engine.steady import Steady

@@ -9,7 +9,7 @@ import torch
 from engines import engine_config, sequence
 from leyden.engine.batch import build_batch
 from leyden.engine.model_runner import ModelRunner
-from leyden.engine.scheduler import ScheduledBatch
+from leyden.engine.scheduled_batch import ScheduledBatch
 from leyden.models.forward_batch import ForwardBatch
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 from torch import Tensor
