@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from ..configs.schema import EngineConfig
+from ..models.checkpoint import read_config, resolve
 from .block_manager import BlockManager
 from .collector import Collector, keep_prompt_logprobs
 from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, RequestError
@@ -37,7 +38,8 @@ QUEUE_TIMEOUT = "the request waited too long for its start (setting max_queue_se
 class EngineCore:
     """Scheduler and model runner, and the bookkeeping between them."""
 
-    def __init__(self, config: EngineConfig, *, progress: bool = True) -> None:
+    def __init__(self, config: EngineConfig, *, progress: bool = True, grammars: GrammarCompiler | None = None) -> None:
+        """`grammars`: that of `grammar_compiler`, for who wants it prepared meanwhile."""
         self.config = config
         self.runner = ModelRunner(config, progress=progress)
         plan = self.runner.plan
@@ -65,7 +67,7 @@ class EngineCore:
         on_cuda = self.runner.device.type == "cuda"
         self._is_async = on_cuda if config.async_scheduling is None else config.async_scheduling
         self._in_flight: LaunchedStep | None = None
-        self._grammars = GrammarCompiler(self._vocabulary)
+        self._grammars = grammars or grammar_compiler(config)
         self._compiling: list[tuple[Sequence, Grammar]] = []  # grammars that are not known to be sound
 
     @property
@@ -103,13 +105,6 @@ class EngineCore:
         if params.grammar is not None:  # only for who is admitted
             sequence.grammar = self._grammars.compile(params.grammar)
             self._compiling.append((sequence, sequence.grammar))
-
-    def prepare_grammars(self) -> None:
-        """For a process that serves: so that the first grammar delays nobody."""
-        self._grammars.prepare()
-
-    def _vocabulary(self) -> Any:
-        return Tokenizer(self.runner.folder).for_grammars(self.runner.model_config.vocab_size)
 
     def _leader_of(self, request: AddRequest, max_tokens: int) -> Sequence | None:
         """Whose prompt this request can copy. One that wants its own prompt's scores computes it."""
@@ -269,6 +264,16 @@ class EngineCore:
                 self.scheduler.finish(sequence)
                 outputs.append(refusal(sequence.request_id, RequestError(f"grammar: {error}", "grammar")))
         return outputs
+
+
+def grammar_compiler(config: EngineConfig) -> GrammarCompiler:
+    """For the tokenizer of the model, which need not be loaded by then."""
+
+    def load() -> Any:
+        folder = resolve(config.model, config.revision, weights=False)
+        return Tokenizer(folder).for_grammars(read_config(folder).vocab_size)
+
+    return GrammarCompiler(load)
 
 
 def _end_queueing(started: list[Sequence], now: float) -> None:

@@ -151,20 +151,28 @@ class Grammar:
 
 
 class GrammarCompiler:
-    """Compiles, one after another, aside. `load` gives the tokenizer (`Tokenizer.for_grammars`) for the first."""
+    """Compiles, one after another, aside. `load` gives the tokenizer (`Tokenizer.for_grammars`): when the first grammar
+    comes, or when asked to `prepare`."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load = load
+        self._prepared: Future[Any] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
     def compile(self, grammar: str) -> Grammar:
         return Grammar(self._thread.submit(lambda: make_matcher(grammar, self._tokenizer)))
 
     def prepare(self) -> None:
-        """Load the vocabulary now: with 200,000 tokens it holds Python's lock for a second."""
+        """Begin to load the tokenizer, for a process that serves: with 200,000 tokens it holds Python's lock for a
+        second, in which nobody else should want it."""
         if is_available():
+            self._prepared = self._thread.submit(lambda: self._tokenizer)
+
+    def wait(self) -> None:
+        """Until what `prepare` began is done."""
+        if self._prepared is not None:
             with contextlib.suppress(CheckpointError):  # then each request that brings a grammar is told
-                self._thread.submit(lambda: self._tokenizer).result()
+                self._prepared.result()
 
     @cached_property
     def _tokenizer(self) -> Any:

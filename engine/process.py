@@ -86,12 +86,14 @@ def main() -> int:
 
 
 def _serve(config: EngineConfig, link: Link) -> int:
-    from .core import EngineCore
+    from .core import EngineCore, grammar_compiler
     from .loop import run_loop
 
-    core = EngineCore(config, progress=sys.stderr.isatty())
+    grammars = grammar_compiler(config)
+    grammars.prepare()  # beside the model
+    core = EngineCore(config, progress=sys.stderr.isatty(), grammars=grammars)
     core.runner.hold_share()
-    core.prepare_grammars()
+    grammars.wait()
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: no collection need look at it between two steps
     link.send(core.info())

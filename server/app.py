@@ -35,8 +35,16 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
 
-def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str, tracer: Tracer | None = None) -> FastAPI:
+def create_app(
+    llm: AsyncLLM,
+    settings: ServerConfig,
+    *,
+    model_name: str,
+    tracer: Tracer | None = None,
+    grammars: GrammarCompiler | None = None,
+) -> FastAPI:
     """Routes and layers around `llm`, whose client knows its `info` already. With a `tracer` requests make spans.
+    `grammars`: for who has it prepared.
 
     `app.state.draining` may be set to True at any time: from then on new work and /health get 503. Raises `ConfigError`
     when the API keys cannot be read.
@@ -67,7 +75,7 @@ def create_app(llm: AsyncLLM, settings: ServerConfig, *, model_name: str, tracer
         created=int(time.time()),
         token_names=TokenNames(llm.tokenizer),
         chat_format=ChatFormat.choose(settings, llm.tokenizer),
-        grammars=GrammarCompiler(lambda: llm.tokenizer.for_grammars(llm.client.info.vocab_size)),
+        grammars=grammars or GrammarCompiler(lambda: llm.tokenizer.for_grammars(llm.client.info.vocab_size)),
     )
     for module in (completions, chat, responses, sessions, models, tokenize, health, status, pages):
         app.include_router(module.router)

@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,11 @@ from ..configs.schema import Settings, SettingsError
 from ..engine import logs
 from ..engine.async_llm import AsyncLLM
 from ..engine.errors import EngineDeadError
+from ..engine.grammar import GrammarCompiler
 from ..engine.messages import EngineInfo, EngineStats
 from ..engine.process_client import ProcessClient
 from ..engine.tokenizer import Tokenizer
-from ..models.checkpoint import resolve
+from ..models.checkpoint import read_config, resolve
 from .app import create_app
 from .connection import max_sockets, uvicorn_config
 from .describe import banner
@@ -62,13 +64,15 @@ async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | N
         async with refusing(listener, BACKLOG, settings.read_timeout):
             folder = await asyncio.to_thread(resolve, settings.model, settings.revision, weights=False)
             tokenizer = await asyncio.to_thread(Tokenizer, folder)
+            grammars = GrammarCompiler(partial(tokenizer.for_grammars, read_config(folder).vocab_size))
+            grammars.prepare()
             info = await _unless_interrupted(starting)
         if info is None:
             return 130
         name = settings.served_model_name or _model_name(settings.model)
         llm = AsyncLLM(client, tokenizer, max_queue_seconds=settings.max_queue_seconds)
-        app = create_app(llm, settings, model_name=name, tracer=tracer)
-        app.state.server.grammars.prepare()
+        app = create_app(llm, settings, model_name=name, tracer=tracer, grammars=grammars)
+        grammars.wait()
         address = _address(*listener.getsockname()[:2])
         needs_key, can_chat = _needs_key(settings), tokenizer.has_chat_template
         print(banner(info, name=name, address=address, needs_key=needs_key, can_chat=can_chat), flush=True)

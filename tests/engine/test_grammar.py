@@ -7,8 +7,9 @@ import re
 import shutil
 
 import pytest
-from engines import DEVICE, answer, assert_nothing_held, drain, make_core, request
+from engines import DEVICE, answer, assert_nothing_held, drain, engine_config, make_core, request
 from leyden.engine import grammar
+from leyden.engine.core import EngineCore, grammar_compiler
 from leyden.engine.errors import RequestError
 from leyden.engine.grammar import Grammar, choice_grammar, json_grammar, make_matcher, regex_grammar
 from leyden.engine.json_schema import MAX_OPEN_PROPERTIES
@@ -173,8 +174,10 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def test_a_tokenizer_that_suits_no_grammar_stops_only_requests_with_one(tiny, tmp_path, make, reason):
     folder = shutil.copytree(tiny.folder, tmp_path / "model")
     make().save_pretrained(folder)
-    core = make_core(folder)
-    core.prepare_grammars()
+    grammars = grammar_compiler(engine_config(folder))
+    grammars.prepare()
+    core = EngineCore(engine_config(folder), progress=False, grammars=grammars)
+    grammars.wait()
     bound = request("bound", random_prompt(5, 2), max_tokens=8, grammar="start: /a+/\n")
     answers = drain(core, bound, request("good", random_prompt(9, 1), max_tokens=8))
     assert answers["bound"].finish_reason == "error" and reason in answers["bound"].error
