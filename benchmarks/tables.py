@@ -200,7 +200,7 @@ def kernel_cell(case: dict[str, Any], name: str) -> str:
     return f"{result['us']:.0f} µs, {100 / result['times_floor']:.0f} %{mark}"
 
 
-README, PERFORMANCE = "README.md", "docs/performance.md"
+README, PERFORMANCE, KERNELS = "README.md", "docs/performance.md", "docs/kernels.md"
 # A table's name -> the page it is on, how it is made, and the recorded runs that it needs.
 TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "serving-cpu": (README, serving_table, ["serving-cpu"]),
@@ -211,6 +211,7 @@ TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "sessions-h200": (README, sessions_table, ["sessions-h200"]),
     "api-process-cpu": (README, api_process_table, ["api-process-cpu"]),
     "kernels-h100": (README, kernels_table, ["kernels-h100"]),
+    "kernels-h200": (KERNELS, kernels_table, ["kernels-h200"]),
     "steps-dense-h100": (PERFORMANCE, steps_table, ["profile-dense-h100", "../configs/dense/config", "kernels-h100"]),
     "steps-moe-h100": (PERFORMANCE, steps_table, ["profile-moe-h100", "../configs/moe/config", "kernels-h100"]),
 }
@@ -243,7 +244,7 @@ def render(page: str, text: str, results: Path = RESULTS) -> str:
 
 def main() -> int:
     stale = []
-    for page in (README, PERFORMANCE):
+    for page in dict.fromkeys(home for home, *_ in TABLES.values()):
         before = (ROOT / page).read_text()
         after = render(page, before)
         if before != after:
