@@ -12,7 +12,8 @@ import sys
 from types import ModuleType
 
 import torch
-from leyden.benchmarks.kernel_cases import Bound, Case, Implementation, LightningCase, LightningInputs, returning
+from leyden.benchmarks.kernel_cases.base import Bound, Case, Implementation
+from leyden.benchmarks.kernel_cases.lightning import LightningCase, LightningInputs, returning
 from torch import Tensor
 
 PEERS = {"lightning_attn": "sglang minimax", "seg_la": "sglang seg_la", "fla": "fla"}  # module: its name here

@@ -42,17 +42,9 @@ from typing import Any
 
 import torch
 from leyden.benchmarks import kernel_peers
-from leyden.benchmarks.kernel_cases import (
-    DEVICE,
-    Bound,
-    Case,
-    Implementation,
-    LightningCase,
-    Limits,
-    VerifyCase,
-    all_cases,
-    normal,
-)
+from leyden.benchmarks.kernel_cases import all_cases
+from leyden.benchmarks.kernel_cases.base import DEVICE, Bound, Case, Implementation, Limits, normal
+from leyden.benchmarks.kernel_cases.lightning import LightningCase, VerifyCase
 from torch import Tensor
 
 # norm(error) / norm(result) in float64, bfloat16 inputs

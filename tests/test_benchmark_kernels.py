@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from leyden.benchmarks import kernel_cases as cases
 from leyden.benchmarks import kernel_peers as peers
+from leyden.benchmarks.kernel_cases import all_cases, around, attention, base, experts, lightning, sampling
 from leyden.kernels import torch_ops
 from leyden.kernels.lightning.reference import recurrence
 
@@ -31,24 +31,24 @@ benchmark, tables = load_script("kernels"), load_script("tables")
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases on the CPU, in float32, with the PyTorch kernels in place of Triton's."""
-    monkeypatch.setattr(cases, "DEVICE", "cpu")
-    monkeypatch.setattr(cases, "DTYPE", torch.float32)
-    monkeypatch.setattr(cases, "load", lambda name: torch_ops)
+    monkeypatch.setattr(base, "DEVICE", "cpu")
+    monkeypatch.setattr(base, "DTYPE", torch.float32)
+    monkeypatch.setattr(base, "our_kernels", lambda: torch_ops)
     yield
-    cases.lightning_batch.cache_clear()
-    cases.expert_weights.cache_clear()
+    lightning.lightning_batch.cache_clear()
+    experts.expert_weights.cache_clear()
 
 
 SMALL_CASES = [
-    cases.LightningCase("mixed", 2, (70, 3, 1), 2),
-    cases.LightningCase("B=3", 2, (), 3),
-    cases.VerifyCase(heads=2, num_rows=3),
-    cases.AttentionCase(is_prefill=False, num_rows=2, length=48, head_dim=16, heads=4, kv_heads=2),
-    cases.AttentionCase(is_prefill=True, num_rows=2, length=32, head_dim=16, heads=4, kv_heads=2),
-    cases.MoeCase(5, num_experts=4, top_k=2, size=24, width=16),
-    cases.LinearCase(24, 40),
-    *[cases.AroundCase(operation, 3) for operation in cases.OPERATIONS],
-    *[cases.SamplingCase(sampler, rows=6, vocab=300) for sampler in cases.SAMPLERS],
+    lightning.LightningCase("mixed", 2, (70, 3, 1), 2),
+    lightning.LightningCase("B=3", 2, (), 3),
+    lightning.VerifyCase(heads=2, num_rows=3),
+    attention.AttentionCase(is_prefill=False, num_rows=2, length=48, head_dim=16, heads=4, kv_heads=2),
+    attention.AttentionCase(is_prefill=True, num_rows=2, length=32, head_dim=16, heads=4, kv_heads=2),
+    experts.MoeCase(5, num_experts=4, top_k=2, size=24, width=16),
+    around.LinearCase(24, 40),
+    *[around.AroundCase(operation, 3) for operation in around.OPERATIONS],
+    *[sampling.SamplingCase(sampler, rows=6, vocab=300) for sampler in sampling.SAMPLERS],
 ]
 OWN = [
     (case, name)
@@ -63,14 +63,14 @@ def test_reference_by_blocks_is_the_recurrence():
     lengths, heads, dim = [1, 40, 17, 32], 3, 8
     q, k, v = (torch.randn(sum(lengths), heads, dim, generator=generator) for _ in range(3))
     arguments = (
-        cases.alibi_slopes(heads),
+        lightning.alibi_slopes(heads),
         0.3,
         torch.randn(6, heads, dim, dim, generator=generator),
         torch.tensor([4, 0, 5, 2]),
         torch.tensor([True, False, True, False]),
         torch.tensor([0, *lengths]).cumsum(0),
     )
-    out, state = cases.blocked_recurrence(q, k, v, *arguments, block=16)
+    out, state = lightning.blocked_recurrence(q, k, v, *arguments, block=16)
     expected_out, expected_state = recurrence(q, k, v, *arguments)
     torch.testing.assert_close(out, expected_out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(state, expected_state, rtol=1e-12, atol=1e-12)
@@ -88,7 +88,7 @@ def test_a_kernel_that_writes_nothing_is_a_failure_and_is_not_timed(on_cpu, monk
     monkeypatch.setattr(benchmark, "time_us", lambda *_: pytest.fail("timed"))
     case = SMALL_CASES[0]
     expected = case.expected(case.inputs(benchmark.CHECK_SEED, checked=True))
-    idle = cases.Implementation(lambda x: cases.in_place(x, lambda i: None))
+    idle = base.Implementation(lambda x: lightning.in_place(x, lambda i: None))
     result = benchmark.measure_one(case, idle, expected, [], 1.0, 0.1)
     assert result["failure"].startswith("out error nan")
     assert result["errors"]["out"] is None
@@ -117,8 +117,8 @@ def test_a_peer_that_fails_is_reported_with_its_reason_and_is_no_failure_of_ours
 
 def test_without_peers_ours_alone_are_measured(monkeypatch):
     monkeypatch.setattr(peers, "peer_module", lambda name: ModuleType(name))
-    assert set(benchmark.implementations(cases.LinearCase(8, 8), peers=False)) == {"leyden"}
-    assert set(benchmark.implementations(cases.LinearCase(8, 8), peers=True)) == {"leyden", "torch"}
+    assert set(benchmark.implementations(around.LinearCase(8, 8), peers=False)) == {"leyden"}
+    assert set(benchmark.implementations(around.LinearCase(8, 8), peers=True)) == {"leyden", "torch"}
     between_ours = [case for case in benchmark.all_cases() if not getattr(case, "has_peers", True)]
     assert between_ours and all(peers.implementations(case) == {} for case in between_ours)
 
@@ -128,7 +128,7 @@ def test_every_group_has_a_table():
 
 
 def test_floors():
-    limits = cases.Limits(3.01e12, 800e12)
+    limits = base.Limits(3.01e12, 800e12)
     (prefill,) = benchmark.chosen_cases(["prefill/h64/1x2048"])
     num_bytes = 2048 * 64 * 128 * 4 * 2 + 2 * 64 * 128 * 128 * 4
     assert prefill.work().num_bytes == num_bytes
@@ -154,7 +154,7 @@ def test_floors():
 
 
 def test_case_names_are_unique_and_a_glob_without_a_match_is_refused():
-    names = [case.name for case in cases.all_cases()]
+    names = [case.name for case in all_cases()]
     assert len(set(names)) == len(names)
     with pytest.raises(SystemExit, match="no case matches"):
         benchmark.chosen_cases(["decoed/*"])
@@ -222,9 +222,9 @@ def test_reports_hold_no_nan():
     assert benchmark.rounded(123456.0) == 123500.0
 
 
-@pytest.mark.parametrize("sampler", cases.SAMPLERS)
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
 def test_a_token_that_another_row_should_have_is_an_error(on_cpu, sampler):
-    case = cases.SamplingCase(sampler, rows=6, vocab=300)
+    case = sampling.SamplingCase(sampler, rows=6, vocab=300)
     inputs = case.inputs(1, checked=True)
     bound = case.bind(inputs)
     bound.step(0)
