@@ -156,7 +156,8 @@ class ModelRunner:
         if graphs is None or scheduled.num_prefills or graphs.shape_of_decodes(scheduled.num_decodes) is None:
             return None
         wanted = self.sampler.rows(scheduled.sequences)
-        return DecodeRows(graphs, scheduled, wanted, self.block_size, self.ring_size) if wanted.is_plain else None
+        ring_size = self.ring_size if self.replays else 0
+        return DecodeRows(graphs, scheduled, wanted, self.block_size, ring_size) if wanted.is_plain else None
 
     def _decode(self, rows: DecodeRows) -> LaunchedStep:
         """Start a step from its graph, in as few calls as can be: the host does this for every token."""

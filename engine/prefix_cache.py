@@ -11,6 +11,7 @@ and on the stream of the steps, so a checkpoint may be given away while a copy f
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -59,6 +60,9 @@ class PrefixCache:
         self._free = list(range(num_checkpoints - 1, -1, -1))
         self._free_on_host = list(range(num_checkpoints + num_host_checkpoints - 1, num_checkpoints - 1, -1))
         self._holds: list[Hold] = []
+        # The nodes with a checkpoint on the device and those with one on the host, each in the order in which they came
+        # there or were last used.
+        self._with_checkpoint: tuple[OrderedDict[Node, None], ...] = (OrderedDict(), OrderedDict())
 
     @property
     def num_checkpoints_used(self) -> int:
@@ -77,7 +81,7 @@ class PrefixCache:
 
     def use(self, node: Node) -> list[int]:
         """Note that a sequence resumes at the node. Returns the blocks of its tokens, the last maybe in part."""
-        self.tree.touch(node)
+        self._touch(node)
         table: list[int] = []
         for part in path_to(node):
             del table[part.start // self.blocks.block_size :]
@@ -99,8 +103,8 @@ class PrefixCache:
         if checkpoint is None:
             return None, []
         node = self.tree.node_at(tokens, table, salt)
-        node.checkpoint = checkpoint
-        self.tree.touch(node)
+        self._give(node, checkpoint)
+        self._touch(node)
         return checkpoint, moves
 
     def has_checkpoint(self, node: Node) -> bool:
@@ -144,8 +148,8 @@ class PrefixCache:
         for end, checkpoint in zip(ends, hold.checkpoints, strict=True):
             node = self.tree.node_at(tokens[:end], hold.blocks, salt)
             if node.checkpoint is None:  # else somebody has computed it meanwhile
-                node.checkpoint = checkpoint
-            self.tree.touch(node)
+                self._give(node, checkpoint)
+            self._touch(node)
         self.let_go(hold)
         return node
 
@@ -153,32 +157,42 @@ class PrefixCache:
         """What is in no use any more is free."""
         self._holds.remove(hold)
         self.blocks.let_go(hold.blocks)
-        in_tree = {node.checkpoint for node in self.tree.nodes}
+        in_tree = {node.checkpoint for nodes in self._with_checkpoint for node in nodes}
         for checkpoint in hold.checkpoints:
             if checkpoint not in in_tree:
                 self._free_checkpoint(checkpoint)
 
     def make_room(self, num_blocks: int, keep: Node | None = None) -> bool:
-        """Forget leaves, least recently used first, until so many blocks are free; False when that is not enough."""
+        """Forget leaves, least recently used first, until so many blocks are free. False when that would not be enough;
+        then nothing is forgotten."""
+        if self.blocks.num_free >= num_blocks:
+            return True
+        held = {block for hold in self._holds for block in hold.blocks}
+        for part in path_to(keep) if keep is not None else ():  # a sequence has all of them but copies of the last ones
+            held.update(part.blocks[-1:])
+        num_idle = self.blocks.num_cached - sum(not self.blocks.is_used(block) for block in held)
+        if self.blocks.num_free + num_idle < num_blocks:
+            return False
         while self.blocks.num_free < num_blocks:
-            useful = (leaf for leaf in self.tree.leaves() if self._is_idle(leaf))
-            in_the_way = (leaf for leaf in self.tree.leaves() if any(map(self._is_idle, path_to(leaf))))
+            useful = (leaf for leaf in self.tree.leaves() if self._are_idle(leaf.blocks[-2:], held))
+            in_the_way = (leaf for leaf in self.tree.leaves() if self._has_idle(leaf, held))
             leaf = next((leaf for leaf in itertools.chain(useful, in_the_way) if leaf is not keep), None)
-            if leaf is None:
-                return False
+            assert leaf is not None, "blocks that nobody uses belong to no leaf"
             self._drop_checkpoint(leaf)
         return True
 
     def clear(self) -> None:
         """Forget everything."""
-        for node in list(self.tree.nodes):
-            if node.checkpoint is not None:
-                self._drop_checkpoint(node)
+        for node in [node for nodes in self._with_checkpoint for node in nodes]:
+            self._drop_checkpoint(node)
 
     def check_integrity(self) -> None:
         """The tree is whole and every checkpoint has one owner. Raises AssertionError."""
         self.tree.check_integrity()
         owned = [node.checkpoint for node in self.tree.nodes if node.checkpoint is not None]
+        for nodes, on_host in zip(self._with_checkpoint, (False, True), strict=True):
+            here = {n for n in self.tree.nodes if n.checkpoint is not None and self._is_on_host(n) is on_host}
+            assert set(nodes) == here, "checkpoints in another place"
         assert len(set(owned)) == len(owned), "a checkpoint of two nodes"
         held = {*owned, *(checkpoint for hold in self._holds for checkpoint in hold.checkpoints)}
         everything = range(self.num_checkpoints + self.num_host_checkpoints)
@@ -206,32 +220,43 @@ class PrefixCache:
             if oldest is None:
                 return None, []
             self._drop_checkpoint(oldest)
-        victim.checkpoint = self._free_on_host.pop()
-        return taken, [Move(taken, victim.checkpoint)]
+        del self._with_checkpoint[False][victim]
+        moved_to = self._free_on_host.pop()
+        self._give(victim, moved_to)
+        return taken, [Move(taken, moved_to)]
 
     def _least_used(self, *, on_host: bool) -> Node | None:
         """The node that has waited longest of those whose checkpoint lies there and may be given away."""
         held = {checkpoint for hold in self._holds for checkpoint in hold.checkpoints}
-        return next(
-            (
-                node
-                for node in self.tree.nodes
-                if node.checkpoint is not None
-                and (node.checkpoint >= self.num_checkpoints) is on_host
-                and node.checkpoint not in held
-            ),
-            None,
-        )
+        return next((node for node in self._with_checkpoint[on_host] if node.checkpoint not in held), None)
 
-    def _is_idle(self, node: Node) -> bool:
-        """Whether some of its blocks are in no sequence's table."""
-        return not all(map(self.blocks.is_used, node.blocks))
+    def _is_on_host(self, node: Node) -> bool:
+        return node.checkpoint is not None and node.checkpoint >= self.num_checkpoints
+
+    def _give(self, node: Node, checkpoint: int) -> None:
+        """The node has this checkpoint, and had none there."""
+        node.checkpoint = checkpoint
+        self._with_checkpoint[self._is_on_host(node)][node] = None
+
+    def _touch(self, node: Node) -> None:
+        """The node, which has a checkpoint, is the one used last."""
+        self.tree.touch(node)
+        self._with_checkpoint[self._is_on_host(node)].move_to_end(node)
+
+    def _are_idle(self, blocks: list[int], held: set[int]) -> bool:
+        """Whether nobody but the tree has any of them."""
+        return not any(self.blocks.is_used(block) or block in held for block in blocks)
+
+    def _has_idle(self, leaf: Node, held: set[int]) -> bool:
+        """Whether something between the root and the leaf would be free without it."""
+        return any(self._are_idle([block], held) for part in path_to(leaf) for block in part.blocks)
 
     def _drop_checkpoint(self, node: Node) -> None:
         """Free the checkpoint, and with it every node that is now of no use."""
         assert node.checkpoint is not None
         if not any(node.checkpoint in hold.checkpoints for hold in self._holds):
             self._free_checkpoint(node.checkpoint)
+        del self._with_checkpoint[self._is_on_host(node)][node]
         node.checkpoint = None
         self.tree.tidy(node)
 

@@ -40,6 +40,7 @@ class RadixTree:
         self.blocks = blocks
         self.nodes: OrderedDict[Node, None] = OrderedDict()  # all but the roots, least recently used first
         self._roots: dict[str | None, Node] = {}  # by salt
+        self._salts: dict[Node, str | None] = {}  # by root
 
     def walk(self, tokens: Tokens, salt: str | None) -> tuple[Node | None, int, Node | None]:
         """(the deepest node whose tokens all agree, how many tokens agree, the child that agrees with some more)."""
@@ -59,7 +60,8 @@ class RadixTree:
         """The node that ends with the last token, made if need be: its keys and values are in the blocks of `table`."""
         node, at, child = self.walk(tokens, salt)
         if node is None:
-            node = self._roots[salt] = Node(None, tokens[:0], 0, [])
+            node = self._roots[salt] = Node(None, np.empty(0, dtype=np.int32), 0, [])
+            self._salts[node] = salt
         if child is not None:
             node = self._split(child, at)
         return self._add(node, tokens, table) if at < len(tokens) else node
@@ -79,7 +81,7 @@ class RadixTree:
             return
         if parent is None:
             if not node.children:
-                self._roots = {salt: root for salt, root in self._roots.items() if root is not node}
+                del self._roots[self._salts.pop(node)]
             return
         del self.nodes[node]
         if node.children:
@@ -92,6 +94,7 @@ class RadixTree:
 
     def check_integrity(self) -> None:
         """The tree is whole and has no node of no use. Raises AssertionError."""
+        assert {salt: root for root, salt in self._salts.items()} == self._roots, "roots lost"
         found = [node for root in self._roots.values() for node in _below(root)]
         assert set(found) == set(self.nodes) and len(found) == len(self.nodes), "nodes lost"
         for node in found:

@@ -43,13 +43,13 @@ class Reuse:
         """Blocks that the sequence needs for its tokens beyond those that it would share."""
         return self.blocks.blocks_for(sequence.num_tokens) - match.num_cached // self.blocks.block_size
 
-    def resume(self, sequence: Sequence, match: Match) -> bool:
+    def resume(self, sequence: Sequence, match: Match, promised: int = 0) -> bool:
         """Give the sequence, which has a slot, what the match found, and blocks up to its first chunk at least. False,
-        and nothing has changed, when there is no room for all of its tokens."""
+        and nothing has changed, when there is no room for all of its tokens beside blocks `promised` to others."""
         size = self.blocks.block_size
         table = self.cache.use(match.node) if match.node is not None else []
         self.blocks.share(sequence, table[: match.num_cached // size])
-        if not self.cache.make_room(self.missing(sequence, match), match.node):
+        if not self.cache.make_room(self.missing(sequence, match) + promised, match.node):
             self.blocks.release(sequence)
             return False
         if match.node is not None:

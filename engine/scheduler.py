@@ -311,30 +311,39 @@ class Scheduler:
         bisect.insort(self.running, sequence, key=lambda s: s.order)
 
     def _admit(self, prefilling: dict[Sequence, int], decoding: dict[Sequence, int], budget: int) -> None:
+        if not (self.waiting and budget > 0 and self.slots.num_free):
+            return
+        promised = sum(self.blocks.missing(s, s.num_tokens) for s in self.running)  # to prompts under way
         while budget > 0 and self.slots.num_free:
             found = self._next_to_admit(prefilling)
             if found is None:
                 return
-            sequence, match = found
+            sequence, match, passed = found
             self.slots.take(sequence)
-            # Room for the whole sequence as it is, not for one chunk: else a long prompt would be fed half-way and
-            # put out again. Whoever runs has its blocks already, or there would be no budget left. When nobody runs
-            # no room will come of waiting: then the blocks that it could begin with are in its way.
-            if not self.reuse.resume(sequence, match) and (self.running or not self.reuse.resume(sequence, NOTHING)):
+            # Room for the whole sequence as it is, not for one chunk, beside what others have begun: else a long prompt
+            # would be fed half-way and put out again. When nobody runs no room will come of waiting: then the blocks
+            # that it could begin with are in its way.
+            if not self.reuse.resume(sequence, match, promised) and (
+                self.running or not self.reuse.resume(sequence, NOTHING)
+            ):
                 self.slots.release(sequence)
                 return
             self.waiting.remove(sequence)
+            if passed is not None:
+                passed.num_passed += 1
             self.reuse.plan(sequence, match, itertools.islice(self._ready(), NUM_COMPARED))
             num_new = self._next_chunk(sequence, budget)
             self.blocks.grow(sequence, sequence.num_computed_tokens + num_new)
+            promised += self.blocks.missing(sequence, sequence.num_tokens)
             self._start(sequence)
             if num_new:  # none for one whose siblings copy what was cached
                 scheduled = decoding if sequence.is_decoding else prefilling  # all but its last token was cached
                 scheduled[sequence] = num_new
                 budget -= num_new
 
-    def _next_to_admit(self, scheduled: dict[Sequence, int]) -> tuple[Sequence, Match] | None:
-        """Of the first few that wait, the one of which most is cached; none is passed over many times."""
+    def _next_to_admit(self, scheduled: dict[Sequence, int]) -> tuple[Sequence, Match, Sequence | None] | None:
+        """Of the first few that wait, the one of which most is cached, and who is passed over for it: nobody many
+        times."""
         candidates: list[tuple[Sequence, Match]] = []
         for sequence in itertools.islice(self._ready(), NUM_EXAMINED):
             if candidates and (sequence.priority != candidates[0][0].priority or len(candidates) == NUM_COMPARED):
@@ -347,9 +356,8 @@ class Scheduler:
         first = candidates[0]
         best = max(candidates, key=lambda candidate: candidate[1].num_cached)  # the first of the best
         if best is first or first[0].num_passed >= MAX_PASSED:
-            return first
-        first[0].num_passed += 1
-        return best
+            return *first, None
+        return *best, first[0]
 
     def _ready(self) -> Iterator[Sequence]:
         """Those that wait and could start. One that has just fallen first gets the token that is on its way."""

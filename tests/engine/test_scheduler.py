@@ -380,7 +380,7 @@ def test_thousands_of_random_requests_keep_every_law(lags, cached):
         finished += len(simulation.finished)
         copied += simulation.num_copied
         hits += simulation.num_cached
-    assert (hits > 1000) == cached
+    assert (hits > 500) == cached
     assert min(fallen, refused, aborted, finished, 2 * copied) > 100, "every case must be met to prove anything"
 
 
@@ -420,6 +420,35 @@ def test_prompts_bring_few_tokens_beside_decoding_rows_and_many_without():
     assert rows(step(scheduler)) == [("c", 3), ("a", 1)]
     assert rows(step(scheduler)) == [("c", 3), ("a", 1)]
     assert rows(step(scheduler)) == [("c", 3)], "the last of a has come; c ends"
+
+
+def test_a_request_that_waits_for_blocks_makes_the_cache_forget_nothing():
+    scheduler = make_scheduler(blocks=20, block_size=4, slots=3, budget=100, checkpoints=4)
+    kept = sequence(9, request_id="kept", max_tokens=1, uses_cache=True)
+    scheduler.add(kept)
+    step(scheduler)
+    step(scheduler)
+    scheduler.add(sequence(30, request_id="runs", arrival=1, max_tokens=9))
+    step(scheduler)
+    cached = scheduler.blocks.num_cached
+    scheduler.add(sequence(70, request_id="waits", arrival=2, max_tokens=1))
+    assert [name for name, _ in rows(step(scheduler))] == ["runs"]
+    assert scheduler.blocks.num_cached == cached > 0
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.blocks.num_cached < cached, "alone it gets them"
+
+
+def test_a_prompt_is_not_begun_with_blocks_that_one_under_way_needs():
+    scheduler = make_scheduler(blocks=20, block_size=4, slots=2, budget=64, checkpoints=4)
+    first = sequence(48, request_id="first", max_tokens=1, uses_cache=True)
+    first.wanted_stops.add(4)
+    scheduler.add(first)
+    scheduler.add(sequence(48, request_id="second", arrival=1, max_tokens=1))
+    assert rows(step(scheduler)) == [("first", 4)]
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.num_preemptions == 0
 
 
 @pytest.mark.parametrize(("num_decoding", "brought"), [(MANY_ROWS - 1, 3), (MANY_ROWS, 6)])
