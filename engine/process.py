@@ -12,6 +12,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -24,37 +26,29 @@ from .messages import EngineFailed, FromEngine, ToEngine
 
 logger = logging.getLogger("leyden.engine")
 
-PARENT_POLL_MS = 1000
+PARENT_POLL_SECONDS = 1.0
 
 
 class Link:
     """The engine's end of the socket."""
 
-    def __init__(self, address: str, parent: int) -> None:
+    def __init__(self, address: str) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(address)
-        self._path = Path(address.removeprefix("ipc://"))
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._encoder = msgspec.msgpack.Encoder()
-        self._parent = parent
 
     def send(self, message: FromEngine) -> None:
         self._socket.send(self._encoder.encode(message))
 
     def receive(self, wait: bool) -> list[ToEngine]:
-        """Messages that are there. Leaves the process when the parent is gone: nobody would ever ask again."""
-        while not self._socket.poll(PARENT_POLL_MS if wait else 0):
-            if os.getppid() != self._parent:
-                with contextlib.suppress(OSError):  # it made them, and can no longer remove them
-                    self._path.unlink(missing_ok=True)
-                    self._path.parent.rmdir()
-                raise SystemExit("the server is gone")
-            if not wait:
-                return []
+        """Messages that are there, or that come."""
         messages = []
+        if wait:
+            self._socket.poll()
         while self._socket.poll(0):
             messages.append(self._decoder.decode(self._socket.recv()))
         return messages
@@ -64,13 +58,27 @@ class Link:
         zmq.Context.instance().term()
 
 
+def end_with(parent: int, path: Path) -> None:
+    """Leave the process, whatever it does, when the parent is gone, and remove the socket at `path` and its folder: the
+    parent made them."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_SECONDS)
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+        path.parent.rmdir()
+    logger.error("the server is gone")
+    os._exit(1)
+
+
 def main() -> int:
     """Exit code 0 after a shutdown, 2 for a wrong setting or checkpoint, 1 for a failure."""
     address, parent, log_level, log_format = sys.argv[1:]
     logs.configure(log_level, "json" if log_format == "json" else "text")
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group or container; the server decides
         signal.signal(number, signal.SIG_IGN)
-    link = Link(address, int(parent))
+    path = Path(address.removeprefix("ipc://"))
+    threading.Thread(target=end_with, args=(int(parent), path), name="parent", daemon=True).start()
+    link = Link(address)
     try:
         config = EngineConfig.model_validate_json(sys.stdin.buffer.read())
         return _serve(config, link)

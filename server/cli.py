@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,6 +145,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 def _serve(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
+    # The first process of a container hears no SIGTERM but by a handler; the server has its own, once it is imported.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     from .serve import serve
 
     return serve(settings)

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -42,7 +42,8 @@ SPARE_FILES = 256  # that this process has open beside its clients' sockets
 
 
 def serve(settings: Settings) -> int:
-    """Serve until told to stop. Returns 0 after a drain, 1 when the engine died.
+    """Serve until told to stop. Returns 0 after a drain, 1 when the engine died, 128 and the signal's number when one
+    came before there was anything to drain.
 
     Raises `SettingsError`, `ConfigError` or `CheckpointError` before anything is served.
     """
@@ -57,18 +58,16 @@ def serve(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | None) -> int:
+    interrupted = _first_signal()
     client = ProcessClient(settings.engine(), log_level=settings.log_level, log_format=settings.log_format)
-    starting = asyncio.create_task(client.start())
+    starting = asyncio.create_task(_start(client, settings))
     try:
-        # Both take seconds: the engine imports and loads while this process reads the tokenizer.
         async with refusing(listener, BACKLOG, settings.read_timeout):
-            folder = await asyncio.to_thread(resolve, settings.model, settings.revision, weights=False)
-            tokenizer = await asyncio.to_thread(Tokenizer, folder)
-            grammars = GrammarCompiler(partial(tokenizer.for_grammars, read_config(folder).vocab_size))
-            grammars.prepare()
-            info = await _unless_interrupted(starting)
-        if info is None:
-            return 130
+            both: set[asyncio.Future[Any]] = {starting, interrupted}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if interrupted.done():
+            return 128 + interrupted.result()
+        info, tokenizer, grammars = await starting
         name = settings.served_model_name or _model_name(settings.model)
         llm = AsyncLLM(client, tokenizer, max_queue_seconds=settings.max_queue_seconds)
         app = create_app(llm, settings, model_name=name, tracer=tracer, grammars=grammars)
@@ -76,7 +75,7 @@ async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | N
         address = _address(*listener.getsockname()[:2])
         needs_key, can_chat = _needs_key(settings), tokenizer.has_chat_template
         print(banner(info, name=name, address=address, needs_key=needs_key, can_chat=can_chat), flush=True)
-        return await Service(settings, client, app).run(listener)
+        return await Service(settings, client, app).run(listener, interrupted)
     except EngineDeadError as error:
         logger.error("the engine did not start: %s", error)
         return 1
@@ -85,16 +84,31 @@ async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | N
         await client.close()
 
 
-async def _unless_interrupted(starting: asyncio.Task[EngineInfo]) -> EngineInfo | None:
-    """The engine's info, or None when Ctrl-C or SIGTERM came first."""
-    interrupted = asyncio.Event()
+async def _start(client: ProcessClient, settings: Settings) -> tuple[EngineInfo, Tokenizer, GrammarCompiler]:
+    """Both sides take seconds: the engine imports and loads while this process reads the tokenizer."""
+    starting = asyncio.create_task(client.start())
+    try:
+        folder = await asyncio.to_thread(resolve, settings.model, settings.revision, weights=False)
+        tokenizer = await asyncio.to_thread(Tokenizer, folder)
+        grammars = GrammarCompiler(partial(tokenizer.for_grammars, read_config(folder).vocab_size))
+        grammars.prepare()
+        return await starting, tokenizer, grammars
+    finally:
+        starting.cancel()
+
+
+def _first_signal() -> asyncio.Future[int]:
+    """The number of the first SIGINT or SIGTERM from now on, once it has come."""
     loop = asyncio.get_running_loop()
+    first: asyncio.Future[int] = loop.create_future()
+
+    def note(number: int) -> None:
+        if not first.done():
+            first.set_result(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupted.set)
-    waiting = asyncio.create_task(interrupted.wait())
-    await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    return None if interrupted.is_set() else await starting  # both at once: nobody would hear of it again
+        loop.add_signal_handler(number, note, number)
+    return first
 
 
 def _spare_the_garbage_collector() -> None:
@@ -123,11 +137,14 @@ class Service:
         self._exit_code = 0
         self._draining: asyncio.Task | None = None
 
-    async def run(self, listener: socket.socket) -> int:
-        """Serve until drained, interrupted twice, or bereft of the engine."""
+    async def run(self, listener: socket.socket, interrupted: asyncio.Future[int]) -> int:
+        """Serve until drained, interrupted twice, or bereft of the engine. `interrupted`: a signal that may have come
+        before."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        if interrupted.done():
+            self._on_signal(signal.Signals(interrupted.result()).name)
         _spare_the_garbage_collector()
         watchers = [asyncio.create_task(self._watch_engine()), asyncio.create_task(self._log_throughput())]
         try:

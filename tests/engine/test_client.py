@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -31,7 +32,6 @@ from leyden.engine.errors import (
 )
 from leyden.engine.messages import EngineStats, StepOutputs
 from leyden.engine.outputs import StepOutput
-from leyden.engine.process import Link
 from leyden.engine.process_client import ProcessClient
 from leyden.engine.sampling_params import SamplingParams
 from tiny_models import greedy, random_prompt
@@ -256,11 +256,14 @@ async def test_text_over_a_client_stops_at_a_stop_string_and_frees_the_engine(ti
         await eventually(lambda: client.stats.state_slots_used == 0)
 
 
-def test_engine_whose_parent_died_before_it_looked_leaves_too(tmp_path):
-    link = Link(f"ipc://{tmp_path}/engine.sock", parent=os.getppid() + 1)
-    with pytest.raises(SystemExit, match="the server is gone"):
-        link.receive(wait=True)
-    link._socket.close()
+def test_engine_whose_parent_died_before_it_looked_leaves_too(short_folder):
+    folder = Path(short_folder, "own")
+    folder.mkdir()
+    arguments = [f"ipc://{folder}/engine.sock", str(os.getppid()), "info", "text"]
+    command = [sys.executable, "-P", "-m", "leyden.engine.process", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as engine:
+        assert engine.wait(timeout=DEADLINE) == 1
+        assert "the server is gone" in engine.stderr.read() and not folder.exists()
 
 
 async def test_nobody_else_can_enter_the_folder_of_the_socket(tiny):
@@ -327,25 +330,38 @@ async def test_no_place_for_the_socket_is_a_wrong_setting(tiny, short_folder, mo
         await client.start()
 
 
-PARENT = """
+PARENT = '''
 import asyncio, sys
 from leyden.configs.schema import EngineConfig
 from leyden.engine.process_client import ProcessClient
 
+SLOW = """
+import sys, time
+from leyden.engine import core, process
+core.EngineCore = lambda *_, **__: time.sleep(600)
+sys.exit(process.main())
+"""
+
 async def main():
     client = ProcessClient(EngineConfig.model_validate_json(sys.argv[1]))
-    await client.start()
+    if "while it loads" in sys.argv:
+        ProcessClient.ENGINE = ("-P", "-c", SLOW)
+        loading = asyncio.create_task(client.start())
+        await asyncio.sleep(3)
+    else:
+        await client.start()
     print(client.pid, flush=True)
     await asyncio.sleep(600)
 
 asyncio.run(main())
-"""
+'''
 
 
-def test_engine_ends_when_its_parent_is_killed(tiny, tmp_path, short_folder):
+@pytest.mark.parametrize("when", ["once it is ready", "while it loads"])
+def test_engine_ends_when_its_parent_is_killed(tiny, tmp_path, short_folder, when):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
-    arguments = [sys.executable, str(script), engine_config(tiny.folder, max_model_len=1024).model_dump_json()]
+    arguments = [sys.executable, str(script), engine_config(tiny.folder, max_model_len=1024).model_dump_json(), when]
     env = os.environ | {"TMPDIR": short_folder}
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=env, text=True) as parent:
         pid = int(parent.stdout.readline())

@@ -173,12 +173,13 @@ def test_health_is_503_while_the_model_loads(checkpoint):
     assert set(seen[:-1]) == {503}
 
 
-def test_ctrl_c_while_the_model_loads_leaves_nothing_behind(checkpoint):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_while_the_model_loads_leaves_nothing_behind(checkpoint, number):
     command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(checkpoint), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     time.sleep(1.5)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=30) in (130, -signal.SIGINT)
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=30) in (128 + number, -number)
     deadline = time.monotonic() + 20
     while group_exists(process.pid):
         assert time.monotonic() < deadline
