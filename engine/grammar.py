@@ -11,6 +11,7 @@ import importlib.util
 import json
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -31,6 +32,7 @@ LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 MAX_ITEMS = 8 * MAX_OPEN_PROPERTIES + 500  # that a parser keeps in mind at one place; a property is 4 of them, or 7
 QUICK_SECONDS = 0.005  # for a token; what lies beyond is added up
 MAX_SLOW_SECONDS = 0.5  # of one answer
+MAX_KEPT = 32  # compiled grammars
 WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -104,7 +106,7 @@ def _check_explosive(grammar: str) -> None:
 
 
 class Grammar:
-    """That of one sequence, after the tokens that `accept` has been told."""
+    """That of one sequence, after the tokens that `accept` has been told. Others may share what is compiled."""
 
     def __init__(self, compiling: Future[Any]) -> None:
         self.compiling = compiling
@@ -124,7 +126,7 @@ class Grammar:
 
     @cached_property
     def _matcher(self) -> Any:
-        return self.compiling.result()
+        return self.compiling.result().deep_copy()
 
     def fill(self, mask: np.ndarray) -> None:
         """Write which tokens may come next, a bit each; mask [ceil(V / 32)] int32. None, where something went wrong."""
@@ -157,10 +159,18 @@ class GrammarCompiler:
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load = load
         self._prepared: Future[Any] | None = None
+        self._kept: OrderedDict[str, Future[Any]] = OrderedDict()  # by the grammar's text, the last asked for last
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
     def compile(self, grammar: str) -> Grammar:
-        return Grammar(self._thread.submit(lambda: make_matcher(grammar, self._tokenizer)))
+        """Compiled once for all who ask for the same, among the last `MAX_KEPT` grammars."""
+        compiling = self._kept.pop(grammar, None)
+        if compiling is None or (compiling.done() and compiling.exception() is not None):
+            compiling = self._thread.submit(lambda: make_matcher(grammar, self._tokenizer))
+        self._kept[grammar] = compiling
+        if len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
+        return Grammar(compiling)
 
     def prepare(self) -> None:
         """Begin to load the tokenizer, for a process that serves: with 200,000 tokens it holds Python's lock for a

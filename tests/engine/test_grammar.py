@@ -15,6 +15,7 @@ from leyden.engine.grammar import Grammar, choice_grammar, json_grammar, make_ma
 from leyden.engine.json_schema import MAX_OPEN_PROPERTIES
 from leyden.engine.llm import LLM
 from leyden.engine.sampling_params import SamplingParams
+from leyden.engine.tokenizer import Tokenizer
 from tiny_models import byte_tokenizer, random_prompt
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
@@ -182,6 +183,27 @@ def test_a_tokenizer_that_suits_no_grammar_stops_only_requests_with_one(tiny, tm
     answers = drain(core, bound, request("good", random_prompt(9, 1), max_tokens=8))
     assert answers["bound"].finish_reason == "error" and reason in answers["bound"].error
     assert len(answers["good"].token_ids) == 8
+
+
+def test_a_grammar_is_compiled_once_for_all_who_ask_for_it_and_each_goes_its_own_way(tiny, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        grammar, "make_matcher", lambda text, vocabulary: compiled.append(text) or make(text, vocabulary)
+    )
+    make = make_matcher
+    core, ids = make_core(tiny.folder), Tokenizer(tiny.folder).encode
+    either = choice_grammar(["aaaa", "bbbb"])
+    requests = [
+        request(str(i), random_prompt(5, i), max_tokens=8, grammar=either, logit_bias={ids(first)[0]: 9.0})
+        for i, first in enumerate("ab")
+    ]
+    answers = drain(core, *requests)
+    assert len(compiled) == 1
+    assert [answers[each.request_id].token_ids[:4] for each in requests] == [ids("aaaa"), ids("bbbb")]
+    for i in range(grammar.MAX_KEPT):
+        drain(core, request("other", random_prompt(5, i), max_tokens=2, grammar=choice_grammar([f"a{i}"])))
+    drain(core, request("again", random_prompt(5, 1), max_tokens=2, grammar=either))
+    assert compiled.count(either) == 2, "it was the one asked for longest ago"
 
 
 BOMBS = {
