@@ -85,7 +85,10 @@ class EngineConfig(BaseModel):
         4096, ge=1, le=1 << 20, description="tokens of a long prompt after which its state is kept"
     )
     state_checkpoint_min_tokens: int = Field(
-        128, ge=1, le=1 << 20, description="tokens that a kept state must spare at least, beyond the one before it"
+        128,
+        ge=1,
+        le=1 << 20,
+        description="tokens that a kept state must spare at least, beyond the one before it; 16 do at an answer's end",
     )
     state_checkpoint_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="kept states; auto = state_dtype; less takes half the memory, and a hit is rounded"
