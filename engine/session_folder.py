@@ -15,6 +15,7 @@ from .errors import SessionError
 from .messages import SessionFile
 
 SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+SESSION_ID_FORM = "1 to 64 letters, digits, '-' and '_'"
 SUFFIX = ".safetensors"
 UNFINISHED = ".part"
 STALE_SECONDS = 3600
