@@ -26,6 +26,8 @@ from leyden.server.cli import main
         (["chat", "--url", "http://a..b"], "is not an address such as http://127.0.0.1:8000"),
         (["bench", "http", "--url", "http://x", "--out", "/no/such/x.json"], "there is no folder /no/such"),
         (["bench", "offline", "--engine", "linear_backnd=seg_la"], "did you mean 'linear_backend'?"),
+        (["bench", "http", "--rate", "x"], "'x' is not a number above 0"),
+        (["info", "--memory-gb", "-1"], "'-1' is not a number above 0"),
         (["info", "/nowhere"], "'/nowhere' is neither a folder nor a hub id"),
         (["generate", "x", "--temperature", "nan"], "temperature must be in [0.0, 100.0], got nan"),
         (["generate", "x", "--max-tokens", "-5"], "max_tokens must be in [0, 2147483647], got -5"),
