@@ -25,6 +25,7 @@ from .errors import (
     QueueTimeoutError,
     RequestError,
     SessionError,
+    StoppingError,
 )
 from .messages import (
     AbortRequest,
@@ -84,7 +85,7 @@ class Stream:
 
     def __init__(self) -> None:
         self._outputs: list[StepOutput] = []  # more than one only when the last is a failure
-        self._death: EngineDeadError | None = None
+        self._death: EngineDeadError | StoppingError | None = None
         self._arrival: asyncio.Future[None] | None = None
 
     def put(self, output: StepOutput) -> None:
@@ -94,13 +95,13 @@ class Stream:
             self._outputs.append(output)
         self._wake()
 
-    def fail(self, error: EngineDeadError) -> None:
+    def fail(self, error: EngineDeadError | StoppingError) -> None:
         """Nothing more will come."""
         self._death = error
         self._wake()
 
     async def get(self) -> StepOutput:
-        """All that is there. Raises `EngineDeadError` once there is nothing left of a dead engine."""
+        """All that is there. Raises what the stream has failed with once there is nothing left."""
         if not self._outputs and self._death is None:
             self._arrival = asyncio.get_running_loop().create_future()
             await self._arrival
@@ -126,6 +127,7 @@ class StreamingClient(ABC):
         self._ready: asyncio.Future[EngineInfo]
         self._death: asyncio.Future[str]
         self._is_closing = False
+        self._end: str | None = None  # why nothing more is served, while the engine lives
 
     @property
     def is_healthy(self) -> bool:
@@ -145,6 +147,8 @@ class StreamingClient(ABC):
     async def generate(self, request: AddRequest) -> AsyncIterator[StepOutput]:
         if not self.is_healthy:
             raise EngineDeadError(self._reason())
+        if self._end is not None:
+            raise StoppingError(self._end)
         if request.request_id in self._streams:
             raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
         self._check_room()
@@ -179,6 +183,11 @@ class StreamingClient(ABC):
     async def wait_dead(self) -> str:
         return await asyncio.shield(self._death)
 
+    def end_streams(self, reason: str) -> None:
+        """Fail all that waits for the engine, and what is still to come, with `StoppingError`."""
+        self._end = reason
+        self._fail_streams(reason, StoppingError)
+
     async def close(self) -> None:
         if not self._is_closing:
             self._is_closing = True
@@ -212,12 +221,12 @@ class StreamingClient(ABC):
             self._ready.set_exception(ConfigError(reason) if is_user_error else EngineDeadError(reason))
         self._fail_streams(reason)
 
-    def _fail_streams(self, reason: str) -> None:
+    def _fail_streams(self, reason: str, kind: type[EngineDeadError | StoppingError] = EngineDeadError) -> None:
         for stream in self._streams.values():
-            stream.fail(EngineDeadError(reason))
+            stream.fail(kind(reason))
         for future in self._calls.values():
             if not future.done():
-                future.set_exception(EngineDeadError(reason))
+                future.set_exception(kind(reason))
 
     def _check_room(self) -> None:
         """The queue's bound, known here too, so that a refusal comes before any output of a request's other choices."""

@@ -9,6 +9,7 @@ LeydenError
 ├── QueueFullError         too many requests wait                    HTTP 429
 ├── QueueTimeoutError      a request waited too long for its start   HTTP 503
 ├── SessionError           a session cannot be saved or restored     HTTP by its code: 400, 404, 409, 429, 500, 507
+├── StoppingError          the server stops before the answer ends   HTTP 503
 └── EngineDeadError        the engine is gone                        HTTP 500 / 503
 """
 
@@ -29,6 +30,7 @@ __all__ = [
     "RequestError",
     "SessionError",
     "SessionErrorCode",
+    "StoppingError",
 ]
 
 SessionErrorCode = Literal[
@@ -78,6 +80,10 @@ class SessionError(LeydenError):
     def __init__(self, message: str, code: SessionErrorCode) -> None:
         super().__init__(message)
         self.code = code
+
+
+class StoppingError(LeydenError):
+    """The engine lives, but its owner stops before the answer is complete."""
 
 
 class EngineDeadError(LeydenError):

@@ -15,6 +15,7 @@ from .errors import SessionError
 from .messages import SessionFile
 
 SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+SESSION_ID_FORM = "1 to 64 letters, digits, '-' and '_'"
 SUFFIX = ".safetensors"
 UNFINISHED = ".part"
 STALE_SECONDS = 3600
@@ -49,6 +50,8 @@ def new_file(path: Path) -> Iterator[int]:
         os.rename(temporary, path)
         temporary = None
         _sync_folder(path.parent)
+    except IsADirectoryError:
+        raise _is_a_folder() from None
     except OSError as error:
         message = f"the session could not be written to session_folder: {error.strerror}"
         raise SessionError(message, "session_no_room" if error.errno in NO_ROOM else "session_failed") from None
@@ -73,12 +76,14 @@ def list_files(folder: Path) -> tuple[list[SessionFile], bool]:
 
 
 def delete_file(path: Path) -> int:
-    """Returns the bytes that it had. Raises `SessionError` when there is none."""
+    """Returns the bytes that it had. Raises `SessionError` when there is none, or a folder in its place."""
     try:
         num_bytes = os.lstat(path).st_size
         path.unlink()
     except FileNotFoundError:
         raise not_found() from None
+    except IsADirectoryError:
+        raise _is_a_folder() from None
     except OSError as error:
         raise SessionError(f"the session's file cannot be deleted: {error.strerror}", "session_failed") from None
     return num_bytes
@@ -86,6 +91,13 @@ def delete_file(path: Path) -> int:
 
 def not_found() -> SessionError:
     return SessionError("there is no saved session of this id; GET /v1/sessions lists them", "session_not_found")
+
+
+def _is_a_folder() -> SessionError:
+    return SessionError(
+        "a folder has the name of the session's file; remove it from session_folder, or take another id",
+        "session_damaged",
+    )
 
 
 def _sync_folder(folder: Path) -> None:

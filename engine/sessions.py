@@ -26,7 +26,7 @@ from .model_runner import ModelRunner
 from .reuse import Reuse
 from .session_copies import Carrier, Place, slots_of
 from .session_file import MAX_STATES, Layout, read_session
-from .session_folder import SESSION_ID, SUFFIX, delete_file, list_files
+from .session_folder import SESSION_ID, SESSION_ID_FORM, SUFFIX, delete_file, list_files
 
 logger = logging.getLogger("leyden.engine")
 
@@ -103,7 +103,7 @@ class Sessions:
             raise SessionError("sessions are off: start the server with session_folder set", "sessions_disabled")
         if call.action != "list" and not SESSION_ID.fullmatch(call.session_id):
             raise SessionError(
-                f"the session's id must be 1 to 64 letters, digits, '-' and '_', got {call.session_id[:80]!r}",
+                f"the session's id must be {SESSION_ID_FORM}, got {call.session_id[:80]!r}",
                 "session_id_invalid",
             )
         if len(self._waiting) >= MAX_CALLS:

@@ -92,6 +92,11 @@ class Tokenizer:
         template = self._hf.chat_template or ""
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
+    @property
+    def takes_tools(self) -> bool:
+        """The chat template has a place for them."""
+        return "tools" in self.chat_template
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of plain text. `add_special_tokens` adds what the checkpoint puts around a prompt (often a bos)."""
         return _encode(self._as_text, text, add_special_tokens)
@@ -152,7 +157,7 @@ class Tokenizer:
         """(the text, with a marker wherever it is to be cut; the marker)."""
         if not self.has_chat_template:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
-        if tools and "tools" not in self.chat_template:
+        if tools and not self.takes_tools:
             raise RequestError("this model's chat template does not use tools; leave them out", "tools")
         for name in inspect.signature(self._hf.apply_chat_template).parameters:
             if name in extra:

@@ -22,15 +22,20 @@ def offered_tools(request: ChatRequest, state: ServerState) -> list[dict[str, An
     if choice.mode == "none" or request.tools is None:
         return []
     if state.chat_format.tools is None:
-        raise UnsupportedParameterError(
-            "tools are not supported with this model: its chat template shows no format of calls that is known here; "
-            "leave them out, or set tool_call_parser at start",
-            "tools",
-        )
+        raise UnsupportedParameterError(f"tools are not supported with this model: {_why_no_tools(state)}", "tools")
     if choice.mode == "required":
         require_grammars("tool_choice")
     tools: list[dict[str, Any]] = request.tools
     return tools
+
+
+def _why_no_tools(state: ServerState) -> str:
+    if not state.llm.tokenizer.takes_tools:  # then no parser would help
+        return "its chat template does not use them; leave them out"
+    if state.settings.tool_call_parser == "none":
+        return "tool_call_parser is none; leave them out, or start with another one"
+    unknown = "its chat template shows no format of calls that is known here"
+    return f"{unknown}; leave them out, or set tool_call_parser at start"
 
 
 def forced_call(request: ChatRequest, tools: list[dict[str, Any]], answer: AnswerFormat) -> str | None:

@@ -82,7 +82,7 @@ def _build_parser() -> _Parser:
     generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="text to continue")
     generate.add_argument("--chat", action="store_true", help="treat each prompt as a user's message")
     generate.add_argument("--model", default=argparse.SUPPRESS, help=EngineConfig.model_fields["model"].description)
-    _add_sampling(generate)
+    _add_sampling(generate, max_tokens=256)
     _add_settings(generate, EngineConfig, positional_model=False)
     generate.set_defaults(run=_generate, parser=generate)
 
@@ -91,7 +91,7 @@ def _build_parser() -> _Parser:
     chat.add_argument("--api-key", default=None, help="key, when the server wants one; or the first of LEYDEN_API_KEY")
     chat.add_argument("--model", default=None, help="served model; default: the first one")
     chat.add_argument("--system", default=None, help="system message")
-    _add_sampling(chat)
+    _add_sampling(chat, max_tokens=None)
     chat.set_defaults(run=_chat, parser=chat)
 
     info = commands.add_parser("info", help="show what a model is and how many sequences fit")
@@ -105,8 +105,10 @@ def _build_parser() -> _Parser:
     return parser
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-tokens", type=int, default=256, help="length of an answer")
+def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int | None) -> None:
+    """`max_tokens` = the default; None leaves it to the server."""
+    left = "" if max_tokens else " (default: what the context has left)"
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help=f"tokens of an answer at most{left}")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 = always the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.9, help="smallest set of tokens with this much probability")
 

@@ -18,6 +18,7 @@ from ..engine.errors import (
     RequestError,
     SessionError,
     SessionErrorCode,
+    StoppingError,
 )
 from ..engine.logs import printable
 
@@ -128,7 +129,7 @@ def describe(error: Exception) -> ApiError:
         case QueueFullError():
             headers = {"Retry-After": str(error.retry_after)}
             return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
-        case QueueTimeoutError():
+        case QueueTimeoutError() | StoppingError():
             return overloaded(str(error))
         case SessionError():
             return _describe_session(error)

@@ -76,6 +76,9 @@ class ErrorMiddleware:
             await self.app(scope, receive, watch_start)
         except ClientDisconnect:
             logger.debug("the client left")
+        except asyncio.CancelledError:  # uvicorn leaves, and waits no longer for whoever does not send or does not read
+            if not has_started:
+                await error_response(overloaded("the server stopped before it could answer"))(scope, receive, send)
         except Exception as error:
             if has_started:
                 raise

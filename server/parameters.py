@@ -6,6 +6,7 @@ nothing. A field that nobody documents (routers add such) is left out and report
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -145,4 +146,4 @@ def ignored_header(names: list[str]) -> dict[str, str]:
 
 
 def _listed(values: tuple[Any, ...]) -> str:
-    return " or ".join(str(value).lower() if isinstance(value, bool) else repr(value) for value in values)
+    return " or ".join(map(json.dumps, values))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
 
 from ..configs.schema import ServerConfig
 from ..engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS
+from ..engine.session_folder import SESSION_ID, SESSION_ID_FORM
 from .tools import MAX_TOOLS, NAME
 
 INT32_MAX = 2**31 - 1
@@ -28,8 +29,14 @@ def _bound_entries(value: Any) -> Any:
     return value
 
 
-SESSION_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
-SESSION_ID_SCHEMA = {"type": "string", "pattern": SESSION_ID_PATTERN}
+def _require_session_id(value: str) -> str:
+    if not SESSION_ID.fullmatch(value):
+        raise ValueError(f"must be {SESSION_ID_FORM}")
+    return value
+
+
+SESSION_ID_SCHEMA = {"type": "string", "pattern": f"^{SESSION_ID.pattern}$"}
+SessionId = Annotated[str, AfterValidator(_require_session_id), WithJsonSchema(SESSION_ID_SCHEMA)]
 STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 TOKEN_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}}
 NumTokens = Annotated[int, Field(ge=0, le=INT32_MAX)]
@@ -213,7 +220,7 @@ class SamplingRequest(RequestModel):
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT_CHARS)
     # Our own
     prefix_cache: bool = True  # false takes nothing from the prefix cache and leaves nothing there
-    session_id: str | None = Field(None, pattern=SESSION_ID_PATTERN)  # where sessions are off, it says who asks
+    session_id: SessionId | None = None  # where sessions are off, it says who asks
 
 
 class GenerationRequest(SamplingRequest):

@@ -158,6 +158,7 @@ class Service:
         if self._draining is not None:
             logger.warning("%s again: stopping at once", name)
             logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # every stream that is cut off would be a traceback
+            self.client.end_streams("the server stopped before the answer was complete")
             self.server.should_exit = self.server.force_exit = True
             return
         self.app.state.draining = True
@@ -168,10 +169,14 @@ class Service:
 
     async def _drain(self) -> None:
         """New requests are refused already; leave when the open ones are done or out of time."""
-        deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
+        limit = self.settings.drain_seconds
+        deadline = asyncio.get_running_loop().time() + limit
         # uvicorn's set of tasks has no event to wait for.
         while self.server.server_state.tasks and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
+        if open_requests := len(self.server.server_state.tasks):
+            logger.warning("drain_seconds (%g) are over: %d requests are cut off", limit, open_requests)
+            self.client.end_streams(f"the server stopped before the answer was complete (drain_seconds = {limit:g})")
         self.server.should_exit = True
 
     async def _watch_engine(self) -> None:

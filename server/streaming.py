@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, describe, log_failure
 from .generation import Event, Events, unless_disconnected
+from .prompts import off_loop
 
 ENCODE = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
@@ -48,9 +49,10 @@ class EventStream(Response):
         async with aclosing(self._rest) as rest:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
-                await _send_body(send, self._encode(self._render(self._first)))
+                await _send_body(send, await self._frames_of(self._first))
                 async for event in rest:
-                    frames = self._encode(self._render(event))
+                    scored = event[1].prompt_logprobs
+                    frames = await self._frames_of(event) if scored else self._encode(self._render(event))
                     if frames:
                         await _send_body(send, frames)
                 tail = self._encode(self._render_end())
@@ -59,6 +61,11 @@ class EventStream(Response):
             except Exception as error:
                 tail = self._fail(scope, error)
             await _send_body(send, tail + self.end, more=False)
+
+    async def _frames_of(self, event: Event) -> bytes:
+        """An event's chunks; those of a long prompt's scores take seconds and are made in a thread."""
+        num_scored = len(event[1].prompt_logprobs or ())
+        return await off_loop(num_scored, lambda: self._encode(self._render(event)))
 
     def _fail(self, scope: Scope, error: Exception) -> bytes:
         """The status has been sent, so the error goes the way of the chunks."""

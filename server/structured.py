@@ -24,6 +24,7 @@ MAX_REGEX_CHARS = 8_192
 MAX_CHOICES = 1_024
 MAX_CHOICE_CHARS = 8_192
 MAX_SCHEMA_DEPTH = 32
+MAX_SHOWN_CHARS = 80
 ANY_OBJECT = {"type": "object"}
 SCHEMA_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _RULES: dict[str, Callable[[Any], str]] = {"json": json_rule, "regex": regex_rule, "choice": choice_rule}
@@ -86,8 +87,8 @@ def _read_format(value: Any) -> tuple[str, str, Any] | None:
             return "response_format", "json", ANY_OBJECT
         case "json_schema":
             return _read_json_schema(entry)
-    shown = repr(entry.get("type"))[:80]
-    raise RequestError(f"response_format.type must be text, json_object or json_schema, got {shown}", "response_format")
+    where, shown = "response_format.type", json.dumps(entry.get("type"))[:MAX_SHOWN_CHARS]
+    raise RequestError(f"{where} must be text, json_object or json_schema, got {shown}", where)
 
 
 def _read_json_schema(entry: dict[str, Any]) -> tuple[str, str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 
 from ..engine.errors import LeydenError
+from .bench.target import Target
 
 TIMEOUT = httpx.Timeout(connect=5.0, read=300.0, write=30.0, pool=5.0)
 HELP = "Type a message; /reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
@@ -23,29 +25,46 @@ class ChatError(LeydenError):
 
 
 def chat(arguments: argparse.Namespace) -> int:
-    """Read, send, print as it streams, until the user leaves. Raises `ChatError`."""
+    """Read, send, print as it streams, until the user leaves; 1 when the last turn failed.
+
+    Raises `ChatError` before the first turn, and `BenchError` when the url is no address.
+    """
     key = arguments.api_key or os.environ.get("LEYDEN_API_KEY", "").split(",")[0]
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=arguments.url, headers=headers, timeout=TIMEOUT) as http:
-        model = arguments.model or _first_model(http)
-        print(f"{model} at {arguments.url}. {HELP}")
-        opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
-        messages = list(opening)
-        while (text := _ask()) is not None:
-            if text == "/reset":
-                messages = list(opening)
-            elif text:
-                messages.append({"role": "user", "content": text})
-                body = {
-                    "model": model,
-                    "messages": messages,
-                    "stream": True,
-                    "max_tokens": arguments.max_tokens,
-                    "temperature": arguments.temperature,
-                    "top_p": arguments.top_p,
-                }
-                messages.append({"role": "assistant", "content": _answer(http, body)})
-    return 0
+    target = Target.parse(arguments.url, key)
+    with httpx.Client(base_url=target.url, headers=target.headers, timeout=TIMEOUT) as http:
+        settings = {
+            "model": arguments.model or _first_model(http),
+            "temperature": arguments.temperature,
+            "top_p": arguments.top_p,
+            "stream": True,
+        }
+        if arguments.max_tokens is not None:  # else the server fits it to the context
+            settings["max_tokens"] = arguments.max_tokens
+        print(f"{settings['model']} at {target.url}. {HELP}")
+        has_failed = _converse(http, settings, arguments.system)
+    return int(has_failed)
+
+
+def _converse(http: httpx.Client, settings: dict[str, Any], system: str | None) -> bool:
+    """Turn after turn, until the user leaves. Returns whether the last one failed."""
+    opening = [{"role": "system", "content": system}] if system else []
+    messages, has_failed = list(opening), False
+    while (text := _ask()) is not None:
+        if not text:
+            continue
+        has_failed = False
+        if text == "/reset":
+            messages = list(opening)
+            continue
+        turn = [*messages, {"role": "user", "content": text}]
+        try:
+            answer = _answer(http, settings | {"messages": turn})
+        except ChatError as error:
+            has_failed = True
+            print(f"error: {error}\nYour message is taken back; /reset starts over.", file=sys.stderr)
+        else:
+            messages = [*turn, {"role": "assistant", "content": answer}]
+    return has_failed
 
 
 def _ask() -> str | None:
@@ -71,7 +90,9 @@ def _answer(http: httpx.Client, body: dict[str, Any]) -> str:
             print(thought + part, end="", flush=True)
     except KeyboardInterrupt:
         pass
-    print()
+    finally:
+        if parts:
+            print()
     return "".join(parts)
 
 
@@ -101,7 +122,11 @@ def _first_model(http: httpx.Client) -> str:
         raise ChatError(f"no server at {http.base_url} ({error}); start one with `leyden serve`") from error
     if response.status_code != 200:
         raise ChatError(_message(response))
-    return response.json()["data"][0]["id"]
+    try:
+        return str(response.json()["data"][0]["id"])
+    except (ValueError, LookupError, TypeError):
+        message = f"{http.base_url} answers no list of models; is --url that of an OpenAI-compatible server?"
+        raise ChatError(message) from None
 
 
 def _message(response: httpx.Response) -> str:

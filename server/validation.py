@@ -7,6 +7,7 @@ fit of the context. Nothing behind this module checks a request again.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -45,6 +46,7 @@ from .tools import read_tools
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
 MAX_SHOWN_CHARS = 80
+_INPUT_SHOULD = re.compile(r"^[A-Z][a-z]+ should")  # pydantic's "Input should", "String should" and others
 STREAM_OPTION_NEUTRAL = {"include_obfuscation": (False,)}
 
 R = TypeVar("R", bound=RequestModel)
@@ -211,10 +213,18 @@ def _as_request_error(error: ValidationError) -> RequestError:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
         return RequestError(f"{where} is required", where)
-    message = first["msg"].removeprefix("Value error, ").lower().replace("input should", "must")
-    value = first["input"]
-    shown = json_type(value) if isinstance(value, (dict, list)) else json.dumps(value)[:MAX_SHOWN_CHARS]
-    return RequestError(f"{where}: {message}, got {shown}", where)
+    message = _INPUT_SHOULD.sub("must", first["msg"].removeprefix("Value error, ")).partition(" after validation")[0]
+    shown = _shown(first["input"], counts=first["type"] == "too_long")
+    return RequestError(f"{where}: {message[0].lower()}{message[1:]}, got {shown}", where)
+
+
+def _shown(value: Any, *, counts: bool) -> str:
+    """A value as JSON, or its type, or how much there is of it."""
+    if isinstance(value, (dict, list)):
+        return str(len(value)) if counts else json_type(value)
+    if isinstance(value, str) and len(value) > MAX_SHOWN_CHARS:
+        return f"{len(value)} characters"
+    return json.dumps(value)[:MAX_SHOWN_CHARS]
 
 
 def _check_generation(request: GenerationRequest, state: ServerState) -> None:

@@ -23,10 +23,14 @@ class Target:
     @classmethod
     def parse(cls, url: str, api_key: str | None) -> Target:
         """http://host:port, with or without a path and /v1. Raises `BenchError`."""
+        import httpx  # here, for the client's processes do without
+
         try:
             parts = urlsplit(url)
             scheme, host, port = parts.scheme, parts.hostname, parts.port
-        except ValueError:
+            httpx.URL(url)  # stricter
+            (host or "").encode("idna")  # as the resolver wants it
+        except (ValueError, httpx.InvalidURL):
             scheme, host, port = "", None, None
         if scheme not in ("http", "https") or not host:
             raise BenchUsageError(f"--url {url} is not an address such as http://127.0.0.1:8000")
@@ -44,8 +48,11 @@ class Target:
         return self.host in ("localhost", "127.0.0.1", "::1")
 
     @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+    def headers(self) -> dict[bytes, bytes]:
+        """The key as UTF-8, whatever its characters, which is how servers compare it."""
+        if not self.api_key:
+            return {}
+        return {b"Authorization": b"Bearer " + self.api_key.encode(errors="surrogateescape")}
 
     def post(self, route: str, body: dict[str, Any]) -> bytes:
         """The whole request, head and JSON body."""
@@ -56,7 +63,7 @@ class Target:
             "Content-Type": "application/json",
             "Content-Length": str(len(content)),
             "Accept": "text/event-stream",
-            **self.headers,
         }
-        lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
-        return f"POST {self.path}{route} HTTP/1.1\r\n{lines}\r\n".encode() + content
+        lines = "".join(f"{name}: {value}\r\n" for name, value in head.items()).encode()
+        key = b"".join(b"%b: %b\r\n" % header for header in self.headers.items())
+        return f"POST {self.path}{route} HTTP/1.1\r\n".encode() + lines + key + b"\r\n" + content

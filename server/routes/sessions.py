@@ -13,11 +13,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...engine.messages import SessionAction, SessionDone
-from ..openapi import documented
+from ..openapi import WITH_BODY, documented
+from ..parameters import ignored_header
 from ..responses import json_response
 from ..state import ServerState, refuse_unless_ready
+from ..validation import read_body
 
 router = APIRouter()
+
+DELETING = (*WITH_BODY, 404, 409, 429)
+MOVING = (*DELETING, 507)
 
 
 class SessionState(msgspec.Struct):
@@ -62,37 +67,45 @@ async def list_sessions(http: Request) -> Response:
     return json_response(SessionList("list", saved, done.is_cut))
 
 
-@router.post("/v1/sessions/{session_id}/save", **documented(SessionState, 400, 404, 409, 429, 507, path="session_id"))
+@router.post("/v1/sessions/{session_id}/save", **documented(SessionState, *MOVING, path="session_id"))
 async def save_session(http: Request) -> Response:
     """Write the latest conversation of this `session_id` to its file."""
-    return _state_of(http, await _call(http, "save"))
+    return await _move(http, "save")
 
 
-@router.post(
-    "/v1/sessions/{session_id}/restore", **documented(SessionState, 400, 404, 409, 429, 507, path="session_id")
-)
+@router.post("/v1/sessions/{session_id}/restore", **documented(SessionState, *MOVING, path="session_id"))
 async def restore_session(http: Request) -> Response:
     """Read the session's file, so that the next turn of the conversation computes its new tokens alone."""
-    return _state_of(http, await _call(http, "restore"))
+    return await _move(http, "restore")
 
 
-@router.delete("/v1/sessions/{session_id}", **documented(DeletedSession, 400, 404, 429, path="session_id"))
-@router.post("/v1/sessions/{session_id}/delete", **documented(DeletedSession, 400, 404, 429, path="session_id"))
+@router.delete("/v1/sessions/{session_id}", **documented(DeletedSession, *DELETING, path="session_id"))
+@router.post("/v1/sessions/{session_id}/delete", **documented(DeletedSession, *DELETING, path="session_id"))
 async def delete_session(http: Request) -> Response:
     """Delete the session's file, and forget its id."""
-    await _call(http, "delete")
-    return json_response(DeletedSession(_id_of(http), "session", True))
+    session_id, _, headers = await _call(http, "delete")
+    return json_response(DeletedSession(session_id, "session", True), headers)
 
 
-async def _call(http: Request, action: SessionAction) -> SessionDone:
+async def _move(http: Request, action: SessionAction) -> Response:
+    session_id, done, headers = await _call(http, action)
+    state = SessionState(session_id, "session", done.num_tokens, done.num_bytes, round(done.seconds, 4))
+    return json_response(state, headers)
+
+
+async def _call(http: Request, action: SessionAction) -> tuple[str, SessionDone, dict[str, str]]:
+    """The session's id, what was done, and the headers of the answer."""
     refuse_unless_ready(http)
-    return await ServerState.of(http).llm.client.call_session(action, _id_of(http))
-
-
-def _state_of(http: Request, done: SessionDone) -> Response:
-    return json_response(SessionState(_id_of(http), "session", done.num_tokens, done.num_bytes, round(done.seconds, 4)))
-
-
-def _id_of(http: Request) -> str:
     session_id: str = http.path_params["session_id"]
-    return session_id
+    headers = await _name_fields(http)
+    return session_id, await ServerState.of(http).llm.client.call_session(action, session_id), headers
+
+
+async def _name_fields(http: Request) -> dict[str, str]:
+    """These routes take no body: whatever fields one has are named in a header. Raises `RequestError`."""
+    if not await http.body():
+        return {}
+    ignored = list(await read_body(http))
+    if ignored:
+        ServerState.of(http).metrics.count_ignored()
+    return ignored_header(ignored)

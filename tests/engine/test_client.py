@@ -29,6 +29,7 @@ from leyden.engine.errors import (
     QueueFullError,
     QueueTimeoutError,
     RequestError,
+    StoppingError,
 )
 from leyden.engine.messages import EngineStats, StepOutputs
 from leyden.engine.outputs import StepOutput
@@ -213,6 +214,19 @@ async def test_engine_that_fails_in_a_step_fails_every_stream(tiny, monkeypatch)
         results = await asyncio.gather(*streams, return_exceptions=True)
         assert all(isinstance(r, EngineDeadError) and "a bug" in str(r) for r in results)
         assert "ZeroDivisionError" in await death and not client.is_healthy
+
+
+async def test_ended_streams_are_aborted_and_late_ones_refused(tiny):
+    async with running(InProcessClient(engine_config(tiny.folder, max_model_len=1024))) as client:
+        stream = asyncio.create_task(collect(client, request("open", [1], max_tokens=1000, ignore_eos=True)))
+        await eventually(lambda: client.stats.num_running == 1)
+        client.end_streams("time is over")
+        with pytest.raises(StoppingError, match="time is over"):
+            await stream
+        await eventually(lambda: client.stats.num_running == 0)
+        with pytest.raises(StoppingError, match="time is over"):
+            await collect(client, request("late", [1]))
+        assert client.is_healthy
 
 
 async def test_closing_while_streams_are_open_ends_them(tiny):

@@ -508,6 +508,16 @@ def test_sessions_are_listed_and_deleted(make_core, monkeypatch):
     refused(core, "delete", "session_not_found")
 
 
+def test_a_folder_of_a_sessions_name_is_told_so(make_core):
+    core = make_core()
+    saved(core)
+    path_of(core).unlink()
+    path_of(core).mkdir()
+    for action in ("restore", "save", "delete"):
+        refused(core, action, "session_damaged", *(() if action == "restore" else ("folder",)))
+    assert path_of(core).is_dir()
+
+
 def test_pieces_smaller_than_a_layer_come_together_again(make_core, monkeypatch):
     monkeypatch.setattr(session_file, "PIECE_BYTES", 1024)  # a state's row has 1,024 bytes
     core = make_core()

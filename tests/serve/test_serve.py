@@ -152,8 +152,53 @@ async def test_second_signal_does_not_wait(serve):
     served.process.send_signal(signal.SIGINT)
     served.wait_for(lambda: httpx.get(f"{served.url}/health").status_code == 503)
     served.process.send_signal(signal.SIGINT)
+    with pytest.raises(openai.APIError, match="the server stopped before the answer was complete"):
+        async for _ in stream:
+            pass
     assert await asyncio.to_thread(served.process.wait, 20) == 0
     assert not exists(engine)
+
+
+async def test_whatever_is_open_when_the_drain_is_over_is_told_so(serve, capfd):
+    served = serve("--drain-seconds", "0.5")
+    engine = served.engine_pid
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 900, "ignore_eos": True}
+    async with httpx.AsyncClient(base_url=served.url, timeout=20) as http:
+        async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
+            lines = aiter(stream.aiter_lines())
+            await anext(lines)
+            os.kill(engine, signal.SIGSTOP)  # nothing comes any more, however long the drain
+            whole = asyncio.create_task(http.post("/v1/completions", json=body))
+            await asyncio.sleep(0.2)
+            served.process.send_signal(signal.SIGTERM)
+            last = [line async for line in lines if line][-2:]
+        answer = await whole
+    os.kill(engine, signal.SIGCONT)
+    assert await asyncio.to_thread(served.process.wait, 20) == 0
+    error = json.loads(last[0].removeprefix("data: "))["error"]
+    assert (error["type"], last[1]) == ("overloaded", "data: [DONE]")
+    assert answer.status_code == 503 and "retry-after" in answer.headers, answer.text
+    for message in (error["message"], answer.json()["error"]["message"]):
+        assert message == "the server stopped before the answer was complete (drain_seconds = 0.5)"
+    log = capfd.readouterr().err
+    assert "2 requests are cut off" in log and "Traceback" not in log and "ERROR" not in log, log
+
+
+def test_a_body_that_is_still_to_come_when_the_drain_is_over_is_answered_too(serve, capfd):
+    served = serve("--drain-seconds", "0.1")
+    host, port = served.url.removeprefix("http://").rsplit(":", 1)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head.encode())
+        time.sleep(0.2)
+        served.process.send_signal(signal.SIGTERM)
+        answer = b""
+        while data := connection.recv(4096):
+            answer += data
+    assert served.process.wait(timeout=20) == 0
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b'{"error":{"message":"the server stopped before it could answer","type":"overloaded"' in answer
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_health_is_503_while_the_model_loads(checkpoint):

@@ -43,6 +43,10 @@ class FakeTokenizer:
         self.default_sampling = {}
         self.threads = set()
 
+    @property
+    def takes_tools(self):
+        return "tools" in self.chat_template
+
     def encode(self, text, add_special_tokens=True):
         self.threads.add(threading.get_ident())
         return [BOS] * add_special_tokens + list(text.encode())

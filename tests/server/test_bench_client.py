@@ -11,6 +11,7 @@ import pytest
 from leyden.server.bench.client import Client, run_closed
 from leyden.server.bench.flags import Span
 from leyden.server.bench.load import Load, Workload
+from leyden.server.bench.serving import served_models
 from leyden.server.bench.target import Target
 from leyden.server.bench.workers import Share, run_share
 
@@ -120,11 +121,12 @@ async def test_a_short_answer_is_fine_when_the_model_may_stop(make_live, engine)
     assert sum(sample.tokens) == sample.num_output_tokens <= 4
 
 
-@pytest.mark.parametrize("settings", [{"api_key": ["secret"]}])
-async def test_a_key_is_sent_when_there_is_one(make_live, settings):
-    url = make_live(**settings).url
+@pytest.mark.parametrize("key", ["secret", "kéy"])
+async def test_a_key_is_sent_when_there_is_one(make_live, key):
+    url = make_live(api_key=[key]).url
+    assert list(served_models(Target.parse(url, key))) == ["tiny"]
     (refused,) = await samples_of(Target.parse(url, None), Load(1, concurrency=1))
-    (sample,) = await samples_of(Target.parse(url, "secret"), Load(1, concurrency=1))
+    (sample,) = await samples_of(Target.parse(url, key), Load(1, concurrency=1))
     assert (refused.error, sample.error) == ("status 401", None)
 
 

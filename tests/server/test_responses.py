@@ -380,6 +380,11 @@ async def test_what_is_documented_and_not_served_is_refused_by_name(respond, err
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
 
 
+async def test_a_refusal_shows_what_asks_for_nothing_as_json(respond, error_of):
+    error = error_of(await respond(reasoning={"effort": "high"}), 400)
+    assert error["message"].endswith('send {} or {"effort": null} or {"effort": null, "summary": null}')
+
+
 async def test_what_nobody_documents_is_listed(respond):
     items = [{"role": "user", "content": [{"type": "input_text", "text": "a", "x": 1}], "y": 2}]
     response = await respond(input=items, zzz=1, text={"w": 1}, tools=[WEATHER | {"strict": True, "v": 1}])
@@ -428,7 +433,7 @@ WRONG = [
     ({"metadata": {"a": 1}}, "metadata.a"),
     ({"text": {"verbosity": "high"}}, "text.verbosity"),
     ({"text": {"format": 1}}, "text.format"),
-    ({"text": {"format": {"type": "xml"}}}, "text.format"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
     ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "y"}}}}, "text.format.schema"),
     ({"text": {"format": {"type": "json_object"}}, "tools": [WEATHER]}, "text.format"),

@@ -65,6 +65,17 @@ async def test_no_session_is_touched_while_draining_or_dead(make_app, make_clien
     assert engine.calls == []
 
 
+@pytest.mark.parametrize("action", ["save", "restore", "delete"])
+async def test_the_fields_of_a_body_are_named_as_ignored(client, engine, error_of, action):
+    response = await client.request(*ACTIONS[action], json={"x": 1, "session_id": "b", "y": None})
+    assert (response.status_code, response.headers["x-ignored-parameters"]) == (200, "x, session_id")
+    assert engine.calls == [(action, "a-1_B")]
+    assert "x-ignored-parameters" not in (await client.request(*ACTIONS[action], json={})).headers
+    error_of(await client.request(*ACTIONS[action], content=b"x=1"), 415)
+    error_of(await client.request(*ACTIONS[action], json=[1]), 400)
+    assert len(engine.calls) == 2
+
+
 @pytest.mark.parametrize(
     "path", ["/v1/sessions/", "/v1/sessions/a/b/save", "/v1/sessions//save", "/v1/sessions/a/load"]
 )

@@ -105,8 +105,8 @@ async def test_a_call_that_has_to_be_made_is_a_grammar(engine, tokenizer, chat, 
 
 BAD = {
     "no object": ({"response_format": 3}, "response_format"),
-    "no type": ({"response_format": {}}, "response_format"),
-    "unknown type": ({"response_format": {"type": "xml"}}, "response_format"),
+    "no type": ({"response_format": {}}, "response_format.type"),
+    "unknown type": ({"response_format": {"type": "xml"}}, "response_format.type"),
     "no schema": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     "no name": ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
     "strict": (

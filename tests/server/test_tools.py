@@ -249,6 +249,15 @@ async def test_settings_turn_the_parsers_off(ask, error_of):
     assert message["content"] == reply
     error = error_of(await ask(settings=off), 400)
     assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
+    assert "tool_call_parser is none" in error["message"]
+
+
+async def test_a_parser_is_advised_only_where_the_template_has_tools(ask, error_of):
+    foreign = error_of(await ask(template="tools <|call|>"), 400)
+    without = error_of(await ask(template="<user>"), 400)
+    assert foreign["param"] == without["param"] == "tools"
+    assert "set tool_call_parser" in foreign["message"]
+    assert "does not use them" in without["message"] and "tool_call_parser" not in without["message"]
 
 
 # -- requests -------------------------------------------------------------------------------------------------

@@ -164,6 +164,23 @@ async def test_a_value_out_of_bounds_is_refused_by_name(complete, error_of, engi
     assert engine.requests == []
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"session_id": "a/b"}, "session_id: must be 1 to 64 letters, digits, '-' and '_', got \"a/b\""),
+        ({"session_id": "A" * 300}, "session_id: must be 1 to 64 letters, digits, '-' and '_', got 300 characters"),
+        ({"cache_salt": "S" * 300}, "cache_salt: must have at most 256 characters, got 300 characters"),
+        ({"cache_salt": ""}, 'cache_salt: must have at least 1 character, got ""'),
+        ({"stop_token_ids": [1] * 300}, "stop_token_ids: must have at most 256 items, got 300"),
+        ({"seed": "A"}, 'seed: must be a valid integer, got "A"'),
+        ({"stop": 5}, "stop: must be a valid list, got 5"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+async def test_a_refusal_says_what_must_be_and_what_was(complete, error_of, body, message):
+    assert error_of(await complete(**body), 400)["message"] == message
+
+
 async def test_too_long_a_prompt_names_the_context_length(complete, error_of):
     error = error_of(await complete(prompt=[5] * 129), 400)
     assert error["code"] == "context_length_exceeded"
