@@ -284,6 +284,7 @@ class InProcessClient(StreamingClient):
         except LeydenError as error:
             self._post(EngineFailed(str(error), is_user_error=True))
         except Exception as error:
+            logger.exception("the engine failed")
             self._post(EngineFailed(f"{type(error).__name__}: {error}"))
 
     def _take(self, wait: bool) -> list[ToEngine]:
