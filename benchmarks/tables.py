@@ -1,12 +1,11 @@
-"""Write the tables of the README, docs/performance.md and docs/kernels.md from the recorded runs in `benchmarks/results`.
+"""Write the tables of the README, docs/performance.md and docs/kernels.md from the runs in `benchmarks/results`.
 
 Each has its place between two markers.
-
-python -P benchmarks/tables.py [--check]     --check only says whether they are up to date
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -262,15 +261,18 @@ def render(page: str, text: str, results: Path = RESULTS) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, and say whether they are up to date")
+    only_checks = parser.parse_args().check
     stale = []
     for page in dict.fromkeys(home for home, *_ in TABLES.values()):
         before = (ROOT / page).read_text()
         after = render(page, before)
         if before != after:
             stale.append(page)
-            if "--check" not in sys.argv[1:]:
+            if not only_checks:
                 (ROOT / page).write_text(after)
-    if "--check" in sys.argv[1:]:
+    if only_checks:
         print(f"stale: {', '.join(stale)}; run benchmarks/tables.py" if stale else "up to date")
         return int(bool(stale))
     return 0
