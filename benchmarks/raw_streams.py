@@ -1,17 +1,15 @@
 """A client that costs little: raw sockets that count the frames of streamed answers, for `api_process.py`.
 
-    python -P benchmarks/raw_streams.py PORT STREAMS ROUNDS MAX_TOKENS completions|chat/completions
-
 It imports nothing heavy, so that it starts at once, and ends with code 1 when a stream did not get all of its tokens.
 Prints one JSON object.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import re
-import sys
 import time
 from typing import Any
 
@@ -40,8 +38,18 @@ class StreamReader(asyncio.Protocol):
         self.done.set_result(self._tail)
 
 
-async def main(port: str, streams: str, rounds: str, max_tokens: str, route: str) -> None:
-    body: dict[str, Any] = {"stream": True, "max_tokens": int(max_tokens), "stream_options": {"include_usage": True}}
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("port", type=int, help="of a server on this machine")
+    parser.add_argument("streams", type=int, help="at once")
+    parser.add_argument("rounds", type=int, help="of so many streams, one after the other")
+    parser.add_argument("max_tokens", type=int, help="that each answer must have")
+    parser.add_argument("route", choices=("completions", "chat/completions"))
+    return parser.parse_args()
+
+
+async def main(port: int, streams: int, rounds: int, max_tokens: int, route: str) -> None:
+    body: dict[str, Any] = {"stream": True, "max_tokens": max_tokens, "stream_options": {"include_usage": True}}
     said = "Tell me of a river"
     body |= {"messages": [{"role": "user", "content": said}]} if "chat" in route else {"prompt": said}
     raw = json.dumps(body | {"ignore_eos": True}).encode()
@@ -50,17 +58,17 @@ async def main(port: str, streams: str, rounds: str, max_tokens: str, route: str
     readers: list[StreamReader] = []
 
     async def stream() -> None:
-        for _ in range(int(rounds)):
+        for _ in range(rounds):
             reader = StreamReader(request)
-            await asyncio.get_running_loop().create_connection(lambda reader=reader: reader, "127.0.0.1", int(port))
+            await asyncio.get_running_loop().create_connection(lambda reader=reader: reader, "127.0.0.1", port)
             tail = await reader.done
             told = re.search(rb'"completion_tokens":(\d+)', tail)
-            if told is None or int(told[1]) != int(max_tokens) or b"data: [DONE]\n\n" not in tail:
+            if told is None or int(told[1]) != max_tokens or b"data: [DONE]\n\n" not in tail:
                 raise SystemExit(f"a stream ended with {tail!r}")
             readers.append(reader)
 
     started = time.perf_counter()
-    await asyncio.gather(*[stream() for _ in range(int(streams))])
+    await asyncio.gather(*[stream() for _ in range(streams)])
     seconds = time.perf_counter() - started
     first = sorted(reader.ttft_s for reader in readers)
     chunks = sum(reader.chunks - 1 for reader in readers)  # without the one of usage
@@ -69,4 +77,4 @@ async def main(port: str, streams: str, rounds: str, max_tokens: str, route: str
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    asyncio.run(main(**vars(parse_arguments())))

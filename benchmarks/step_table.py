@@ -1,11 +1,13 @@
 """A profiled step as a table: time of each kind of operation beside its floor, for the models in `benchmarks/configs`.
 
 The floor of a kind is the time to move the bytes that must be moved once, at the speed of a copy, or to multiply at the
-rate of a large product, whichever is longer; both speeds are those of the recorded run of `kernels.py`.
+rate of a large product, whichever is longer; both speeds are those of the recorded run of `kernels.py`. `tables.py`
+makes the tables with it; by itself it only says this.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -99,3 +101,9 @@ def floors(config: dict[str, Any], step: Step, copy_rate: float, matrix_rate: fl
         ),
     }
     return {kind: max(bytes_ / copy_rate, flop / matrix_rate) * 1e6 for kind, (bytes_, flop) in work.items()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    parser.print_help()

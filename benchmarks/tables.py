@@ -1,12 +1,11 @@
-"""Write the tables of the README and of docs/performance.md from the recorded runs in `benchmarks/results`.
+"""Write the tables of the README, docs/performance.md and docs/kernels.md from the runs in `benchmarks/results`.
 
 Each has its place between two markers.
-
-python -P benchmarks/tables.py [--check]     --check only says whether they are up to date
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -200,6 +199,24 @@ def kernel_cell(case: dict[str, Any], name: str) -> str:
     return f"{result['us']:.0f} µs, {100 / result['times_floor']:.0f} %{mark}"
 
 
+# Where `auto` has to choose: (heads, rows, tokens of each).
+CHOICES = ((64, 1, 8192), (16, 3, 4096), (32, 1, 8192), (16, 2, 4096), (8, 4, 2048), (16, 2, 512))
+LONG_TOKENS = 1024
+
+
+def choices_table(report: dict[str, Any]) -> str:
+    """A row per case of `CHOICES`, the faster kernel in bold."""
+    cases = {case["case"]: case["results"] for case in report["cases"]}
+    lines = ["| heads | rows x tokens | long rows x heads | minimax | seg_la |", "|---:|---:|---:|---:|---:|"]
+    for heads, rows, tokens in CHOICES:
+        results = cases[f"prefill/h{heads}/{rows}x{tokens}"]
+        times = [results[name]["times_floor"] for name in ("minimax", "seg_la")]
+        cells = [f"**{t:.2f}x**" if t == min(times) else f"{t:.2f}x" for t in times]
+        long = str(heads * rows) if tokens >= LONG_TOKENS else "–"
+        lines.append(f"| {heads} | {rows} x {tokens} | {long} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 README, PERFORMANCE, KERNELS = "README.md", "docs/performance.md", "docs/kernels.md"
 # A table's name -> the page it is on, how it is made, and the recorded runs that it needs.
 TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
@@ -211,6 +228,7 @@ TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "sessions-h200": (README, sessions_table, ["sessions-h200"]),
     "api-process-cpu": (README, api_process_table, ["api-process-cpu"]),
     "kernels-h100": (README, kernels_table, ["kernels-h100"]),
+    "choices-h100": (KERNELS, choices_table, ["kernels-h100"]),
     "kernels-h200": (KERNELS, kernels_table, ["kernels-h200"]),
     "steps-dense-h100": (PERFORMANCE, steps_table, ["profile-dense-h100", "../configs/dense/config", "kernels-h100"]),
     "steps-moe-h100": (PERFORMANCE, steps_table, ["profile-moe-h100", "../configs/moe/config", "kernels-h100"]),
@@ -243,15 +261,18 @@ def render(page: str, text: str, results: Path = RESULTS) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, and say whether they are up to date")
+    only_checks = parser.parse_args().check
     stale = []
     for page in dict.fromkeys(home for home, *_ in TABLES.values()):
         before = (ROOT / page).read_text()
         after = render(page, before)
         if before != after:
             stale.append(page)
-            if "--check" not in sys.argv[1:]:
+            if not only_checks:
                 (ROOT / page).write_text(after)
-    if "--check" in sys.argv[1:]:
+    if only_checks:
         print(f"stale: {', '.join(stale)}; run benchmarks/tables.py" if stale else "up to date")
         return int(bool(stale))
     return 0

@@ -28,10 +28,23 @@ class SettingsError(Exception):
     """A setting is unknown or has a value that is not allowed. The message names it and what is allowed."""
 
 
-class EngineConfig(BaseModel):
-    """Settings of the engine: model, numbers, memory, scheduling."""
+class _Numbers(BaseModel):
+    """What a number may be, for both kinds of settings."""
 
     model_config = STRICT
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: Any) -> Any:
+        """YAML reads yes, no, on and off as booleans, which pydantic would take for 1 and 0."""
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and {annotation, *get_args(annotation)} & {int, float}:
+            raise ValueError("must be a number; true, false, yes, no, on and off are none")
+        return value
+
+
+class EngineConfig(_Numbers):
+    """Settings of the engine: model, numbers, memory, scheduling."""
 
     model: str = Field(DEMO_MODEL, description="checkpoint folder, hub id, or 'demo' for the embedded model")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
@@ -124,11 +137,21 @@ class EngineConfig(BaseModel):
             raise ValueError(f"must be at least max_num_seqs ({rows}), so that every running sequence gets its token")
         return value
 
+    @field_validator("session_folder")
+    @classmethod
+    def _sessions_need_states_that_are_kept(cls, value: Path | None, info: Any) -> Path | None:
+        off = {"prefix_cache": False, "state_checkpoints": 0}
+        for name, none in off.items():
+            if value is not None and info.data.get(name, ...) == none:
+                raise ValueError(
+                    f"a session is saved from the prefix cache, which keeps no states with {name} = {none}; "
+                    f"leave {name} out, or session_folder"
+                )
+        return value
 
-class ServerConfig(BaseModel):
+
+class ServerConfig(_Numbers):
     """Settings of the HTTP layer."""
-
-    model_config = STRICT
 
     host: str = Field("127.0.0.1", description="address to bind; 0.0.0.0 = all interfaces")
     port: int = Field(8000, ge=0, le=65535, description="0 = any free port")
@@ -205,7 +228,9 @@ def load_settings(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        loaded = yaml.safe_load(text)
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -216,9 +241,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path} is not valid YAML: it nests too deeply") from None
     if loaded is None:
         return {}
-    if not isinstance(loaded, dict):
+    if not isinstance(loaded, dict) or not isinstance(root, yaml.MappingNode):
         raise SettingsError(f"{path} must hold one mapping of settings, got a {type(loaded).__name__}")
+    _refuse_repeated_keys(path, root)
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+
+
+def _refuse_repeated_keys(path: Path, root: yaml.MappingNode) -> None:
+    """Of a key that is given twice YAML would silently keep the last."""
+    lines: dict[str, int] = {}
+    for node, _ in root.value:
+        line, key = node.start_mark.line + 1, str(node.value).replace("-", "_")
+        if key in lines:
+            raise SettingsError(f"{path} gives {key} twice, in lines {lines[key]} and {line}; keep one of them")
+        lines[key] = line
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

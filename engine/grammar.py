@@ -28,6 +28,7 @@ MAX_CONJUNCTIONS = 8  # of regular expressions in one grammar, for llguidance's 
 # such line counts, so that no grammar can undo it.
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 EMBEDDED = re.compile(r"%json\s*")
+LISTED = re.compile(r"^ *\d+ \| ", re.MULTILINE)  # a line of a grammar in an error
 LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 MAX_ITEMS = 8 * MAX_OPEN_PROPERTIES + 500  # that a parser keeps in mind at one place; a property is 4 of them, or 7
 QUICK_SECONDS = 0.005  # for a token; what lies beyond is added up
@@ -91,8 +92,18 @@ def make_matcher(grammar: str, tokenizer: Any) -> Any:
     )
     matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar + NO_FORCING), log_level=0, limits=limits)
     if matcher.is_error():
-        raise ValueError(matcher.get_error())
+        raise ValueError(_cause(matcher.get_error()))
     return matcher
+
+
+def _cause(error: str) -> str:
+    """llguidance's error in one line, without its listing of the grammar and the places there: who asked for a schema
+    or a pattern has written no grammar. Of wrong syntax, which is in who wrote one, the place remains."""
+    told = error[: listed.start()] if (listed := LISTED.search(error)) else error
+    told = re.sub(r"^at \d+\(\d+\): ", "", told)
+    told = re.sub(r"^(\d+)\((\d+)\): ", r"line \1, column \2: ", told)
+    told = re.sub(r"(?s)(?: \(in regex\))?: regex parse error:\n.*\nerror: ", ": regex parse error: ", told)
+    return " ".join(told.split())
 
 
 def _check_explosive(grammar: str) -> None:

@@ -76,8 +76,10 @@ class LLM:
         """Continue each prompt (text or token ids), in order. One `params` for all, or one each. They share the prefix
         cache with those of the same `cache_salt`.
 
-        Raises `RequestError` for a prompt that cannot be served; the others are then not run either.
+        Raises `RequestError` for a prompt that cannot be served; the others are then not run either. `TypeError` for
+        what is none.
         """
+        _check_params(params)
         ids = [self._encode(prompt) for prompt in _as_prompts(prompts)]
         each = params if isinstance(params, list) else [params or SamplingParams()] * len(ids)
         if len(each) != len(ids):
@@ -93,8 +95,10 @@ class LLM:
         cache_salt: str | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Answer one conversation (a list of messages) or several, by the checkpoint's chat template."""
-        several: list[Any] = conversations if conversations and isinstance(conversations[0], list) else [conversations]
+        """Answer one conversation (a list of messages) or several, by the checkpoint's chat template. Raises as
+        `generate` does."""
+        _check_params(params)
+        several = _as_conversations(conversations)
         prompts: list[Prompt] = [self.tokenizer.encode_chat(messages) for messages in several]
         params = params or SamplingParams(max_tokens=256)
         return self.generate(prompts, params, cache_salt=cache_salt, progress=progress)
@@ -153,4 +157,28 @@ class LLM:
 def _as_prompts(prompts: Prompt | list[Prompt]) -> list[Any]:
     if isinstance(prompts, str):
         return [prompts]
-    return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)
+    if not isinstance(prompts, list | tuple):
+        raise TypeError(f"prompts must be a text, a list of token ids or a list of these, got {prompts!r:.80}")
+    several: list[Any] = [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)
+    for prompt in several:
+        if not isinstance(prompt, str | list | tuple):
+            raise TypeError(f"a prompt must be a text or a list of token ids, got {prompt!r:.80}")
+    return several
+
+
+def _as_conversations(conversations: Any) -> list[Any]:
+    is_list = isinstance(conversations, list) and bool(conversations)
+    several: list[Any] = conversations if is_list and isinstance(conversations[0], list) else [conversations]
+    for messages in several:
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise TypeError(
+                "a conversation must be a list of messages such as {'role': 'user', 'content': 'Hi'}, "
+                f"got {messages!r:.80}"
+            )
+    return several
+
+
+def _check_params(params: Any) -> None:
+    for one in params if isinstance(params, list) else [params or SamplingParams()]:
+        if not isinstance(one, SamplingParams):
+            raise TypeError(f"params must be SamplingParams(max_tokens=...) or a list of them, got {one!r:.80}")

@@ -273,8 +273,8 @@ class ModelRunner:
             entries += token_logprobs(logits, torch.tensor(part, device=self.device), [num_top] * len(part))
         return entries
 
-    def allocate(self, num_slots: int, num_blocks: int, num_checkpoints: int = 0, num_on_host: int = 0) -> None:
-        """Make the pools, uninitialised, and the sampler's tables."""
+    def allocate(self, num_slots: int, num_blocks: int, num_checkpoints: int = 0) -> None:
+        """Make the device's pools, uninitialised, and the sampler's tables."""
         config = self.model_config
         self.states = StatePool(
             config.linear_layers,
@@ -285,7 +285,7 @@ class ModelRunner:
             ring_dtype=self.dtype,
         )
         self.checkpoints = CheckpointPool(
-            config.linear_layers, num_checkpoints, num_on_host, device=self.device, dtype=self.checkpoint_dtype
+            config.linear_layers, num_checkpoints, device=self.device, dtype=self.checkpoint_dtype
         )
         self.kv = KVPool(config.full_layers, num_blocks, self.block_size, device=self.device, dtype=self.dtype)
         self.caches = _caches_by_layer(config, self.states, self.kv)

@@ -47,21 +47,25 @@ class StatePool:
 
 class CheckpointPool:
     """States of the prefix cache, each [L_linear, H, K, V] in `dtype`: `num_checkpoints` on the device and, counted on
-    from there, `num_on_host` in pinned host memory. Each lies in one piece, so that a copy between the two is one."""
+    from there, those that `allocate_on_host` adds. Each lies in one piece, so that a copy between the two is one."""
 
     def __init__(
         self,
         layers: list[LightningSpec],
         num_checkpoints: int,
-        num_on_host: int,
         *,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         shape = (len(layers), *layers[0].state_shape)
-        is_cuda = device.type == "cuda"
         self.states = torch.empty(num_checkpoints, *shape, device=device, dtype=dtype)
-        self.host_states = torch.empty(num_on_host, *shape, dtype=dtype, pin_memory=is_cuda and num_on_host > 0)
+        self.host_states = torch.empty(0, *shape, dtype=dtype)
+
+    def allocate_on_host(self, num_on_host: int) -> None:
+        """Take host memory for so many more, pinned where the others are on a GPU."""
+        is_pinned = self.states.is_cuda and num_on_host > 0
+        shape = (num_on_host, *self.states.shape[1:])
+        self.host_states = torch.empty(shape, dtype=self.states.dtype, pin_memory=is_pinned)
 
     def __getitem__(self, i: int) -> Tensor:
         on_device = self.states.shape[0]

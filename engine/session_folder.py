@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import SessionError
+from .errors import ConfigError, SessionError
 from .messages import SessionFile
 
 SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -23,15 +23,21 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_LISTED = 1000
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path) -> Path:
     """Make the folder, if need be, and remove what a server that was killed while it wrote has left, so long ago that
-    nobody writes it any more. Raises OSError."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    list_files(folder)
-    for path in folder.glob(f".*{UNFINISHED}"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - os.lstat(path).st_mtime > STALE_SECONDS:
-                path.unlink()
+    nobody writes it any more. Returns it with ~ as what it stands for. Raises `ConfigError`."""
+    folder = folder.expanduser()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        list_files(folder)
+        for path in folder.glob(f".*{UNFINISHED}"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - os.lstat(path).st_mtime > STALE_SECONDS:
+                    path.unlink()
+    except OSError as error:
+        problem = "is a file, not a folder" if os.path.isfile(folder) else str(error.strerror)
+        raise ConfigError(f"session_folder = {folder}: {problem}; name a folder that can be written to") from None
+    return folder
 
 
 @contextlib.contextmanager

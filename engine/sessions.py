@@ -20,7 +20,7 @@ from typing import Any
 
 from ..models.fingerprint import fingerprint
 from . import session_folder
-from .errors import ConfigError, SessionError
+from .errors import SessionError
 from .messages import SessionCall, SessionDone
 from .model_runner import ModelRunner
 from .reuse import Reuse
@@ -38,13 +38,12 @@ class Sessions:
     """The calls, and who makes them. `folder` None = every call is refused."""
 
     def __init__(self, folder: Path | None, runner: ModelRunner, reuse: Reuse) -> None:
-        self.folder = folder = None if folder is None else folder.expanduser()
+        self.folder = None if folder is None else session_folder.prepare(folder)
         self._runner, self._reuse = runner, reuse
         self._waiting: deque[SessionCall] = deque()
         self._refused: list[SessionDone] = []
         self._current: tuple[SessionCall, Work, Future[Any]] | None = None
-        if folder is not None:
-            _prepare(folder)
+        if self.folder is not None:
             self._carrier = Carrier(runner.checkpoints, runner.kv)
             self._layout = _layout(runner)
             self._thread = ThreadPoolExecutor(1, "session")
@@ -177,13 +176,6 @@ class Sessions:
         done = _done(call, started, 0, sum(file.num_bytes for file in files))
         done.files, done.is_cut = files, is_cut
         return done
-
-
-def _prepare(folder: Path) -> None:
-    try:
-        session_folder.prepare(folder)
-    except OSError as error:
-        raise ConfigError(f"session_folder = {folder}: {error.strerror}") from None
 
 
 def _layout(runner: ModelRunner) -> Layout:

@@ -44,8 +44,11 @@ def size_pools(runner: ModelRunner, config: EngineConfig) -> tuple[MemoryPlan, M
     )
     remedy = "lower max_num_seqs or memory_fraction (on a CPU cpu_memory_gb)"
     with refuse_out_of_memory(f"{plan.num_state_slots} states and {plan.num_kv_blocks} KV blocks", remedy):
-        runner.allocate(plan.num_state_slots, plan.num_kv_blocks, plan.num_checkpoints, plan.num_host_checkpoints)
+        runner.allocate(plan.num_state_slots, plan.num_kv_blocks, plan.num_checkpoints)
         runner.model.reserve_positions(plan.max_model_len)
+    kept = f"{plan.num_host_checkpoints} states of host_checkpoint_gb = {config.host_checkpoint_gb:g}"
+    with refuse_out_of_memory(kept, "lower host_checkpoint_gb", where="in the host's memory"):
+        runner.checkpoints.allocate_on_host(plan.num_host_checkpoints)
     use.state, use.kv, use.sampler = runner.states.nbytes, runner.kv.nbytes, runner.sampler.nbytes
     use.checkpoints = runner.checkpoints.nbytes
     return plan, use
@@ -84,14 +87,14 @@ def context_length(config: EngineConfig, longest: int) -> int:
 
 
 @contextlib.contextmanager
-def refuse_out_of_memory(what: str, remedy: str) -> Iterator[None]:
+def refuse_out_of_memory(what: str, remedy: str, where: str = "on the device") -> Iterator[None]:
     """Turn running out of memory into a `ConfigError` that says what did not fit and what to change."""
     try:
         yield
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
-        raise ConfigError(f"out of memory: {what} did not fit on the device; {remedy}") from None
+        raise ConfigError(f"out of memory: {what} did not fit {where}; {remedy}") from None
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

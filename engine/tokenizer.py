@@ -42,6 +42,8 @@ class Tokenizer:
             )
             source = self._hf.backend_tokenizer.to_str()
         except Exception as error:  # transformers raises many kinds; all mean that this folder has no usable tokenizer
+            if not (folder / "tokenizer.json").exists():
+                raise CheckpointError(f"{folder} has no tokenizer.json; copy the checkpoint's there") from error
             raise CheckpointError(f"{folder}: cannot load a tokenizer: {error}") from error
         self._with_control: Any = Backend.from_str(source)
         self._as_text: Any = Backend.from_str(source)

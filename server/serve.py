@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..configs.schema import Settings, SettingsError
-from ..engine import logs
+from ..engine import logs, session_folder
 from ..engine.async_llm import AsyncLLM
 from ..engine.errors import EngineDeadError
 from ..engine.grammar import GrammarCompiler
@@ -29,6 +29,7 @@ from ..models.checkpoint import read_config, resolve
 from .app import create_app
 from .connection import max_sockets, uvicorn_config
 from .describe import banner
+from .middleware import load_keys
 from .starting import refusing
 from .trace_export import exporting_tracer
 
@@ -51,6 +52,7 @@ def serve(settings: Settings) -> int:
     allow_files(2 * max_sockets(settings) + SPARE_FILES)
     listener = bind(settings.host, settings.port)
     try:
+        check_files(settings)
         with exporting_tracer(settings.otlp_endpoint) as tracer:
             return asyncio.run(_serve(settings, listener, tracer))
     finally:
@@ -215,6 +217,14 @@ def allow_files(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if most < wanted:
         logger.warning("max_connections needs %d open files, the system allows %d; raise ulimit -n", wanted, hard)
+
+
+def check_files(settings: Settings) -> None:
+    """What keys and sessions need, before the model is loaded: a wrong path should not cost a minute. Raises
+    `ConfigError`."""
+    load_keys(settings)
+    if settings.session_folder is not None:
+        session_folder.prepare(settings.session_folder)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -137,3 +137,10 @@ def test_a_step_is_shown_by_kind_beside_its_floor(tables):
 def test_a_profile_of_something_else_is_refused(tables):
     with pytest.raises(SystemExit, match="no profiled step"):
         tables.steps_table([profile("training")], CONFIG, KERNELS)
+
+
+@pytest.mark.parametrize("script", ["raw_streams", "step_table", "tables"])
+def test_a_script_says_what_it_is_and_what_it_takes(script):
+    command = [sys.executable, "-P", str(ROOT / "benchmarks" / f"{script}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"usage: {script}.py" in done.stdout

@@ -23,6 +23,7 @@ IDLE_SECONDS = 2.0  # servers drop an idle connection after 5 or so; a younger o
 READ_BYTES = 1 << 16
 DONE = b"[DONE]"
 CLOSED = "connection closed"
+MAX_MESSAGE_CHARS = 400
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Sample:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     error: str | None = None  # its kind; None = answered in full
+    message: str | None = None  # what the server said of it
 
 
 class _Delta(msgspec.Struct):
@@ -97,16 +99,17 @@ class Exchange:
             self.end(now, CLOSED)
         self._finish(now)
 
-    def end(self, now: float, error: str | None = None) -> None:
+    def end(self, now: float, error: str | None = None, message: str | None = None) -> None:
         """It has ended; what comes later changes nothing."""
         if not self._has_ended:
-            self._has_ended, self.sample.ended, self.sample.error = True, now, error
+            self._has_ended, self.sample.ended = True, now
+            self.sample.error, self.sample.message = error, message
         if not self.is_over.done():  # a timeout has cancelled it
             self.is_over.set_result(None)
 
     def _finish(self, now: float) -> None:
         if self.parser.status != 200:
-            self.end(now, f"status {self.parser.status}")
+            self.end(now, f"status {self.parser.status}", _message_of(self.parser.body))
         elif not (self._is_done and self.sample.times):
             self.end(now, "stream without [DONE]" if self.sample.times else "no tokens")
         else:
@@ -114,7 +117,7 @@ class Exchange:
 
     def _take(self, chunk: _Chunk, now: float) -> None:
         if chunk.error is not None:
-            self.end(now, "error in the stream")
+            self.end(now, "error in the stream", _message_in(chunk.error))
             return
         sample = self.sample
         num_new = sum(map(_num_tokens, chunk.choices))
@@ -126,6 +129,21 @@ class Exchange:
         if num_new > 0 and chunk.choices:  # without choices it is the total, not news
             sample.times.append(now)
             sample.tokens.append(num_new)
+
+
+def _message_of(body: bytes) -> str | None:
+    """What the body of an error says, in any of the forms that servers give it."""
+    try:
+        return _message_in(msgspec.json.decode(body))
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return _message_in(body.decode(errors="replace"))
+
+
+def _message_in(error: Any) -> str | None:
+    while isinstance(error, dict):
+        error = error.get("error") or error.get("message") or error.get("detail")
+    text = " ".join(str(error or "").split())
+    return text[:MAX_MESSAGE_CHARS] or None
 
 
 def _num_tokens(choice: _Choice) -> int:

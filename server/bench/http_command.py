@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ...configs.schema import DEMO_MODEL
-from .errors import BenchUsageError
+from .errors import BenchError, BenchUsageError
 from .flags import Span, number, picture_file, positive, positive_number
 from .goodput import Bound
 from .load import Load, Workload
@@ -175,7 +175,7 @@ def _add_client(group: argparse._ArgumentGroup) -> None:
 def run_http(arguments: argparse.Namespace) -> int:
     from .picture import draw, require_matplotlib
     from .report import print_report
-    from .serving import measure_serving, served_models, serving
+    from .serving import measure_serving, serving
 
     if arguments.endpoint == "chat" and arguments.prompt == "ids":
         raise BenchUsageError("--prompt ids needs --endpoint completions: the messages of a chat are text")
@@ -185,11 +185,13 @@ def run_http(arguments: argparse.Namespace) -> int:
     require_writable("--picture", arguments.picture)
     checkpoint = arguments.model or DEMO_MODEL
     with serving(arguments.url, arguments.api_key, checkpoint, arguments.serve_args) as (target, ready):
-        name = arguments.model if arguments.url and arguments.model else next(iter(served_models(target)))
+        name, context = _served(target, arguments.model if arguments.url else None)
         vocab_size = arguments.vocab_size or (VOCAB_SIZE if arguments.url else _vocab_size(checkpoint))
         if any(arguments.background_rate) and arguments.background_prompt_tokens is None:
-            arguments.background_prompt_tokens = _background_prompt(target, name, arguments.background_max_tokens)
-        report, latencies = measure_serving(target, _plan(arguments, name, vocab_size))
+            arguments.background_prompt_tokens = _background_prompt(context, arguments.background_max_tokens)
+        plan = _plan(arguments, name, vocab_size)
+        _require_context(plan, context)
+        report, latencies = measure_serving(target, plan)
     report = {"start_to_ready_s": ready, **report}
     print_report(report)
     finish(report, arguments.out)
@@ -204,11 +206,37 @@ def _vocab_size(checkpoint: str) -> int:
     return read_config(resolve(checkpoint, None, weights=False)).vocab_size
 
 
-def _background_prompt(target: Target, model: str, answer: Span) -> Span:
-    """The default length, or what the served model's context leaves beside the answer."""
+def _served(target: Target, wanted: str | None) -> tuple[str, int | None]:
+    """The model to ask for, the first one unless one is `wanted`, and its context where the server tells it."""
     from .serving import served_models
 
-    context = served_models(target).get(model)
+    try:
+        models = served_models(target)
+    except BenchError:
+        if wanted is None:
+            raise
+        models = {}
+    name = wanted or next(iter(models))
+    return name, models.get(name)
+
+
+def _require_context(plan: Plan, context: int | None) -> None:
+    """Raises `BenchUsageError` for requests that the server would refuse. Of text only the server knows the length."""
+    if context is None or plan.workload.prompt_kind != "ids":
+        return
+    spans = [("", plan.workload.prompt_tokens, plan.workload.max_tokens)]
+    spans += [("background-", c.background.prompt_tokens, c.background.max_tokens) for c in plan.cases if c.background]
+    for kind, prompt, answer in spans:
+        if prompt.high + answer.high > context:
+            raise BenchUsageError(
+                f"--{kind}prompt-tokens {prompt} and --{kind}max-tokens {answer} are up to "
+                f"{prompt.high + answer.high:,} tokens, and {plan.workload.model!r} has a context of {context:,} "
+                "(max_model_len in /v1/models); lower one of them"
+            )
+
+
+def _background_prompt(context: int | None, answer: Span) -> Span:
+    """The default length, or what the served model's context leaves beside the answer."""
     if context is None or BACKGROUND_PROMPT + answer.high <= context:
         return Span(BACKGROUND_PROMPT, BACKGROUND_PROMPT)
     length = max(1, context - answer.high)

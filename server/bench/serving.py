@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from .client import Sample
 from .errors import BenchError
 from .flags import Span
 from .host import own_server
@@ -108,7 +109,8 @@ def _measure_case(
     found = measured(results, plan.bounds)
     numbers = {"name": case.name, "concurrency": case.load.concurrency, "rate": case.load.rate, **found.numbers}
     if sum(numbers["errors"].values()) == numbers["requests"]:
-        raise BenchError(f"{case.name}: no request was answered ({numbers['errors']})")
+        samples = [sample for result in results for sample in result.samples]
+        raise BenchError(f"{case.name}: no request was answered ({numbers['errors']}){_said(samples)}")
     if behind is not None and case.background is not None:
         _require_background(case.name, behind)
         numbers["background"] = {
@@ -125,9 +127,15 @@ def _require_background(case: str, behind: Result) -> None:
     errors = [sample.error for sample in behind.samples if sample.error is not None]
     if errors and len(errors) == len(behind.samples):
         raise BenchError(
-            f"{case}: all {len(errors)} background requests failed, the first with {errors[0]!r}; do "
-            "--background-prompt-tokens and --background-max-tokens fit the context?"
+            f"{case}: all {len(errors)} background requests failed, the first with {errors[0]!r}"
+            f"{_said(behind.samples)}; do --background-prompt-tokens and --background-max-tokens fit the context?"
         )
+
+
+def _said(samples: list[Sample]) -> str:
+    """The first of the server's own words, as the end of a message."""
+    message = next((sample.message for sample in samples if sample.message), None)
+    return "" if message is None else f"; the server says: {message}"
 
 
 def _warm_up(workers: Workers, target: Target, plan: Plan, load: Load, number: int) -> None:

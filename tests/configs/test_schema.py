@@ -150,6 +150,35 @@ def test_bad_value_is_told_with_key_value_source_and_what_is_allowed(tmp_path, k
     refused(key, value, "command line", allowed, flags={key: value})
 
 
+@pytest.mark.parametrize("word", ["yes", "off", "true"])
+@pytest.mark.parametrize(
+    "key", ["max_num_seqs", "speculative_tokens", "max_model_len", "cpu_memory_gb", "port", "drain_seconds"]
+)
+def test_yes_and_no_are_no_numbers(tmp_path, key, word):
+    value = repr(yaml.safe_load(word))
+    refused(f"{key} = {value}", "settings.yaml", "must be a number", text=f"{key}: {word}", folder=tmp_path)
+
+
+def test_yes_and_no_are_what_a_switch_takes(tmp_path):
+    settings = load(text="prefix_cache: no\nasync_scheduling: yes", folder=tmp_path)
+    assert (settings.prefix_cache, settings.async_scheduling) == (False, True)
+
+
+@pytest.mark.parametrize("second", ["max_num_seqs", "max-num-seqs", "'max_num_seqs'"])
+def test_a_key_given_twice_in_yaml_is_refused(tmp_path, second):
+    text = f"max_num_seqs: 3\nport: 1\n{second}: 3"
+    refused("settings.yaml gives max_num_seqs twice", "lines 1 and 3", text=text, folder=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("prefix_cache", False), ("state_checkpoints", 0)])
+def test_sessions_without_states_to_save_are_refused(name, value):
+    settings = {name: value, "session_folder": "sessions"}
+    message = refused("session_folder", f"{name} = {value}", f"leave {name} out", flags=settings)
+    assert len(message.splitlines()) == 1
+    assert load({name: value}).session_folder is None
+    assert load({"session_folder": "sessions", "state_checkpoints": 1}).state_checkpoints == 1
+
+
 def test_several_bad_values_are_told_together():
     message = refused("port", "block_size", flags={"port": -1, "block_size": 0})
     assert len(message.splitlines()) == 2

@@ -37,6 +37,12 @@ def llm() -> LLM:
     return LLM("demo", device=DEVICE, max_num_seqs=8, cpu_memory_gb=0.2, num_threads=1)
 
 
+@pytest.fixture(scope="module")
+def vocabulary(llm):
+    """As llguidance wants it."""
+    return llm.tokenizer.for_grammars(llm.core.runner.model_config.vocab_size)
+
+
 def generate(llm: LLM, grammar: str, n: int = 4, **params):
     asked = {"temperature": 1.5, "max_tokens": 80} | params
     return llm.generate(["Once"] * n, [SamplingParams(grammar=grammar, seed=i, **asked) for i in range(n)])
@@ -121,9 +127,25 @@ def test_a_bad_grammar_is_refused_and_the_others_go_on(llm, bad):
     assert len(llm.generate("Once", SamplingParams(max_tokens=3))[0].token_ids) == 3
 
 
-def test_an_ampersand_in_a_text_or_pattern_is_no_conjunction(llm):
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (f"start: answer\nanswer: {grammar.regex_rule('(')}\n", 'invalid regex "(": regex parse error: unclosed group'),
+        (json_grammar({"pattern": "("}), "failed to compile JSON schema: regex parse error: unclosed group"),
+        (json_grammar({"type": "foo"}), "failed to compile JSON schema: Invalid type: foo"),
+        ("start: x\n", 'unknown name: "x"'),
+        ('start: answer\nanswer: "a', "line 2, column 11: lexer error"),
+    ],
+    ids=["regex", "pattern", "schema", "name", "syntax"],
+)
+def test_an_error_tells_the_cause_and_nothing_of_the_grammar_around_it(vocabulary, bad, told):
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+        make_matcher(bad, vocabulary)
+
+
+def test_an_ampersand_in_a_text_or_pattern_is_no_conjunction(vocabulary):
     sound = "start: " + ' "a" '.join(['"&"', "/[&]/"] * grammar.MAX_CONJUNCTIONS)
-    make_matcher(sound, llm.tokenizer.for_grammars(llm.core.runner.model_config.vocab_size))
+    make_matcher(sound, vocabulary)
 
 
 def test_a_bad_grammar_among_others_in_the_engine(tiny):
@@ -132,7 +154,7 @@ def test_a_bad_grammar_among_others_in_the_engine(tiny):
     bad = request("bad", random_prompt(5, 2), max_tokens=8, grammar="start: (((")
     answers = drain(core, bad, request("good", random_prompt(9, 1), max_tokens=8))
     assert answers["good"].token_ids == alone.token_ids
-    assert answers["bad"].finish_reason == "error" and "start: (((" in answers["bad"].error
+    assert answers["bad"].finish_reason == "error" and "line 1, column " in answers["bad"].error
 
 
 def test_where_nothing_is_allowed_that_request_fails_alone(tiny, monkeypatch):
@@ -219,10 +241,10 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
-def test_a_bomb_is_refused_or_harmless(llm, bomb):
+def test_a_bomb_is_refused_or_harmless(llm, vocabulary, bomb):
     """Bounded in work, not in time: that it ends at all is the law."""
     try:
-        make_matcher(bomb, llm.tokenizer.for_grammars(llm.core.runner.model_config.vocab_size))
+        make_matcher(bomb, vocabulary)
     except ValueError:
         return
     done = llm.generate("Once", SamplingParams(temperature=1.0, seed=1, max_tokens=20, grammar=bomb))[0]

@@ -104,6 +104,27 @@ def test_wrong_prompt_is_refused_and_the_others_are_not_left_running(llm, bad):
         llm.generate([[1], [2], bad, [3]], GREEDY)
 
 
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda llm: llm.generate(5), "prompts must be a text.*got 5"),
+        (lambda llm: llm.generate(None), "prompts must be a text.*got None"),
+        (lambda llm: llm.generate(["x", 5]), "a prompt must be a text.*got 5"),
+        (lambda llm: llm.generate("x", {"max_tokens": 3}), r"params must be SamplingParams.*got \{'max_tokens': 3\}"),
+        (lambda llm: llm.generate(["x"], ["y"]), "params must be SamplingParams.*got 'y'"),
+        (lambda llm: llm.generate(["x"], [None]), "params must be SamplingParams.*got None"),
+        (lambda llm: llm.chat("hi"), "a conversation must be a list of messages.*got 'hi'"),
+        (lambda llm: llm.chat(["hi"]), r"a conversation must be a list of messages.*got \['hi'\]"),
+        (lambda llm: llm.chat([[{"role": "user", "content": "x"}], "hi"]), "list of messages.*got 'hi'"),
+        (lambda llm: llm.chat([{"role": "user", "content": "x"}], 5), "params must be SamplingParams.*got 5"),
+    ],
+)
+def test_what_is_no_prompt_is_a_type_error_that_says_what_is_wanted(llm, caplog, ask, words):
+    with pytest.raises(TypeError, match=words):
+        ask(llm)
+    assert caplog.text == ""
+
+
 def test_wrong_prompt_after_many_is_refused_before_any_runs(llm):
     steps = llm.core.stats().steps_total
     with pytest.raises(ContextLengthError):

@@ -15,7 +15,7 @@ import engines
 import numpy as np
 import pytest
 from engines import DEVICE, answer, assert_nothing_held, drain, request
-from leyden.engine import conversations, session_copies, session_file, session_folder, sessions
+from leyden.engine import conversations, memory, session_copies, session_file, session_folder, sessions
 from leyden.engine.client import InProcessClient
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ConfigError, EngineDeadError, RequestError, SessionError
@@ -113,7 +113,7 @@ def test_the_next_turn_after_a_restart_computes_its_new_tokens_alone(make_core, 
     assert done(again, "restore").num_tokens == num_known
     counts = computed(again)
     params = {"max_tokens": 9, "frequency_penalty": 0.5, "temperature": 1.0, "seed": 3}
-    plain = make_core(prefix_cache=False, **settings)
+    plain = make_core(session_folder=None, prefix_cache=False, **settings)
     expected = answer(plain, conversation + MORE, **params).token_ids
     assert answer(again, conversation + MORE, **params).token_ids == expected
     assert sum(counts) == 1 + len(MORE) + 8
@@ -150,7 +150,7 @@ def test_states_on_the_host_are_saved_too(make_core):
     again = make_core(**settings)
     talk(again, random_prompt(30, seed=5), session_id=None)  # whose state has to make room
     done(again, "restore")
-    plain = make_core(prefix_cache=False)
+    plain = make_core(session_folder=None, prefix_cache=False)
     assert answer(again, conversation + MORE, max_tokens=8).token_ids == (
         answer(plain, conversation + MORE, max_tokens=8).token_ids
     )
@@ -215,7 +215,10 @@ def test_a_beginning_that_is_in_the_cache_is_shared(make_core):
 
 def test_others_go_on_while_a_session_is_saved_and_restored(make_core, monkeypatch):
     """Both stop half-way until the others have their answers, which are those that they get alone."""
-    core, plain = make_core(num_kv_blocks=20, state_checkpoint_min_tokens=1), make_core(prefix_cache=False)
+    core, plain = (
+        make_core(num_kv_blocks=20, state_checkpoint_min_tokens=1),
+        make_core(session_folder=None, prefix_cache=False),
+    )
     conversation = talk(core)
     gate = []
     inner = session_copies.Carrier._move
@@ -286,10 +289,10 @@ def test_a_conversation_that_was_evicted_is_told_with_its_remedy(make_core):
     done(core, "save")
 
 
-@pytest.mark.parametrize("settings", [{"state_checkpoints": 0}, {"prefix_cache": False}], ids=str)
-def test_without_checkpoints_nothing_is_saved_or_restored(make_core, settings):
+def test_where_memory_holds_no_checkpoints_nothing_is_saved_or_restored(make_core, monkeypatch):
     saved(make_core())
-    core = make_core(**settings)
+    monkeypatch.setattr(memory, "_plan_checkpoints", lambda *sizes: 0)
+    core = make_core()
     refused(core, "restore", "session_no_room", "state_checkpoints")
     talk(core)
     refused(core, "save", "session_evicted", "state_checkpoints")
@@ -524,7 +527,7 @@ def test_pieces_smaller_than_a_layer_come_together_again(make_core, monkeypatch)
     conversation = saved(core)
     again = make_core()
     done(again, "restore")
-    plain = make_core(prefix_cache=False)
+    plain = make_core(session_folder=None, prefix_cache=False)
     expected = answer(plain, conversation + MORE, max_tokens=8).token_ids
     assert answer(again, conversation + MORE, max_tokens=8).token_ids == expected
     assert again.stats().prefix_cache_hits_total >= len(conversation) - 1

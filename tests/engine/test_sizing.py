@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engines import engine_config, make_core, request
-from leyden.engine import model_runner, sizing
+from leyden.engine import model_runner, pools, sizing
 from leyden.engine.copies import Fold
 from leyden.engine.cuda_graph import GraphShape, shapes_for
 from leyden.engine.dummy_steps import StepLimits, serving_steps, smallest_steps
@@ -60,10 +60,10 @@ class FakeDevice:
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
         self.runner, self.steps, self.allocated = runner, [], []
 
-    def allocate(self, num_slots: int, num_blocks: int, num_checkpoints: int = 0, num_on_host: int = 0) -> None:
+    def allocate(self, num_slots: int, num_blocks: int, num_checkpoints: int = 0) -> None:
         self.allocated.append((num_slots, num_blocks))
         for name in ("states", "checkpoints", "kv", "caches", "sampler"):
-            setattr(self.runner, name, SimpleNamespace(nbytes=1000))
+            setattr(self.runner, name, SimpleNamespace(nbytes=1000, allocate_on_host=lambda num_on_host: None))
 
     def launch(self, step):
         self.steps.append(step)
@@ -281,6 +281,22 @@ def test_pools_that_do_not_fit(tiny, monkeypatch, part):
     monkeypatch.setattr(model_runner, part, fail)
     monkeypatch.setattr(fail, "bytes_per_slot", lambda vocab: 1, raising=False)
     refused(tiny, "4 states", "max_num_seqs", "memory_fraction", "cpu_memory_gb")
+
+
+def test_states_that_the_hosts_memory_does_not_hold(tiny, monkeypatch):
+    def too_large(*shape, device=None, **others):
+        sizes = shape[0] if isinstance(shape[0], tuple) else shape
+        if device is None and sizes[0] > 0:  # as the allocator of the CPU says it
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return torch.empty(*shape, device=device, **others)
+
+    monkeypatch.setattr(pools, "torch", SimpleNamespace(empty=too_large))
+    refused(
+        tiny,
+        "host_checkpoint_gb = 0.001",
+        "did not fit in the host's memory; lower host_checkpoint_gb",
+        host_checkpoint_gb=0.001,
+    )
 
 
 def test_a_rope_table_that_does_not_fit(tiny, monkeypatch):

@@ -350,6 +350,9 @@ def test_config_of_a_type_that_transformers_does_not_know_is_no_reason_to_warn(t
 
 def test_folder_without_a_tokenizer_is_a_checkpoint_error(tiny, tmp_path):
     shutil.copy(tiny.folder / "config.json", tmp_path)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path} has no tokenizer.json; .*$"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot load a tokenizer"):
         Tokenizer(tmp_path)
 

@@ -80,11 +80,17 @@ def test_background_prompts_of_no_given_length_fit_the_context_and_it_is_said(be
     assert report["cases"][0]["background"]["errors"] == {}
 
 
-def test_latencies_beside_a_background_that_all_failed_are_no_measurement(bench):
+def test_latencies_beside_a_background_that_all_failed_are_no_measurement(bench, engine):
     flags = ("--rate", "40", "--requests", "20", "--vocab-size", "200", "--background-rate", "50", "--warmup", "0")
-    code, _, err, _ = bench(*flags, "--background-prompt-tokens", "500")
+    engine.fail_after = 0
+    engine.is_faulty = lambda request: len(request.prompt_token_ids) > 6
+    code, _, err, _ = bench(*flags, "--background-prompt-tokens", "100")
     assert code == 1
-    assert "background requests failed, the first with 'status 400'" in err and "--background-prompt-tokens" in err
+    for words in (
+        "background requests failed, the first with 'status 500'; the server says: ",
+        "--background-prompt-tokens",
+    ):
+        assert words in err
 
 
 def test_errors_are_counted_and_told(bench, engine):
@@ -101,6 +107,22 @@ def test_a_server_that_answers_nothing_fails_the_measurement(bench):
     code, _, err, _ = bench("--concurrency", "1", "--requests", "2", "--vocab-size", "5000000")
     assert code == 1
     assert "no request was answered" in err and "status 400" in err
+    assert "the server says: " in err and "token ids in [0, " in err
+
+
+@pytest.mark.parametrize("kind", ["", "background-"])
+@pytest.mark.parametrize("url_and_model", [(), ("--model", "tiny")], ids=["first", "named"])
+def test_requests_that_exceed_the_context_are_refused_before_they_are_sent(bench, engine, kind, url_and_model):
+    lengths = (f"--{kind}prompt-tokens", "9:125", f"--{kind}max-tokens", "4")
+    code, _, err, _ = bench("--rate", "9", "--background-rate", "1", *lengths, *url_and_model)
+    assert code == 2
+    assert f"--{kind}prompt-tokens 9:125 and --{kind}max-tokens 4 are up to 129 tokens" in err and "128" in err
+    assert engine.requests == []
+
+
+def test_a_context_that_is_filled_to_the_last_token_is_measured(bench):
+    flags = ("--concurrency", "1", "--requests", "1", "--warmup", "0", "--vocab-size", "200")
+    assert bench(*flags, "--prompt-tokens", "123")[0] == 0
 
 
 def test_no_server_is_said_with_the_remedy(bench):

@@ -6,6 +6,9 @@ import asyncio
 
 import httpx
 import pytest
+from leyden.configs.schema import Settings
+from leyden.engine.errors import ConfigError
+from leyden.server import serve
 from leyden.server.serve import BACKLOG, bind
 from leyden.server.starting import refusing
 
@@ -47,3 +50,25 @@ async def test_who_connects_at_the_end_is_served_by_what_follows(listener):
     async with await asyncio.start_server(greet, sock=listener):
         assert await asyncio.wait_for(reader.read(), 5) == b"served"
     writer.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "words"),
+    [
+        ("api_key", [""], "must not be empty"),
+        ("api_key_file", "missing", "No such file"),
+        ("session_folder", "file", "is a file, not a folder"),
+        ("session_folder", "file/below", "Not a directory"),
+    ],
+)
+def test_keys_and_folders_are_looked_at_before_the_model_is_loaded(tmp_path, monkeypatch, name, wrong, words):
+    (tmp_path / "file").write_text("")
+
+    def started(*arguments):
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr(serve, "_serve", started)
+    monkeypatch.setattr(serve.logs, "configure", lambda *arguments: None)
+    settings = Settings(port=0, **{name: wrong if isinstance(wrong, list) else tmp_path / wrong})
+    with pytest.raises(ConfigError, match=f"{name}.*{words}"):
+        serve.serve(settings)
