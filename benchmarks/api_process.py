@@ -29,7 +29,7 @@ from leyden.engine.loop import run_loop
 from leyden.engine.memory import MemoryUse
 from leyden.engine.messages import AddRequest, EngineInfo, EngineStats, SessionDone
 from leyden.engine.outputs import StepOutput
-from leyden.engine.process import Link
+from leyden.engine.process import connect
 from leyden.engine.process_client import ProcessClient
 from leyden.engine.tokenizer import Tokenizer
 from leyden.models.checkpoint import resolve
@@ -183,7 +183,7 @@ class ScriptedCore:
 def run_engine(step_ms: str, address: str, parent: str, *_how_to_log: str) -> None:
     """`host_seconds_total` is the time that sending took."""
     core = ScriptedCore(float(step_ms) / 1e3)
-    link = Link(address, int(parent))
+    link = connect(address, int(parent))
 
     def send(message: Any) -> None:
         started = time.perf_counter()

@@ -58,9 +58,15 @@ class Link:
         zmq.Context.instance().term()
 
 
-def end_with(parent: int, path: Path) -> None:
-    """Leave the process, whatever it does, when the parent is gone, and remove the socket at `path` and its folder: the
-    parent made them."""
+def connect(address: str, parent: int) -> Link:
+    """The parent's other end. From now on the process ends when the parent is gone, whatever it does then."""
+    path = Path(address.removeprefix("ipc://"))
+    threading.Thread(target=_end_with, args=(parent, path), name="parent", daemon=True).start()
+    return Link(address)
+
+
+def _end_with(parent: int, path: Path) -> None:
+    """Wait for the parent's end, and remove the socket at `path` and its folder: the parent made them."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_SECONDS)
     with contextlib.suppress(OSError):
@@ -76,9 +82,7 @@ def main() -> int:
     logs.configure(log_level, "json" if log_format == "json" else "text")
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group or container; the server decides
         signal.signal(number, signal.SIG_IGN)
-    path = Path(address.removeprefix("ipc://"))
-    threading.Thread(target=end_with, args=(int(parent), path), name="parent", daemon=True).start()
-    link = Link(address)
+    link = connect(address, int(parent))
     try:
         config = EngineConfig.model_validate_json(sys.stdin.buffer.read())
         return _serve(config, link)

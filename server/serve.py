@@ -139,13 +139,13 @@ class Service:
         self._exit_code = 0
         self._draining: asyncio.Task | None = None
 
-    async def run(self, listener: socket.socket, interrupted: asyncio.Future[int]) -> int:
+    async def run(self, listener: socket.socket, interrupted: asyncio.Future[int] | None = None) -> int:
         """Serve until drained, interrupted twice, or bereft of the engine. `interrupted`: a signal that may have come
         before."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
-        if interrupted.done():
+        if interrupted is not None and interrupted.done():
             self._on_signal(signal.Signals(interrupted.result()).name)
         _spare_the_garbage_collector()
         watchers = [asyncio.create_task(self._watch_engine()), asyncio.create_task(self._log_throughput())]
