@@ -123,10 +123,9 @@ class PrefixCache:
 
     def take(self, num_blocks: int, num_checkpoints: int) -> tuple[Hold | None, list[Move]]:
         """Free blocks and up to so many checkpoints, at least one, for contents that come from elsewhere. Returns them
-        and what has to be moved before they are written to. None when there is no room; then nothing was forgotten,
-        unless other holds are in the way."""
-        is_hopeless = not self.num_checkpoints or num_blocks > self.blocks.num_blocks - self.blocks.num_used
-        if is_hopeless or not self.make_room(num_blocks):
+        and what has to be moved before they are written to. None when there is no room for the blocks, and then nothing
+        was forgotten, or no checkpoint that is not held."""
+        if not self.num_checkpoints or not self.make_room(num_blocks):
             return None, []
         hold = Hold(self.blocks.take(num_blocks), [])
         self._holds.append(hold)

@@ -68,9 +68,7 @@ class Sequence:
     session_id: str | None = None  # under which its end is to be found, to be saved to a file
     num_cached_tokens: int | None = None  # that it began with; None until it is first admitted
     stops: list[int] = field(default_factory=list)  # increasing; after so many tokens of the prompt it is saved
-    wanted_stops: set[int] = field(
-        default_factory=set
-    )  # where it parts from others, as far as is known before it starts
+    wanted_stops: set[int] = field(default_factory=set)  # where it parts from others, known before it starts
     waits_for: Sequence | None = field(default=None, repr=False)  # whose checkpoint it waits for, before it starts
     num_waits: int = 0  # sequences it has waited for
     num_passed: int = 0  # times that a later sequence was admitted before it, since more of it was cached

@@ -9,10 +9,9 @@ import engines
 import numpy as np
 import pytest
 import torch
-from engines import DEVICE, answer, assert_nothing_held, drain, request, sequence
+from engines import DEVICE, answer, assert_nothing_held, computed, drain, request, sequence
 from leyden.engine.block_manager import BlockManager
 from leyden.engine.copies import Move
-from leyden.engine.core import EngineCore
 from leyden.engine.prefix_cache import PrefixCache
 from leyden.engine.radix_tree import common_prefix
 from tiny_models import random_prompt
@@ -220,18 +219,6 @@ def test_common_prefixes():
 
 
 # -- the engine -----------------------------------------------------------------------------------------------
-
-
-def computed(core: EngineCore) -> list[int]:
-    """Grows by the number of tokens of every step that is launched."""
-    launch, counts = core.runner.launch, []
-
-    def counting(batch):
-        counts.append(sum(batch.num_scheduled_tokens))
-        return launch(batch)
-
-    core.runner.launch = counting
-    return counts
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,7 +14,7 @@ from pathlib import Path
 import engines
 import numpy as np
 import pytest
-from engines import DEVICE, answer, assert_nothing_held, drain, request
+from engines import DEVICE, answer, assert_nothing_held, computed, drain, request
 from leyden.engine import conversations, memory, session_copies, session_file, session_folder, sessions
 from leyden.engine.client import InProcessClient
 from leyden.engine.core import EngineCore
@@ -62,18 +62,6 @@ def refused(core: EngineCore, action: str, code: str, *words: str, session_id: s
     assert found.error_code == code, found
     for word in words:
         assert word in found.error
-
-
-def computed(core: EngineCore) -> list[int]:
-    """Grows by the number of tokens of every step that is launched."""
-    launch, counts = core.runner.launch, []
-
-    def counting(batch):
-        counts.append(sum(batch.num_scheduled_tokens))
-        return launch(batch)
-
-    core.runner.launch = counting
-    return counts
 
 
 def talk(core: EngineCore, prompt=PROMPT, **fields) -> list[int]:

@@ -50,6 +50,18 @@ def make_core(folder: Path, **settings: Any) -> EngineCore:
     return EngineCore(engine_config(folder, **settings), progress=False)
 
 
+def computed(core: EngineCore) -> list[int]:
+    """Grows by the number of tokens of every step that is launched."""
+    launch, counts = core.runner.launch, []
+
+    def counting(batch):
+        counts.append(sum(batch.num_scheduled_tokens))
+        return launch(batch)
+
+    core.runner.launch = counting
+    return counts
+
+
 def request(
     request_id: str,
     prompt: list[int],
