@@ -50,23 +50,34 @@ MEASURES = {
 }
 
 
-def offline_table(dense: dict[str, Any], moe: dict[str, Any], reference: dict[str, Any]) -> str:
-    """Each case of `leyden bench offline` by the measure that the reference has for it."""
+def offline_table(reference: dict[str, Any], *reports: dict[str, Any]) -> str:
+    """Each case of `leyden bench offline` by the measure that the reference has for it. `reports` are pairs of runs,
+    dense and moe, a pair for each dtype of the recurrent state: a column each, beside the reference's."""
+    pairs = list(zip(reports[::2], reports[1::2], strict=True))
+    first, software = reports[0], reference["software"]
+    names = [f"leyden, {dense['state_dtype']}" for dense, _ in pairs] + [f"{software}, {reference['state_dtype']}"]
     lines = [
-        f"{dense['hardware']}; {versions(dense['software'])}; state in {dense['state_dtype']}. "
-        f"{reference['software']}: {reference['hardware']}, state in bfloat16.",
+        f"{first['hardware']}; {versions(first['software'])}; `linear_backend` {first['linear_backend']}. {software}: "
+        f"{reference['hardware']}. The dtype is that of the recurrent state: leyden's default is float32, that of "
+        f"{software} {reference['state_dtype']}.",
         "",
-        f"| model | requests x prompt x answer | | leyden, {dense['linear_backend']} | {reference['software']} |",
-        "|---|---|---|---:|---:|",
+        f"| model | requests x prompt x answer | | {' | '.join(names)} |",
+        f"|---|---|---|{'---:|' * len(names)}",
     ]
-    for name, report in (("dense", dense), ("moe", moe)):
-        for case in report["cases"]:
-            label = f"{case['requests']}x{case['prompt']}x{case['answer']}"
-            for measure, value in reference[name].get(label, {}).items():
+    for name, runs in zip(("dense", "moe"), zip(*pairs, strict=True), strict=True):
+        for label, measures in reference[name].items():
+            for measure, value in measures.items():
                 number, unit = MEASURES[measure]
-                cells = f"{number.format(case[measure])} | {number.format(value)}"
+                values = [case_of(run, label)[measure] for run in runs] + [value]
+                cells = " | ".join(map(number.format, values))
                 lines.append(f"| {name} | {label.replace('x', ' x ')} | {unit} | {cells} |")
     return "\n".join(lines)
+
+
+def case_of(report: dict[str, Any], label: str) -> dict[str, Any]:
+    """The case "REQUESTSxPROMPTxANSWER" of an offline run."""
+    sizes = tuple(map(int, label.split("x")))
+    return next(case for case in report["cases"] if (case["requests"], case["prompt"], case["answer"]) == sizes)
 
 
 def versions(software: dict[str, str | None]) -> str:
@@ -221,7 +232,7 @@ README, PERFORMANCE, KERNELS = "README.md", "docs/performance.md", "docs/kernels
 # A table's name -> the page it is on, how it is made, and the recorded runs that it needs.
 TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "serving-cpu": (README, serving_table, ["serving-cpu"]),
-    "serving-offline-h100": (README, offline_table, ["serving-dense-h100", "serving-moe-h100", "vllm-0.23-h100"]),
+    "serving-offline-h200": (README, offline_table, ["vllm-0.23-h200", "serving-dense-h200", "serving-moe-h200"]),
     "serving-http-h200": (README, serving_table, ["serving-http-h200"]),
     "prefix-cache-h200": (README, prefix_cache_table, ["prefix-cache-dense-h200"]),
     "prompt-lookup-h200": (README, prompt_lookup_table, ["prompt-lookup-dense-h200", "prompt-lookup-moe-h200"]),

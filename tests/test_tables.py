@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-REFERENCE = json.loads((RESULTS / "vllm-0.23-h100.json").read_text())
+REFERENCE = json.loads((RESULTS / "vllm-0.23-h200.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +23,16 @@ def tables():
     return module
 
 
-def offline_report(**values: float) -> dict:
+def offline_report(state_dtype: str = "float32", **values: float) -> dict:
+    sizes = [tuple(map(int, label.split("x"))) for label in REFERENCE["dense"]]
     cases = [
         {"requests": r, "prompt": p, "answer": a, "ms_per_step": 5.25, "answer_tokens_per_s": 6000.4, **values}
-        for r, p, a in ((1, 128, 256), (64, 1024, 256), (64, 4096, 1), (3, 3, 3))
+        for r, p, a in [(3, 3, 3), *sizes]
     ]
     return {
         "hardware": "a GPU",
         "software": {"torch": "2", "triton": "3"},
-        "state_dtype": "float32",
+        "state_dtype": state_dtype,
         "linear_backend": "replay",
         "cases": [case | {"prompt_tokens_per_s": 70000.0} for case in cases],
     }
@@ -51,13 +52,19 @@ def test_readme_shows_what_was_recorded():
 
 
 def test_each_offline_case_is_shown_by_the_measure_that_the_reference_has(tables):
-    text = tables.offline_table(offline_report(), offline_report(ms_per_step=3.0), REFERENCE)
-    assert "| dense | 1 x 128 x 256 | ms per step | 5.2 | 13.3 |" in text
-    assert "| dense | 64 x 1024 x 256 | answer tokens/s | 6,000 | 1,058 |" in text
-    assert "| moe | 64 x 4096 x 1 | prompt tokens/s | 70,000 | 39,242 |" in text
-    assert "| moe | 1 x 128 x 256 | ms per step | 3.0 | 9.0 |" in text
+    text = tables.offline_table(REFERENCE, offline_report(), offline_report(ms_per_step=3.0))
+    assert "| dense | 1 x 128 x 256 | ms per step | 5.2 | 5.9 |" in text
+    assert "| dense | 64 x 1024 x 256 | answer tokens/s | 6,000 | 3,126 |" in text
+    assert "| moe | 64 x 4096 x 1 | prompt tokens/s | 70,000 | 85,635 |" in text
+    assert "| moe | 1 x 128 x 256 | ms per step | 3.0 | 3.0 |" in text
     assert "3 x 3 x 3" not in text, "nothing to compare with"
-    assert "vLLM 0.23.0" in text and "state in float32" in text and "state in bfloat16" in text
+
+
+def test_every_column_of_the_comparison_says_the_dtype_of_its_state(tables):
+    half = offline_report("bfloat16", ms_per_step=4.0)
+    text = tables.offline_table(REFERENCE, offline_report(), offline_report(), half, half)
+    assert "| leyden, float32 | leyden, bfloat16 | vLLM 0.23.0, bfloat16 |" in text
+    assert "| dense | 1 x 128 x 256 | ms per step | 5.2 | 4.0 | 5.9 |" in text
 
 
 def test_a_served_case_is_a_row_and_its_failures_are_told(tables):
