@@ -106,3 +106,23 @@ def test_installed_wheel_runs_from_another_folder(wheel, tmp_path):
     presets = "from leyden.configs.schema import load_settings as l; from pathlib import Path; import leyden\n"
     presets += "print(len([l({}, p, {}) for p in (Path(leyden.__file__).parent / 'configs').glob('*.yaml')]))"
     assert int(run(presets, cwd=elsewhere, PYTHONPATH=str(target))) == len(list((ROOT / "configs").glob("*.yaml")))
+
+
+def test_lint_passes_in_a_folder_whose_name_is_no_name_of_python(tmp_path):
+    """A ZIP of the sources unpacks to leyden-main. A package in small stands for the real one, to be quick."""
+    tree = tmp_path / "leyden-main"
+    for layer in ("configs", "kernels", "models", "engine", "server", "tests"):
+        (tree / layer).mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tree)
+    for layer in ("configs", "kernels", "models", "engine", "server", ""):
+        (tree / layer / "__init__.py").write_text("from __future__ import annotations\n")
+    (tree / "server" / "wrong.py").write_text('PORT: int = "8000"\n')
+    (tree / "tests" / "test_layering.py").write_text("def test_nothing():\n    pass\n")
+    tools = Path(sys.executable).parent
+    lint = ["make", "--old-file=install", f"BIN={tools}", "PYTHON=false", "lint"]
+    found = subprocess.run(lint, cwd=tree, capture_output=True, text=True, timeout=120)
+    assert found.returncode and "server/wrong.py:1: error: Incompatible types" in found.stdout, "types are checked"
+    (tree / "server" / "wrong.py").unlink()
+    passed = subprocess.run(lint, cwd=tree, capture_output=True, text=True, timeout=120)
+    assert passed.returncode == 0, passed.stdout + passed.stderr
