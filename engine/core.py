@@ -154,7 +154,8 @@ class EngineCore:
 
     def step(self) -> list[StepOutput]:
         """Launch one batch. Returns what is new of it, or, when scheduling is asynchronous, of the one before: the
-        device then never waits for the host. A sequence that turns out to have ended is computed once too often; its
+        device then never waits for the host, and the host, which waits for that one, is never more than two steps
+        ahead. A sequence that turns out to have ended is computed once too often; its
         slot and blocks are free for those that are launched after that."""
         started = time.perf_counter()
         refused = [*self._expire(time.monotonic()), *self._refuse_bad_grammars()]

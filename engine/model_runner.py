@@ -36,21 +36,22 @@ PROMPT_LOGPROB_ROWS = 64  # rows of vocabulary-wide float32 that exist at once
 
 @dataclass(slots=True)
 class LaunchedStep:
-    """A step on its way. `sequences`: who gets a token; `indices`: which of their answers' it is; `answers`: a shorter
-    way to put them there, as long as none of these sequences has finished. With drafts a sequence comes once for each
-    token that was drawn for it."""
+    """A step on its way. `sequences`: those that get a token, perhaps none; `indices`: which of their answers' it is;
+    `answers`: a shorter way to put them there, as long as none of these sequences has finished. With drafts a sequence
+    comes once for each token that was drawn for it."""
 
     sequences: list[Sequence]
     indices: list[int]
-    sampled: Sampled | StagedTokens | None
+    sampled: Sampled | StagedTokens
     prompt_logprobs: dict[Sequence, list[TokenLogprobs]]
     answers: Answers | None = None
     drafts: list[tuple[Sequence, list[int]]] | None = None  # of a step with drafts, those of each of its rows
     num_finished: int = 0  # sequences that had when it was launched
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Token (-1: bad logits) and log-probabilities of each completing row, once they are computed."""
-        return self.sampled.wait() if self.sampled is not None else ([], [])
+        """Token (-1: bad logits) and log-probabilities of each completing row, once the step is computed. A step that
+        draws nothing is waited for too: nothing else keeps the host from launching a whole prompt at once."""
+        return self.sampled.wait()
 
 
 class ModelRunner:
@@ -113,10 +114,11 @@ class ModelRunner:
         sent = upload(arrays, self.device)
         batch = make_batch(sent, counts)
         hidden = self._forward(batch)
-        sampled = None
         if rows:
             logits = self.model.compute_logits(hidden[batch.logits_indices])
             sampled = self.sampler.sample(logits, SamplingBatch.of(sent))
+        else:
+            sampled = self.sampler.draw_nothing()
         return LaunchedStep(rows, indices, sampled, self._prompt_logprobs(scheduled, hidden), drafts=drafts)
 
     @torch.inference_mode()
@@ -173,7 +175,7 @@ class ModelRunner:
 
     def _replay(
         self, graphs: StepGraphs, shape: GraphShape, scheduled: ScheduledBatch, counts: Counts, arrays: Arrays
-    ) -> Sampled | None:
+    ) -> Sampled:
         """A step from its graph, which draws the tokens too; rows that want more are drawn again."""
         graph_rows = _places_of_draws(scheduled, counts, shape)
         padded = pad(arrays, counts, shape, graph_rows)
@@ -183,7 +185,7 @@ class ModelRunner:
         sent = upload({f"padded_{name}": array for name, array in padded.items()} | rest, self.device)
         computed = graphs.replay(shape, sent.buffer[: packed_size(padded)], sent["table"])
         if not len(graph_rows):
-            return None
+            return self.sampler.draw_nothing()
         rows = sent["graph_rows"] if shape.num_prefills else slice(len(graph_rows))
         if self.sampler.is_plain:
             return send_home(computed.tokens[rows])

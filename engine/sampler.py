@@ -126,6 +126,10 @@ class Sampler:
         self.last_tokens[slots] = tokens.clamp(min=0)
         return tokens
 
+    def draw_nothing(self) -> Sampled:
+        """No tokens, which are on the host once the device has computed all that was launched before."""
+        return send_home(self.last_tokens[:0])
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
         """Draw the next token of each row. logits: [N, V], not changed.
 

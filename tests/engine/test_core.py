@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 from engines import Answer, answer, assert_nothing_held, drain, make_core, request
+from leyden.engine.core import EngineCore
 from leyden.engine.errors import ConfigError, ContextLengthError, QueueFullError, RequestError
+from leyden.engine.loop import run_loop
+from leyden.engine.messages import AbortRequest, Shutdown, StepOutputs, ToEngine
 from leyden.engine.sequence import Status
 from leyden.models.backends import LINEAR_BACKENDS
 from tiny_models import VOCAB, greedy, random_prompt
@@ -430,3 +434,67 @@ def test_who_waits_too_long_for_its_start_is_refused_and_who_has_started_is_not(
     clock[0] += 1000
     answers = drain(core)
     assert {name: each.finish_reason for name, each in answers.items()} == {"running": "length", "patient": "length"}
+
+
+# -- a device slower than the host ------------------------------------------------------------------------------
+
+
+class SlowDevice:
+    """Completes a step only when the host waits for it. `launched`: the requests of each step, in order."""
+
+    def __init__(self, core: EngineCore, on_completion: Callable[[int], None]) -> None:
+        self.launched: list[list[str]] = []
+        self.num_completed = self.most_ahead = 0
+        self._launch, self._on_completion = core.runner.launch, on_completion
+        core.runner.launch = self.launch
+
+    def launch(self, batch):
+        step = self._launch(batch)
+        self.launched.append([each.request_id for each in batch.sequences])
+        self.most_ahead = max(self.most_ahead, len(self.launched) - self.num_completed)
+        if step.sampled is not None:  # else the host has nothing to wait for
+            step.sampled = Awaited(step.sampled, self.complete)
+        return step
+
+    def complete(self) -> None:
+        self.num_completed += 1
+        self._on_completion(self.num_completed)
+
+
+class Awaited:
+    def __init__(self, sampled, on_wait: Callable[[], None]) -> None:
+        self._sampled, self._on_wait = sampled, on_wait
+
+    def wait(self):
+        self._on_wait()
+        return self._sampled.wait()
+
+
+def test_the_engine_listens_while_the_device_computes_a_long_prompt(tiny):
+    """A prompt of 50 chunks, none of which draws a token but the last."""
+    core = make_core(tiny.folder, async_scheduling=True, max_num_batched_tokens=4)
+    inbox: list[ToEngine] = [request("long", random_prompt(200, 1), max_tokens=1)]
+    read_at: list[int] = []  # steps launched by then
+    first_tokens: dict[str, int] = {}
+
+    def send_at_the_third(num_completed: int) -> None:
+        if num_completed == 3:
+            inbox.extend([AbortRequest("long"), request("short", [1, 2, 3], max_tokens=1)])
+
+    device = SlowDevice(core, send_at_the_third)
+
+    def receive(wait: bool) -> list[ToEngine]:
+        messages, inbox[:] = inbox.copy(), []
+        if messages:
+            read_at.append(len(device.launched))
+        return messages or ([Shutdown()] if wait else [])
+
+    def note(message) -> None:
+        if isinstance(message, StepOutputs):
+            first_tokens.update(dict.fromkeys([o.request_id for o in message.outputs], len(device.launched)))
+
+    run_loop(core, receive, note)
+    assert device.most_ahead == 2
+    assert read_at == [0, 4], "with the third complete, one more step was under way"
+    assert "long" not in [name for step in device.launched[4:] for name in step]
+    assert first_tokens == {"short": 5}
