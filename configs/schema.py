@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from .other_names import hint_for
+
 LinearBackendName = Literal["auto", "minimax", "seg_la", "replay"]
 ToolCallParserName = Literal["auto", "none", "minimax", "hermes", "kimi_k2"]
 ReasoningParserName = Literal["auto", "none", "think"]
@@ -195,6 +197,12 @@ class ServerConfig(_Numbers):
     )
     stats_interval: float = Field(5.0, ge=0, description="seconds between throughput lines while busy; 0 = never")
 
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _one_key_need_not_be_a_list(cls, value: Any) -> Any:
+        """A text holds keys separated by commas, as in the environment."""
+        return _as_list(value) if isinstance(value, str) else value
+
 
 class Settings(EngineConfig, ServerConfig):
     """Every setting."""
@@ -217,7 +225,8 @@ def load_settings(
         ("command line", flags),
     ):
         for key, value in values.items():
-            _check_known(key, source)
+            if key not in Settings.model_fields:
+                raise SettingsError(f"unknown setting {key!r} ({source}); {what_was_meant(key, Settings.model_fields)}")
             merged[key] = value
             sources[key] = source
     try:
@@ -286,12 +295,10 @@ def _as_list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _check_known(key: str, source: str) -> None:
-    if key in Settings.model_fields:
-        return
-    near = nearest(key, Settings.model_fields)
-    hint = f"did you mean {near!r}?" if near else f"known settings: {', '.join(sorted(Settings.model_fields))}"
-    raise SettingsError(f"unknown setting {key!r} ({source}); {hint}")
+def what_was_meant(key: str, known: Iterable[str]) -> str:
+    """The hint for a setting that is not among the known ones."""
+    near = nearest(key, known)
+    return hint_for(key) or (f"did you mean {near!r}?" if near else f"known settings: {', '.join(sorted(known))}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from ..configs.schema import EngineConfig
+from ..configs.schema import EngineConfig, what_was_meant
 from .core import EngineCore
 from .detokenizer import TextStream
 from .errors import ConfigError, RequestError
@@ -57,6 +57,9 @@ class LLM:
     """
 
     def __init__(self, model: str = "demo", **settings: Any) -> None:
+        for name in settings:
+            if name not in EngineConfig.model_fields:
+                raise ConfigError(f"unknown setting {name!r}; {what_was_meant(name, EngineConfig.model_fields)}")
         try:
             config = EngineConfig(model=model, **({"mixed_prefill_tokens": NO_LIMIT} | settings))
         except ValidationError as error:
@@ -73,8 +76,8 @@ class LLM:
         cache_salt: str | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Continue each prompt (text or token ids), in order. One `params` for all, or one each. They share the prefix
-        cache with those of the same `cache_salt`.
+        """Continue each prompt (text or token ids). One `params` for all, or one each. They share the prefix cache with
+        those of the same `cache_salt`. Returns the answers in the order of the prompts, `n` of them for each.
 
         Raises `RequestError` for a prompt that cannot be served; the others are then not run either. `TypeError` for
         what is none.
@@ -84,7 +87,8 @@ class LLM:
         each = params if isinstance(params, list) else [params or SamplingParams()] * len(ids)
         if len(each) != len(ids):
             raise RequestError(f"{len(ids)} prompts but {len(each)} sampling params; give one, or one each", "params")
-        requests = [self._request(prompt, one, cache_salt) for prompt, one in zip(ids, each, strict=True)]
+        choices = [(prompt, one.choice(j)) for prompt, one in zip(ids, each, strict=True) for j in range(one.n)]
+        requests = [self._request(prompt, choice, cache_salt) for prompt, choice in choices]
         return self._run(requests, progress)
 
     def chat(

@@ -17,7 +17,7 @@ SEED_BOUND = 2**63
 MAX_SHOWN_CHARS = 80
 
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_INTEGERS = ("top_k", "min_tokens")
+_INTEGERS = ("n", "top_k", "min_tokens")
 _OPTIONAL_INTEGERS = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 _BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 
@@ -29,9 +29,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     makes the drawn tokens a function of the sequence alone, whatever else is in the batch. `logprobs` is the number of
     alternatives to report per token (0 = the chosen token alone, None = off); `prompt_logprobs` the same for the
     prompt. `grammar` says what the answer may be, in llguidance's Lark (`engine.grammar` makes it of JSON schemas and
-    the like). max_tokens 0 computes the prompt and stops; None means up to the context length.
+    the like). max_tokens 0 computes the prompt and stops; None means up to the context length. `stop` may be a single
+    string. `n` is the number of answers to a prompt: the engine's sequence is one of them, and `choice` gives its
+    params.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -53,7 +56,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     grammar: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
         self._check_types()
+        _check_range("n", self.n, 1, 2**31 - 1)
         _check_range("temperature", self.temperature, 0.0, 100.0)
         _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_range("top_k", self.top_k, -1, 2**31 - 1)
@@ -121,6 +127,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             )
         for bias in self.logit_bias.values():
             _check_range("logit_bias", bias, -100.0, 100.0)
+
+    def choice(self, j: int) -> SamplingParams:
+        """The params of choice j of n. The choices of one seed differ, yet each repeats: choice j draws with seed + j,
+        wrapped to 64 bits."""
+        seed = None if self.seed is None else (self.seed + j + SEED_BOUND) % (2 * SEED_BOUND) - SEED_BOUND
+        return msgspec.structs.replace(self, n=1, seed=seed)
 
     @property
     def is_penalised(self) -> bool:

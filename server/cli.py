@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_origin
 from pydantic import BaseModel
 
 from .. import __version__
+from ..configs.other_names import hint_for
 from ..configs.schema import EngineConfig, Settings, SettingsError, load_settings, nearest
 from ..engine.errors import LeydenError
 from .bench.command import add_bench
@@ -40,12 +41,22 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
-        wrong = unknown.split("=")[0].split(" ")[0]
-        near = nearest(wrong, self._option_string_actions) if wrong.startswith("-") else None
-        if not near and (choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)):
+        flags = [word.split("=")[0] for word in unknown.split(" ") if word.startswith("-")]
+        hints = [f"{flag}: {hint}" if len(flags) > 1 else hint for flag in flags if (hint := self._hint(flag))]
+        if choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             near = nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
-        hint = f" (did you mean {near}?)" if near else f"; see {self.prog} --help"
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}{hint}\n")
+            hints += [f"did you mean {near}?"] if near else []
+        told = f" ({'; '.join(hints)})" if hints else f"; see {self.prog} --help"
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}{told}\n")
+
+    def _hint(self, flag: str) -> str | None:
+        """What to write for a flag that is not there."""
+        if flag == "--model" and self._get_positional_actions():
+            return f"the model comes without a flag: {self.prog} MODEL"
+        if told := hint_for(flag, as_flags=True):
+            return told
+        near = nearest(flag, self._option_string_actions)
+        return f"did you mean {near}?" if near else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

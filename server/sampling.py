@@ -7,7 +7,7 @@ from typing import Any
 
 from ..engine.errors import ContextLengthError, RequestError
 from ..engine.messages import EngineInfo
-from ..engine.sampling_params import SEED_BOUND, SamplingParams
+from ..engine.sampling_params import SamplingParams
 from .prompts import Prompt
 from .protocol import GenerationRequest
 from .state import ServerState
@@ -59,13 +59,13 @@ def make_jobs(
     for prompt_index, prompt in enumerate(prompts):
         num_left = state.llm.client.info.max_model_len - len(prompt.token_ids)
         fields["max_tokens"] = _fit_context(asked, default_max_tokens, len(prompt.token_ids), num_left)
+        params = SamplingParams(**fields, seed=request.seed)
         for j in range(request.n):
-            params = SamplingParams(**fields, seed=_seed_of(request.seed, j))
             job = Job(
                 index=prompt_index * request.n + j,
                 prompt_index=prompt_index,
                 prompt_token_ids=prompt.token_ids,
-                params=params,
+                params=params.choice(j),
                 priority=request.priority,
                 n=request.n,
                 shown_ids=shown_ids,
@@ -145,10 +145,3 @@ def _fit_context(asked: tuple[str, int | None], default: int | None, num_prompt:
             name,
         )
     return num_left if default is None else min(default, num_left)
-
-
-def _seed_of(seed: int | None, j: int) -> int | None:
-    """Choices of one request differ, yet each repeats: choice j draws with seed + j, wrapped to 64 bits."""
-    if seed is None:
-        return None
-    return (seed + j + SEED_BOUND) % (2 * SEED_BOUND) - SEED_BOUND

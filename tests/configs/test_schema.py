@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from leyden.configs import other_names
 from leyden.configs.schema import EngineConfig, ServerConfig, Settings, SettingsError, load_settings
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -73,12 +75,13 @@ def test_api_keys_in_the_environment_are_a_list_with_commas(text, keys):
     assert load(environ={"LEYDEN_API_KEY": text}).api_key == keys
 
 
-def test_api_keys_in_yaml_are_a_list(tmp_path):
-    assert load(text="api_key: [a, b]", folder=tmp_path).api_key == ["a", "b"]
+@pytest.mark.parametrize(("text", "keys"), [("[a, b]", ["a", "b"]), ("secret1", ["secret1"]), ("a, b", ["a", "b"])])
+def test_api_keys_in_yaml_are_a_list_or_a_text(tmp_path, text, keys):
+    assert load(text=f"api_key: {text}", folder=tmp_path).api_key == keys
 
 
 def test_secrets_are_not_repeated_in_an_error(tmp_path):
-    message = refused("api_key", text="api_key: sk-very-secret", folder=tmp_path)
+    message = refused("api_key", text="api_key: {sk-very-secret: 1}", folder=tmp_path)
     assert "sk-very-secret" not in message
     message = refused("api_key", text="api_key: [[sk-very-secret]]", folder=tmp_path)
     assert "sk-very-secret" not in message
@@ -107,6 +110,20 @@ def test_unknown_key_is_named_with_its_source_and_a_suggestion(tmp_path):
 )
 def test_the_setting_that_was_meant_is_suggested(word, meant):
     refused(f"did you mean {meant!r}?", flags={word: 1})
+
+
+def test_another_engines_name_for_a_setting_is_answered_by_ours(tmp_path):
+    text = "gpu_memory_utilization: 0.9"
+    refused("settings.yaml", "the setting is memory_fraction here", text=text, folder=tmp_path)
+    refused("the prefix cache is off with prefix_cache: false", flags={"no_enable_prefix_caching": True})
+    refused("CUDA graphs are off with cuda_graphs: false", environ={"LEYDEN_ENFORCE_EAGER": "1"})
+
+
+def test_hints_for_other_engines_name_settings_that_exist():
+    spelled = {name for text in other_names.ANSWERS.values() for name in re.findall(r"\{(\w+)\}", text)}
+    named = set(other_names.RENAMED.values()) | {name.removeprefix("no_") for name in spelled}
+    assert named <= set(Settings.model_fields)
+    assert not (other_names.RENAMED.keys() | other_names.ANSWERS.keys()) & set(Settings.model_fields), "known already"
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,21 @@ def test_each_prompt_may_bring_its_params(llm):
         llm.generate([[1]] * 2, each)
 
 
+def test_each_prompt_gets_n_answers_that_repeat_by_their_seed(llm):
+    params = SamplingParams(n=3, seed=5, max_tokens=6)
+    answers = llm.generate([[1, 2], [3]], [params, SamplingParams(max_tokens=1)])
+    assert [answer.prompt_token_ids for answer in answers] == [[1, 2]] * 3 + [[3]]
+    alone = [llm.generate([1, 2], SamplingParams(seed=5 + j, max_tokens=6))[0] for j in range(3)]
+    assert [answer.token_ids for answer in answers[:3]] == [answer.token_ids for answer in alone]
+    assert len({tuple(answer.token_ids) for answer in answers[:3]}) == 3
+
+
+def test_one_stop_string_need_not_be_a_tuple(llm):
+    whole = SamplingParams(temperature=0.0, max_tokens=40, stop="no such text in an answer")
+    assert whole.stop == ("no such text in an answer",)
+    assert llm.generate([1, 2], whole)[0].finish_reason == "length"
+
+
 def test_stop_string_cuts_the_text_and_frees_the_engine(llm):
     params = {"temperature": 0.0, "max_tokens": 100, "logit_bias": dict.fromkeys(range(256, 320), -100.0)}
     [whole] = llm.generate([[1, 2]], SamplingParams(**params))
@@ -164,7 +179,9 @@ def test_request_with_nan_fails_alone(llm, tiny):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"max_num_seq": 4}, "max_num_seq"),
+        ({"max_num_seq": 4}, "unknown setting 'max_num_seq'; did you mean 'max_num_seqs'"),
+        ({"gpu_memory_utilization": 0.9}, "the setting is memory_fraction here"),
+        ({"port": 8000}, "unknown setting 'port'"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"device": "tpu"}, "device"),
         ({"max_model_len": 10**6}, "max_model_len"),
