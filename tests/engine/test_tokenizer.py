@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from leyden.engine import tokenizer as tokenizer_module
 from leyden.engine.errors import CheckpointError, RequestError
 from leyden.engine.tokenizer import Tokenizer
+from leyden.models.checkpoint import resolve
 from tiny_models import CHAT_TEMPLATE, CONTROL, byte_tokenizer
 from transformers import AutoTokenizer
 
@@ -122,11 +123,79 @@ def test_no_beginning_is_told_where_there_is_none(tokenizer, messages):
     assert tokenizer.encode_conversation(messages)[1] == 0
 
 
-def test_beginnings_are_remembered_within_a_bound(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "MAX_BEGINNINGS", 2)
-    for text in ("a", "b", "c", "a"):
-        tokenizer.encode_conversation([{"role": "system", "content": text * 9}, {"role": "user", "content": "x"}])
-        assert len(tokenizer._beginnings) <= 2
+SYSTEM_PROMPTS = ["Be kind.", "Be kind <|end|> and brief. " * 40]
+QUESTIONS = ["x", " x", "\nWhy?", "Größe " * 9, "<|end|>", "A long question. " * 200]
+
+
+@pytest.mark.parametrize("folder", ["tiny", "demo"])
+@pytest.mark.parametrize("system", SYSTEM_PROMPTS, ids=["short", "long"])
+def test_a_beginning_is_the_same_tokens_whatever_is_asked_then(tiny, folder, system):
+    """One token per byte, and merges; the beginning is the shorter side of the text, and the longer."""
+    tokenizer = Tokenizer(tiny.folder if folder == "tiny" else resolve("demo", None))
+    chats = [[{"role": "system", "content": system}, {"role": "user", "content": text}] for text in QUESTIONS]
+    told = [tokenizer.encode_conversation(chat) for chat in chats]
+    begun = [ids[:length] for ids, length in told]
+    longest = max(begun, key=len)
+    assert all(longest[: len(each)] == each for each in begun)
+    assert all(len(longest) - len(each) <= tokenizer_module.MAX_CHANGED for each in begun)
+    shared = list(
+        itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(ids for ids, _ in told), strict=False))
+    )
+    assert len(shared) - 3 <= len(longest) <= len(shared)
+
+
+def test_a_text_that_begins_otherwise_on_its_own_has_its_beginning_told_short_or_not_at_all(tokenizer, monkeypatch):
+    chat = [{"role": "system", "content": "s" * 50}, {"role": "user", "content": "question"}]
+    encode, expected = tokenizer_module._encode, tokenizer.encode_conversation(chat)[1]
+
+    def encode_with_a_prefix(num_tokens):
+        def encode_alone(backend, text, add_special_tokens):
+            ids = encode(backend, text, add_special_tokens)
+            return [7] * num_tokens + ids if text.startswith("question") else ids
+
+        return encode_alone
+
+    for num_tokens, told in ((0, expected), (1, expected - 2), (9, 0)):
+        monkeypatch.setattr(tokenizer_module, "_encode", encode_with_a_prefix(num_tokens))
+        assert tokenizer.encode_conversation(chat)[1] == told
+
+
+def test_no_conversation_waits_for_another_to_be_tokenized(tokenizer, monkeypatch):
+    encode, has_begun, may_end = tokenizer_module._encode, threading.Event(), threading.Event()
+
+    def encode_long_text_for_ever(backend, text, add_special_tokens):
+        if len(text) > 100:
+            has_begun.set()
+            assert may_end.wait(20)
+        return encode(backend, text, add_special_tokens)
+
+    monkeypatch.setattr(tokenizer_module, "_encode", encode_long_text_for_ever)
+    chats = [[{"role": "system", "content": text}, {"role": "user", "content": "x"}] for text in ("long" * 99, "short")]
+    threads = [threading.Thread(target=tokenizer.encode_conversation, args=(chat,), daemon=True) for chat in chats]
+    threads[0].start()
+    assert has_begun.wait(20)
+    threads[1].start()
+    threads[1].join(20)
+    try:
+        assert not threads[1].is_alive(), "a short chat waited for a long one"
+    finally:
+        may_end.set()
+        threads[0].join()
+
+
+def test_a_long_beginning_is_tokenized_once(tokenizer, monkeypatch):
+    encode, num_chars = tokenizer_module._encode, []
+
+    def counting(backend, text, add_special_tokens):
+        num_chars.append(len(text))
+        return encode(backend, text, add_special_tokens)
+
+    monkeypatch.setattr(tokenizer_module, "_encode", counting)
+    for sizes in ((5000, 3), (3, 5000)):
+        num_chars.clear()
+        system, question = ("x" * size for size in sizes)
+        tokenizer.encode_conversation([{"role": "system", "content": system}, {"role": "user", "content": question}])
+        assert sum(num_chars) < 5200
 
 
 @pytest.mark.parametrize("text", ATTACKS)
