@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from engines import assert_nothing_held
 from leyden import LLM, SamplingParams
@@ -197,3 +200,20 @@ def test_wrong_setting_is_a_config_error_that_names_it(tiny, settings, words):
 def test_missing_folder_is_a_checkpoint_error(tmp_path):
     with pytest.raises(CheckpointError, match="neither a folder"):
         LLM(str(tmp_path / "nowhere"))
+
+
+def test_the_examples_of_the_page_run():
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec("\n".join(examples), names)
+    assert len(examples) == 2 and names["best"] in names["stories"] and names["reply"].text
+
+
+def test_the_page_tells_every_sampling_parameter_and_its_default():
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    told: dict[str, str] = {}
+    for fields, defaults in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]*) \|", page, re.MULTILINE):
+        told |= zip(re.findall(r"\w+", fields), re.findall(r"[\w.()]+", defaults), strict=False)
+    defaults = {field: repr(getattr(SamplingParams(), field)) for field in SamplingParams.__struct_fields__}
+    assert {name: told.get(name) for name in defaults} == defaults
