@@ -50,6 +50,12 @@ class EngineConfig(_Numbers):
 
     model: str = Field(DEMO_MODEL, description="checkpoint folder, hub id, or 'demo' for the embedded model")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    tokenizer: Path | None = Field(
+        None, description="folder whose tokenizer and chat template are taken; default: the model's own"
+    )
+    chat_template: Path | None = Field(
+        None, description="file whose Jinja template renders conversations; default: the tokenizer's own"
+    )
     load_format: Literal["auto", "dummy"] = Field(
         "auto", description="dummy = random weights made on the device, to measure speed from a config.json alone"
     )

@@ -272,7 +272,7 @@ def grammar_compiler(config: EngineConfig) -> GrammarCompiler:
 
     def load() -> Any:
         folder = resolve(config.model, config.revision, weights=False)
-        return Tokenizer(folder).for_grammars(read_config(folder).vocab_size)
+        return Tokenizer.of(config).for_grammars(read_config(folder).vocab_size)
 
     return GrammarCompiler(load)
 

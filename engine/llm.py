@@ -64,8 +64,8 @@ class LLM:
             config = EngineConfig(model=model, **({"mixed_prefill_tokens": NO_LIMIT} | settings))
         except ValidationError as error:
             raise ConfigError("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
+        self.tokenizer = Tokenizer.of(config)  # first: what is wrong with it should not cost the loading of a model
         self.core = EngineCore(config, progress=False)
-        self.tokenizer = Tokenizer(self.core.runner.folder)
         self._count = 0
 
     def generate(

@@ -16,8 +16,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..models.checkpoint import read_config, read_generation_config, read_json
+from ..configs.schema import EngineConfig
+from ..models.checkpoint import GENERATION_FILE, read_config, read_generation_config, resolve
 from .errors import CheckpointError, RequestError
+from .sampling_params import SamplingParams
+from .tokenizer_files import load_tokenizer
 
 logger = logging.getLogger("leyden.engine")
 
@@ -29,21 +32,17 @@ _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalt
 class Tokenizer:
     """A fast Hugging Face tokenizer with its chat template. Thread-safe; no code of the checkpoint is run."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises `CheckpointError` when the folder holds no tokenizer that works without its own code."""
-        config_eos = read_config(folder).eos_token_ids
-        from tokenizers import Tokenizer as Backend
-        from transformers import AutoTokenizer
+    def __init__(self, folder: Path, tokenizer: Path | None = None, chat_template: Path | None = None) -> None:
+        """Of the checkpoint in `folder`. `tokenizer`: another folder, whose tokenizer and template are taken;
+        `chat_template`: a file that is taken for the template.
 
-        try:
-            self._hf: Any = AutoTokenizer.from_pretrained(
-                str(folder), config=_config_of_unknown_type(folder), trust_remote_code=False, use_fast=True
-            )
-            source = self._hf.backend_tokenizer.to_str()
-        except Exception as error:  # transformers raises many kinds; all mean that this folder has no usable tokenizer
-            if not (folder / "tokenizer.json").exists():
-                raise CheckpointError(f"{folder} has no tokenizer.json; copy the checkpoint's there") from error
-            raise CheckpointError(f"{folder}: cannot load a tokenizer: {error}") from error
+        Raises `CheckpointError` when there is no tokenizer that works without code of its own, or a broken template.
+        """
+        config = read_config(folder)
+        from tokenizers import Tokenizer as Backend
+
+        self._hf: Any = load_tokenizer(tokenizer or folder, chat_template)
+        source = self._hf.backend_tokenizer.to_str()
         self._with_control: Any = Backend.from_str(source)
         self._as_text: Any = Backend.from_str(source)
         self._as_text.encode_special_tokens = True
@@ -57,13 +56,21 @@ class Tokenizer:
         self.vocab_size = int(self._with_control.get_vocab_size(with_added_tokens=True))
         self.bos_token_id: int | None = self._hf.bos_token_id
         own_eos = () if self._hf.eos_token_id is None else (self._hf.eos_token_id,)
-        self.eos_token_ids = frozenset(own_eos) | frozenset(config_eos)
-        generation = read_generation_config(folder)
-        self.default_sampling: dict[str, float | int] = {
-            name: generation[name] for name in _SAMPLING_FIELDS if generation.get(name) is not None
-        }
-        if generation.get("do_sample") is False:
-            self.default_sampling = {}
+        self.eos_token_ids = frozenset(own_eos) | frozenset(config.eos_token_ids)
+        self.default_sampling = _default_sampling(folder)
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Tokenizer:
+        """The one that the settings name. Raises `CheckpointError`, also for ids that the model does not have."""
+        folder = resolve(config.model, config.revision, weights=False)
+        made = cls(folder, config.tokenizer, config.chat_template)
+        bound = read_config(folder).vocab_size
+        if config.tokenizer is not None and made.vocab_size > bound:
+            raise CheckpointError(
+                f"the tokenizer in {config.tokenizer} has {made.vocab_size} tokens, the model {bound}; "
+                "give the tokenizer of this model by --tokenizer, or leave it out"
+            )
+        return made
 
     def for_grammars(self, vocab_size: int) -> Any:
         """The vocabulary as llguidance wants it, of as many ids as the model has logits. Takes a while.
@@ -249,13 +256,17 @@ class Tokenizer:
         return any(end in self._control_prefixes and not end[0].isalnum() for end in ends)
 
 
-def _config_of_unknown_type(folder: Path) -> Any:
-    """What transformers makes of a config.json whose type it does not know, without its warning of that. None where it
-    does know the type, which may decide the class of the tokenizer."""
-    from transformers import CONFIG_MAPPING, PretrainedConfig
-
-    config = read_json(folder / "config.json")
-    return None if config.get("model_type") in CONFIG_MAPPING else PretrainedConfig.from_dict(config)
+def _default_sampling(folder: Path) -> dict[str, float | int]:
+    """What generation_config.json says of sampling. Raises `CheckpointError` for values that no request may have."""
+    generation = read_generation_config(folder)
+    if generation.get("do_sample") is False:
+        return {}
+    given = {name: generation[name] for name in _SAMPLING_FIELDS if generation.get(name) is not None}
+    try:
+        SamplingParams(**given)
+    except RequestError as error:
+        raise CheckpointError(f"{folder / GENERATION_FILE}: {error}") from None
+    return given
 
 
 def _encode(backend: Any, text: str, add_special_tokens: bool) -> list[int]:

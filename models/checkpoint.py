@@ -11,8 +11,10 @@ from .config import ModelConfig, token_ids
 from .errors import CheckpointError
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
-SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+SMALL_FILES = ["*.json", "*.jinja", "additional_chat_templates/*.jinja", "tokenizer.model", "*.txt"]
 WEIGHT_FILES = ["*.safetensors"]
+GENERATION_FILE = "generation_config.json"
+POINTER_START = b"version https://git-lfs.github.com/spec/"
 
 
 def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -58,14 +60,36 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
         raise CheckpointError(f"cannot get {model!r} from the hub: {reason}; {remedy}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `CheckpointError` when the file is missing, unreadable or something else."""
+def refuse_pointer(path: Path) -> None:
+    """Raises `CheckpointError` when git-lfs has left a pointer where the file itself should be."""
+    with path.open("rb") as file:
+        is_pointer = file.read(len(POINTER_START)) == POINTER_START
+    if is_pointer:
+        raise CheckpointError(
+            f"{path} is not the file itself but a pointer of git-lfs; fetch the file by 'git lfs pull' in that folder"
+        )
+
+
+def read_text(path: Path) -> str:
+    """Raises `CheckpointError` when the file is missing, unreadable, a pointer of git-lfs, or not UTF-8."""
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        refuse_pointer(path)
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `CheckpointError` when the file is missing, unreadable or something else."""
+    text = read_text(path)
+    try:
+        loaded = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        is_cut = not text.rstrip().endswith("}")
+        remedy = "; it is cut off, perhaps by an incomplete download: fetch it again" if is_cut else ""
+        raise CheckpointError(f"{path} is not valid JSON: {error}{remedy}") from None
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got a {type(loaded).__name__}")
     return loaded
@@ -74,12 +98,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> ModelConfig:
     """The model's normal form, with the stop ids of generation_config.json joined in. Raises `CheckpointError`."""
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
-    generation = read_generation_config(folder)
-    eos = dict.fromkeys(config.eos_token_ids + token_ids(generation.get("eos_token_id")))
+    more = token_ids(read_generation_config(folder).get("eos_token_id"), GENERATION_FILE)
+    eos = dict.fromkeys(config.eos_token_ids + more)
     return replace(config, eos_token_ids=tuple(eos))
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """generation_config.json, or nothing when the checkpoint has none."""
-    path = folder / "generation_config.json"
+    path = folder / GENERATION_FILE
     return read_json(path) if path.exists() else {}

@@ -187,11 +187,11 @@ class Fields:
         return default
 
 
-def token_ids(value: Any) -> tuple[int, ...]:
-    """eos_token_id is an int, a list or null."""
+def token_ids(value: Any, file: str = "config.json") -> tuple[int, ...]:
+    """eos_token_id is an int, a list or null. Raises `CheckpointError`, which names `file`."""
     if value is None:
         return ()
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
-        raise CheckpointError(f"config.json: eos_token_id must be an integer or a list of them, got {value!r}")
+        raise CheckpointError(f"{file}: eos_token_id must be an integer or a list of them, got {value!r}")
     return tuple(dict.fromkeys(values))

@@ -27,8 +27,17 @@ KINDS = {  # where the kind's own name says less
 }
 
 
-def banner(info: EngineInfo, *, name: str, address: str, needs_key: bool, can_chat: bool) -> str:
-    """The lines printed once the server answers; the last are a command to try. `can_chat`: it has a chat template."""
+def banner(
+    info: EngineInfo,
+    *,
+    name: str,
+    address: str,
+    needs_key: bool,
+    can_chat: bool,
+    config: EngineConfig | None = None,
+) -> str:
+    """The lines printed once the server answers; the last are a command to try. `can_chat`: it has a chat template.
+    `config`: the settings, whose files are named where they replace the checkpoint's own."""
     kv_tokens = info.num_kv_blocks * info.block_size
     lines = [
         f"Leyden serves {name} ({info.architecture}, {_count(info.num_parameters)} parameters)",
@@ -40,6 +49,7 @@ def banner(info: EngineInfo, *, name: str, address: str, needs_key: bool, can_ch
         f"context {info.max_model_len:,}",
         f"  prefixes  {_checkpoints(info.num_checkpoints, info.num_host_checkpoints, info.memory.checkpoints)}",
         *_drafts("drafts   ", info.speculative_tokens, info.speculative_max_rows),
+        *(_replaced(config, 9) if config else ()),
         *(f"  note      {note}" for note in info.notes),
         f"  address   {address}",
         f"  browser   {address}/playground to try it, {address}/docs for the API",
@@ -66,14 +76,16 @@ def _example(name: str, address: str, *, needs_key: bool, can_chat: bool) -> lis
 
 
 def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
-    """Layers, parameters, bytes per sequence and token, and how many sequences fit. Loads no weights,
-    but looks whether those that are there are the ones that the config asks for.
+    """Layers, parameters, bytes per sequence and token, and how many sequences fit. Loads no weights, but looks whether
+    those that are there are the ones that the config asks for, and whether the tokenizer that is there can be loaded.
 
     Raises `CheckpointError` or `ConfigError`.
     """
     import torch
 
     from ..engine.device import pick_device, pick_dtype
+    from ..engine.tokenizer import Tokenizer
+    from ..engine.tokenizer_files import TOKENIZER_FILE
     from ..kernels import load
     from ..models.backends import LINEAR_BACKENDS
     from ..models.checkpoint import read_config, resolve
@@ -89,6 +101,8 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     model = FAMILIES[model_config.architecture].module()(
         model_config, kernels, backend, device=torch.device("meta"), dtype=dtype
     )
+    if (folder / TOKENIZER_FILE).exists() or config.tokenizer or config.chat_template:
+        Tokenizer.of(config)
     if config.load_format != "dummy" and has_weights(folder):
         check_weights(folder, model.targets(), ignored=model.ignored_names())
     weight_bytes = sum(p.nbytes for p in model.parameters())
@@ -98,6 +112,7 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     kv = model_config.kv_bytes_per_token(dtype.itemsize)
     lines = [
         f"{folder}",
+        *_replaced(config, 18),
         f"  architecture       {model_config.architecture}",
         f"  layers             {len(model_config.linear_layers)} lightning, {len(model_config.full_layers)} softmax",
         f"  parameters         {_count(sum(p.numel() for p in model.parameters()))} ({_size(weight_bytes)} in "
@@ -175,6 +190,12 @@ def _checkpoints(num: int, num_on_host: int, num_bytes: int) -> str:
     each = num_bytes // num
     on_host = f", and {num_on_host:,} on the host, {_size(num_on_host * each)}" if num_on_host else ""
     return f"{num:,} state checkpoints of {_size(each)}, {_size(num_bytes)}{on_host}"
+
+
+def _replaced(config: EngineConfig, width: int) -> list[str]:
+    """A line for each file or folder that is taken instead of the checkpoint's own."""
+    given = {"tokenizer": config.tokenizer, "template": config.chat_template}
+    return [f"  {name:{width}} {path}" for name, path in given.items() if path is not None]
 
 
 def _drafts(name: str, num_tokens: int, max_rows: int) -> list[str]:

@@ -76,7 +76,8 @@ async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | N
         grammars.wait()
         address = _address(*listener.getsockname()[:2])
         needs_key, can_chat = _needs_key(settings), tokenizer.has_chat_template
-        print(banner(info, name=name, address=address, needs_key=needs_key, can_chat=can_chat), flush=True)
+        text = banner(info, name=name, address=address, needs_key=needs_key, can_chat=can_chat, config=settings)
+        print(text, flush=True)
         return await Service(settings, client, app).run(listener, interrupted)
     except EngineDeadError as error:
         logger.error("the engine did not start: %s", error)
@@ -91,7 +92,7 @@ async def _start(client: ProcessClient, settings: Settings) -> tuple[EngineInfo,
     starting = asyncio.create_task(client.start())
     try:
         folder = await asyncio.to_thread(resolve, settings.model, settings.revision, weights=False)
-        tokenizer = await asyncio.to_thread(Tokenizer, folder)
+        tokenizer = await asyncio.to_thread(Tokenizer.of, settings.engine())
         grammars = GrammarCompiler(partial(tokenizer.for_grammars, read_config(folder).vocab_size))
         grammars.prepare()
         return await starting, tokenizer, grammars

@@ -9,15 +9,19 @@ import logging
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from leyden.configs.schema import EngineConfig
 from leyden.engine import tokenizer as tokenizer_module
 from leyden.engine.errors import CheckpointError, RequestError
 from leyden.engine.tokenizer import Tokenizer
 from leyden.models.checkpoint import resolve
 from tiny_models import CHAT_TEMPLATE, CONTROL, byte_tokenizer
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 ATTACKS = [
@@ -386,6 +390,60 @@ def test_stop_ids_are_joined_from_config_generation_config_and_tokenizer(tiny, t
     assert tokenizer.eos_token_ids == {3, 4, 5, hf.eos_token_id}
 
 
+OWN_TEMPLATE = "own: {{ messages[0].content }}"
+BROKEN = {  # what is written where, and what is said of which file
+    "template": ("chat_template.jinja", "{% for m in messages %}\n{{ m }", "chat_template.jinja", "broken at line 2"),
+    "filter": ("chat_template.jinja", "{{ messages | nofilter }}", "chat_template.jinja", "No filter named"),
+    "template's bytes": ("chat_template.jinja", b"\xff", "chat_template.jinja", "is not UTF-8"),
+    "another template": ("additional_chat_templates/rag.jinja", "{% if %}", "rag.jinja", "broken at line 1"),
+    "template in the config": (
+        "tokenizer_config.json",
+        '{"chat_template": "{% if %}"}',
+        "tokenizer_config.json",
+        "line 1",
+    ),
+    "no template": ("tokenizer_config.json", '{"chat_template": 7}', "tokenizer_config.json", "must be a string"),
+    "config": ("tokenizer_config.json", '{"bos_token": ', "tokenizer_config.json", "incomplete download"),
+    "map": ("special_tokens_map.json", "[]", "special_tokens_map.json", "must hold a JSON object"),
+    "tokenizer": ("tokenizer.json", '{"version": "1.0"', "tokenizer.json", "incomplete download"),
+    "pointer": ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid", "tokenizer.json", "git lfs pull"),
+    "sampling": ("generation_config.json", '{"temperature": "hot"}', "generation_config.json", "temperature must be"),
+    "stops": ("generation_config.json", '{"eos_token_id": "x"}', "generation_config.json", "eos_token_id must be"),
+    "cut off": ("generation_config.json", "{", "generation_config.json", "incomplete download"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "file", "cause"), BROKEN.values(), ids=BROKEN)
+def test_broken_file_is_told_at_start_in_one_line_that_names_it(tiny, tmp_path, name, content, file, cause):
+    byte_tokenizer().save_pretrained(tmp_path)
+    shutil.copy(tiny.folder / "config.json", tmp_path)
+    if name == "tokenizer_config.json":
+        (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer(tmp_path)
+    message = str(caught.value)
+    assert file in message and cause in message and "\n" not in message
+
+
+def test_template_and_tokenizer_of_other_places_take_the_place_of_the_models_own(tiny, tokenizer, tmp_path):
+    shutil.copy(tiny.folder / "config.json", tmp_path)
+    hello = [{"role": "user", "content": "Hi"}]
+    lent = Tokenizer(tmp_path, tiny.folder)
+    assert lent.encode_chat(hello) == tokenizer.encode_chat(hello)
+    assert Tokenizer.of(EngineConfig(model=str(tmp_path), tokenizer=tiny.folder)).encode("x") == tokenizer.encode("x")
+    template = tmp_path / "other.jinja"
+    template.write_text(OWN_TEMPLATE)
+    ours = Tokenizer(tmp_path, tiny.folder, template)
+    assert ours.decode(ours.encode_chat(hello)) == "own: Hi" and ours.chat_template == OWN_TEMPLATE
+    template.write_text("{% if %}")
+    for wrong, cause in ((template, "broken at line 1"), (tmp_path / "none", "No such file")):
+        with pytest.raises(CheckpointError, match=cause) as caught:
+            Tokenizer(tmp_path, tiny.folder, wrong)
+        assert str(wrong) in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("generation", "expected"),
     [
@@ -401,20 +459,156 @@ def test_sampling_defaults_come_from_generation_config(tiny, tmp_path, generatio
     assert Tokenizer(tmp_path).default_sampling == expected
 
 
-def test_config_of_a_type_that_transformers_does_not_know_is_no_reason_to_warn(tiny, tokenizer, tmp_path, caplog):
-    byte_tokenizer().save_pretrained(tmp_path)
-    config = json.loads((tiny.folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "minimax_text_01"}))
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PIPELINES = {  # (pre-tokenizer, normalizer)
+    "split": (
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(CL100K), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+        None,
+    ),
+    "nfc": (pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.NFC()),
+    "prefix": (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
+}
+CLASSES = [
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
+    "Qwen2Tokenizer",
+    "LlamaTokenizer",
+    "PreTrainedTokenizerFast",
+    "EvilTokenizer",
+    None,
+]
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Backend]:
+    """A small byte-level BPE with a bos in its post-processor, for each pipeline."""
+    text = "Hello  world, it's 123456 o'clock; don't e\u0301cole \u00e9cole\n\n  return x\n"
+    made = {}
+    for name, (pre_tokenizer, normalizer) in PIPELINES.items():
+        backend = made[name] = Backend(models.BPE())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
+        if normalizer is not None:
+            backend.normalizer = normalizer
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=320, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
+        )
+        backend.train_from_iterator([text] * 3, trainer)
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        backend.enable_truncation(9)
+        backend.enable_padding(length=3, pad_token="<s>")
+    return made
+
+
+def folder_of(tiny, folder: Path, backend: Backend, **config) -> Path:
+    """A checkpoint of `backend` with this tokenizer_config.json. transformers does not know the type of its model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    model = json.loads((tiny.folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(model | {"model_type": "minimax_text_01"}))
+    return folder
+
+
+def size_of(backend: Backend) -> str:
+    """The next token's id, as a key."""
+    return str(backend.get_vocab_size())
+
+
+@pytest.fixture(scope="module")
+def of_every_class(tiny, trained, tmp_path_factory) -> list[tuple[Tokenizer, Backend]]:
+    """For each pipeline and each class that tokenizer_config.json may name: ours, and what the file itself says."""
+    pairs = []
+    for (pipeline, backend), named in itertools.product(trained.items(), CLASSES):
+        added = {"0": {"content": "<s>", "special": True}, size_of(backend): {"content": "<|call|>", "special": True}}
+        folder = folder_of(
+            tiny,
+            tmp_path_factory.mktemp("classes") / f"{pipeline}-{named}",
+            backend,
+            tokenizer_class=named,
+            auto_map={"AutoTokenizer": ["tokenization_evil.EvilTokenizer", None]},
+            bos_token="<s>",
+            added_tokens_decoder=added,
+            add_prefix_space=pipeline != "prefix",
+            clean_up_tokenization_spaces=True,
+            legacy=True,
+            split_special_tokens=True,
+            chat_template="<|call|>{{ messages[0].content }}",
+        )
+        reference = Backend.from_file(str(folder / "tokenizer.json"))
+        reference.no_truncation()
+        reference.no_padding()
+        pairs.append((Tokenizer(folder), reference))
+    return pairs
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
+@example("Hello  world, it's 1234567\n\n  o'clock")
+@example("e\u0301cole " * 9)
+def test_ids_and_text_are_those_of_tokenizer_json_whatever_class_is_named(of_every_class, text):
+    for ours, reference in of_every_class:
+        for special in (True, False):
+            ids = reference.encode(text, add_special_tokens=special).ids
+            assert ours.encode(text, special) == ids
+            assert ours.decode(ids) == reference.decode(ids)
+            assert ours.decode(ids, False) == reference.decode(ids, skip_special_tokens=False)
+        call = reference.get_vocab_size()
+        assert ours.encode_chat([{"role": "user", "content": text}]) == [call, *ids]
+
+
+def test_grammars_see_the_tokens_of_tokenizer_json(of_every_class):
+    pytest.importorskip("llguidance")
+    for ours, reference in of_every_class:
+        ids = reference.encode("Hello world", add_special_tokens=False).ids
+        assert ours.for_grammars(400).decode_bytes(ids).decode() == reference.decode(ids)
+
+
+def test_special_and_added_tokens_come_from_whatever_file_tells_them(tiny, trained, tmp_path):
+    folder = folder_of(tiny, tmp_path, trained["split"], tokenizer_class="GPT2Tokenizer", pad_token="<pad>")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|end|>", "bos_token": "<s>"}))
+    size = trained["split"].get_vocab_size()
+    (folder / "added_tokens.json").write_text(json.dumps({"<|end|>": size, "<think>": size + 1}))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}<think>{{ messages[0].content }}{{ eos_token }}")
+    tokenizer = Tokenizer(folder)
+    assert size in tokenizer.eos_token_ids and tokenizer.bos_token_id == 0
+    assert size + 1 not in tokenizer.control_ids, "an added token that is not called special is text"
+    ids = tokenizer.encode_chat([{"role": "user", "content": ""}])
+    assert [tokenizer.token_text(i) for i in ids] == ["<s>", "<think>", "<|end|>"]
+
+
+def test_where_the_config_contradicts_tokenizer_json_a_warning_says_so(tiny, trained, tmp_path, caplog):
+    added = {"400": {"content": "<|call|>", "special": True}}
+    Tokenizer(
+        folder_of(tiny, tmp_path, trained["nfc"], add_bos_token=False, bos_token="<s>", added_tokens_decoder=added)
+    )
+    flags, ids = [record.getMessage() for record in caplog.records]
+    said = "tokenizer_config.json says add_bos_token = false, but tokenizer.json adds that token"
+    assert flags == f"{tmp_path}: {said}; tokenizer.json is followed"
+    size = trained["nfc"].get_vocab_size()
+    assert ids.endswith(f"tokenizer_config.json gives '<|call|>' the id 400, its id is {size}")
+
+
+def test_transformers_has_nothing_to_advise(tiny, trained, tmp_path, caplog, capfd):
+    """Neither about the type of the model nor about trusting the checkpoint's code: none is ever run."""
+    auto_map = {"AutoTokenizer": ["tokenization_evil.EvilTokenizer", "tokenization_evil.EvilTokenizer"]}
+    folder = folder_of(tiny, tmp_path, trained["split"], tokenizer_class="EvilTokenizer", auto_map=auto_map)
     transformers_logger = logging.getLogger("transformers")
     transformers_logger.addHandler(caplog.handler)
     try:
-        unknown = Tokenizer(tmp_path)
+        Tokenizer(folder)
     finally:
         transformers_logger.removeHandler(caplog.handler)
     assert not caplog.records
-    messages = [{"role": "user", "content": "hi"}]
-    assert unknown.encode_chat(messages) == tokenizer.encode_chat(messages)
-    assert unknown.control_ids == tokenizer.control_ids
+    assert capfd.readouterr() == ("", "")
 
 
 def test_folder_without_a_tokenizer_is_a_checkpoint_error(tiny, tmp_path):

@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 from engines import engine_config, make_core
 from leyden.engine.errors import CheckpointError, ConfigError
+from leyden.models.checkpoint import DEMO_FOLDER
 from leyden.server.cli import main
 from leyden.server.describe import banner, describe_model
 from safetensors.torch import load_file, save_file
@@ -82,6 +83,22 @@ def test_drafts_are_told_where_there_may_be_some_and_otherwise_not(tmp_path):
     off = [banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True)]
     off.append(describe_model(engine_config(tmp_path), None))
     assert not any("  drafts" in text for text in off)
+
+
+def test_files_that_replace_the_checkpoints_own_are_told_and_no_others(tmp_path):
+    save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
+    template = tmp_path / "other.jinja"
+    template.write_text("{{ messages }}")
+    config = engine_config(tmp_path, tokenizer=DEMO_FOLDER, chat_template=template)
+    with pytest.raises(CheckpointError, match=r"has 4096 tokens, the model 320; give the tokenizer of this model by"):
+        describe_model(config, None)
+    config = engine_config(tmp_path, tokenizer=tmp_path, chat_template=template)
+    settings = {"name": "tiny", "address": "http://x", "needs_key": False, "can_chat": True}
+    info = make_core(tmp_path).info()
+    for told in (describe_model(config, None), banner(info, **settings, config=config)):
+        assert (memory_line(told, "tokenizer"), memory_line(told, "template")) == (str(tmp_path), str(template))
+    for told in (describe_model(engine_config(tmp_path), None), banner(info, **settings)):
+        assert "tokenizer" not in told and "template" not in told
 
 
 def test_the_banner_names_the_backend_that_runs(tmp_path):
