@@ -91,7 +91,7 @@ class EngineCore:
             priority=request.priority,
             arrival=self._arrivals,
             seed=seed,
-            num_siblings=request.num_siblings if max_tokens else 0,
+            num_siblings=request.num_siblings if _shares_prompt(request, max_tokens) else 0,
             leader=self._leader_of(request, max_tokens),
             uses_cache=_uses_cache(request, max_tokens),
             cache_salt=request.cache_salt,
@@ -107,8 +107,8 @@ class EngineCore:
             self._compiling.append((sequence, sequence.grammar))
 
     def _leader_of(self, request: AddRequest, max_tokens: int) -> Sequence | None:
-        """Whose prompt this request can copy. One that wants its own prompt's scores computes it."""
-        if request.sibling_of is None or request.sampling_params.prompt_logprobs is not None or not max_tokens:
+        """The sequence whose computed prompt this request can copy, or None."""
+        if request.sibling_of is None or not _shares_prompt(request, max_tokens):
             return None
         leader = self.scheduler.find_leader(request.sibling_of)
         is_same = leader is not None and leader.prompt_token_ids == request.prompt_token_ids
@@ -284,9 +284,15 @@ def _end_queueing(started: list[Sequence], now: float) -> None:
             sequence.queue_seconds = now - sequence.arrived_at
 
 
+def _shares_prompt(request: AddRequest, max_tokens: int) -> bool:
+    """Whether one sequence may copy what another computed of the same prompt. Scores of a prompt are its sequence's
+    own, and take computing it."""
+    return max_tokens > 0 and request.sampling_params.prompt_logprobs is None
+
+
 def _uses_cache(request: AddRequest, max_tokens: int) -> bool:
-    """Whether it takes from the prefix cache and leaves something there. Who wants its prompt's scores computes it."""
-    return request.prefix_cache and max_tokens > 0 and request.sampling_params.prompt_logprobs is None
+    """Whether the request takes from the prefix cache and leaves something there."""
+    return request.prefix_cache and _shares_prompt(request, max_tokens)
 
 
 def refusal(request_id: str, error: RequestError | QueueFullError | QueueTimeoutError) -> StepOutput:

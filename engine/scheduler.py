@@ -107,6 +107,8 @@ class Scheduler:
         self._by_id[sequence.request_id] = sequence
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
         self._siblings.add(sequence)
+        if sequence.leader is not None:  # without a deadline once it has started
+            sequence.deadline = max(sequence.deadline, sequence.leader.deadline)
 
     def abort(self, request_id: str) -> bool:
         """Forget a sequence and free what it holds, but for what a session is to keep: its answer may be as long as its
@@ -122,8 +124,9 @@ class Scheduler:
 
     def expire(self, now: float) -> list[Sequence]:
         """Forget those that have waited for their start beyond their deadlines, and return them. A preempted one has
-        been started, and is not among them."""
-        late = [s for s in self.waiting if s.deadline < now]
+        been started, and so has a sibling of one that was; none is forgotten while another prompt is being computed
+        that is to spare it its own."""
+        late = [s for s in self.waiting if s.deadline < now and not _is_about_to_resume(s)]
         for sequence in late:
             self.finish(sequence)
         return late
@@ -306,7 +309,8 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
-        sequence.deadline = math.inf
+        for started in (sequence, *sequence.siblings):
+            started.deadline = math.inf
         self.started.append(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
 
@@ -392,3 +396,9 @@ class Scheduler:
         self.blocks.release(sequence)
         self.slots.release(sequence)
         sequence.is_counted = False
+
+
+def _is_about_to_resume(sequence: Sequence) -> bool:
+    """Whether a prompt is being computed for whose checkpoint the sequence waits."""
+    other = sequence.waits_for
+    return other is not None and other.status is Status.RUNNING and bool(other.stops)

@@ -436,6 +436,21 @@ def test_who_waits_too_long_for_its_start_is_refused_and_who_has_started_is_not(
     assert {name: each.finish_reason for name, each in answers.items()} == {"running": "length", "patient": "length"}
 
 
+def test_who_waits_for_the_checkpoint_of_a_prompt_under_way_is_not_late(tiny, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("leyden.engine.core.time.monotonic", lambda: clock[0])
+    core = make_core(tiny.folder, max_num_batched_tokens=5, state_checkpoint_min_tokens=1)
+    for name in ("first", "second"):
+        each = request(name, PROMPT, max_tokens=3)
+        each.max_queue_seconds = 5.0
+        core.add_request(each)
+    core.step()
+    clock[0] += 6.0
+    answers = drain(core)
+    assert {name: each.finish_reason for name, each in answers.items()} == {"first": "length", "second": "length"}
+    assert core.stats().prefix_cache_hits_total == len(PROMPT) - 1
+
+
 # -- a device slower than the host ------------------------------------------------------------------------------
 
 

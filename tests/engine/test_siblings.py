@@ -97,8 +97,11 @@ def test_one_that_is_aborted_leaves_the_others_alone(tiny, gone, steps):
     for _ in range(steps):
         step()
     core.abort_request(gone)
+    steps = 0
     while core.has_work:
         step()
+        steps += 1
+    assert steps < 30, "somebody waited for the one that is gone"
     assert all(found[f"c{i}"] == expected[i] for i in range(N) if f"c{i}" != gone)
     assert_nothing_held(core)
 
@@ -112,6 +115,49 @@ def test_an_announced_sibling_that_never_comes_is_waited_for_a_while(tiny):
         ids += [token for output in core.step() for token in output.token_ids]
         steps += 1
     assert ids == alone.token_ids and PATIENCE < steps < PATIENCE + 20
+
+
+@pytest.mark.parametrize("params", [{"prompt_logprobs": 2}, {"max_tokens": 0}, {"max_tokens": 0, "prompt_logprobs": 0}])
+def test_choices_that_compute_their_own_prompts_wait_for_nobody(tiny, params):
+    core = make_core(tiny.folder)
+    alone = answer(core, PROMPT, **({"temperature": 1.0, "max_tokens": 12, "seed": 0} | params))
+    assert drain(core, *choices(**params), max_steps=30)["c0"].token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize("late", [0, 3], ids=["they come together", "they come later"])
+def test_a_choice_has_started_when_the_first_of_them_has(tiny, monkeypatch, late):
+    """Its deadline passes while the prompt that it is to copy is being computed."""
+    clock = [100.0]
+    monkeypatch.setattr("leyden.engine.core.time.monotonic", lambda: clock[0])
+    core = make_core(tiny.folder, max_num_batched_tokens=5, max_num_seqs=3)
+    asked = choices(max_tokens=3)
+    for each in asked:
+        each.max_queue_seconds = 5.0
+    core.add_request(asked[0])
+    for _ in range(late):
+        core.step()
+    for each in asked[1:]:
+        core.add_request(each)
+    core.step()
+    clock[0] += 6.0
+    answers = drain(core)
+    assert [answers[f"c{i}"].finish_reason for i in range(N)] == ["length"] * N, "the last finds no slot at first"
+
+
+def test_choices_none_of_which_has_started_are_refused_together(tiny, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("leyden.engine.core.time.monotonic", lambda: clock[0])
+    core = make_core(tiny.folder, max_num_seqs=1)
+    core.add_request(request("before", PROMPT, max_tokens=30))
+    for each in choices():
+        each.max_queue_seconds = 5.0
+        core.add_request(each)
+    core.step()
+    clock[0] += 6.0
+    answers = drain(core)
+    assert {name: each.finish_reason for name, each in answers.items()} == {"before": "length"} | dict.fromkeys(
+        [f"c{i}" for i in range(N)], "error"
+    )
 
 
 @pytest.mark.parametrize(
