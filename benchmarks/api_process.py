@@ -164,7 +164,7 @@ class ScriptedCore:
     def abort_request(self, request_id: str) -> None:
         self._left.pop(request_id, None)
 
-    def step(self) -> list[StepOutput]:
+    def step(self, _tell_started: Any) -> list[StepOutput]:
         self._next += self._step_s
         time.sleep(max(0.0, self._next - time.perf_counter()))
         self.numbers.steps_total += 1

@@ -186,6 +186,11 @@ class ServerConfig(_Numbers):
     max_logprobs: int = Field(20, ge=0, le=20, description="most alternatives per token")
     max_logit_bias: int = Field(1024, ge=0, le=1024, description="most entries of logit_bias")
     max_queue_seconds: float = Field(300.0, gt=0, description="a request that waited longer for its start gets 503")
+    step_timeout: float = Field(
+        300.0,
+        ge=3,
+        description="seconds that one engine step may take; after that the engine hangs, and the server ends",
+    )
     max_connections: int = Field(
         1024, ge=1, le=1 << 16, description="requests open at once before 503; of sockets twice as many"
     )

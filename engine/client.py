@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 import uuid
@@ -44,6 +45,8 @@ from .messages import (
 from .outputs import StepOutput
 
 logger = logging.getLogger("leyden.engine")
+
+StreamFailure = EngineDeadError | StoppingError | QueueTimeoutError
 
 
 class EngineClient(Protocol):
@@ -83,9 +86,12 @@ class Stream:
     never more than the ids (and log-probabilities) of one answer. Nothing waits for company: the first goes at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float = math.inf, leader: Stream | None = None) -> None:
+        self.deadline = deadline  # of its start, on the event loop's clock
+        self.leader = leader  # whose prompt it copies
+        self.is_started = False
         self._outputs: list[StepOutput] = []  # more than one only when the last is a failure
-        self._death: EngineDeadError | StoppingError | None = None
+        self._failure: StreamFailure | None = None
         self._arrival: asyncio.Future[None] | None = None
 
     def put(self, output: StepOutput) -> None:
@@ -95,20 +101,25 @@ class Stream:
             self._outputs.append(output)
         self._wake()
 
-    def fail(self, error: EngineDeadError | StoppingError) -> None:
+    @property
+    def has_left_queue(self) -> bool:
+        """Its prompt is being computed, for itself or for its leader."""
+        return self.is_started or (self.leader is not None and self.leader.is_started)
+
+    def fail(self, error: StreamFailure) -> None:
         """Nothing more will come."""
-        self._death = error
+        self._failure = error
         self._wake()
 
     async def get(self) -> StepOutput:
         """All that is there. Raises what the stream has failed with once there is nothing left."""
-        if not self._outputs and self._death is None:
+        if not self._outputs and self._failure is None:
             self._arrival = asyncio.get_running_loop().create_future()
             await self._arrival
         if self._outputs:
             return self._outputs.pop(0)
-        assert self._death is not None
-        raise self._death
+        assert self._failure is not None
+        raise self._failure
 
     def _wake(self) -> None:
         if self._arrival is not None and not self._arrival.done():
@@ -152,7 +163,7 @@ class StreamingClient(ABC):
         if request.request_id in self._streams:
             raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
         self._check_room()
-        stream = self._streams[request.request_id] = Stream()
+        stream = self._streams[request.request_id] = self._make_stream(request)
         is_finished = False
         try:
             self._send(request)
@@ -165,6 +176,12 @@ class StreamingClient(ABC):
             del self._streams[request.request_id]
             if not is_finished and self.is_healthy:
                 self._send(AbortRequest(request.request_id))
+
+    def _make_stream(self, request: AddRequest) -> Stream:
+        limit = request.max_queue_seconds
+        deadline = math.inf if limit is None else asyncio.get_running_loop().time() + limit
+        leader = None if request.sibling_of is None else self._streams.get(request.sibling_of)
+        return Stream(deadline, leader)
 
     async def call_session(self, action: SessionAction, session_id: str = "") -> SessionDone:
         if not self.is_healthy:
@@ -198,6 +215,9 @@ class StreamingClient(ABC):
         match message:
             case StepOutputs():
                 self.stats = message.stats
+                for request_id in message.started:
+                    if (started := self._streams.get(request_id)) is not None:
+                        started.is_started = True
                 for output in message.outputs:
                     stream = self._streams.get(output.request_id)
                     if stream is not None:  # its reader may have left
@@ -287,9 +307,10 @@ class InProcessClient(StreamingClient):
             logger.exception("the engine failed")
             self._post(EngineFailed(f"{type(error).__name__}: {error}"))
 
-    def _take(self, wait: bool) -> list[ToEngine]:
-        messages = [self._inbox.get()] if wait else []
+    def _take(self, wait_seconds: float) -> list[ToEngine]:
+        messages = []
         with contextlib.suppress(queue.Empty):
+            messages.append(self._inbox.get(timeout=wait_seconds))
             while True:
                 messages.append(self._inbox.get_nowait())
         return messages

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -32,7 +33,6 @@ logger = logging.getLogger("leyden.engine")
 
 IDLE_SECONDS = 0.001
 EXPIRY_SECONDS = 0.25
-QUEUE_TIMEOUT = "the request waited too long for its start (setting max_queue_seconds); try again later"
 
 
 class EngineCore:
@@ -152,16 +152,20 @@ class EngineCore:
         """Forget a request and free what it holds. An id that is not here has just finished: nothing to do."""
         self.scheduler.abort(request_id)
 
-    def step(self) -> list[StepOutput]:
+    def step(self, tell_started: Callable[[list[str]], None] | None = None) -> list[StepOutput]:
         """Launch one batch. Returns what is new of it, or, when scheduling is asynchronous, of the one before: the
         device then never waits for the host, and the host, which waits for that one, is never more than two steps
-        ahead. A sequence that turns out to have ended is computed once too often; its
-        slot and blocks are free for those that are launched after that."""
+        ahead. A sequence that turns out to have ended is computed once too often; its slot and blocks are free for
+        those that are launched after that. `tell_started` is called before the launch with the ids of the requests
+        that start with it."""
         started = time.perf_counter()
         refused = [*self._expire(time.monotonic()), *self._refuse_bad_grammars()]
         batch = self.scheduler.schedule()
         scheduled = time.perf_counter()
-        _end_queueing(self.scheduler.started, scheduled)
+        started_now = self.scheduler.started
+        _end_queueing(started_now, scheduled)
+        if started_now and tell_started is not None:
+            tell_started([sequence.request_id for sequence in started_now])
         launched = None
         if not batch.is_empty:
             launched = self.runner.launch(batch)
@@ -250,7 +254,7 @@ class EngineCore:
         if now < self._next_look:
             return []
         self._next_look = now + EXPIRY_SECONDS
-        return [refusal(late.request_id, QueueTimeoutError(QUEUE_TIMEOUT)) for late in self.scheduler.expire(now)]
+        return [refusal(late.request_id, QueueTimeoutError()) for late in self.scheduler.expire(now)]
 
     def _refuse_bad_grammars(self) -> list[StepOutput]:
         """Refuse those whose grammar turned out not to compile. The others are admitted from now on."""

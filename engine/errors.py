@@ -33,6 +33,8 @@ __all__ = [
     "StoppingError",
 ]
 
+QUEUE_TIMEOUT = "the request waited too long for its start (setting max_queue_seconds); try again later"
+
 SessionErrorCode = Literal[
     "sessions_disabled",  # there is no folder for them
     "session_id_invalid",
@@ -72,6 +74,9 @@ class QueueFullError(LeydenError):
 
 class QueueTimeoutError(LeydenError):
     """The request was not started within its `max_queue_seconds`."""
+
+    def __init__(self, message: str = QUEUE_TIMEOUT) -> None:
+        super().__init__(message)
 
 
 class SessionError(LeydenError):

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from .core import EngineCore, refusal
 from .errors import QueueFullError, RequestError
+from .heartbeat import BEAT_SECONDS
 from .messages import AbortRequest, AddRequest, FromEngine, SessionCall, Shutdown, StepOutputs, ToEngine
 from .outputs import StepOutput
 
-# Returns the messages that are there; waits for one when `wait` is true.
-Receive = Callable[[bool], list[ToEngine]]
+# Returns the messages that are there, after waiting for one for at most so many seconds.
+Receive = Callable[[float], list[ToEngine]]
 
 
 def run_loop(core: EngineCore, receive: Receive, send: Callable[[FromEngine], None]) -> None:
-    """Serve until a `Shutdown` message. Errors of one request are answered to it; any other error leaves the loop."""
+    """Serve until a `Shutdown` message. Errors of one request are answered to it; any other error leaves the loop.
+
+    Between steps something is sent every `BEAT_SECONDS`, also when there is nothing to do: see `Heartbeat`.
+    """
+    last_sent = time.monotonic()
+
+    def tell_started(request_ids: list[str]) -> None:
+        send(StepOutputs(outputs=[], stats=core.stats(), started=request_ids))
+
     while True:
-        messages = receive(not core.has_work)
+        is_idle = not core.has_work
+        messages = receive(BEAT_SECONDS if is_idle else 0.0)
         if any(isinstance(message, Shutdown) for message in messages):
             return
         outputs = [output for message in messages if (output := _handle(core, message)) is not None]
-        outputs += core.step()
+        outputs += core.step(tell_started)
         for done in core.sessions.advance():
             send(done)
-        if outputs or messages:
+        if outputs or messages or is_idle or time.monotonic() - last_sent >= BEAT_SECONDS:
             send(StepOutputs(outputs=outputs, stats=core.stats()))
+            last_sent = time.monotonic()
 
 
 def _handle(core: EngineCore, message: ToEngine) -> StepOutput | None:

@@ -117,10 +117,14 @@ class EngineStats(msgspec.Struct, kw_only=True):
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True):
-    """All outputs of one step, with the numbers behind it."""
+    """All outputs of one step, with the numbers behind it. Without outputs it is a sign of life.
+
+    `started` = ids of the requests that leave the queue in the step that is about to be computed.
+    """
 
     outputs: list[StepOutput]
     stats: EngineStats
+    started: list[str] = []
 
 
 class SessionFile(msgspec.Struct, frozen=True):

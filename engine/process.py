@@ -44,11 +44,11 @@ class Link:
     def send(self, message: FromEngine) -> None:
         self._socket.send(self._encoder.encode(message))
 
-    def receive(self, wait: bool) -> list[ToEngine]:
-        """Messages that are there, or that come."""
+    def receive(self, wait_seconds: float) -> list[ToEngine]:
+        """Messages that are there, or that come within `wait_seconds`."""
         messages = []
-        if wait:
-            self._socket.poll()
+        if wait_seconds:
+            self._socket.poll(round(wait_seconds * 1000))
         while self._socket.poll(0):
             messages.append(self._decoder.decode(self._socket.recv()))
         return messages

@@ -16,9 +16,10 @@ import zmq.asyncio
 
 from ..configs.schema import EngineConfig
 from .client import StreamingClient
-from .errors import ConfigError
+from .errors import ConfigError, QueueTimeoutError
+from .heartbeat import BEAT_SECONDS, Heartbeat
 from .logs import LogFormat
-from .messages import FromEngine, Shutdown, ToEngine
+from .messages import EngineInfo, FromEngine, Shutdown, StepOutputs, ToEngine
 
 logger = logging.getLogger("leyden.engine")
 
@@ -32,9 +33,23 @@ class ProcessClient(StreamingClient):
     # -P: the working directory must not shadow packages (a folder "kernels" would).
     ENGINE: tuple[str, ...] = ("-P", "-m", "leyden.engine.process")
 
-    def __init__(self, config: EngineConfig, *, log_level: str = "info", log_format: LogFormat = "text") -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        step_timeout: float = 300.0,
+        log_level: str = "info",
+        log_format: LogFormat = "text",
+    ) -> None:
+        """`step_timeout` = seconds without a step, or without a sign of life, after which the engine is killed."""
         super().__init__(config)
+        self._heartbeat = Heartbeat(step_timeout)
         self._logging = (log_level, log_format)
+
+    async def start(self) -> EngineInfo:
+        info = await super().start()
+        self._tasks.append(asyncio.create_task(self._watch_heartbeat()))  # only now: loading may take minutes
+        return info
 
     async def _launch(self) -> None:
         try:
@@ -78,13 +93,18 @@ class ProcessClient(StreamingClient):
     async def _end_process(self) -> None:
         for task in self._tasks:
             task.cancel()
-        if self._process.returncode is None and hasattr(self, "info"):
+        if self._process.returncode is None and hasattr(self, "info") and not self._death.done():
             self._send(Shutdown())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), self.STOP_SECONDS)
+            await self._wait_for_end()
         if self._process.returncode is None:  # it hangs, or still loads and hears nothing
             self._process.kill()
-            await self._process.wait()
+            if not await self._wait_for_end():
+                logger.error("the engine process (pid %d) survives SIGKILL: a driver holds it", self.pid)
+
+    async def _wait_for_end(self) -> bool:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), self.STOP_SECONDS)
+        return self._process.returncode is not None
 
     def _send(self, message: ToEngine) -> None:
         self._socket.send(msgspec.msgpack.encode(message))
@@ -100,6 +120,29 @@ class ProcessClient(StreamingClient):
         except Exception as error:  # nobody would be told anything any more
             logger.exception("reading from the engine failed")
             self._die(f"the engine process (pid {self._process.pid}) cannot be understood: {error}")
+
+    def _receive(self, message: FromEngine) -> None:
+        super()._receive(message)
+        if isinstance(message, StepOutputs):
+            self._heartbeat.note(message.stats)
+
+    async def _watch_heartbeat(self) -> None:
+        """Kill an engine that hangs. While it is silent, hold the bound of the queue in its place."""
+        tick = min(BEAT_SECONDS, self._heartbeat.step_timeout / 4)
+        while not self._heartbeat.has_stopped:
+            await asyncio.sleep(tick)
+            self._heartbeat.tick(tick)
+            if self._heartbeat.is_silent:
+                self._refuse_late()
+        bound = self._heartbeat.step_timeout
+        self._die(f"the engine process (pid {self.pid}) hangs: no step for {bound:g} seconds (setting step_timeout)")
+        self._process.kill()
+
+    def _refuse_late(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for stream in self._streams.values():
+            if now >= stream.deadline and not stream.has_left_queue:
+                stream.fail(QueueTimeoutError())
 
     async def _watch(self) -> None:
         code = await self._process.wait()

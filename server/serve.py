@@ -61,7 +61,12 @@ def serve(settings: Settings) -> int:
 
 async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | None) -> int:
     interrupted = _first_signal()
-    client = ProcessClient(settings.engine(), log_level=settings.log_level, log_format=settings.log_format)
+    client = ProcessClient(
+        settings.engine(),
+        step_timeout=settings.step_timeout,
+        log_level=settings.log_level,
+        log_format=settings.log_format,
+    )
     starting = asyncio.create_task(_start(client, settings))
     try:
         async with refusing(listener, BACKLOG, settings.read_timeout):

@@ -160,6 +160,47 @@ async def test_killed_process_fails_every_stream_and_turns_health_red(tiny):
     assert socket_folders() <= before
 
 
+@pytest.mark.parametrize("num_streams", [0, 3], ids=["idle", "busy"])
+async def test_stopped_engine_is_dead_after_step_timeout_and_is_killed(tiny, num_streams):
+    before = socket_folders()
+    async with running(ProcessClient(engine_config(tiny.folder, max_model_len=1024), step_timeout=3)) as client:
+        streams = [
+            asyncio.create_task(collect(client, request(f"r{i}", [1], max_tokens=1000, ignore_eos=True)))
+            for i in range(num_streams)
+        ]
+        await eventually(lambda: client.stats.num_running == num_streams)
+        os.kill(client.pid, signal.SIGSTOP)
+        async with asyncio.timeout(DEADLINE):
+            assert "step_timeout" in await client.wait_dead()
+            results = await asyncio.gather(*streams, return_exceptions=True)
+        assert all(isinstance(result, EngineDeadError) for result in results), results
+        assert not client.is_healthy
+        await eventually(lambda: not is_alive(client.pid))
+    assert socket_folders() <= before
+
+
+async def test_queue_bound_holds_while_the_engine_is_silent(tiny):
+    """Only for a request whose start was not announced; a sibling starts with its leader."""
+    async with running(ProcessClient(engine_config(tiny.folder, max_model_len=1024), step_timeout=60)) as client:
+        started = request("started", [1], max_tokens=1000, ignore_eos=True)
+        started.max_queue_seconds = 0.01
+        stream = asyncio.create_task(collect(client, started))
+        await eventually(lambda: client.stats.generation_tokens_total > 0)
+        os.kill(client.pid, signal.SIGSTOP)
+        sibling = request("sibling", [1], max_tokens=3, sibling_of="started")
+        late = request("late", [1], max_tokens=3)
+        sibling.max_queue_seconds = late.max_queue_seconds = 0.01
+        following = asyncio.create_task(collect(client, sibling))
+        with pytest.raises(QueueTimeoutError, match="max_queue_seconds"):
+            await collect(client, late)
+        assert not stream.done() and not following.done() and client.is_healthy
+        os.kill(client.pid, signal.SIGCONT)
+        for task in (stream, following):
+            task.cancel()
+        await asyncio.gather(stream, following, return_exceptions=True)
+        await eventually(lambda: client.stats.num_running + client.stats.num_waiting == 0)
+
+
 async def test_an_engine_that_cannot_be_understood_is_dead(tiny, monkeypatch):
     """Another version, say: its first message is none of ours."""
     speaks = "import sys, zmq; s = zmq.Context().socket(zmq.PAIR); s.connect(sys.argv[1]); s.send(b'hello'); input()"
@@ -205,7 +246,7 @@ async def test_engine_that_fails_in_a_step_fails_every_stream(tiny, monkeypatch)
     async with running(InProcessClient(engine_config(tiny.folder, max_model_len=1024))) as client:
         death = asyncio.create_task(client.wait_dead())
 
-        def explode(self):
+        def explode(self, tell_started):
             raise ZeroDivisionError("a bug")
 
         streams = [asyncio.create_task(collect(client, request(f"r{i}", [1], max_tokens=1000))) for i in range(3)]

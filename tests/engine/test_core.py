@@ -375,6 +375,17 @@ def test_queue_time_ends_with_the_first_step_and_is_told_once(tiny, monkeypatch)
     assert told == {"first": [1.0, None, None, None], "second": [5.0, None, None, None]}
 
 
+def test_start_is_told_once_and_before_the_step_that_computes_it(tiny):
+    core = make_core(tiny.folder, max_num_seqs=1, max_num_batched_tokens=8)
+    events, launch = [], core.runner.launch
+    core.runner.launch = lambda batch: events.append("launch") or launch(batch)
+    for name in ("a", "b"):
+        core.add_request(request(name, PROMPT[:20], max_tokens=1))
+    while core.has_work:
+        core.step(events.append)
+    assert events == [["a"], "launch", "launch", "launch", ["b"], "launch", "launch", "launch"]
+
+
 def test_those_whose_prompt_others_computed_tell_their_queue_time_too(tiny, monkeypatch):
     core, now = make_core(tiny.folder, state_checkpoint_min_tokens=1), [0.0]
     drain(core, request("before", PROMPT, max_tokens=1))

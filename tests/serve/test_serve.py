@@ -127,6 +127,22 @@ async def test_killed_engine_fails_open_streams_and_ends_the_server(serve):
     assert served.process.wait(timeout=10) == 1
 
 
+async def test_hung_engine_fails_open_streams_turns_health_red_and_ends_the_server(serve, capfd):
+    served = serve("--step-timeout", "3")
+    engine = served.engine_pid
+    stream = await async_client(served).completions.create(model="tiny", prompt="x", stream=True, **LONG)
+    await anext(aiter(stream))
+    os.kill(engine, signal.SIGSTOP)
+    with pytest.raises(openai.APIError, match="engine"):
+        async for _ in stream:
+            pass
+    with suppress(httpx.ConnectError):  # it may have closed its port already
+        assert (await asyncio.to_thread(httpx.get, f"{served.url}/health")).status_code == 503
+    assert await asyncio.to_thread(served.process.wait, 20) == 1
+    assert not exists(engine)
+    assert "step_timeout" in capfd.readouterr().err
+
+
 async def test_sigterm_finishes_open_streams_refuses_new_ones_and_exits_0(serve):
     served = serve()
     engine = served.engine_pid
