@@ -7,12 +7,13 @@ Control tokens come from the chat template, or as token ids.
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import re
 import secrets
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
@@ -176,6 +177,7 @@ class Tokenizer:
         defused = self._defuse(messages, marker)
         if self._wants_parts:
             defused = [_with_parts(message) for message in defused]
+        defused = [self._with_fitting_arguments(message) for message in defused]
         try:
             text = self._hf.apply_chat_template(
                 defused,
@@ -205,9 +207,33 @@ class Tokenizer:
         probe = {"role": "user", "content": "probe"}
         return "probe" not in self._probe(probe) and "probe" in self._probe(_with_parts(probe))
 
-    def _probe(self, message: dict[str, Any]) -> str:
+    def _with_fitting_arguments(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with the arguments of its calls in a form that the template takes: objects, or text."""
+        calls = message.get("tool_calls")
+        if not calls:
+            return message
+        functions = [call["function"] for call in calls]
+        fitting = [function | {"arguments": self._fit(function["arguments"])} for function in functions]
+        pairs = zip(calls, fitting, strict=True)
+        return message | {"tool_calls": [call | {"function": function} for call, function in pairs]}
+
+    def _fit(self, arguments: dict[str, Any] | str) -> dict[str, Any] | str:
+        if isinstance(arguments, str):
+            return {"arguments": arguments} if self._wants_arguments == "objects" else arguments
+        return json.dumps(arguments, ensure_ascii=False) if self._wants_arguments == "text" else arguments
+
+    @cached_property
+    def _wants_arguments(self) -> Literal["objects", "text", "either"]:
+        """Some templates refuse arguments that are text, others print them as they are and want JSON text."""
+        text = '{"probe": "value"}'
+        as_text, as_object = self._probe(*_call(text)), self._probe(*_call(json.loads(text)))
+        if "probe" in as_object and "'probe'" not in as_object:  # nor as Python writes it
+            return "either" if "probe" in as_text else "objects"
+        return "text" if text in as_text else "either"
+
+    def _probe(self, *messages: dict[str, Any]) -> str:
         try:
-            return str(self._hf.apply_chat_template([message], tokenize=False))
+            return str(self._hf.apply_chat_template(list(messages), tokenize=False))
         except Exception:  # it wants something else in a conversation; a real one will say what
             return ""
 
@@ -278,6 +304,12 @@ def _encode(backend: Any, text: str, add_special_tokens: bool) -> list[int]:
 def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _call(arguments: Any) -> list[dict[str, Any]]:
+    """A conversation with a call of these arguments."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [{"role": "user", "content": "u"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
 def _start_of_any(tokens: list[str]) -> re.Pattern[str]:

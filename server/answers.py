@@ -48,9 +48,14 @@ def answer_format(request: ChatRequest, state: ServerState, prompt: list[int], *
     return state.chat_format.of_answer(
         with_tools=with_tools,
         is_thinking=_ends_in_thought(request, state, prompt),
-        max_calls=None if request.parallel_tool_calls else 1,
+        max_calls=1 if _takes_one_call(request) else None,
         hides=request.skip_special_tokens,
     )
+
+
+def _takes_one_call(request: ChatRequest) -> bool:
+    """A named function is called once, as with OpenAI."""
+    return not request.parallel_tool_calls or isinstance(request.tool_choice, dict)
 
 
 def _ends_in_thought(request: ChatRequest, state: ServerState, prompt: list[int]) -> bool:

@@ -30,15 +30,20 @@ async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
     return parse_object(raw, max_depth) if is_short else await asyncio.to_thread(parse_object, raw, max_depth)
 
 
-def parse_object(raw: bytes, max_depth: int) -> dict[str, Any]:
-    """Parse UTF-8 JSON. Refuses NaN, Infinity, numbers out of range, duplicate keys, lone surrogates, deep nesting."""
+def parse_object(raw: bytes, max_depth: int, *, is_lenient: bool = False) -> dict[str, Any]:
+    """Parse UTF-8 JSON. Refuses NaN, Infinity, numbers out of range, duplicate keys, lone surrogates, deep nesting.
+
+    `is_lenient` takes raw control characters in strings, NaN and Infinity, and the last value of a duplicate key: JSON
+    as models write it, where the meaning is clear. Raises `RequestError`.
+    """
     try:
         text = raw.decode("utf-8")
         value = json.loads(
             text,
-            parse_constant=_refuse_constant,
+            strict=not is_lenient,
+            parse_constant=None if is_lenient else _refuse_constant,
             parse_float=_finite_float,
-            object_pairs_hook=_unique_keys,
+            object_pairs_hook=None if is_lenient else _unique_keys,
         )
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not valid UTF-8: bad byte at position {error.start}") from None

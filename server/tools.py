@@ -16,7 +16,6 @@ from .json_body import drop_nulls, json_type, parse_object, require_type
 
 MAX_ARGUMENTS_DEPTH = 32
 MAX_TOOLS = 128  # OpenAI's
-MAX_CALLS = 128  # of one assistant message
 MAX_TOOL_CHARS = 65_536  # of one definition, as JSON
 MAX_ID_CHARS = 256
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -68,10 +67,11 @@ def read_tool_choice(value: Any, tools: list[dict[str, Any]]) -> ToolChoice:
 
 
 def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """The calls of an assistant message, with their arguments as objects, which is how templates want them."""
+    """The calls of an assistant message, as many as a model may have written.
+
+    Their arguments are objects where the text of the arguments is one, else that text.
+    """
     entries = require_type(value, list, where)
-    if len(entries) > MAX_CALLS:
-        raise RequestError(f"{where} must have at most {MAX_CALLS} entries, got {len(entries)}", where)
     return [_read_call(require_type(entry, dict, f"{where}[{i}]"), f"{where}[{i}]") for i, entry in enumerate(entries)]
 
 
@@ -114,15 +114,15 @@ def _read_call(entry: dict[str, Any], where: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _read_arguments(value: Any, where: str) -> dict[str, Any]:
-    text = require_type(value, str, where)
+def _read_arguments(value: Any, where: str) -> dict[str, Any] | str:
+    """Any text is taken: a model may make a mistake or be cut off, and its answer has to be valid history."""
+    text: str = require_type(value, str, where)
     if not text.strip():
         return {}  # what some clients make of a call without arguments
     try:
-        return parse_object(text.encode(), MAX_ARGUMENTS_DEPTH)
-    except RequestError as error:
-        reason = str(error).replace("the body", "it", 1)
-        raise RequestError(f"{where} must be a JSON object in a string: {reason}", where) from None
+        return parse_object(text.encode(), MAX_ARGUMENTS_DEPTH, is_lenient=True)
+    except RequestError:
+        return text
 
 
 def _require_function_type(entry: dict[str, Any], where: str) -> None:

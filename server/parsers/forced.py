@@ -18,12 +18,14 @@ from .formats import NUMBER, AnswerFormat
 ANYTHING = r"/(.|\n)*/"
 SPACES = r"/\s{0,4}/"
 DIGITS = r"/[0-9]{1,4}/"
+OBJECT = {"type": "object"}
 
 
 def forced_grammar(tools: list[dict[str, Any]], choice: ToolChoice, answer: AnswerFormat) -> str:
     """One call at least, of any of `tools` or of the one that `choice` names; just one where `answer` takes no more.
 
-    `tools` are those of `tools.read_tools`, `answer` is a format that has calls.
+    `tools` are those of `tools.read_tools`, `answer` is a format that has calls. Arguments are an object, also where
+    their schema leaves that open.
     """
     assert answer.tools is not None
     layout, lark = answer.tools.layout, _Lark(answer)
@@ -36,7 +38,7 @@ def forced_grammar(tools: list[dict[str, Any]], choice: ToolChoice, answer: Answ
     for i, function in enumerate(functions):
         head = lark.text(layout.before_name + function["name"] + layout.before_arguments)
         rules.append(f"call_{i}: {head} arguments_{i} {lark.text(layout.after_arguments)}")
-        rules.append(f"arguments_{i}: {json_rule(function['parameters'])}")
+        rules.append(f"arguments_{i}: {json_rule(function['parameters'] | OBJECT)}")
     return "\n".join([*rules, *lark.thought_rules()]) + "\n"
 
 

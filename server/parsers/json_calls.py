@@ -5,7 +5,8 @@
     {"name": "g", "arguments": {...}}            </tool_call>
     </tool_calls>
 
-One parser serves both: any number of objects between the markers. What is no call is shown as it was written.
+One parser serves both: any number of objects between the markers. What is no call is shown as it was written. Some
+models write "parameters" for "arguments".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .json_object import ObjectScanner, parse, parse_string
 from .markers import Markers, TrimmedText, skip_spaces
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+ARGUMENTS = ("arguments", "parameters")
 MAX_RAW_NAME = 400  # 64 characters, each as \\uXXXX, and quotes
 
 
@@ -33,6 +35,7 @@ class JsonCalls:
         self._prose = TrimmedText()
         self._held: list[str] = []  # since the opening marker, as written: shown should it be no call
         self._scanner = ObjectScanner()
+        self._arguments = ""  # the key of the arguments of the call that has begun
         self._num_calls = 0
         self._has_begun = False  # the call that is being read
         self._has_calls = False  # the section that is being read
@@ -94,7 +97,7 @@ class JsonCalls:
             self._hold_until(end)
             self._begin_if_known(deltas)
         if self._has_begun:
-            deltas.append(CallArguments(self._num_calls - 1, self._scanner.take("arguments")))
+            deltas.append(CallArguments(self._num_calls - 1, self._scanner.take(self._arguments)))
         if self._scanner.is_open:
             return False
         if not self._has_begun:
@@ -107,16 +110,18 @@ class JsonCalls:
         name = parse_string(raw) if len(raw) <= MAX_RAW_NAME else None
         if name is None or not NAME.fullmatch(name):
             return
-        if self._scanner.starts.get("arguments") == "{":
-            self._begin(deltas, name)
+        key = _key_of_object(self._scanner)
+        if key is not None:
+            self._begin(deltas, name, key)
         elif self._scanner.is_closed:
-            arguments = _arguments_of(self._scanner)
+            key, arguments = _other_arguments(self._scanner)
             if arguments is not None:
-                self._begin(deltas, name)
+                self._begin(deltas, name, key)
                 deltas.append(CallArguments(self._num_calls - 1, arguments))
-                self._scanner.take("arguments")
+                self._scanner.take(key)
 
-    def _begin(self, deltas: list[Delta], name: str) -> None:
+    def _begin(self, deltas: list[Delta], name: str, key: str) -> None:
+        self._arguments = key
         deltas.append(CallBegin(self._num_calls, name))
         self._num_calls += 1
         self._has_begun = self._has_calls = True
@@ -132,10 +137,16 @@ class JsonCalls:
         deltas.append(Content(self._prose.write("".join(held))))
 
 
-def _arguments_of(scanner: ObjectScanner) -> str | None:
-    """Arguments that are left out, null, or JSON text in a string, as some models write it; None: neither."""
-    raw = scanner.member("arguments")
+def _key_of_object(scanner: ObjectScanner) -> str | None:
+    """The first key of arguments whose value opens as an object."""
+    return next((key for key, first in scanner.starts.items() if key in ARGUMENTS and first == "{"), None)
+
+
+def _other_arguments(scanner: ObjectScanner) -> tuple[str, str | None]:
+    """The key and the arguments where they are left out, null, or JSON text in a string; None: neither."""
+    key = next((key for key in ARGUMENTS if scanner.member(key) not in (None, "null")), ARGUMENTS[0])
+    raw = scanner.member(key)
     if raw in (None, "null"):
-        return "{}"
+        return key, "{}"
     text = parse_string(raw or "")
-    return text if text is not None and isinstance(parse(text), dict) else None
+    return key, text if text is not None and isinstance(parse(text), dict) else None

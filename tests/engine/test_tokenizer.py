@@ -321,6 +321,40 @@ def test_template_reads_tools_and_the_arguments_of_calls_as_objects(tiny, tmp_pa
     assert control_ids(tokenizer, ids) == ["<|system|>", "<|end|>", "<|assistant|>", "<|end|>"]
 
 
+HISTORY = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}CALL{% endfor %}<|end|>{% endfor %}"
+)
+# How the templates of real checkpoints write the arguments of a call -> what they write of an object and of text.
+ARGUMENTS = {
+    "as JSON (MiniMax)": ("{{ c.function.arguments | tojson }}", '{"city": "Köln"}', r'"{\"city\": \"K"'),
+    "as JSON unless text (Hermes, Kimi)": (
+        "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}",
+        '{"city": "Köln"}',
+        '{"city": "K',
+    ),
+    "by key and value (Qwen 3.5)": (
+        "{% if c.function.arguments is not mapping %}{{ raise_exception('no mapping') }}{% endif %}"
+        "{% for k, v in c.function.arguments | items %}<parameter={{ k }}>{{ v }}</parameter>{% endfor %}",
+        "<parameter=city>Köln</parameter>",
+        '<parameter=arguments>{"city": "K</parameter>',
+    ),
+    "as they come": ("{{ c.function.arguments }}", '{"city": "Köln"}', '{"city": "K'),
+    "joined to a string (DeepSeek)": ("{{ 'a' + c.function.arguments }}", 'a{"city": "Köln"}', 'a{"city": "K'),
+    "not at all": ("", "", ""),
+}
+
+
+@pytest.mark.parametrize(("written", "of_object", "of_text"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_arguments_reach_a_template_in_the_form_that_it_takes(tiny, tmp_path, written, of_object, of_text):
+    tokenizer = make(tiny, tmp_path, template=HISTORY.replace("CALL", written))
+    for arguments, expected in (({"city": "Köln"}, of_object), ('{"city": "K', of_text)):
+        call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        text = rendered(tokenizer, [message], add_generation_prompt=False)
+        assert text == f"<|assistant|>{expected}<|end|>"
+
+
 def test_tools_for_a_template_that_has_no_place_for_them_are_refused(tokenizer):
     with pytest.raises(RequestError, match="does not use tools") as caught:
         tokenizer.encode_chat([{"role": "user", "content": "hi"}], tools=[{"type": "function"}])

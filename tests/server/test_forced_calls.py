@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from leyden.server.parsers.deltas import CallArguments, CallBegin, merged
 from leyden.server.parsers.forced import forced_grammar
 from leyden.server.parsers.formats import TOOL_FORMATS, AnswerFormat
 from leyden.server.parsers.reasoning import CLOSE, OPEN
 from leyden.server.tools import ToolChoice, read_tools
 from tiny_models import byte_tokenizer
+from written_calls import FORMATS, MARKERS, write
 
 PLACE = {
     "type": "object",
@@ -27,29 +27,20 @@ GOOD = ("weather", '{"city": "K\\"ö}ln", "days": 2}')
 END = "<|end|>"
 
 
-def written(name: str, *calls: tuple[str, str]) -> str:
-    layout = TOOL_FORMATS[name].layout
-    parts = [
-        f"{layout.before_name}{function}{layout.before_arguments.format(number=i)}{arguments}{layout.after_arguments}"
-        for i, (function, arguments) in enumerate(calls)
-    ]
-    return layout.begin + layout.separator.join(parts) + layout.end
-
-
 @pytest.fixture(params=[False, True], ids=["text markers", "control markers"])
 def takes(request):
     """takes(name, text, choice=..., **answer): whether the grammar lets this text be a whole answer."""
     llguidance = pytest.importorskip("llguidance")
     from llguidance.hf import from_tokenizer
 
-    def takes(name, text, *, choice=ToolChoice("required"), **answer):
+    def takes(name, text, *, choice=ToolChoice("required"), tools=TOOLS, **answer):
         hf = byte_tokenizer()
-        markers = [OPEN, CLOSE, *TOOL_FORMATS[name].markers]
+        markers = [OPEN, CLOSE, *MARKERS[name]]
         if request.param:
             hf.add_special_tokens({"additional_special_tokens": [END, *markers]})
         controls = {marker: hf.convert_tokens_to_ids(marker) for marker in markers} if request.param else {}
         known = AnswerFormat(tools=TOOL_FORMATS[name], control_ids=controls, **answer)
-        grammar = llguidance.LLMatcher.grammar_from_lark(forced_grammar(TOOLS, choice, known))
+        grammar = llguidance.LLMatcher.grammar_from_lark(forced_grammar(tools, choice, known))
         tokens = from_tokenizer(hf, n_vocab=len(hf), eos_token=hf.convert_tokens_to_ids(END))
         matcher = llguidance.LLMatcher(tokens, grammar)
         assert not matcher.get_error()
@@ -59,49 +50,57 @@ def takes(request):
     return takes
 
 
-FORMATS = sorted(TOOL_FORMATS)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_layout_is_what_the_parser_reads(name):
-    parser = TOOL_FORMATS[name].make()
-    deltas = merged([*parser.push(written(name, GOOD, ("time", "{}"))), *parser.finish()])
-    assert [(d.name if isinstance(d, CallBegin) else d.text) for d in deltas] == [*GOOD, "time", "{}"]
-    assert all(isinstance(delta, CallBegin | CallArguments) for delta in deltas)
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_required_takes_one_or_more_calls_and_nothing_else(takes, name):
-    assert takes(name, written(name, GOOD))
-    assert takes(name, written(name, ("time", "{}"), GOOD, GOOD))
+    assert takes(name, write(name, GOOD))
+    assert takes(name, write(name, ("time", "{}"), GOOD, GOOD))
     assert not takes(name, "")
     assert not takes(name, "Hello")
-    assert not takes(name, written(name, GOOD) + "Hello")
-    assert not takes(name, written(name, ("other", "{}")))
+    assert not takes(name, write(name, GOOD) + "Hello")
+    assert not takes(name, write(name, ("other", "{}")))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("arguments", ["{}", '{"city": 5}', '{"city": "a", "x": 1}', "{", "null"])
 def test_arguments_follow_the_schema(takes, name, arguments):
-    assert not takes(name, written(name, ("weather", arguments)))
+    assert not takes(name, write(name, ("weather", arguments)))
+
+
+OPEN_SCHEMAS = {
+    "left out": None,
+    "empty": {},
+    "without a type": {"properties": {"city": {"type": "string"}}},
+    "of several types": {"type": ["object", "null"], "properties": {"city": {"type": "string"}}},
+    "alternatives": {"anyOf": [{"properties": {"city": {"type": "string"}}}, {"type": "null"}]},
+    "elsewhere": {"$ref": "#/$defs/Place", "$defs": {"Place": {"properties": {"city": {"type": "string"}}}}},
+    "no object": {"type": "string"},
+}
+
+
+@pytest.mark.parametrize("schema", OPEN_SCHEMAS.values(), ids=OPEN_SCHEMAS)
+def test_arguments_are_an_object_whatever_their_schema_leaves_open(takes, schema):
+    tools, _ = read_tools([{"type": "function", "function": {"name": "f", "parameters": schema}}])
+    assert takes("hermes", write("hermes", ("f", '{"city": "Rome"}')), tools=tools)
+    for arguments in ("5", "null", '"x"', "[]", "true"):
+        assert not takes("hermes", write("hermes", ("f", arguments)), tools=tools)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_named_function_is_the_only_one(takes, name):
     choice = ToolChoice("required", "weather")
-    assert takes(name, written(name, GOOD), choice=choice)
-    assert not takes(name, written(name, ("time", "{}")), choice=choice)
+    assert takes(name, write(name, GOOD), choice=choice)
+    assert not takes(name, write(name, ("time", "{}")), choice=choice)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_call_where_there_may_be_no_more(takes, name):
-    assert takes(name, written(name, GOOD), max_calls=1)
-    assert not takes(name, written(name, GOOD, GOOD), max_calls=1)
+    assert takes(name, write(name, GOOD), max_calls=1)
+    assert not takes(name, write(name, GOOD, GOOD), max_calls=1)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_thought_may_come_first(takes, name):
-    call = written(name, GOOD)
+    call = write(name, GOOD)
     assert takes(name, f"<think>\nhm <\n</think>\n\n{call}", thinks=True)
     assert takes(name, call, thinks=True)
     assert takes(name, f"hm\n</think>{call}", thinks=True, is_thinking=True)

@@ -14,9 +14,8 @@ from leyden.server.parsers.deltas import CallArguments, CallBegin, Content, Plai
 from leyden.server.parsers.formats import TOOL_FORMATS, ChatFormat
 from leyden.server.parsers.json_object import ObjectScanner
 from leyden.server.parsers.reasoning import Thinking
+from written_calls import FORMATS, MARKERS, write
 
-FORMATS = sorted(TOOL_FORMATS)
-MARKERS = {name: (known.markers[0], known.markers[1]) for name, known in TOOL_FORMATS.items()}
 NASTY = {
     "plain": {"a": 1},
     "empty": {},
@@ -28,20 +27,6 @@ NASTY = {
     "markup": {"a": "<tool_calls> <tool_ </tool </think> <|im_end|>"},
     "numbers": {"a": [1, -2.5, 1e9, True, False, None]},
 }
-
-
-def write(name: str, *calls: tuple[str, str]) -> str:
-    """Calls (function, arguments as JSON) in the way of a format."""
-    if name == "kimi_k2":
-        inner = "".join(
-            f"<|tool_call_begin|>functions.{function}:{i}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
-            for i, (function, arguments) in enumerate(calls)
-        )
-        return f"<|tool_calls_section_begin|>{inner}<|tool_calls_section_end|>"
-    objects = [f'{{"name": "{function}", "arguments": {arguments}}}' for function, arguments in calls]
-    if name == "minimax":
-        return "\n".join(["<tool_calls>", *objects, "</tool_calls>"])
-    return "\n".join(f"<tool_call>\n{entry}\n</tool_call>" for entry in objects)
 
 
 @dataclass
@@ -176,6 +161,19 @@ def test_a_malformed_call_becomes_content_as_it_was_written(name, body):
     assert read(name, text) == Answer(text, "", [])
 
 
+def test_the_formats_and_their_markers_are_those_that_models_write():
+    assert {name: sorted(known.markers) for name, known in TOOL_FORMATS.items()} == {
+        name: sorted(markers) for name, markers in MARKERS.items()
+    }
+
+
+@pytest.mark.parametrize("number", ["tool_calls", "tool_call"])
+def test_kimi_sections_are_no_content_in_either_spelling(number):
+    call = "<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    answer = read("kimi_k2", f"I look.<|{number}_section_begin|>{call}<|{number}_section_end|>")
+    assert answer == Answer("I look.", "", [("f", "{}")])
+
+
 @pytest.mark.parametrize("head", ["", "two words", "functions.", "f(x):0", "x" * 80])
 def test_a_malformed_kimi_call_becomes_content_without_markers(head):
     text = f"<|tool_call_begin|>{head}<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
@@ -207,6 +205,12 @@ def test_kimi_calls_keep_the_models_ids_and_survive_a_missing_end():
         ('{"name": "f", "arguments": "{\\"a\\": 1}"}', '{"a": 1}'),
         ('{ "name" :\n"\\u0066" , "arguments" : {"a": 1} , }', '{"a": 1}'),
         ('{"name": "f", "arguments": {"a": 1}', '{"a": 1}'),  # the last brace is missing
+        ('{"name": "f", "parameters": {"a": 1}}', '{"a": 1}'),
+        ('{"parameters": {"a": 1}, "name": "f"}', '{"a": 1}'),
+        ('{"name": "f", "parameters": "{\\"a\\": 1}"}', '{"a": 1}'),
+        ('{"name": "f", "arguments": null, "parameters": {"a": 1}}', '{"a": 1}'),
+        ('{"name": "f", "parameters": {"a": 1}, "arguments": {"b": 2}}', '{"a": 1}'),
+        ('{"name": "f", "parameters": {"a": 1}', '{"a": 1}'),
         ('{"name": "f", "arguments": {"a": "</tool_call></tool_calls>"}}', '{"a": "</tool_call></tool_calls>"}'),
     ],
 )
@@ -285,7 +289,7 @@ def test_hidden_markers_never_reach_the_content():
 # -- all of them ----------------------------------------------------------------------------------------------
 
 PIECES = [
-    *{marker for known in TOOL_FORMATS.values() for marker in known.markers},
+    *sorted({marker for markers in MARKERS.values() for marker in markers}),
     *("<think>", "</think>", "<tool", "_call", "<|", "|>", "<", ">", "</", "\n", " ", "\\", '"', "{", "}", "[", "]"),
     *(":", ",", '{"name": "f", "arguments": ', '"arguments"', '"name"', '"f"', "functions.f:0", "word", "é", "😀", "1"),
     *(write(name, ("f", '{"a": "}"}')) for name in FORMATS),
@@ -343,7 +347,7 @@ JSON = st.recursive(
 def test_any_calls_come_back(name, calls, indent, is_ascii):
     raw = [(function, json.dumps(value, indent=indent, ensure_ascii=is_ascii)) for function, value in calls]
     answer = Answer.of(feed(make(name), list(write(name, *raw))))
-    if name == "kimi_k2" and any(marker in text for _, text in raw for marker in TOOL_FORMATS[name].markers):
+    if name == "kimi_k2" and any(marker in text for _, text in raw for marker in MARKERS[name]):
         return
     assert answer == Answer("", "", raw)
 
@@ -374,7 +378,7 @@ def test_what_is_looked_at_again_is_never_longer_than_a_marker(name, start):
     """So that the work grows with the text alone, however it comes and however long a call stays open."""
     calls = TOOL_FORMATS[name].make()
     parser = Thinking(calls, has_begun=True)
-    longest = max(map(len, TOOL_FORMATS[name].markers))
+    longest = max(map(len, MARKERS[name]))
     parser.push("why</think>" + MARKERS[name][0] + start)
     for _ in range(1000):
         parser.push("xy" if start else "  ")

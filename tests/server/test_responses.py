@@ -412,7 +412,7 @@ WRONG = [
     ({"input": [user([1])]}, "input[0].content[0]"),
     ({"input": [user([{"type": "input_image", "image_url": "x"}])]}, "input[0].content[0].type"),
     ({"input": [user([{"type": "input_text", "text": "a"}, {"type": "input_text"}])]}, "input[0].content[1].text"),
-    ({"input": [CALL_ITEM | {"arguments": "{"}], "instructions": "x"}, "input[0].arguments"),
+    ({"input": [CALL_ITEM | {"arguments": {}}], "instructions": "x"}, "input[0].arguments"),
     ({"input": [user("x"), CALL_ITEM, CALL_ITEM | {"call_id": ""}]}, "input[2].call_id"),
     ({"input": [user("x"), CALL_ITEM, CALL_ITEM | {"name": "a b"}]}, "input[2].name"),
     ({"input": [user("x"), CALL_ITEM | {"namespace": "n"}]}, "input[1].namespace"),

@@ -367,9 +367,6 @@ CALL = "messages[1].tool_calls[0]"
         ({"messages": called(function=None)}, f"{CALL}.function"),
         ({"messages": called(function={"name": "f"})}, f"{CALL}.function.arguments"),
         ({"messages": called(function={"name": "f", "arguments": {}})}, f"{CALL}.function.arguments"),
-        ({"messages": called(function={"name": "f", "arguments": "{"})}, f"{CALL}.function.arguments"),
-        ({"messages": called(function={"name": "f", "arguments": "[1]"})}, f"{CALL}.function.arguments"),
-        ({"messages": called(function={"name": "f", "arguments": "[" * 5000})}, f"{CALL}.function.arguments"),
         ({"messages": called(function={"name": "f g", "arguments": "{}"})}, f"{CALL}.function.name"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[0].content"),
@@ -379,6 +376,49 @@ CALL = "messages[1].tool_calls[0]"
 )
 async def test_what_is_wrong_with_tools_is_refused_by_its_place(ask, error_of, body, param):
     assert error_of(await ask(**body), 400)["param"] == param
+
+
+ARGUMENTS = {
+    "an object": ('{"a": 1}', {"a": 1}),
+    "nothing": (" ", {}),
+    "a raw line break": ('{"a": "x\ny"}', {"a": "x\ny"}),
+    "a key twice": ('{"a": 1, "a": 2}', {"a": 2}),
+    "infinity": ('{"a": Infinity}', {"a": float("inf")}),
+    "cut off": ('{"a": "x', '{"a": "x'),
+    "two objects": ('{"a": 1}{"b": 2}', '{"a": 1}{"b": 2}'),
+    "a list": ("[1]", "[1]"),
+    "words": ("none", "none"),
+    "a lone surrogate": (r'{"a": "\ud800"}', r'{"a": "\ud800"}'),
+    "a number out of range": ('{"a": 1e999}', '{"a": 1e999}'),
+    "more digits than Python reads": ('{"a": ' + "9" * 5000 + "}", '{"a": ' + "9" * 5000 + "}"),
+    "deep nesting": ("[" * 5000, "[" * 5000),
+    "deep objects": ('{"a":' * 40 + "1" + "}" * 40, '{"a":' * 40 + "1" + "}" * 40),
+}
+
+
+@pytest.mark.parametrize(("text", "shown"), ARGUMENTS.values(), ids=ARGUMENTS)
+async def test_a_call_in_the_history_may_have_any_arguments(ask, tokenizer, text, shown):
+    response = await ask(messages=called(function={"name": "f", "arguments": text}))
+    assert response.status_code == 200, response.text
+    assert tokenizer.chats[-1][0][1]["tool_calls"][0]["function"]["arguments"] == shown
+
+
+async def test_as_many_calls_as_a_model_may_write_are_taken_back(ask):
+    calls = [{"id": str(i), "function": {"name": "f", "arguments": "{}"}} for i in range(1000)]
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "tool_calls": calls}]
+    assert (await ask(messages=messages)).status_code == 200
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_named_function_is_called_once(ask, engine, chunks_of, is_streamed):
+    pytest.importorskip("llguidance")
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    response = await ask(CALLS["hermes"] * 2, tool_choice=named, stream=is_streamed)
+    calls = assembled(chunks_of(response))[2] if is_streamed else choice_of(response)["message"]["tool_calls"]
+    assert len(calls) == 1
+    await ask(CALLS["hermes"], tool_choice=named, parallel_tool_calls=False)
+    once, also_once = (request.sampling_params.grammar for request in engine.requests)
+    assert once == also_once
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_time"}}])
