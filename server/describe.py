@@ -37,7 +37,7 @@ def banner(
     config: EngineConfig | None = None,
 ) -> str:
     """The lines printed once the server answers; the last are a command to try. `can_chat`: it has a chat template.
-    `config`: the settings, whose files are named where they replace the checkpoint's own."""
+    `config`: the settings, whose session folder is named, and files that replace the checkpoint's own."""
     kv_tokens = info.num_kv_blocks * info.block_size
     lines = [
         f"Leyden serves {name} ({info.architecture}, {_count(info.num_parameters)} parameters)",
@@ -49,6 +49,7 @@ def banner(
         f"context {info.max_model_len:,}",
         f"  prefixes  {_checkpoints(info.num_checkpoints, info.num_host_checkpoints, info.memory.checkpoints)}",
         *_drafts("drafts   ", info.speculative_tokens, info.speculative_max_rows),
+        *([f"  sessions  kept in {config.session_folder}"] if config and config.session_folder else ()),
         *(_replaced(config, 9) if config else ()),
         *(f"  note      {note}" for note in info.notes),
         f"  address   {address}",

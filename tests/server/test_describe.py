@@ -115,6 +115,15 @@ def test_a_gpus_banner_names_what_was_measured(tmp_path):
     assert "2 MB workspace, 3 MB CUDA graphs, 4 MB other" in memory_line(told, "memory")
 
 
+def test_the_banner_names_the_folder_of_sessions(tmp_path):
+    save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
+    config = engine_config(tmp_path, session_folder=tmp_path)
+    info = make_core(tmp_path).info()
+    told = banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True, config=config)
+    assert memory_line(told, "sessions") == f"kept in {tmp_path}"
+    assert "sessions  " not in banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True)
+
+
 def example(info, *, name="tiny", needs_key=False, can_chat=True):
     """The words of the command under a banner."""
     told = banner(info, name=name, address="http://test", needs_key=needs_key, can_chat=can_chat)
