@@ -133,11 +133,6 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         await cancel_all(working, leaving)
 
 
-async def first_event(events: Events) -> Event:
-    """Awaited before the response starts, so that an error known at admission keeps its status code."""
-    return await anext(events)
-
-
 async def collect(events: Events) -> list[Event]:
     """All outputs of each job as one, in the order of the jobs' indices."""
     merged: dict[int, Event] = {}

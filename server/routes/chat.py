@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from ...engine.outputs import RequestOutput
 from ..chat_messages import chunk_delta, finish_reason, read_deltas, whole_message
-from ..generation import Event, collect, first_event, generate, traced, unless_disconnected
+from ..generation import Event, collect, generate, traced, unless_disconnected
 from ..logprobs import chat_logprobs
 from ..openapi import GENERATING, documented
 from ..protocol import ChatRequest
@@ -46,8 +46,7 @@ async def create_chat_completion(http: Request) -> Response:
     if not prepared.request.stream:
         outputs = await unless_disconnected(http.receive, collect(events))
         return json_response(writer.whole(outputs), prepared.headers)
-    first = await unless_disconnected(http.receive, first_event(events))
-    return EventStream(first, events, writer.render, writer.render_end, prepared.headers)
+    return EventStream(events, writer.render, writer.render_end, prepared.headers)
 
 
 class ChatWriter:

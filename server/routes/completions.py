@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...engine.outputs import TokenLogprobs
-from ..generation import Event, collect, first_event, generate, traced, unless_disconnected
+from ..generation import Event, collect, generate, traced, unless_disconnected
 from ..logprobs import CompletionLogprobsWriter
 from ..openapi import GENERATING, documented
 from ..prompts import off_loop
@@ -43,8 +43,7 @@ async def create_completion(http: Request) -> Response:
         outputs = await unless_disconnected(http.receive, collect(events))
         num_scored = writer.num_scored_tokens(outputs)
         return await off_loop(num_scored, lambda: json_response(writer.whole(outputs), prepared.headers))
-    first = await unless_disconnected(http.receive, first_event(events))
-    return EventStream(first, events, writer.render, writer.render_end, prepared.headers)
+    return EventStream(events, writer.render, writer.render_end, prepared.headers)
 
 
 class CompletionWriter:
