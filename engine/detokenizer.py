@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from .outputs import RequestOutput, StepOutput
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
@@ -112,6 +114,18 @@ class StopStrings:
         return 0
 
 
+class StopScope(Protocol):
+    """Tells in which part of an answer stop strings count. One scope reads one answer, as it comes."""
+
+    def push(self, text: str) -> tuple[str, str]:
+        """(text in which no stop string counts, then text in which they do); it may hold back what is undecided."""
+        ...
+
+    def finish(self) -> tuple[str, str]:
+        """The same for the text that was held back, once the answer has ended."""
+        ...
+
+
 class TextStream:
     """Turns the engine's steps for one sequence into `RequestOutput`s."""
 
@@ -121,9 +135,12 @@ class TextStream:
         params: SamplingParams,
         num_prompt_tokens: int,
         shown_ids: frozenset[int] = frozenset(),
+        stop_scope: StopScope | None = None,
     ) -> None:
+        """`stop_scope` None: stop strings count in the whole answer."""
         self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens, shown_ids)
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
+        self._scope = stop_scope
         self._params = params
         self._num_prompt_tokens = num_prompt_tokens
         self._num_output_tokens = 0
@@ -172,11 +189,26 @@ class TextStream:
                 return pieces, stop
         if step.finish_reason is None:
             return pieces or [""], None
-        safe, stop = self._scan(self._detokenizer.flush())
+        safe, stop = self._scan(self._detokenizer.flush(), is_last=True)
         last = pieces.pop() if pieces else ""
         return [*pieces, last + safe + ("" if stop is not None else self._stops.flush())], stop
 
-    def _scan(self, text: str) -> tuple[str, str | None]:
-        if not self._params.stop or self._num_output_tokens <= self._params.min_tokens:
-            return text, None  # no stop string counts, or not yet
-        return self._stops.push(text)
+    def _scan(self, text: str, *, is_last: bool = False) -> tuple[str, str | None]:
+        """(text that is safe to show, the stop string that was found or None)."""
+        if not self._params.stop:
+            return text, None
+        before, text = self._split(text, is_last=is_last)
+        if self._num_output_tokens <= self._params.min_tokens:
+            return before + text, None
+        safe, stop = self._stops.push(text)
+        return before + safe, stop
+
+    def _split(self, text: str, *, is_last: bool) -> tuple[str, str]:
+        """(text in which no stop string counts, text in which they do)."""
+        if self._scope is None:
+            return "", text
+        before, after = self._scope.push(text)
+        if not is_last:
+            return before, after
+        last_before, last_after = self._scope.finish()
+        return before + last_before, after + last_after

@@ -92,6 +92,7 @@ async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
         num_siblings=job.n - 1 if is_first else 0,
         sibling_of=None if is_first else f"{answer_id}-{job.first_index}",
         session_id=job.session_id,
+        stop_scope=job.stop_scope(),
     )
     reason: str | None = "abort"  # unless its last output comes
     try:

@@ -122,7 +122,7 @@ async def prepare_conversation(
         asked=asked,
         default_max_tokens=None,
         logprobs=logprobs,
-        shown_ids=answer.shown_ids,
+        answer=answer,
         form=form,
     )
     return Prepared(request, [prompt], jobs, ignored, answer)

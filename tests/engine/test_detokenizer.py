@@ -324,3 +324,35 @@ def test_control_tokens_that_are_asked_for_are_shown_among_hidden_ones(tokenizer
     assert "".join(map(shown.push_one, ids)) + shown.flush() == "é<|end|> ü<|end|>"
     everything = IncrementalDetokenizer(tokenizer, skip_special_tokens=False, shown_ids=frozenset({end}))
     assert everything.push(ids) + everything.flush() == "é<|end|><|user|> ü<|end|>"
+
+
+class AfterBar:
+    """Stop strings count behind the first bar."""
+
+    def __init__(self):
+        self._has_come = False
+
+    def push(self, text):
+        if self._has_come:
+            return "", text
+        before, bar, after = text.partition("|")
+        self._has_come = bool(bar)
+        return before + bar, after
+
+    def finish(self):
+        return "", ""
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3,), (2, 5), (100,)])
+@pytest.mark.parametrize(
+    ("text", "shown", "num_tokens"),
+    [("a.b|c.d", "a.b|c", 6), ("a.b", "a.b", 3), ("|.", "|", 2), (".", ".", 1), ("a.|..", "a.|", 4)],
+)
+def test_stop_strings_count_within_their_scope_alone(tokenizer, sizes, text, shown, num_tokens):
+    stream = TextStream(tokenizer, SamplingParams(stop=(".",), max_tokens=None), 3, stop_scope=AfterBar())
+    steps = [StepOutput(request_id="r", token_ids=piece) for piece in cut(tokenizer.encode(text), list(sizes))]
+    steps[-1].finish_reason = "length"
+    outputs = finish(stream, steps)
+    assert "".join(output.text for output in outputs) == shown
+    assert outputs[-1].num_output_tokens == sum(len(output.token_ids) for output in outputs) == num_tokens
+    assert outputs[-1].finish_reason == ("stop" if shown != text else "length")

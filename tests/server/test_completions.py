@@ -221,3 +221,11 @@ async def test_the_scores_of_long_prompts_are_written_outside_the_event_loops_th
         mine = [choice for choice in choices if choice["index"] == index]
         assert "".join(choice["text"] for choice in mine) == expected["text"]
         assert [token for choice in mine for token in choice["logprobs"]["tokens"]] == expected["logprobs"]["tokens"]
+
+
+async def test_stop_strings_of_a_completion_count_in_all_of_it(complete, engine):
+    engine.reply = b"<think>a\n\nb</think>"
+    for asked in ({}, {"stop_in_reasoning": True}, {"stop_in_reasoning": False}):
+        response = await complete(stop=["\n\n"], max_tokens=50, **asked)
+        assert response.json()["choices"][0]["text"] == "<think>a"
+        assert "x-ignored-parameters" not in response.headers
