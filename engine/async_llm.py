@@ -58,7 +58,7 @@ class AsyncLLM:
             session_id=session_id,
             max_queue_seconds=self.max_queue_seconds,
         )
-        text = TextStream(self.tokenizer, params, len(prompt_token_ids), shown_ids, stop_scope)
+        text = TextStream(self.tokenizer, params, prompt_token_ids, shown_ids, stop_scope)
         async with aclosing(self.client.generate(request)) as steps:  # type: ignore[type-var]
             async for step in steps:
                 output = text.push(step)
