@@ -13,6 +13,7 @@ from .speculation import num_kept
 
 logger = logging.getLogger("leyden.engine")
 
+SCORED_TOKENS = 1024  # of one output: with twenty alternatives each, 200 KB of a message
 BAD_LOGITS = "the model gave NaN or infinite logits for this request"
 NOTHING_ALLOWED = "the grammar of this request allows no token here, or the model gave NaN or infinite logits"
 
@@ -108,7 +109,6 @@ class Collector:
                 output.stop_token_id = token_id
         if index == 0:
             self._stats.prompt_tokens_total += sequence.num_prompt_tokens
-            output.prompt_logprobs = sequence.prompt_logprobs or None
             output.queue_seconds = sequence.queue_seconds
             output.num_cached_tokens = sequence.num_cached_tokens or 0
         if output.finish_reason is not None:
@@ -125,8 +125,17 @@ def _failure(sequence: Sequence, message: str) -> StepOutput:
     return StepOutput(request_id=sequence.request_id, finish_reason="error", error_code="internal", error=message)
 
 
-def keep_prompt_logprobs(step: LaunchedStep) -> None:
-    """Join a chunk's scores to those of the chunks before; a prompt that starts anew after a preemption overwrites."""
+def prompt_scores(step: LaunchedStep) -> list[StepOutput]:
+    """What a step has computed of its prompts' scores, in outputs of `SCORED_TOKENS` at most; the first one of a prompt
+    begins with None, for its first token. A prompt that starts anew after a preemption gives nothing twice."""
+    outputs = []
     for sequence, entries in step.prompt_logprobs.items():
-        before: list[TokenLogprobs | None] = [None, *sequence.prompt_logprobs[1:]]
-        sequence.prompt_logprobs = [*before[: sequence.num_computed_tokens + 1], *entries]
+        start = sequence.num_computed_tokens
+        scores: list[TokenLogprobs | None] = [*entries] if start else [None, *entries]
+        new = scores[sequence.num_scored_tokens - (start + 1 if start else 0) :]
+        sequence.num_scored_tokens += len(new)
+        outputs += [
+            StepOutput(request_id=sequence.request_id, prompt_logprobs=new[i : i + SCORED_TOKENS])
+            for i in range(0, len(new), SCORED_TOKENS)
+        ]
+    return outputs

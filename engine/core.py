@@ -14,7 +14,7 @@ import torch
 from ..configs.schema import EngineConfig
 from ..models.checkpoint import read_config, resolve
 from .block_manager import BlockManager
-from .collector import Collector, keep_prompt_logprobs
+from .collector import Collector, prompt_scores
 from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, RequestError
 from .grammar import Grammar, GrammarCompiler
 from .grammar import require as require_grammars
@@ -166,11 +166,11 @@ class EngineCore:
         _end_queueing(started_now, scheduled)
         if started_now and tell_started is not None:
             tell_started([sequence.request_id for sequence in started_now])
-        launched = None
+        launched, scored = None, []
         if not batch.is_empty:
             launched = self.runner.launch(batch)
             launched.num_finished = self.scheduler.num_finished
-            keep_prompt_logprobs(launched)
+            scored = prompt_scores(launched)
             self.scheduler.update(batch)
             self._stats.steps_total += 1
         elif (self._compiling or self.sessions.is_busy) and self._in_flight is None:
@@ -180,7 +180,7 @@ class EngineCore:
         waiting = time.perf_counter()
         tokens, logprobs = launched.wait() if launched else ([], [])
         waited = time.perf_counter() - waiting
-        outputs = refused + (self._collector.collect(launched, tokens, logprobs) if launched else [])
+        outputs = refused + scored + (self._collector.collect(launched, tokens, logprobs) if launched else [])
         seconds = time.perf_counter() - started
         self._stats.step_seconds_total += seconds
         self._stats.schedule_seconds_total += scheduled - started

@@ -15,7 +15,7 @@ from .core import EngineCore
 from .detokenizer import TextStream
 from .errors import ConfigError, RequestError
 from .messages import AddRequest
-from .outputs import FinishReason, RequestOutput, TokenLogprobs
+from .outputs import FinishReason, RequestOutput, TokenLogprobs, joined
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ class Completion:
         self.token_ids += output.token_ids
         if output.logprobs is not None:
             self.logprobs = (self.logprobs or []) + output.logprobs
-        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+        self.prompt_logprobs = joined(self.prompt_logprobs, output.prompt_logprobs)
         self.num_cached_tokens += output.num_cached_tokens or 0
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
 
@@ -143,7 +143,7 @@ class LLM:
         while pending and len(self.core.scheduler.waiting) < self.core.config.max_waiting:
             index, request = pending.popleft()
             self.core.add_request(request)
-            text = TextStream(self.tokenizer, request.sampling_params, request.prompt_token_ids)
+            text = TextStream(self.tokenizer, request.sampling_params, len(request.prompt_token_ids))
             streams[request.request_id] = (index, text)
 
     def _step(self, streams: dict[str, tuple[int, TextStream]]) -> Iterator[tuple[int, RequestOutput]]:

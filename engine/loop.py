@@ -35,8 +35,15 @@ def run_loop(core: EngineCore, receive: Receive, send: Callable[[FromEngine], No
         for done in core.sessions.advance():
             send(done)
         if outputs or messages or is_idle or time.monotonic() - last_sent >= BEAT_SECONDS:
-            send(StepOutputs(outputs=outputs, stats=core.stats()))
+            for part in _parted(outputs):
+                send(StepOutputs(outputs=part, stats=core.stats()))
             last_sent = time.monotonic()
+
+
+def _parted(outputs: list[StepOutput]) -> list[list[StepOutput]]:
+    """The scores of prompts in messages of their own, before the rest: none is longer than one output's."""
+    scored = [[output] for output in outputs if output.prompt_logprobs is not None]
+    return [*scored, [output for output in outputs if output.prompt_logprobs is None]]
 
 
 def _handle(core: EngineCore, message: ToEngine) -> StepOutput | None:

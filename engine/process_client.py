@@ -29,6 +29,7 @@ class ProcessClient(StreamingClient):
 
     STOP_SECONDS = 5.0
     READS_PER_TURN = 16
+    BYTES_PER_TURN = 1 << 18
     # What Python is to run, the socket's address, its parent's id and how to log being added to it.
     # -P: the working directory must not shadow packages (a folder "kernels" would).
     ENGINE: tuple[str, ...] = ("-P", "-m", "leyden.engine.process")
@@ -114,8 +115,13 @@ class ProcessClient(StreamingClient):
         decoder = msgspec.msgpack.Decoder(FromEngine)
         try:
             while True:
+                num_bytes = 0
                 for _ in range(self.READS_PER_TURN):
-                    self._receive(decoder.decode(await self._socket.recv()))
+                    raw = await self._socket.recv()
+                    self._receive(decoder.decode(raw))
+                    num_bytes += len(raw)
+                    if num_bytes > self.BYTES_PER_TURN:
+                        break
                 await asyncio.sleep(0)
         except Exception as error:  # nobody would be told anything any more
             logger.exception("reading from the engine failed")

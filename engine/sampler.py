@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels import Kernels
 from .batch import Arrays, Upload
-from .outputs import TokenLogprobs
+from .outputs import PAIR, TokenLogprobs
 from .sampling_rows import SamplingRows
 from .sequence import Sequence
 
@@ -102,11 +103,6 @@ class Sampler:
     @staticmethod
     def bytes_per_slot(vocab_size: int) -> int:
         return 4 * vocab_size + 4
-
-    @classmethod
-    def bytes_for(cls, num_slots: int, vocab_size: int) -> int:
-        """`nbytes` of such a sampler: that of its slots, and a place for padding rows."""
-        return num_slots * cls.bytes_per_slot(vocab_size) + 4
 
     def rows(self, sequences: list[Sequence]) -> SamplingRows:
         """What these sequences ask for in their slots."""
@@ -209,13 +205,14 @@ def _entries(
     token_ids: list[int], chosen: Tensor, values: Tensor, indices: Tensor, num_top: list[int]
 ) -> list[TokenLogprobs]:
     """One float per token: the entry of `top` for the chosen token is the very number in `logprob`."""
+    pairs = np.empty(tuple(values.shape), dtype=[("token_id", "<i4"), ("logprob", "<f4")])
+    pairs["token_id"], pairs["logprob"] = indices.cpu().numpy(), values.cpu().numpy()
+    is_chosen = pairs["token_id"] == np.array(token_ids, dtype=np.int32)[:, None]
+    is_shown = (is_chosen & (np.arange(values.shape[1]) < np.array(num_top)[:, None])).any(axis=1).tolist()
     entries = []
-    rows = zip(token_ids, chosen.tolist(), values.tolist(), indices.tolist(), num_top, strict=True)
-    for token_id, logprob, best, ids, count in rows:
-        top = list(zip(ids[:count], best[:count], strict=True))
-        if token_id not in ids[:count]:
-            top.append((token_id, logprob))
-        entries.append(TokenLogprobs(token_id, logprob, top))
+    for i, (token_id, logprob, count) in enumerate(zip(token_ids, chosen.tolist(), num_top, strict=True)):
+        top = pairs[i, :count].tobytes()
+        entries.append(TokenLogprobs(token_id, logprob, top if is_shown[i] else top + PAIR.pack(token_id, logprob)))
     return entries
 
 

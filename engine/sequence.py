@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .outputs import FinishReason, TokenLogprobs
+from .outputs import FinishReason
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -46,11 +46,10 @@ class Sequence:
     seed: int = 0
     deadline: float = math.inf  # on the monotonic clock: not started by then, it is refused
     output_token_ids: list[int] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    num_scored_tokens: int = 0  # of the prompt, whose log-probabilities have been handed over
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     block_table: array[int] = field(default_factory=lambda: array("i"))
-    num_sent_blocks: int = 0  # of these, so many are in the slot's row of `BlockTables`
     state_slot: int | None = None
     num_pending_tokens: int = 0  # computed tokens that the slot's ring holds and its state does not (`replay`)
     arrived_at: float = 0.0  # `time.perf_counter()` when it came to the engine

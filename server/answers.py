@@ -8,7 +8,7 @@ from ..engine.grammar import require as require_grammars
 from .errors import UnsupportedParameterError
 from .parsers import reasoning
 from .parsers.forced import forced_grammar
-from .parsers.formats import AnswerFormat, ThoughtState
+from .parsers.formats import AnswerFormat
 from .protocol import ChatRequest
 from .state import ServerState
 from .tools import read_tool_choice
@@ -47,10 +47,9 @@ def forced_call(request: ChatRequest, tools: list[dict[str, Any]], answer: Answe
 def answer_format(request: ChatRequest, state: ServerState, prompt: list[int], *, with_tools: bool) -> AnswerFormat:
     return state.chat_format.of_answer(
         with_tools=with_tools,
-        thought=_thought_at_end(request, state, prompt),
+        is_thinking=_ends_in_thought(request, state, prompt),
         max_calls=1 if _takes_one_call(request) else None,
         hides=request.skip_special_tokens,
-        stops_in_thought=request.stop_in_reasoning,
     )
 
 
@@ -59,10 +58,10 @@ def _takes_one_call(request: ChatRequest) -> bool:
     return not request.parallel_tool_calls or isinstance(request.tool_choice, dict)
 
 
-def _thought_at_end(request: ChatRequest, state: ServerState, prompt: list[int]) -> ThoughtState:
-    """Whether the template, or an answer that is to be continued, leaves a thought open, or has closed it."""
+def _ends_in_thought(request: ChatRequest, state: ServerState, prompt: list[int]) -> bool:
+    """Whether the template, or an answer that is to be continued, leaves a thought open."""
     if request.continue_final_message:
         _, opening, thought = request.messages[-1]["content"].rpartition(reasoning.OPEN)
-        return "none" if not opening else "over" if reasoning.CLOSE in thought else "open"
-    tail = state.llm.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False).rstrip()
-    return "open" if tail.endswith(reasoning.OPEN) else "over" if tail.endswith(reasoning.CLOSE) else "none"
+        return bool(opening) and reasoning.CLOSE not in thought
+    tail = state.llm.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False)
+    return tail.rstrip().endswith(reasoning.OPEN)

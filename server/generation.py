@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +15,7 @@ from ..engine.errors import QueueFullError, QueueTimeoutError, RequestError
 from ..engine.outputs import RequestOutput
 from .errors import ApiError
 from .metrics import SequenceTimer
+from .off_loop import CHARS_PER_SCORE, CHARS_PER_TEXT
 from .sampling import Job
 from .state import ServerState
 
@@ -92,7 +93,6 @@ async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
         num_siblings=job.n - 1 if is_first else 0,
         sibling_of=None if is_first else f"{answer_id}-{job.first_index}",
         session_id=job.session_id,
-        stop_scope=job.stop_scope(),
     )
     reason: str | None = "abort"  # unless its last output comes
     try:
@@ -134,6 +134,11 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         await cancel_all(working, leaving)
 
 
+async def first_event(events: Events) -> Event:
+    """Awaited before the response starts, so that an error known at admission keeps its status code."""
+    return await anext(events)
+
+
 async def collect(events: Events) -> list[Event]:
     """All outputs of each job as one, in the order of the jobs' indices."""
     merged: dict[int, Event] = {}
@@ -148,6 +153,11 @@ async def collect(events: Events) -> list[Event]:
     for index, (_, output) in merged.items():
         output.text = "".join(texts[index])
     return [merged[index] for index in sorted(merged)]
+
+
+def num_chars(events: Iterable[Event]) -> int:
+    """What it costs to write them, for `off_loop`: text hardly anything, log-probabilities much."""
+    return sum(len(output.text) // CHARS_PER_TEXT + output.num_scores * CHARS_PER_SCORE for _, output in events)
 
 
 async def cancel_all(*tasks: asyncio.Task[Any]) -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from ..engine.errors import ContextLengthError, RequestError
 from ..engine.messages import EngineInfo
 from .errors import UnsupportedParameterError
 from .json_body import json_type
+from .off_loop import MAX_CHARS_INLINE, off_loop
 from .protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from .state import ServerState
 
-MAX_CHARS_INLINE = 2048  # a thread costs more than tokenizing this
 CHARS_PER_MESSAGE = 32  # that a chat template's work on a message costs, however short
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -124,11 +120,6 @@ async def encode_messages(
         ),
     )
     return Prompt(ids, beginning=beginning)
-
-
-async def off_loop(num_chars: int, work: Callable[[], T]) -> T:
-    """Run tokenizer work, in a thread when the text is long."""
-    return work() if num_chars <= MAX_CHARS_INLINE else await asyncio.to_thread(work)
 
 
 def check_token_ids(ids: list[int], info: EngineInfo, where: str) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
+from functools import partial
 
 import msgspec
 
 from ..engine.outputs import RequestOutput
 from . import generation
 from .errors import ApiError
-from .logprobs import chat_logprobs
+from .logprobs import TOKENS_AT_ONCE, chat_logprobs
+from .off_loop import off_loop
 from .parsers.deltas import CallArguments, CallBegin, Content, Delta, Reasoning, merged
 from .protocol import ChatRequest
 from .responses_items import GrowingCall, GrowingItem, GrowingMessage, GrowingReasoning, Logprobs, make_id
@@ -56,20 +58,26 @@ class ResponseWriter:
         self._output: list[OutputItem] = []
         self._logprobs: Logprobs = []  # of tokens that no message has shown yet
         self._num_events = 0
+        self.num_chars = 0  # that writing all of the answer costs, for `off_loop`
 
     async def whole(self, events: generation.Events) -> ResponseObject:
         async with aclosing(events) as closing:
-            async for event in closing:
-                for _ in self.render(event):
-                    pass
+            async for job, output in closing:
+                for part in output.cut(TOKENS_AT_ONCE):
+                    await off_loop(generation.num_chars([(job, part)]), partial(self._take_in, (job, part)))
         return self.response
+
+    def _take_in(self, event: generation.Event) -> None:
+        for _ in self.render(event):
+            pass
 
     def render(self, event: generation.Event) -> Iterator[Event]:
         """The events of one output, which the last one follows with the answer as a whole."""
+        self.num_chars += generation.num_chars([event])
         yield from self._numbered(self._events(event[1]))
 
     def render_failure(self, error: ApiError) -> Iterator[Event]:
-        """Of a stream that was begun: the error, and the response as far as it came."""
+        """Of an answer that was begun: the error, and the response as far as it came."""
         yield from self._numbered(self._failure_events(error))
 
     def _numbered(self, events: Iterator[Event]) -> Iterator[Event]:
@@ -81,17 +89,14 @@ class ResponseWriter:
     def _events(self, output: RequestOutput) -> Iterator[Event]:
         if output.num_cached_tokens is not None:
             self._num_cached_tokens = output.num_cached_tokens
-        yield from self._begin()
+        if not self._num_events:
+            yield Created(response=self.response)
+            yield InProgress(response=self.response)
         self._logprobs += chat_logprobs(output.logprobs or [], self._num_top, self._token_names).content
         for delta in self._read(output):
             yield from self._take(delta)
         if output.finish_reason is not None:
             yield from self._finish(output)
-
-    def _begin(self) -> Iterator[Event]:
-        if not self._num_events:
-            yield Created(response=self.response)
-            yield InProgress(response=self.response)
 
     def _read(self, output: RequestOutput) -> list[Delta]:
         """What one output adds, while a thought may go on token by token: so its tokens can be counted."""
@@ -159,7 +164,6 @@ class ResponseWriter:
             yield Incomplete(response=self.response)
 
     def _failure_events(self, error: ApiError) -> Iterator[Event]:
-        yield from self._begin()
         yield ErrorEvent(message=error.message, code=error.reason, param=error.param)
         failed = self._now("failed")
         failed.error = ResponseFailure("server_error", error.message)

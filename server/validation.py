@@ -20,6 +20,7 @@ from .answers import answer_format, forced_call, offered_tools
 from .errors import UnknownModelError
 from .json_body import drop_nulls, json_type, read_json
 from .messages import read_messages
+from .off_loop import off_loop
 from .parameters import ignored_header, refuse_unless_neutral, split_fields
 from .parsers.formats import AnswerFormat
 from .prompts import (
@@ -28,7 +29,6 @@ from .prompts import (
     check_prompt,
     check_token_ids,
     encode_messages,
-    off_loop,
     read_prompts,
 )
 from .protocol import (
@@ -122,7 +122,7 @@ async def prepare_conversation(
         asked=asked,
         default_max_tokens=None,
         logprobs=logprobs,
-        answer=answer,
+        shown_ids=answer.shown_ids,
         form=form,
     )
     return Prepared(request, [prompt], jobs, ignored, answer)

@@ -13,9 +13,11 @@ from starlette.responses import Response
 
 from ...engine.outputs import RequestOutput
 from ..chat_messages import chunk_delta, finish_reason, read_deltas, whole_message
-from ..generation import Event, collect, generate, traced, unless_disconnected
-from ..logprobs import chat_logprobs
+from ..generation import Event, collect, first_event, generate, num_chars, traced, unless_disconnected
+from ..logprobs import chat_logprobs, splice_chat_logprobs
+from ..off_loop import off_loop
 from ..openapi import GENERATING, documented
+from ..pieces import PiecedResponse, Splicer
 from ..protocol import ChatRequest
 from ..responses import (
     ChatChoice,
@@ -25,7 +27,6 @@ from ..responses import (
     ChatDelta,
     ChatLogprobs,
     Usage,
-    json_response,
 )
 from ..sampling import Job
 from ..state import ServerState, refuse_unless_ready
@@ -45,8 +46,9 @@ async def create_chat_completion(http: Request) -> Response:
     events = traced(http, prepared, writer.id, generate(writer.state, prepared.jobs, writer.id))
     if not prepared.request.stream:
         outputs = await unless_disconnected(http.receive, collect(events))
-        return json_response(writer.whole(outputs), prepared.headers)
-    return EventStream(events, writer.render, writer.render_end, prepared.headers)
+        return await off_loop(num_chars(outputs), lambda: PiecedResponse(writer.whole(outputs), prepared.headers))
+    first = await unless_disconnected(http.receive, first_event(events))
+    return EventStream(first, events, writer.render, writer.render_end, prepared.headers)
 
 
 class ChatWriter:
@@ -62,14 +64,15 @@ class ChatWriter:
         self.is_begun = [False] * len(prepared.jobs)
         self.parsers = [prepared.answer.parser() for _ in prepared.jobs]
 
-    def whole(self, outputs: list[Event]) -> ChatCompletion:
-        """The answer in one object, from one merged output per choice."""
-        choices = [self._choice(job, output) for job, output in outputs]
+    def whole(self, outputs: list[Event]) -> list[bytes]:
+        """The JSON of the answer in one object, from one merged output per choice."""
+        splicer = Splicer()
+        choices = [self._choice(job, output, splicer) for job, output in outputs]
         usage = self.usage.total()
         answer = ChatCompletion(self.id, "chat.completion", self.created, self.state.model_name, choices, usage)
         if self.request.return_token_ids:
             answer.prompt_token_ids = self.prompt_token_ids
-        return answer
+        return splicer.encode(answer)
 
     def render(self, event: Event) -> Iterator[ChatChunk]:
         """The chunks of one output: the role before anything else, what is said, and the finish reason by itself."""
@@ -99,7 +102,9 @@ class ChatWriter:
 
     def _said(self, index: int, output: RequestOutput) -> list[ChatChunkChoice]:
         """What one output says. Its log-probabilities and ids go with the first piece."""
-        logprobs = self._logprobs(output) if output.logprobs else None
+        logprobs: ChatLogprobs | None = None
+        if self.request.logprobs and output.logprobs:
+            logprobs = chat_logprobs(output.logprobs, self.request.top_logprobs, self.state.token_names)
         token_ids = output.token_ids if self.request.return_token_ids else UNSET
         deltas = [chunk_delta(delta) for delta in read_deltas(self.parsers[index], output)]
         if not deltas and (logprobs or token_ids):
@@ -109,19 +114,18 @@ class ChatWriter:
             choices[0].logprobs, choices[0].token_ids = logprobs, token_ids
         return choices
 
-    def _choice(self, job: Job, output: RequestOutput) -> ChatChoice:
+    def _choice(self, job: Job, output: RequestOutput, splicer: Splicer) -> ChatChoice:
         self.usage.observe(job, output)
         parser = self.parsers[job.index]
         message = whole_message(read_deltas(parser, output))
-        choice = ChatChoice(job.index, message, self._logprobs(output), finish_reason(parser, output))
+        logprobs: ChatLogprobs | None = None
+        if self.request.logprobs:
+            entries, num_top = output.logprobs or [], self.request.top_logprobs
+            logprobs = splice_chat_logprobs(splicer, entries, num_top, self.state.token_names)
+        choice = ChatChoice(job.index, message, logprobs, finish_reason(parser, output))
         if self.request.return_token_ids:
             choice.token_ids = output.token_ids
         return choice
-
-    def _logprobs(self, output: RequestOutput) -> ChatLogprobs | None:
-        if not self.request.logprobs:
-            return None
-        return chat_logprobs(output.logprobs or [], self.request.top_logprobs, self.state.token_names)
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         return ChatChunk(self.id, "chat.completion.chunk", self.created, self.state.model_name, choices, usage)

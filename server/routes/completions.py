@@ -12,17 +12,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...engine.outputs import TokenLogprobs
-from ..generation import Event, collect, generate, traced, unless_disconnected
-from ..logprobs import CompletionLogprobsWriter
+from ..generation import Event, collect, first_event, generate, num_chars, traced, unless_disconnected
+from ..logprobs import CompletionLogprobsWriter, splice_completion_logprobs
+from ..off_loop import off_loop
 from ..openapi import GENERATING, documented
-from ..prompts import off_loop
+from ..pieces import PiecedResponse, Splicer
 from ..protocol import CompletionRequest
 from ..responses import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     Usage,
-    json_response,
 )
 from ..state import ServerState, refuse_unless_ready
 from ..streaming import EventStream
@@ -41,9 +41,9 @@ async def create_completion(http: Request) -> Response:
     events = traced(http, prepared, writer.id, generate(writer.state, prepared.jobs, writer.id))
     if not prepared.request.stream:
         outputs = await unless_disconnected(http.receive, collect(events))
-        num_scored = writer.num_scored_tokens(outputs)
-        return await off_loop(num_scored, lambda: json_response(writer.whole(outputs), prepared.headers))
-    return EventStream(events, writer.render, writer.render_end, prepared.headers)
+        return await off_loop(num_chars(outputs), lambda: PiecedResponse(writer.whole(outputs), prepared.headers))
+    first = await unless_disconnected(http.receive, first_event(events))
+    return EventStream(first, events, writer.render, writer.render_end, prepared.headers)
 
 
 class CompletionWriter:
@@ -71,34 +71,35 @@ class CompletionWriter:
         if options is not None and options.include_usage:
             yield self.envelope([], self.usage.total())
 
-    def whole(self, outputs: list[Event]) -> Completion:
-        """The answer in one object, from one merged output per choice."""
-        choices = [self.choice(output) for output in outputs]
-        return self.envelope(choices, self.usage.total())
+    def whole(self, outputs: list[Event]) -> list[bytes]:
+        """The JSON of the answer in one object, from one merged output per choice."""
+        splicer = Splicer()
+        choices = [self.choice(output, splicer) for output in outputs]
+        return splicer.encode(self.envelope(choices, self.usage.total()))
 
-    def choice(self, event: Event) -> CompletionChoice:
-        """What one output adds to its choice; the first one begins with the prompt when `echo` asks for it."""
+    def choice(self, event: Event, splicer: Splicer | None = None) -> CompletionChoice:
+        """What one output adds to its choice; the first one begins with the prompt when `echo` asks for it. With a
+        `splicer` log-probabilities are left to that."""
         job, output = event
         self.usage.observe(job, output)
         is_first, self.is_begun[job.index] = not self.is_begun[job.index], True
         text = output.text
-        entries: list[TokenLogprobs | None] = list(output.logprobs or [])
+        entries: list[TokenLogprobs | None] = [*(output.prompt_logprobs or []), *(output.logprobs or [])]
         if is_first and self.request.echo:
             text = self.prompts[job.prompt_index].text + text
-            entries = [*(output.prompt_logprobs or []), *entries]
         logprobs: CompletionLogprobs | None = None
-        if self.request.logprobs is not None and (entries or not self.request.stream):
-            logprobs = self.logprobs[job.index].write(entries, job.prompt_token_ids[0])
+        if self.request.logprobs is not None and (entries or splicer):
+            writer, first_id = self.logprobs[job.index], job.prompt_token_ids[0]
+            if splicer is None:
+                logprobs = writer.write(entries, first_id)
+            else:
+                logprobs = splice_completion_logprobs(splicer, writer, entries, first_id)
         reason = output.finish_reason
         choice = CompletionChoice(job.index, text, logprobs, reason if reason in ("stop", "length") else None)
         if self.request.return_token_ids:
             choice.token_ids = output.token_ids
             choice.prompt_token_ids = job.prompt_token_ids if is_first else UNSET
         return choice
-
-    def num_scored_tokens(self, outputs: list[Event]) -> int:
-        """How many tokens have logprobs to be written, which is what makes an answer large."""
-        return sum(len(o.prompt_logprobs or ()) + len(o.logprobs or ()) for _, o in outputs)
 
     def envelope(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
         return Completion(self.id, "text_completion", self.created, self.state.model_name, choices, usage)

@@ -6,7 +6,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..generation import generate, traced, unless_disconnected
+from ..generation import first_event, generate, traced, unless_disconnected
+from ..off_loop import off_loop
 from ..openapi import GENERATING, documented
 from ..responses import json_response
 from ..responses_request import ResponsesRequest, prepare_response
@@ -30,5 +31,7 @@ async def create_response(http: Request) -> Response:
     writer = ResponseWriter(ServerState.of(http), request, chat)
     events = traced(http, chat, writer.id, generate(ServerState.of(http), chat.jobs, writer.id))
     if not request.stream:
-        return json_response(await unless_disconnected(http.receive, writer.whole(events)), chat.headers)
-    return NamedEventStream(events, writer.render, writer.render_failure, chat.headers)
+        whole = await unless_disconnected(http.receive, writer.whole(events))
+        return await off_loop(writer.num_chars, lambda: json_response(whole, chat.headers))
+    first = await unless_disconnected(http.receive, first_event(events))
+    return NamedEventStream(first, events, writer.render, writer.render_failure, chat.headers)

@@ -6,8 +6,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..off_loop import off_loop
 from ..openapi import documented
-from ..prompts import off_loop
 from ..protocol import DetokenizeRequest, TokenizeRequest
 from ..responses import Detokenized, Tokenized, json_response
 from ..state import ServerState

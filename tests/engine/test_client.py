@@ -355,7 +355,8 @@ async def test_outputs_that_pile_up_are_one_and_failures_come_after_them():
         await stream.get()
 
 
-async def test_an_engine_faster_than_its_reader_leaves_streams_their_turn():
+@pytest.mark.parametrize(("num_outputs", "most_per_turn"), [(0, ProcessClient.READS_PER_TURN), (20_000, 1)])
+async def test_an_engine_faster_than_its_reader_leaves_streams_their_turn(num_outputs, most_per_turn):
     class EndlessSocket:
         """A message is always there, so that receiving never waits."""
 
@@ -366,13 +367,14 @@ async def test_an_engine_faster_than_its_reader_leaves_streams_their_turn():
             assert self.num_reads < 1000, "nobody else got a turn"
             return message
 
-    message = msgspec.msgpack.encode(StepOutputs(outputs=[], stats=EngineStats()))
+    outputs = [StepOutput(request_id="somebody's")] * num_outputs
+    message = msgspec.msgpack.encode(StepOutputs(outputs=outputs, stats=EngineStats()))
     client = ProcessClient(EngineConfig())
     client._socket = EndlessSocket()
     reading = asyncio.create_task(client._read())
     for _ in range(5):
         await asyncio.sleep(0)
-    assert 1 < client._socket.num_reads < 1000
+    assert 1 < client._socket.num_reads <= 5 * most_per_turn
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
     assert reading.cancelled()

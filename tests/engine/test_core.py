@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engines import Answer, answer, assert_nothing_held, drain, make_core, request
+from leyden.engine import collector
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ConfigError, ContextLengthError, QueueFullError, RequestError
 from leyden.engine.loop import run_loop
@@ -161,6 +163,32 @@ def test_prompt_logprobs_do_not_depend_on_the_chunks_and_equal_transformers(tiny
     core = make_core(tiny.folder, max_num_batched_tokens=budget)
     got = answer(core, PROMPT, max_tokens=2, prompt_logprobs=3)
     check_prompt_logprobs(tiny, PROMPT, got, 3)
+
+
+@pytest.mark.parametrize("budget", [4, 64])
+def test_scores_of_a_prompt_are_sent_as_they_are_computed_and_no_message_has_many(tiny, monkeypatch, budget):
+    monkeypatch.setattr(collector, "SCORED_TOKENS", 10)
+    core = make_core(tiny.folder, max_num_batched_tokens=budget)
+    inbox, messages = [request("scored", PROMPT, max_tokens=2, prompt_logprobs=3), request("other", [1])], []
+
+    def receive(wait: float) -> list[ToEngine]:
+        received, inbox[:] = inbox.copy(), []
+        return received or ([Shutdown()] if wait else [])
+
+    run_loop(core, receive, messages.append)
+    sent = [message.outputs for message in messages if message.outputs]
+    scored = [outputs for outputs in sent if outputs[0].prompt_logprobs]
+    assert max(len(outputs[0].prompt_logprobs) for outputs in scored) <= 10
+    assert {len(outputs) for outputs in scored} == {1}
+    got, begun = Answer(), []
+    for output in itertools.chain(*sent):
+        if output.request_id == "scored":
+            begun.append(bool(output.token_ids))
+            got.add(output)
+    check_prompt_logprobs(tiny, PROMPT, got, 3)
+    assert begun == sorted(begun) and len(got.token_ids) == 2, "all of them before the answer"
+    if budget == 4:
+        assert sent.index(scored[0]) < next(i for i, each in enumerate(sent) if each[0].request_id == "other")
 
 
 def test_prompt_logprobs_survive_a_preemption_in_the_middle_of_the_prompt(tiny):

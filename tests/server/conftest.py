@@ -207,7 +207,7 @@ class FakeEngine:
         ranking = [((token_id + 1) % 256, -0.25), ((token_id + 2) % 256, -0.5), (token_id, -1.5)]
         ranking += [((token_id + k) % 256, -float(k)) for k in range(3, 21)]
         top = ranking[:num_top]
-        return TokenLogprobs(token_id, -1.5, top if num_top >= 3 else [*top, ranking[2]])
+        return TokenLogprobs.of(token_id, -1.5, top if num_top >= 3 else [*top, ranking[2]])
 
     async def start(self):
         return self.info

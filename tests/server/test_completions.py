@@ -3,8 +3,6 @@ from __future__ import annotations
 import threading
 
 import pytest
-from leyden.server import streaming
-from leyden.server.logprobs import CompletionLogprobsWriter
 from openai.types import Completion
 
 BOS = 256
@@ -190,42 +188,3 @@ async def test_long_text_is_tokenized_outside_the_event_loops_thread(complete, t
     assert tokenizer.threads == {threading.get_ident()}
     await complete(prompt="long" * 1000)
     assert len(tokenizer.threads) == 2
-
-
-async def test_the_scores_of_long_prompts_are_written_outside_the_event_loops_thread(
-    complete, chunks_of, engine, monkeypatch
-):
-    threads = {"write": [], "encode": []}
-    write, encode = CompletionLogprobsWriter.write, streaming.ENCODE
-
-    def writing(self, entries, first_token_id=None):
-        threads["write"].append((len(entries) > 1000, threading.get_ident()))
-        return write(self, entries, first_token_id)
-
-    def encoding(chunk):
-        threads["encode"].append((len(chunk.choices[0].logprobs.tokens) > 1000, threading.get_ident()))
-        return encode(chunk)
-
-    engine.info.max_model_len = 10_000
-    prompt = ["long" * 1000, "text" * 1000]
-    body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 3}
-    whole = (await complete(**body)).json()["choices"]
-    monkeypatch.setattr(CompletionLogprobsWriter, "write", writing)
-    monkeypatch.setattr(streaming, "ENCODE", encoding)
-    choices = [chunk["choices"][0] for chunk in chunks_of(await complete(**body, stream=True))]
-    for made in threads.values():
-        assert {thread == threading.get_ident() for is_long, thread in made if is_long} == {False}
-        assert {thread == threading.get_ident() for is_long, thread in made if not is_long} == {True}
-        assert sum(is_long for is_long, _ in made) == 2
-    for index, expected in enumerate(whole):
-        mine = [choice for choice in choices if choice["index"] == index]
-        assert "".join(choice["text"] for choice in mine) == expected["text"]
-        assert [token for choice in mine for token in choice["logprobs"]["tokens"]] == expected["logprobs"]["tokens"]
-
-
-async def test_stop_strings_of_a_completion_count_in_all_of_it(complete, engine):
-    engine.reply = b"<think>a\n\nb</think>"
-    for asked in ({}, {"stop_in_reasoning": True}, {"stop_in_reasoning": False}):
-        response = await complete(stop=["\n\n"], max_tokens=50, **asked)
-        assert response.json()["choices"][0]["text"] == "<think>a"
-        assert "x-ignored-parameters" not in response.headers
