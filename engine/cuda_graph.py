@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -178,11 +179,18 @@ def _row_starts(own: np.ndarray, shape: GraphShape) -> np.ndarray:
     return starts
 
 
-def record(function: Callable[[], Computed], pool: Any) -> tuple[Callable[[], None], Computed]:
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a device, since cuBLAS keeps a workspace for each stream. PyTorch's own default is
+    one for the process, on the first device that captured."""
+    return torch.cuda.Stream(device)
+
+
+def record(function: Callable[[], Computed], pool: Any, device: torch.device) -> tuple[Callable[[], None], Computed]:
     """(what computes it again, where the results then are). Runs `function` once before, to compile."""
     function()
     graph = torch.cuda.CUDAGraph()
-    with _without_collections(), torch.cuda.graph(graph, pool=pool):
+    with _without_collections(), torch.cuda.graph(graph, pool=pool, stream=_capture_stream(device)):
         results = function()
     return graph.replay, results
 
@@ -282,7 +290,7 @@ class StepGraphs:
             return Computed(self.logits[: shape.num_draws], tokens)
 
         self._batches[shape] = batch
-        self._graphs[shape] = record(compute, pool)
+        self._graphs[shape] = record(compute, pool, self.device)
 
 
 def _padding_alone(shape: GraphShape) -> Arrays:

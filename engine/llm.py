@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from ..configs.schema import EngineConfig, what_was_meant
+from ..kernels import use_device
 from .core import EngineCore
 from .detokenizer import TextStream
 from .errors import ConfigError, RequestError
@@ -111,6 +112,7 @@ class LLM:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
     def _run(self, requests: list[AddRequest], progress: bool) -> list[Completion]:
+        use_device(self.core.runner.device)  # the thread need not be the one that made the engine
         completions = [Completion(request.prompt_token_ids) for request in requests]
         for request in requests:
             self.core.check(request)

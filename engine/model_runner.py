@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..configs.schema import EngineConfig
 from ..kernels import load as load_kernels
+from ..kernels import use_device
 from ..models.backends import LINEAR_BACKENDS, LinearAttentionBackend
 from ..models.checkpoint import read_config, resolve
 from ..models.config import LightningSpec, ModelConfig
@@ -55,12 +56,14 @@ class LaunchedStep:
 
 
 class ModelRunner:
-    """The model on its device. `config` is read once; nothing is changed afterwards but the pools."""
+    """The model on its device, which becomes the current one of the thread that makes the runner. Another thread calls
+    `use_device` before it launches a step. `config` is read once; nothing is changed afterwards but the pools."""
 
     def __init__(self, config: EngineConfig, *, progress: bool = True) -> None:
         self.folder = resolve(config.model, config.revision)
         self.model_config = read_config(self.folder)
         self.device = pick_device(config.device)
+        use_device(self.device)
         self.dtype = pick_dtype(config.dtype, self.model_config, self.device)
         self.state_dtype = getattr(torch, config.state_dtype)
         self.checkpoint_dtype = getattr(torch, config.saved_state_dtype)

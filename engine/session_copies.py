@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import use_device
 from ..models.weight_reader import NUM_READERS
 from .pools import CheckpointPool, KVPool
 from .session_file import (
@@ -129,7 +130,7 @@ class Carrier:
             finally:
                 self._free.put(staging)
 
-        with ThreadPoolExecutor(NUM_READERS, "sessions") as threads:
+        with ThreadPoolExecutor(NUM_READERS, "sessions", use_device, (self._device,)) as threads:
             return list(threads.map(move, pieces))  # an error cancels what has not begun
 
     def _pieces(self, place: Place, num_skipped: int = 0) -> list[Piece]:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..kernels import use_device
 from ..models.fingerprint import fingerprint
 from . import session_folder
 from .errors import SessionError
@@ -46,7 +47,7 @@ class Sessions:
         if self.folder is not None:
             self._carrier = Carrier(runner.checkpoints, runner.kv)
             self._layout = _layout(runner)
-            self._thread = ThreadPoolExecutor(1, "session")
+            self._thread = ThreadPoolExecutor(1, "session", use_device, (runner.device,))
 
     @property
     def is_busy(self) -> bool:

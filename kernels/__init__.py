@@ -273,3 +273,13 @@ def load(name: KernelName) -> Kernels:
 def default_for(device: torch.device) -> KernelName:
     """Triton where it compiles for the device, PyTorch elsewhere."""
     return "triton" if device.type == "cuda" else "torch"
+
+
+def use_device(device: torch.device) -> None:
+    """Make `device` the current one of this thread. Called at the start of every thread that computes or copies.
+
+    Triton launches on the current device, and `torch.cuda.Event().record()` takes its stream, whatever device the
+    tensors are on. A thread starts with device 0.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..kernels import use_device
 from .errors import CheckpointError
 
 NUM_READERS = 8
@@ -109,7 +110,7 @@ def fill(pairs: list[tuple[StoredTensor, Tensor]], device: torch.device, advance
         finally:
             free.put(staging)
 
-    with ThreadPoolExecutor(NUM_READERS, "weights") as readers:
+    with ThreadPoolExecutor(NUM_READERS, "weights", use_device, (device,)) as readers:
         for num_bytes in readers.map(move, _pieces(pairs)):  # an error cancels what has not begun
             advance(num_bytes)
 

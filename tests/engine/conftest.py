@@ -42,7 +42,7 @@ def tokenizer(tiny) -> Tokenizer:
 def played_graphs(monkeypatch):
     """Where there is no GPU a graph is played by running its step again over the same static tensors."""
 
-    def record(function, pool):
+    def record(function, pool, device):
         results = function()
 
         def replay() -> None:
