@@ -15,12 +15,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .errors import CheckpointError, RequestError
 from .json_schema import MAX_OPEN_PROPERTIES, check_schema
+from .schema_rewrite import rewrite
 
 MAX_GRAMMAR_CHARS = 1 << 18
 MAX_CONJUNCTIONS = 8  # of regular expressions in one grammar, for llguidance's time doubles with every other one
@@ -34,6 +35,7 @@ MAX_ITEMS = 8 * MAX_OPEN_PROPERTIES + 500  # that a parser keeps in mind at one 
 QUICK_SECONDS = 0.005  # for a token; what lies beyond is added up
 MAX_SLOW_SECONDS = 0.5  # of one answer
 MAX_KEPT = 32  # compiled grammars
+T = TypeVar("T")
 WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -48,8 +50,10 @@ def require(field: str) -> None:
 
 
 def json_rule(schema: dict[str, Any]) -> str:
-    """JSON that a schema allows, as the right side of a rule. White space is that of `json.dumps`: where a model may
-    choose, it may go on for ever."""
+    """JSON that a schema allows, as the right side of a rule; `schema` is one of `schema_rewrite` or `schema_subset`.
+
+    White space is that of `json.dumps`: where a model may choose, it may go on for ever.
+    """
     return f"%json {json.dumps(schema | {'x-guidance': WHITE_SPACE})}"
 
 
@@ -66,8 +70,12 @@ def choice_rule(choices: list[str]) -> str:
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
-    """For `SamplingParams.grammar`: JSON that a schema allows."""
-    return f"start: {json_rule(schema)}\n"
+    """For `SamplingParams.grammar`: JSON that a schema allows.
+
+    A schema that llguidance cannot hold as a whole is an error of the request; `schema_subset.supported_subset` tells
+    what can be kept of it. Raises `ValueError` where a schema allows nothing.
+    """
+    return f"start: {json_rule(rewrite(schema))}\n"
 
 
 def regex_grammar(pattern: str) -> str:
@@ -182,6 +190,10 @@ class GrammarCompiler:
         if len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)
         return Grammar(compiling)
+
+    def run(self, work: Callable[[], T]) -> Future[T]:
+        """Other work on grammars, in the same thread: it takes its turn and never runs on an event loop."""
+        return self._thread.submit(work)
 
     def prepare(self) -> None:
         """Begin to load the tokenizer, for a process that serves: with 200,000 tokens it holds Python's lock for a

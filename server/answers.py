@@ -7,7 +7,6 @@ from typing import Any
 from ..engine.grammar import require as require_grammars
 from .errors import UnsupportedParameterError
 from .parsers import reasoning
-from .parsers.forced import forced_grammar
 from .parsers.formats import AnswerFormat
 from .protocol import ChatRequest
 from .state import ServerState
@@ -36,12 +35,6 @@ def _why_no_tools(state: ServerState) -> str:
         return "tool_call_parser is none; leave them out, or start with another one"
     unknown = "its chat template shows no format of calls that is known here"
     return f"{unknown}; leave them out, or set tool_call_parser at start"
-
-
-def forced_call(request: ChatRequest, tools: list[dict[str, Any]], answer: AnswerFormat) -> str | None:
-    """The grammar of an answer that has to call one of `tools`, or None where it has not."""
-    choice = read_tool_choice(request.tool_choice, tools)
-    return forced_grammar(tools, choice, answer) if choice.mode == "required" else None
 
 
 def answer_format(request: ChatRequest, state: ServerState, prompt: list[int], *, with_tools: bool) -> AnswerFormat:

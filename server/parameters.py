@@ -101,8 +101,9 @@ FOREIGN_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 IGNORED_HEADER = "x-ignored-parameters"
 MAX_IGNORED_NAMES = 32
-MAX_IGNORED_CHARS = 64
-UNSAFE_NAME_CHARS = re.compile(r"[^A-Za-z0-9_.\[\]-]")
+MAX_IGNORED_CHARS = 160  # a path within a schema is long
+MAX_HEADER_CHARS = 2_048  # proxies bound a response's headers, some of them at 4,096 characters
+UNSAFE_NAME_CHARS = re.compile(r"[^A-Za-z0-9_.$\[\]-]")
 
 
 def split_fields(
@@ -141,8 +142,14 @@ def ignored_header(names: list[str]) -> dict[str, str]:
     """The response header that lists the fields left out; names come from users, so they are cut and cleaned."""
     if not names:
         return {}
-    cleaned = [UNSAFE_NAME_CHARS.sub("?", name[:MAX_IGNORED_CHARS]) for name in names[:MAX_IGNORED_NAMES]]
-    return {IGNORED_HEADER: ", ".join(cleaned)}
+    cleaned: list[str] = []
+    for name in names[:MAX_IGNORED_NAMES]:
+        cleaned.append(UNSAFE_NAME_CHARS.sub("?", name[:MAX_IGNORED_CHARS]))
+        if len(", ".join(cleaned)) > MAX_HEADER_CHARS:
+            cleaned.pop()
+            break
+    num_left = len(names) - len(cleaned)
+    return {IGNORED_HEADER: ", ".join([*cleaned, f"and {num_left} more"] if num_left else cleaned)}
 
 
 def _listed(values: tuple[Any, ...]) -> str:

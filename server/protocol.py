@@ -134,7 +134,10 @@ ResponseFormatInput = Annotated[
                 {
                     "type": "object",
                     "required": ["type"],
-                    "properties": {"type": {"enum": ["text", "json_object"]}},
+                    "properties": {
+                        "type": {"enum": ["text", "json_object"]},
+                        "schema": {"type": ["object", "null"]},  # of json_object
+                    },
                 },
                 {
                     "type": "object",

@@ -122,8 +122,14 @@ async def prepare_response(http: Request) -> PreparedResponse:
     except RequestError as error:
         raise names.renamed(error) from None
     jobs = [replace(job, form_field=names.of(job.form_field)) for job in chat.jobs]
-    left_out = [name.replace("tools[].function.", "tools[].") for name in chat.ignored]
+    left_out = [_renamed(name, names) for name in chat.ignored]
     return PreparedResponse(request, replace(chat, jobs=jobs, ignored=left_out))
+
+
+def _renamed(ignored: str, names: FieldNames) -> str:
+    """The field that the client sent; a name that nobody documents stays as it is, whatever it begins with."""
+    is_ours = ignored.startswith(("response_format.", "tools["))
+    return names.of(ignored).replace("tools[].function.", "tools[].") if is_ours else ignored
 
 
 def _as_chat(request: ResponsesRequest, names: FieldNames) -> tuple[dict[str, Any], list[str]]:

@@ -8,10 +8,10 @@ from typing import Any
 from ..engine.errors import ContextLengthError, RequestError
 from ..engine.messages import EngineInfo
 from ..engine.sampling_params import SamplingParams
+from .answer_grammar import Form
 from .prompts import Prompt
 from .protocol import GenerationRequest
 from .state import ServerState
-from .structured import Form
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 MAX_SHOWN_CHARS = 80

@@ -1,22 +1,14 @@
-"""What an answer has to be: `response_format` and `structured_outputs`, and tools that have to be called, as a grammar.
-
-A thought comes first, where the model thinks: the grammar begins after it.
-"""
+"""What a request says of the form of its answer: `response_format`, and vLLM's `structured_outputs`."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..engine.errors import CheckpointError, RequestError
-from ..engine.grammar import GrammarCompiler, choice_rule, json_rule, regex_rule, require
+from ..engine.errors import RequestError
 from .errors import UnsupportedParameterError
 from .json_body import drop_nulls, parse_object, require_type
-from .parsers.forced import after_thought
-from .parsers.formats import AnswerFormat
 from .protocol import GenerationRequest
 
 MAX_SCHEMA_CHARS = 65_536
@@ -27,84 +19,76 @@ MAX_SCHEMA_DEPTH = 32
 MAX_SHOWN_CHARS = 80
 ANY_OBJECT = {"type": "object"}
 SCHEMA_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-_RULES: dict[str, Callable[[Any], str]] = {"json": json_rule, "regex": regex_rule, "choice": choice_rule}
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
 
-class Form(NamedTuple):
-    """What an answer has to be, and the field of the request that says so."""
+class Asked(NamedTuple):
+    """`value` is that of a `kind` (json, regex, choice or grammar), and `field` where the request says it.
+
+    `is_strict`: all of a schema has to be kept.
+    """
 
     field: str
-    grammar: str
+    kind: str
+    value: Any
+    is_strict: bool = False
 
 
-async def read_form(request: GenerationRequest, answer: AnswerFormat, compiler: GrammarCompiler) -> Form | None:
-    """The grammar that the request asks for, which compiles. Raises `RequestError`, naming the field."""
-    asked = _read_format(request.response_format), _read_structured(request.structured_outputs)
-    if asked[0] and asked[1]:
+def read_asked(request: GenerationRequest) -> tuple[Asked | None, list[str]]:
+    """What the answer has to be, or None for plain text; and the names of the fields that change nothing.
+
+    Raises `RequestError`, naming the field.
+    """
+    by_format, ignored = _read_format(request.response_format)
+    by_structured = _read_structured(request.structured_outputs)
+    if by_format and by_structured:
         raise RequestError("response_format and structured_outputs exclude each other", "structured_outputs")
-    field, kind, value = asked[0] or asked[1] or ("", "", None)
-    if not field:
-        return None
-    if answer.tools is not None:
-        raise UnsupportedParameterError(
-            f"{field} is not supported beside tools that may be called; send tool_choice 'none'", field
-        )
-    require(field)
-    return await checked(_lark(field, kind, value, answer), field, compiler)
+    return by_format or by_structured, ignored
 
 
-async def checked(grammar: str, field: str, compiler: GrammarCompiler) -> Form:
-    """The form, once its grammar has been compiled, aside. Raises `RequestError`."""
-    try:
-        await asyncio.wrap_future(compiler.compile(grammar).compiling)
-    except (ValueError, CheckpointError) as error:
-        raise RequestError(f"{field} cannot be used: {error}", field) from None
-    return Form(field, grammar)
-
-
-def _lark(field: str, kind: str, value: Any, answer: AnswerFormat) -> str:
-    if kind == "grammar":
-        if answer.thinks:
-            raise UnsupportedParameterError(f"{field}: a model that thinks first takes no grammar; send json", field)
-        return str(value)
-    try:
-        rule = _RULES[kind](value)
-    except ValueError as error:
-        raise RequestError(f"{field} cannot be used: {error}", field) from None
-    return after_thought(rule, answer)
-
-
-def _read_format(value: Any) -> tuple[str, str, Any] | None:
-    """OpenAI's response_format -> (field, kind, value), or None for plain text."""
+def _read_format(value: Any) -> tuple[Asked | None, list[str]]:
+    """OpenAI's response_format, where `json_object` may have a `schema`, as with llama.cpp and Together."""
     if value is None:
-        return None
+        return None, []
     entry = drop_nulls(require_type(value, dict, "response_format"))
+    known, asked = {"type"}, None
+    ignored: list[str] = []
     match entry.get("type"):
         case "text":
-            return None
+            pass
         case "json_object":
-            return "response_format", "json", ANY_OBJECT
+            known.add("schema")
+            asked = _read_json_object(entry)
         case "json_schema":
-            return _read_json_schema(entry)
-    where, shown = "response_format.type", json.dumps(entry.get("type"))[:MAX_SHOWN_CHARS]
-    raise RequestError(f"{where} must be text, json_object or json_schema, got {shown}", where)
+            known.add("json_schema")
+            asked, ignored = _read_json_schema(entry)
+        case other:
+            where, shown = "response_format.type", json.dumps(other)[:MAX_SHOWN_CHARS]
+            raise RequestError(f"{where} must be text, json_object or json_schema, got {shown}", where)
+    return asked, [*(f"response_format.{name}" for name in entry if name not in known), *ignored]
 
 
-def _read_json_schema(entry: dict[str, Any]) -> tuple[str, str, Any]:
+def _read_json_object(entry: dict[str, Any]) -> Asked:
+    if "schema" not in entry:
+        return Asked("response_format", "json", ANY_OBJECT)
+    where = "response_format.schema"
+    return Asked(where, "json", _bounded(require_type(entry["schema"], dict, where), where))
+
+
+def _read_json_schema(entry: dict[str, Any]) -> tuple[Asked, list[str]]:
     where = "response_format.json_schema"
     described = drop_nulls(require_type(entry.get("json_schema"), dict, where))
     name = require_type(described.get("name"), str, f"{where}.name")
     if not SCHEMA_NAME.fullmatch(name):
         raise RequestError(f"{where}.name must match {SCHEMA_NAME.pattern}, got {name[:80]!r}", f"{where}.name")
-    if "strict" in described:
-        require_type(described["strict"], bool, f"{where}.strict")
+    is_strict = require_type(described.get("strict", False), bool, f"{where}.strict")
     schema = require_type(described.get("schema", ANY_OBJECT), dict, f"{where}.schema")
-    return f"{where}.schema", "json", _bounded(schema, f"{where}.schema")
+    asked = Asked(f"{where}.schema", "json", _bounded(schema, f"{where}.schema"), is_strict)
+    return asked, [f"{where}.{name}" for name in described if name not in ("name", "schema", "strict")]
 
 
-def _read_structured(value: Any) -> tuple[str, str, Any] | None:
-    """vLLM's structured_outputs -> (field, kind, value)."""
+def _read_structured(value: Any) -> Asked | None:
+    """vLLM's structured_outputs, whose schemas are never strict."""
     if value is None:
         return None
     entry = drop_nulls(require_type(value, dict, "structured_outputs"))
@@ -122,13 +106,13 @@ def _read_structured(value: Any) -> tuple[str, str, Any] | None:
     if kind == "json_object":
         if require_type(wanted, bool, where) is False:
             raise RequestError(f"{where} must be true, got false", where)
-        return where, "json", ANY_OBJECT
+        return Asked(where, "json", ANY_OBJECT)
     if kind == "json":
-        return where, kind, _bounded(_read_schema(wanted, where), where)
+        return Asked(where, kind, _bounded(_read_schema(wanted, where), where))
     if kind == "choice":
-        return where, kind, _read_choices(wanted, where)
+        return Asked(where, kind, _read_choices(wanted, where))
     bound = MAX_REGEX_CHARS if kind == "regex" else MAX_SCHEMA_CHARS
-    return where, kind, _read_text(wanted, where, bound)
+    return Asked(where, kind, _read_text(wanted, where, bound))
 
 
 def _read_schema(value: Any, where: str) -> dict[str, Any]:

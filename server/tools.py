@@ -19,6 +19,7 @@ MAX_TOOLS = 128  # OpenAI's
 MAX_TOOL_CHARS = 65_536  # of one definition, as JSON
 MAX_ID_CHARS = 256
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+STRICT = "function.strict"
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}  # what OpenAI reads where they are left out
 
 ToolMode = Literal["none", "auto", "required"]
@@ -49,6 +50,12 @@ def read_tools(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
         seen.add(function["name"])
         tools.append({"type": "function", "function": function})
     return tools, list(unknown)
+
+
+def strict_functions(tools: list[dict[str, Any]]) -> frozenset[str]:
+    """The names of those whose arguments have to follow all of their schema; `tools` as sent, after `read_tools`."""
+    functions = [tool["function"] for tool in tools if tool.get("type") == "function"]
+    return frozenset(function["name"] for function in functions if function.get("strict"))
 
 
 def read_tool_choice(value: Any, tools: list[dict[str, Any]]) -> ToolChoice:
@@ -88,7 +95,7 @@ def _read_function(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], l
     unknown = [name for name in entry if name not in ("type", "function")]
     unknown += [f"function.{name}" for name in given if name not in ("name", "description", "parameters", "strict")]
     if require_type(given.get("strict", False), bool, f"{where}.function.strict"):
-        unknown.append("function.strict")  # arguments are not held to the schema, which the client is told so
+        unknown.append(STRICT)  # unless a grammar holds the arguments to their schema, which `structured` knows
     return function, unknown
 
 

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from ..engine.errors import RequestError
-from .answers import answer_format, forced_call, offered_tools
+from .answer_grammar import Calls, Form, make_form
+from .answers import answer_format, offered_tools
 from .errors import UnknownModelError
 from .json_body import drop_nulls, json_type, read_json
 from .messages import read_messages
@@ -41,8 +42,8 @@ from .protocol import (
 )
 from .sampling import Job, make_jobs
 from .state import ServerState
-from .structured import checked, read_form
-from .tools import read_tools
+from .structured import read_asked
+from .tools import STRICT, read_tool_choice, read_tools, strict_functions
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
 MAX_SHOWN_CHARS = 80
@@ -78,7 +79,8 @@ async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
     prompts = await read_prompts(request, state)
     check_can_be_admitted(len(prompts), request.n, state.llm.client.info)
     prompt_logprobs = request.logprobs if request.echo else None
-    form = await read_form(request, AnswerFormat(), state.grammars)
+    asked, unknown = read_asked(request)
+    form = await make_form(asked, None, AnswerFormat(), state.grammars)
     jobs = make_jobs(
         request,
         state,
@@ -89,7 +91,7 @@ async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
         prompt_logprobs=prompt_logprobs,
         form=form,
     )
-    return Prepared(request, prompts, jobs, ignored)
+    return Prepared(request, prompts, jobs, _not_held([*ignored, *unknown], form))
 
 
 async def prepare_chat(http: Request) -> Prepared[ChatRequest]:
@@ -111,9 +113,8 @@ async def prepare_conversation(
     prompt = await encode_messages(request, state, tools)
     check_prompt(prompt.token_ids, state.llm.client.info, "messages")
     answer = answer_format(request, state, prompt.token_ids, with_tools=bool(tools))
-    form = await read_form(request, answer, state.grammars)
-    if (forced := forced_call(request, tools, answer)) is not None:
-        form = await checked(forced, "tools", state.grammars)
+    wanted, unknown = read_asked(request)
+    form = await make_form(wanted, _calls(request, tools, body), answer, state.grammars)
     logprobs = request.top_logprobs if request.logprobs else None
     jobs = make_jobs(
         request,
@@ -125,7 +126,22 @@ async def prepare_conversation(
         shown_ids=answer.shown_ids,
         form=form,
     )
-    return Prepared(request, [prompt], jobs, ignored, answer)
+    return Prepared(request, [prompt], jobs, _not_held([*ignored, *unknown], form), answer)
+
+
+def _calls(request: ChatRequest, tools: list[dict[str, Any]], body: dict[str, Any]) -> Calls | None:
+    """The calls that the answer may have; `body` still says which functions are strict."""
+    if not tools:
+        return None
+    return Calls(tools, read_tool_choice(request.tool_choice, tools), strict_functions(body["tools"]))
+
+
+def _not_held(ignored: list[str], form: Form | None) -> list[str]:
+    """The names of all that changes nothing in the answer."""
+    if form is None:
+        return ignored
+    held = f"tools[].{STRICT}" if form.holds_calls else None
+    return [*(name for name in ignored if name != held), *form.left_out]
 
 
 async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], dict[str, str]]:

@@ -1,7 +1,7 @@
-"""What an answer that must call a tool may be: a grammar for constrained decoding, in llguidance's Lark.
+"""The grammar of an answer that is held to calls, to a form, or to one of both, in llguidance's Lark.
 
-A thought may come first. The arguments follow the schema of their function, which stands alone, so that its `$ref`s
-keep their root.
+A thought may come first. The arguments of a call follow the schema of their function. Each schema stands alone, so that
+its `$ref`s keep their root.
 """
 
 from __future__ import annotations
@@ -21,20 +21,26 @@ DIGITS = r"/[0-9]{1,4}/"
 OBJECT = {"type": "object"}
 
 
-def forced_grammar(tools: list[dict[str, Any]], choice: ToolChoice, answer: AnswerFormat) -> str:
+def forced_grammar(
+    tools: list[dict[str, Any]], choice: ToolChoice, answer: AnswerFormat, otherwise: str | None = None
+) -> str:
     """One call at least, of any of `tools` or of the one that `choice` names; just one where `answer` takes no more.
 
-    `tools` are those of `tools.read_tools`, `answer` is a format that has calls. Arguments are an object, also where
-    their schema leaves that open.
+    `tools` are those of `tools.read_tools`, with parameters that a grammar can hold; `answer` is a format that has
+    calls. Arguments are an object, also where their schema leaves that open. `otherwise` is the right side of a rule
+    for an answer that calls nothing; None: there has to be a call.
     """
     assert answer.tools is not None
     layout, lark = answer.tools.layout, _Lark(answer)
     functions = [tool["function"] for tool in tools if choice.name in (None, tool["function"]["name"])]
     more = "" if answer.max_calls == 1 else f"({lark.text(layout.separator)} call)*"
     rules = [
-        f"start: {lark.thought()} {lark.text(layout.begin)} call {more} {lark.text(layout.end)}",
+        f"start: {lark.thought()} " + ("calls" if otherwise is None else "(calls | answer)"),
+        f"calls: {lark.text(layout.begin)} call {more} {lark.text(layout.end)}",
         "call: " + " | ".join(f"call_{i}" for i in range(len(functions))),
     ]
+    if otherwise is not None:
+        rules.append(f"answer: {otherwise}")
     for i, function in enumerate(functions):
         head = lark.text(layout.before_name + function["name"] + layout.before_arguments)
         rules.append(f"call_{i}: {head} arguments_{i} {lark.text(layout.after_arguments)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from leyden.engine.grammar import json_rule
 from leyden.server.parsers.forced import forced_grammar
 from leyden.server.parsers.formats import TOOL_FORMATS, AnswerFormat
 from leyden.server.parsers.reasoning import CLOSE, OPEN
@@ -33,14 +34,14 @@ def takes(request):
     llguidance = pytest.importorskip("llguidance")
     from llguidance.hf import from_tokenizer
 
-    def takes(name, text, *, choice=ToolChoice("required"), tools=TOOLS, **answer):
+    def takes(name, text, *, choice=ToolChoice("required"), tools=TOOLS, otherwise=None, **answer):
         hf = byte_tokenizer()
         markers = [OPEN, CLOSE, *MARKERS[name]]
         if request.param:
             hf.add_special_tokens({"additional_special_tokens": [END, *markers]})
         controls = {marker: hf.convert_tokens_to_ids(marker) for marker in markers} if request.param else {}
         known = AnswerFormat(tools=TOOL_FORMATS[name], control_ids=controls, **answer)
-        grammar = llguidance.LLMatcher.grammar_from_lark(forced_grammar(tools, choice, known))
+        grammar = llguidance.LLMatcher.grammar_from_lark(forced_grammar(tools, choice, known, otherwise))
         tokens = from_tokenizer(hf, n_vocab=len(hf), eos_token=hf.convert_tokens_to_ids(END))
         matcher = llguidance.LLMatcher(tokens, grammar)
         assert not matcher.get_error()
@@ -106,3 +107,22 @@ def test_a_thought_may_come_first(takes, name):
     assert takes(name, f"hm\n</think>{call}", thinks=True, is_thinking=True)
     assert not takes(name, call, thinks=True, is_thinking=True)
     assert not takes(name, f"<think>hm</think>{call}", thinks=False)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_beside_a_form_the_answer_is_calls_or_that_form(takes, name):
+    call, form = write(name, GOOD), json_rule({"type": "object", "additionalProperties": {"type": "integer"}})
+    for text, is_right in (
+        (call, True),
+        (write(name, GOOD, GOOD), True),
+        ('{"a": 1}', True),
+        ('{"a": 1}' + call, False),
+        (call + '{"a": 1}', False),
+        ('{"a": "b"}', False),
+        ("Hello", False),
+        ("", False),
+    ):
+        assert takes(name, text, choice=ToolChoice("auto"), otherwise=form) == is_right
+        assert (
+            takes(name, f"<think>hm</think>{text}", choice=ToolChoice("auto"), otherwise=form, thinks=True) == is_right
+        )

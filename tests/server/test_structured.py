@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from typing import Literal
 
 import msgspec
 import openai
 import pytest
 from leyden.configs.schema import EngineConfig, ServerConfig
+from leyden.engine import grammar
 from leyden.engine.async_llm import AsyncLLM
 from leyden.engine.client import InProcessClient
 from leyden.engine.errors import RequestError
 from leyden.engine.json_schema import MAX_OPEN_PROPERTIES
+from leyden.engine.schema_rewrite import byte_vocabulary
 from leyden.engine.tokenizer import Tokenizer
 from leyden.models.checkpoint import resolve
+from leyden.server import answer_grammar
 from leyden.server.app import create_app
 from pydantic import BaseModel
+from schemas import SCHEMAS
 from tiny_models import byte_tokenizer
+from written_calls import write
 
 pytest.importorskip("llguidance")
 
@@ -30,6 +36,7 @@ SCHEMA = {
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+PERSON = '{"name": "Ada", "age": 36}'
 
 
 @pytest.fixture
@@ -99,8 +106,8 @@ async def test_a_call_that_has_to_be_made_is_a_grammar(engine, tokenizer, chat, 
     answer = await make_client().post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
     (request,) = engine.requests
-    grammar = request.sampling_params.grammar
-    assert [name for name in ("f", "g") if f'\\"{name}\\"' in grammar] == names
+    text = request.sampling_params.grammar
+    assert [name for name in ("f", "g") if f'\\"{name}\\"' in text] == names
 
 
 BAD = {
@@ -168,16 +175,187 @@ async def test_a_tokenizer_that_suits_no_grammar_is_the_requests_error(
     assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
 
 
-async def test_a_format_beside_tools_that_may_be_called_is_refused(engine, tokenizer, make_client, error_of):
+@pytest.fixture
+def asking(engine, tokenizer, make_client):
+    """asking(place, schema, strict=None) -> the answer where a schema stands in one of `PLACES`."""
+    engine.info = msgspec.structs.replace(engine.info, max_model_len=8192)
+    tokenizer.chat_template = "tools <tool_call>"
+    client = make_client()
+
+    async def ask(place, schema, strict=None):
+        path, make, _ = PLACES[place]
+        body = make(schema, {} if strict is None else {"strict": strict})
+        if "chat" in path:
+            body = body | {"messages": [{"role": "user", "content": "Hi"}]}
+        return await client.post(path, json=body)
+
+    return ask
+
+
+def function(schema, strict):
+    return {"name": "f", "parameters": schema} | strict
+
+
+def tool(schema, strict):
+    return {"type": "function", "function": function(schema, strict)}
+
+
+def json_schema(schema, strict):
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema} | strict}
+
+
+# Where a schema may stand: route, the body around it, and how its paths begin.
+PLACES = {
+    "response_format": (
+        "/v1/chat/completions",
+        lambda schema, strict: {"response_format": json_schema(schema, strict)},
+        "response_format.json_schema.schema",
+    ),
+    "a completion's response_format": (
+        "/v1/completions",
+        lambda schema, strict: {"prompt": "Hi", "response_format": json_schema(schema, strict)},
+        "response_format.json_schema.schema",
+    ),
+    "json_object": (
+        "/v1/chat/completions",
+        lambda schema, strict: {"response_format": {"type": "json_object", "schema": schema}},
+        "response_format.schema",
+    ),
+    "structured_outputs": (
+        "/v1/completions",
+        lambda schema, strict: {"prompt": "Hi", "structured_outputs": {"json": schema}},
+        "structured_outputs.json",
+    ),
+    "text.format": (
+        "/v1/responses",
+        lambda schema, strict: {
+            "input": "Hi",
+            "text": {"format": {"type": "json_schema", "name": "a", "schema": schema} | strict},
+        },
+        "text.format.schema",
+    ),
+    "tool": (
+        "/v1/chat/completions",
+        lambda schema, strict: (
+            {"tools": [tool({}, {}) | {"function": {"name": "g"}}, tool(schema, strict)]} | {"tool_choice": "required"}
+        ),
+        "tools[1].function.parameters",
+    ),
+    "named tool": (
+        "/v1/responses",
+        lambda schema, strict: (
+            {"input": "Hi", "tools": [{"type": "function"} | function(schema, strict)]}
+            | {"tool_choice": {"type": "function", "name": "f"}}
+        ),
+        "tools[0].parameters",
+    ),
+    "tool beside a form": (
+        "/v1/chat/completions",
+        lambda schema, strict: {"tools": [tool(schema, strict)], "response_format": {"type": "json_object"}},
+        "tools[0].function.parameters",
+    ),
+}
+STRICT_PLACES = sorted(PLACES.keys() - {"json_object", "structured_outputs"})
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_a_schema_of_an_application_is_kept_and_the_rest_of_it_named(engine, asking, place):
+    for name, (schema, left_out) in SCHEMAS.items():
+        answer = await asking(place, schema)
+        assert answer.status_code == 200, (name, answer.text)
+        named = answer.headers.get("x-ignored-parameters")
+        assert (named.split(", ") if named else []) == [f"{PLACES[place][-1]}.{path}" for path in left_out], name
+        assert engine.requests.pop().sampling_params.grammar is not None
+
+
+@pytest.mark.parametrize("place", STRICT_PLACES)
+async def test_a_strict_schema_is_kept_as_a_whole_or_refused(engine, asking, error_of, place):
+    for schema, left_out in (each for each in SCHEMAS.values() if each[1]):
+        error = error_of(await asking(place, schema, strict=True), 400)
+        assert error["param"] == f"{PLACES[place][-1]}.{left_out[0]}" and error["code"] == "unsupported_parameter"
+        assert all(path in error["message"] for path in left_out) and "strict: false" in error["message"]
+    assert not engine.requests
+
+
+@pytest.mark.parametrize("place", STRICT_PLACES)
+async def test_a_strict_schema_that_is_kept_is_named_nowhere(asking, place):
+    answer = await asking(place, SCHEMA, strict=True)
+    assert answer.status_code == 200 and "x-ignored-parameters" not in answer.headers
+
+
+WRONG = {"type": "object", "properties": {"a": {"type": "thing"}}}
+
+
+async def test_a_tool_whose_schema_is_wrong_takes_any_object_unless_it_is_strict(asking, error_of):
+    for place in ("tool", "tool beside a form"):
+        answer = await asking(place, WRONG)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-ignored-parameters"] == PLACES[place][-1]
+        error = error_of(await asking(place, WRONG, strict=True), 400)
+        assert error["param"] == PLACES[place][-1] and "Invalid type: thing" in error["message"]
+
+
+async def test_nothing_beside_a_form_is_ignored_in_silence(complete, asks):
+    for fields, named in (
+        ({"type": "text", "schema": {}}, "response_format.schema"),
+        (
+            {"type": "json_object", "json_schema": {}, "strict": True},
+            "response_format.json_schema, response_format.strict",
+        ),
+        (FORMAT | {"schema": {}}, "response_format.schema"),
+        (
+            {"type": "json_schema", "json_schema": FORMAT["json_schema"] | {"description": "Who", "other": 1}},
+            "response_format.json_schema.description, response_format.json_schema.other",
+        ),
+    ):
+        for ask in asks.values():
+            answer = await ask(response_format=fields)
+            assert (answer.status_code, answer.headers["x-ignored-parameters"]) == (200, named)
+
+
+async def test_schemas_are_read_and_compiled_aside(engine, asking, monkeypatch):
+    threads = []
+    for module, name in ((answer_grammar, "supported_subset"), (grammar, "make_matcher")):
+        work = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *asked, work=work: threads.append(threading.current_thread().name) or work(*asked)
+        )
+    for place in PLACES:
+        assert (await asking(place, {"title": place} | SCHEMA)).status_code == 200
+    assert len(threads) > len(PLACES) and {name.partition("_")[0] for name in threads} == {"grammar"}
+
+
+ONLY = {"auto": (True, True), "required": (True, False), "none": (False, True)}
+
+
+@pytest.mark.parametrize("choice", ONLY)
+async def test_beside_a_form_tools_may_be_called_or_must_or_must_not(engine, tokenizer, make_client, choice):
     engine.info = msgspec.structs.replace(engine.info, max_model_len=4096)
     tokenizer.chat_template = "tools <tool_call>"
-    body = {
-        "messages": [{"role": "user", "content": "Hi"}],
-        "tools": [TOOL],
-        "response_format": {"type": "json_object"},
-    }
-    error = error_of(await make_client().post("/v1/chat/completions", json=body), 400)
-    assert error["param"] == "response_format" and "tool_choice" in error["message"]
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [TOOL], "tool_choice": choice}
+    answer = await make_client().post("/v1/chat/completions", json=body | {"response_format": FORMAT})
+    assert answer.status_code == 200, answer.text
+    (request,) = engine.requests
+    vocabulary = byte_vocabulary()
+    for text, is_taken in zip((write("hermes", ("f", PERSON)), PERSON), ONLY[choice], strict=True):
+        matcher = grammar.make_matcher(request.sampling_params.grammar, vocabulary)
+        ids = vocabulary.tokenize_str(text)
+        assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) == is_taken
+
+
+async def test_a_grammar_beside_tools_and_a_bad_form_beside_forced_calls_are_refused(
+    engine, tokenizer, make_client, error_of
+):
+    engine.info = msgspec.structs.replace(engine.info, max_model_len=4096)
+    tokenizer.chat_template = "tools <tool_call>"
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [TOOL]}
+    for fields, param in (
+        ({"structured_outputs": {"grammar": "start: /a/"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "("}, "tool_choice": "required"}, "structured_outputs.regex"),
+    ):
+        error = error_of(await make_client().post("/v1/chat/completions", json=body | fields), 400)
+        assert error["param"] == param
 
 
 async def test_a_thought_comes_before_what_has_to_be_said(engine, tokenizer, make_client):
