@@ -176,8 +176,12 @@ class ServerConfig(_Numbers):
         "auto", description="think = split <think>...</think> off an answer; auto = where the chat template suggests it"
     )
     max_header_bytes: int = Field(65_536, ge=1024, le=1 << 20, description="largest request line and headers")
-    max_body_bytes: int = Field(2_000_000, ge=1024, description="largest request body")
-    max_body_depth: int = Field(32, ge=4, le=256, description="deepest nesting of a body's JSON")
+    max_body_bytes: int | None = Field(
+        None,
+        ge=1024,
+        description="largest request body; default: 8 bytes per token of the context, 2,000,000 at least",
+    )
+    max_body_depth: int = Field(128, ge=4, le=256, description="deepest nesting of a body's JSON")
     max_n: int = Field(16, ge=1, le=128, description="largest n of a request")
     max_prompts: int = Field(64, ge=1, le=4096, description="most prompts in one completion request")
     # The bounds of the next four are the engine's own: a setting makes them smaller.

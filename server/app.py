@@ -29,7 +29,7 @@ from .middleware import (
 )
 from .parsers.formats import ChatFormat
 from .routes import chat, completions, health, models, pages, responses, sessions, status, tokenize
-from .state import ServerState
+from .state import ServerState, max_body_bytes
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -62,7 +62,9 @@ def create_app(
             Middleware(ErrorMiddleware, metrics=metrics),
             Middleware(ConnectionLimitMiddleware, bound=settings.max_connections),
             Middleware(AuthMiddleware, keys=load_keys(settings)),
-            Middleware(SizeLimitMiddleware, settings=settings),
+            Middleware(
+                SizeLimitMiddleware, settings=settings, max_body_bytes=max_body_bytes(settings, llm.client.info)
+            ),
         ],
         exception_handlers={HTTPException: _pass_on, RequestValidationError: _pass_on},
     )

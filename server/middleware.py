@@ -147,10 +147,10 @@ class SizeLimitMiddleware:
     """Refuse headers over `max_header_bytes` with 431, and a body over `max_body_bytes` with 413: at once when
     declared, else as soon as the bytes exceed it. One that is not there within `read_timeout` is 408."""
 
-    def __init__(self, app: ASGIApp, settings: ServerConfig) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerConfig, max_body_bytes: int) -> None:
         self.app = app
         self.max_header_bytes = settings.max_header_bytes
-        self.bound = settings.max_body_bytes
+        self.bound = max_body_bytes
         self.read_timeout = settings.read_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

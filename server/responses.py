@@ -206,6 +206,7 @@ class ServerInfo(Struct):
 
     version: str
     served_model_name: str
+    max_body_bytes: int
 
 
 class ModelInfo(Struct):

@@ -9,10 +9,14 @@ from starlette.requests import Request
 from ..configs.schema import ServerConfig
 from ..engine.async_llm import AsyncLLM
 from ..engine.grammar import GrammarCompiler
+from ..engine.messages import EngineInfo
 from .errors import overloaded
 from .logprobs import TokenNames
 from .metrics import ServerMetrics
 from .parsers.formats import ChatFormat
+
+BODY_BYTES_PER_TOKEN = 8  # an id of six digits with its comma and blank; English has half as many
+LEAST_BODY_BYTES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,12 @@ class ServerState:
     def of(cls, request: Request) -> ServerState:
         state: ServerState = request.app.state.server
         return state
+
+
+def max_body_bytes(settings: ServerConfig, info: EngineInfo) -> int:
+    """What a request's body may have. By default a prompt of all of the context fits, as text or as token ids."""
+    derived = max(BODY_BYTES_PER_TOKEN * info.max_model_len, LEAST_BODY_BYTES)
+    return derived if settings.max_body_bytes is None else settings.max_body_bytes
 
 
 def refuse_unless_ready(request: Request) -> None:

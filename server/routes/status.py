@@ -10,7 +10,7 @@ from starlette.responses import Response
 from ... import __version__
 from ..openapi import documented
 from ..responses import Load, ModelInfo, ServerInfo, json_response
-from ..state import ServerState
+from ..state import ServerState, max_body_bytes
 
 router = APIRouter()
 
@@ -48,7 +48,9 @@ async def server_info(http: Request) -> Response:
     state = ServerState.of(http)
     facts = msgspec.structs.asdict(state.llm.client.info)
     shown = {name: fact for name, fact in facts.items() if name not in PRIVATE_FACTS}
-    return json_response({"version": __version__, "served_model_name": state.model_name, **shown})
+    bound = max_body_bytes(state.settings, state.llm.client.info)
+    own = ServerInfo(__version__, state.model_name, bound)
+    return json_response(msgspec.structs.asdict(own) | shown)
 
 
 @router.get("/get_model_info", **documented(ModelInfo))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from leyden.configs.schema import EngineConfig
+from leyden.configs.schema import EngineConfig, ServerConfig
 from leyden.engine import tokenizer as tokenizer_module
 from leyden.engine.errors import CheckpointError, RequestError
 from leyden.engine.tokenizer import Tokenizer
@@ -358,6 +358,16 @@ def test_arguments_reach_a_template_in_the_form_that_it_takes(tiny, tmp_path, wr
         message = {"role": "assistant", "content": "", "tool_calls": [call]}
         text = rendered(tokenizer, [message], add_generation_prompt=False)
         assert text == f"<|assistant|>{expected}<|end|>"
+
+
+def test_tools_may_nest_as_deep_as_a_body(tiny, tmp_path):
+    tokenizer = make(tiny, tmp_path, template=EVERYTHING)
+    deepest = next(m.le for m in ServerConfig.model_fields["max_body_depth"].metadata if hasattr(m, "le"))
+    schema: dict = {}
+    for _ in range(deepest):
+        schema = {"x": schema}
+    text = rendered(tokenizer, [{"role": "user", "content": "x"}], tools=[schema])
+    assert text.startswith(json.dumps([schema]))
 
 
 def test_tools_for_a_template_that_has_no_place_for_them_are_refused(tokenizer):

@@ -173,6 +173,7 @@ async def test_server_info_tells_the_engine_and_not_where_files_lie(client, engi
     assert facts["version"] == leyden.__version__
     assert (facts["served_model_name"], facts["linear_backend"], facts["num_linear_layers"]) == ("tiny", "minimax", 3)
     assert facts["memory"]["weights"] == 400
+    assert facts["max_body_bytes"] == 2_000_000
     assert (facts["speculative_tokens"], facts["speculative_max_rows"]) == (0, 0)
     assert engine.info.model_path not in response.text
 

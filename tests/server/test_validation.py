@@ -32,7 +32,7 @@ JSON = {"content-type": "application/json"}
         rb'{"prompt": "a", "\ud800": 1}',
         b'{"prompt": "a", "prompt": "b"}',
         b'{"prompt": "a", "stream_options": {"include_usage": true, "include_usage": true}}',
-        b'{"prompt": "a", "tokens": [], "x": ' + b"[" * 40 + b"]" * 40 + b"}",
+        b'{"prompt": "a", "tokens": [], "x": ' + b"[" * 140 + b"]" * 140 + b"}",
         b'{"prompt": "a", "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
         b'{"x": ' + b'{"a":' * 100_000,
     ],
@@ -371,6 +371,58 @@ async def test_every_cap_is_a_setting_that_its_refusal_names(make_client, settin
     message = response.json()["error"]["message"]
     assert str(bound) in message
     assert f"setting {setting}" in message
+
+
+@pytest.mark.parametrize(("context", "bound"), [(128, 2_000_000), (300_000, 2_400_000)])
+async def test_a_body_may_be_as_long_as_the_context_needs_unless_a_setting_says_otherwise(
+    make_client, engine, context, bound
+):
+    engine.info.max_model_len = context
+    client = make_client()
+    assert (await client.get("/server_info")).json()["max_body_bytes"] == bound
+    body = {"prompt": "Hi", "x": "y" * (bound - 1000)}
+    assert (await client.post("/v1/completions", json=body)).status_code == 200
+    body["x"] += "y" * 1000
+    response = await client.post("/v1/completions", json=body)
+    assert response.status_code == 413 and str(bound) in response.text
+    assert (await make_client(max_body_bytes=5000).get("/server_info")).json()["max_body_bytes"] == 5000
+
+
+def nested_schema(num_objects):
+    schema = {"type": "string"}
+    for _ in range(num_objects):
+        schema = {"type": "object", "properties": {"inner": schema}, "required": ["inner"]}
+    return schema
+
+
+async def test_a_schema_of_many_objects_one_in_another_is_not_too_deep(make_client, tokenizer):
+    tokenizer.chat_template = "tools <tool_call>"
+    client, schema = make_client(), nested_schema(40)
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    form = {"type": "json_schema", "json_schema": {"name": "f", "schema": schema}}
+    flat = {"input": "Hi", "tools": [{"type": "function", "name": "f", "parameters": schema}]}
+    for path, body in [
+        ("/v1/chat/completions", chat | {"tools": [tool]}),
+        ("/v1/chat/completions", chat | {"response_format": form}),
+        ("/v1/chat/completions", chat | {"structured_outputs": {"json": json.dumps(schema)}}),
+        ("/v1/responses", flat),
+    ]:
+        response = await client.post(path, json=body)
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("num_objects", [110, 200, 5_000, 100_000])
+async def test_a_schema_as_deep_as_may_be_set_or_deeper_is_served_or_refused(make_client, tokenizer, num_objects):
+    tokenizer.chat_template = "tools <tool_call>"
+    nested = '{"type":"object","properties":{"x":' * num_objects + "{}" + "}}" * num_objects
+    body = '{"messages":[{"role":"user","content":"Hi"}],"tools":[{"type":"function","function":{"name":"f",'
+    raw = f'{body}"parameters":{nested}}}}}]}}'
+    for limit in (128, 256):
+        client = make_client(max_body_depth=limit, max_body_bytes=10_000_000)
+        headers = {"content-type": "application/json"}
+        response = await client.post("/v1/chat/completions", content=raw, headers=headers)
+        assert response.status_code == (200 if 2 * num_objects + 6 <= limit else 400), response.text
 
 
 @pytest.mark.parametrize("stream", [False, True])
