@@ -36,25 +36,26 @@ function defaultOf(schema, isRequired) {
   return schema.default === undefined || schema.default === null ? "–" : JSON.stringify(schema.default);
 }
 
+const TITLES = ["Type", "Default", "Bounds"];
+
 function fieldTable(schema) {
   const required = new Set(schema.required ?? []);
-  const head = element("tr", ["Field", "Type", "Default", "Bounds"].map((title) => {
+  const head = element("tr", ["Field", ...TITLES].map((title) => {
     const cell = element("th", title);
     cell.scope = "col";
     return cell;
   }));
   const rows = Object.entries(schema.properties ?? {}).map(([name, field]) => {
     const texts = [typeOf(field), defaultOf(field, required.has(name)), boundsOf(field)];
-    const first = element("th", element("code", name));
+    const first = element("th", [element("code", name), element("span", field.description ?? "", "about")]);
     first.scope = "row";
-    return element("tr", [first, ...texts.map((text) => element("td", text))]);
+    return element("tr", [first, ...texts.map((text, i) => {
+      const cell = element("td", text);
+      cell.dataset.title = TITLES[i];
+      return cell;
+    })]);
   });
-  const table = element("table", [element("thead", head), element("tbody", rows)]);
-  const scroller = element("div", table, "scroller");
-  scroller.tabIndex = 0;
-  scroller.setAttribute("role", "region");
-  scroller.setAttribute("aria-label", "Fields of the body");
-  return scroller;
+  return element("table", [element("thead", head), element("tbody", rows)]);
 }
 
 function routeCard(path, method, operation) {

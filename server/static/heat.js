@@ -8,6 +8,17 @@ const percent = (logprob) => {
   return share >= 0.1 ? `${share.toFixed(1)} %` : "< 0.1 %";
 };
 
+// A coloured word for each level, the likeliest first.
+export function legend() {
+  const words = LEVELS.map((bound) => `≥ ${100 * bound} %`).concat("less");
+  return words.map((word, i) => {
+    const span = document.createElement("span");
+    span.className = `token p${i}`;
+    span.textContent = word;
+    return span;
+  });
+}
+
 // Both shapes of the API -> [{ name, logprob, top: [[name, logprob], ...] }].
 export function readLogprobs(logprobs) {
   if (!logprobs) return [];

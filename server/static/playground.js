@@ -1,5 +1,5 @@
 import { getJson, setKey, stream } from "./api.js";
-import { HeatMap, readLogprobs } from "./heat.js";
+import { HeatMap, legend, readLogprobs } from "./heat.js";
 
 const BUSY_POLL_MS = 500;
 const IDLE_POLL_MS = 3000;
@@ -53,8 +53,14 @@ function complain(text) {
   at("alert").hidden = !text;
 }
 
-function cachedShare(usage) {
-  return `${usage.prompt_tokens_details.cached_tokens} of ${usage.prompt_tokens}`;
+const counted = (number) => number.toLocaleString("en");
+
+function share(used, total) {
+  return `${counted(used)} of ${counted(total)}`;
+}
+
+function forgetFigures() {
+  for (const id of ["ttft", "speed", "tokens", "cached"]) at(id).textContent = "–";
 }
 
 class Answer {
@@ -71,6 +77,8 @@ class Answer {
     if (this.heat) this.body.append(this.heat.element);
     at("answers").querySelector(".hint")?.remove();
     at("answers").append(article);
+    at("answers").scrollTop = at("answers").scrollHeight; // to the question, wherever the list was: its answer follows
+    at("legend").hidden = !at("answers").querySelector(".heat");
   }
 
   take(chunk) {
@@ -83,7 +91,7 @@ class Answer {
     else if (piece) this.body.append(piece);
     if (isAtEnd) at("answers").scrollTop = at("answers").scrollHeight;
     this.measure(chunk.usage?.completion_tokens ?? 0);
-    if (chunk.usage) at("cached").textContent = cachedShare(chunk.usage);
+    if (chunk.usage) at("cached").textContent = share(chunk.usage.prompt_tokens_details.cached_tokens, chunk.usage.prompt_tokens);
     this.reason = choice?.finish_reason ?? this.reason;
   }
 
@@ -101,10 +109,10 @@ class Answer {
     const now = performance.now();
     this.numTokens = numTokens;
     this.first ??= { now, numTokens };
-    at("ttft").textContent = `${(this.first.now - this.started).toFixed(0)} ms`;
-    at("tokens").textContent = String(numTokens);
+    at("ttft").textContent = `${counted(Math.round(this.first.now - this.started))} ms`;
+    at("tokens").textContent = counted(numTokens);
     const seconds = (now - this.first.now) / 1000;
-    if (seconds > 0) at("speed").textContent = ((numTokens - this.first.numTokens) / seconds).toFixed(0);
+    if (seconds > 0) at("speed").textContent = counted(Math.round((numTokens - this.first.numTokens) / seconds));
   }
 }
 
@@ -124,7 +132,7 @@ async function ask() {
   const [path, body] = request(text);
   const answer = new Answer(text);
   complain("");
-  for (const id of ["ttft", "speed", "tokens", "cached"]) at(id).textContent = "–";
+  forgetFigures();
   at("status").textContent = "Answering …";
   if (isChat) at("prompt").value = "";
   setRunning(new AbortController());
@@ -148,7 +156,9 @@ function clear() {
   messages = [];
   at("answers").replaceChildren(element("p", "hint", "Ask something, or continue a text."));
   at("alternatives").hidden = true;
+  at("legend").hidden = true;
   at("status").textContent = "";
+  forgetFigures();
   complain("");
 }
 
@@ -157,7 +167,7 @@ function clear() {
 function gauge(id, used, total) {
   at(id).max = total;
   at(id).value = used;
-  at(`${id}-text`).textContent = `${used} of ${total}`;
+  at(`${id}-text`).textContent = share(used, total);
 }
 
 async function pollLoad() {
@@ -167,7 +177,7 @@ async function pollLoad() {
   gauge("checkpoints", load.state_checkpoints_used, load.state_checkpoints_total);
   gauge("drafts", load.accepted_tokens_total, load.draft_tokens_total);
   at("speculation").hidden = !load.draft_tokens_total;
-  at("queue").textContent = `${load.num_requests_running}, ${load.num_requests_waiting}`;
+  at("queue").textContent = `${counted(load.num_requests_running)}, ${counted(load.num_requests_waiting)}`;
 }
 
 async function describeServer() {
@@ -179,7 +189,7 @@ async function describeServer() {
     Layers: `${info.num_linear_layers} lightning, ${info.num_full_layers} softmax`,
     "Linear backend": `${info.linear_backend} (${info.kernels} kernels)`,
     Numbers: `${info.dtype} weights, ${info.state_dtype} state`,
-    Context: `${info.max_model_len.toLocaleString("en")} tokens`,
+    Context: `${counted(info.max_model_len)} tokens`,
     Version: info.version,
   };
   at("facts").replaceChildren(
@@ -221,5 +231,6 @@ for (const radio of document.querySelectorAll("input[name=mode]")) {
     clear();
   });
 }
+at("legend").append(...legend());
 if (matchMedia("(max-width: 52rem)").matches) at("sampling").open = false;
 poll();

@@ -69,8 +69,31 @@ def test_a_chat_streams_and_is_measured(page, shared):
     playwright.expect(page.locator("#cached")).to_have_text(re.compile(r"^\d+ of \d+$"))
     playwright.expect(page.locator("#slots-text")).to_have_text("0 of 64")
     playwright.expect(page.get_by_label("Checkpoints")).to_be_visible()
-    playwright.expect(page.locator("#checkpoints-text")).to_have_text(re.compile(r"^\d+ of [1-9]\d*$"))
+    playwright.expect(page.locator("#checkpoints-text")).to_have_text(re.compile(r"^\d of 4,096$"))
     playwright.expect(page.get_by_label("Drafts accepted")).to_be_hidden()
+
+
+def test_the_second_answer_is_in_sight(page, shared):
+    page.goto(f"{shared.url}/playground")
+    open_sampling(page, max_tokens="200")
+    for question in ("first\n" * 40, "second"):
+        page.locator("#prompt").fill(question)
+        page.locator("#send").click()
+        status(page, "Ended at max tokens")
+    answers, last = page.locator("#answers"), page.locator(".answer").last.locator(".text").last
+    assert answers.evaluate("list => list.scrollHeight > 1.5 * list.clientHeight"), "more than can be seen"
+    seen, written = answers.bounding_box(), last.bounding_box()
+    assert abs((written["y"] + written["height"]) - (seen["y"] + seen["height"])) < 40, "the end of the list is shown"
+
+
+def test_figures_are_those_of_what_is_shown(page, shared):
+    page.goto(f"{shared.url}/playground")
+    open_sampling(page, max_tokens="30")
+    page.locator("#send").click()
+    status(page, "Ended at max tokens")
+    assert page.locator("#tokens").inner_text() == "30"
+    page.get_by_text("Completion", exact=True).click()
+    assert [page.locator(f"#{name}").inner_text() for name in ("ttft", "speed", "tokens", "cached")] == ["–"] * 4
 
 
 def test_stop_aborts_on_the_server_too(page, shared):
@@ -111,8 +134,18 @@ def test_the_heat_map_shows_alternatives_to_mouse_and_keyboard(page, shared, mod
     page.locator("#prompt").fill("hello")
     page.locator("#send").click()
     status(page, "Ended at max tokens")
-    tokens, alternatives = page.locator(".token"), page.locator(".alternative")
+    tokens, alternatives = page.locator(".heat .token"), page.locator(".alternative")
     assert tokens.count() == 20
+    assert page.locator("#legend .token").all_inner_texts() == [
+        "≥ 90 %",
+        "≥ 70 %",
+        "≥ 50 %",
+        "≥ 30 %",
+        "≥ 10 %",
+        "≥ 3 %",
+        "less",
+    ]
+    playwright.expect(page.locator("#legend")).to_be_visible()
     tokens.nth(3).hover()
     assert 5 <= alternatives.count() <= 6
     tokens.first.focus()
@@ -148,3 +181,5 @@ def test_the_reference_lists_every_route(page, shared):
     paths = httpx.get(f"{shared.url}/openapi.json").json()["paths"]
     assert page.locator(".route").count() == sum(len(methods) for methods in paths.values())
     assert page.locator("th code", has_text="temperature").count() == 3, "completions, chat and responses take it"
+    hidden = "tables => tables.filter(table => table.scrollWidth > table.parentElement.clientWidth).length"
+    assert page.locator("table").evaluate_all(hidden) == 0, "no column is hidden sideways"
