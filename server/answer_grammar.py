@@ -134,9 +134,11 @@ def _held_tools(calls: Calls) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
 def _refuse_unless_whole(where: str, left_out: tuple[str, ...]) -> None:
     if not left_out:
         return
-    shown = ", ".join(left_out[:MAX_SHOWN_PATHS]) + (", ..." if len(left_out) > MAX_SHOWN_PATHS else "")
+    first, *others = left_out[:MAX_SHOWN_PATHS]
+    field = f"{where}.{first}"
+    more = f" (nor to {', '.join(others)})" if others else ""
     raise UnsupportedParameterError(
-        f"{where} is strict, and an answer cannot be held to {shown}; leave that out of the schema, or send "
+        f"{field}: an answer cannot be held to this keyword{more}, as strict asks; leave it out of the schema, or send "
         "strict: false, with which the rest is kept",
-        f"{where}.{left_out[0]}",
+        field,
     )
