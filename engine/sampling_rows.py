@@ -23,11 +23,13 @@ class SamplingRows:
         self.num_top = [p.logprobs for p in params]  # per row, alternatives wanted; None = no log-probabilities at all
         self.seeds = np.array([sequence.seed & _MASK64 for sequence in sequences], dtype=np.uint64)
         self.is_drawn = any(not p.is_greedy for p in params)
-        self._biased = [row for row, p in enumerate(params) if p.logit_bias or p.min_tokens]
+        self._biased = [(row, s.bias) for row, s in enumerate(sequences) if s.bias is not None]
+        self._unended = [row for row, p in enumerate(params) if p.min_tokens]
+        self._bias_arrays: Arrays | None = None  # of `_biased` alone, the same in every step
         self._penalised = [row for row, p in enumerate(params) if p.is_penalised]
         self._constrained = [row for row, sequence in enumerate(sequences) if sequence.grammar is not None]
         wants_logprobs = any(num is not None for num in self.num_top)
-        self.is_plain = not (self._biased or self._penalised or self._constrained or wants_logprobs)
+        self.is_plain = not (self._biased or self._unended or self._penalised or self._constrained or wants_logprobs)
         self.constant = self._constant_arrays(params)
 
     def arrays(self, vocab_size: int, indices: list[int]) -> Arrays:
@@ -58,18 +60,21 @@ class SamplingRows:
         }
 
     def _bias(self, vocab_size: int) -> Arrays:
-        at: list[int] = []
-        bias: list[float] = []
-        for row in self._biased:
-            sequence = self.sequences[row]
-            params, stops = sequence.sampling_params, sequence.stop_ids
-            if params.logit_bias:
-                at += [row * vocab_size + token for token in params.logit_bias]
-                bias += params.logit_bias.values()
-            if sequence.num_output_tokens < params.min_tokens:
-                at += [row * vocab_size + token for token in stops]
-                bias += [float("-inf")] * len(stops)
-        return {"bias_at": np.array(at, dtype=np.int64), "bias": np.array(bias, dtype=np.float32)}
+        """What is added to logits: the rows' bias, and -inf for the stop ids that `min_tokens` forbids for now."""
+        if self._bias_arrays is None:
+            at = [_NO_INTS, *(row * vocab_size + ids for row, (ids, _) in self._biased)]
+            values = [np.empty(0, dtype=np.float32), *(values for _, (_, values) in self._biased)]
+            self._bias_arrays = {"bias_at": np.concatenate(at), "bias": np.concatenate(values)}
+        waiting = [(row, self.sequences[row]) for row in self._unended]
+        waiting = [(row, s) for row, s in waiting if s.num_output_tokens < s.sampling_params.min_tokens]
+        forbidden = [row * vocab_size + token for row, s in waiting for token in s.stop_ids]
+        if not forbidden:
+            return self._bias_arrays
+        never = np.full(len(forbidden), -np.inf, dtype=np.float32)
+        return {
+            "bias_at": np.concatenate([self._bias_arrays["bias_at"], forbidden]),
+            "bias": np.concatenate([self._bias_arrays["bias"], never]),
+        }
 
     def _masks(self, vocab_size: int) -> Arrays:
         """Which tokens the grammars allow, a bit each; computed while the device is busy with the step before."""

@@ -73,12 +73,17 @@ class Sequence:
     num_waits: int = 0  # sequences it has waited for
     num_passed: int = 0  # times that a later sequence was admitted before it, since more of it was cached
     _prompt: np.ndarray | None = field(default=None, repr=False)
+    bias: tuple[np.ndarray, np.ndarray] | None = field(init=False, repr=False)  # token ids int64, logit bias float32
     stop_ids: frozenset[int] = field(init=False)  # tokens that end the answer
     max_fed: int = field(init=False)  # tokens that are fed to the model before the last one of the answer is drawn
 
     def __post_init__(self) -> None:
         params = self.sampling_params
         self.max_fed = len(self.prompt_token_ids) + max(self.max_tokens - 1, 0)
+        self.bias = None
+        if params.logit_bias:
+            size, values = len(params.logit_bias), params.logit_bias.values()
+            self.bias = np.fromiter(params.logit_bias, np.int64, size), np.fromiter(values, np.float32, size)
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
 
     @property

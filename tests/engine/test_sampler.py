@@ -126,6 +126,45 @@ def test_temperature_near_zero_is_greedy_too(temperature):
     assert set(sampled.token_ids.tolist()) == {3} and sampled.is_valid.all()
 
 
+class CountedBias(dict):
+    """A `logit_bias` that counts how often its entries are gone through."""
+
+    def __init__(self, *entries) -> None:
+        super().__init__(*entries)
+        self.count = 0
+
+    def __iter__(self):
+        self.count += 1
+        return super().__iter__()
+
+    def values(self):
+        self.count += 1
+        return super().values()
+
+    def items(self):
+        self.count += 1
+        return super().items()
+
+
+def test_a_bias_is_gone_through_once_and_not_in_every_step():
+    biases = [CountedBias({7: 1.0, 2: -1.0}), CountedBias({7: 2.0})]
+    first, second = (sequence([1], logit_bias=bias, min_tokens=2, stop_token_ids=[4]) for bias in biases)
+    made = [bias.count for bias in biases]
+    first.state_slot, second.state_slot = 0, 1
+    sampler = Sampler(load("torch"), 2, VOCAB, CPU)
+    own = {7: 1.0, 2: -1.0}
+    for step_number in range(4):  # rows that come and go are gathered anew, too
+        for rows in ([first], [first, second], [second, first]):
+            arrays = sampler.arrays(rows, [step_number] * len(rows))
+            found = dict(zip(arrays["bias_at"].tolist(), arrays["bias"].tolist(), strict=True))
+            stops = {4: -math.inf} if step_number < 2 else {}
+            at = {row: (own if each is first else {7: 2.0}) | stops for row, each in enumerate(rows)}
+            assert found == {row * VOCAB + t: value for row, one in at.items() for t, value in one.items()}
+        for each in (first, second):
+            each.output_token_ids.append(5)
+    assert made == [bias.count for bias in biases]
+
+
 def test_bias_penalties_and_min_tokens_follow_their_formulas():
     rng = random.Random(0)
     for trial in range(200):
