@@ -14,7 +14,7 @@ from .grammar import json_rule, make_matcher
 from .json_schema import BY_NAME, check_schema, map_parts
 from .schema_rewrite import ANNOTATIONS, byte_vocabulary, coerce_one_of, rewrite
 
-MAX_TRIED = 1_000  # keywords of one schema; each takes about 1 ms
+MAX_TRIED = 250  # different keywords of one schema, for about 1 ms each; further ones are left out
 MAX_KEPT = 128  # subsets of schemas that are sent again and again
 # What every version takes. A schema in which one of these cannot be used is wrong, or too large.
 CORE = frozenset({"$ref", "$anchor", "$defs", "definitions", "anyOf", "allOf", "const", "enum", "type", "items"})
@@ -85,11 +85,9 @@ class _Keeping:
 
     def _compiles(self, node: dict[str, Any]) -> bool:
         text = json.dumps(node)
-        if text not in self._tried:
-            if len(self._tried) >= MAX_TRIED:
-                raise ValueError(f"the schema has more than {MAX_TRIED} keywords to be tried one by one")
+        if text not in self._tried and len(self._tried) < MAX_TRIED:
             self._tried[text] = _compiles(node)
-        return self._tried[text]
+        return self._tried.get(text, False)
 
 
 def _compiles(schema: dict[str, Any]) -> bool:

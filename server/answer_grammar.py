@@ -7,6 +7,7 @@ be kept is kept, and the rest is named to the client.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from .structured import ANY_OBJECT, Asked
 from .tools import ToolChoice
 
 MAX_SHOWN_PATHS = 5
+MAX_PARAMETERS_CHARS = 1 << 20  # of all tools whose arguments are held to a schema, as JSON
 _RULES: dict[str, Callable[[Any], str]] = {"regex": regex_rule, "choice": choice_rule}
 
 
@@ -112,11 +114,15 @@ def _rule(asked: Asked) -> tuple[str, tuple[str, ...]]:
 
 def _held_tools(calls: Calls) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """The tools with parameters that a grammar can hold: any object for a schema that cannot be used at all."""
-    tools, left_out = [], []
+    tools, left_out, num_chars = [], [], 0
     for index, tool in enumerate(calls.tools):
         function, where = tool["function"], f"tools[{index}].function.parameters"
         if calls.choice.name not in (None, function["name"]):
             continue
+        num_chars += len(json.dumps(function["parameters"]))
+        if num_chars > MAX_PARAMETERS_CHARS:
+            message = f"the parameters of all tools must have at most {MAX_PARAMETERS_CHARS} characters as JSON"
+            raise RequestError(f"{where}: {message}; send fewer tools, or tool_choice 'auto' without a form", where)
         is_strict = function["name"] in calls.strict
         try:
             schema, paths = supported_subset(function["parameters"])

@@ -295,6 +295,12 @@ async def test_a_tool_whose_schema_is_wrong_takes_any_object_unless_it_is_strict
         assert error["param"] == PLACES[place][-1] and "Invalid type: thing" in error["message"]
 
 
+async def test_the_parameters_of_all_tools_together_are_bounded(asking, error_of, monkeypatch):
+    monkeypatch.setattr(answer_grammar, "MAX_PARAMETERS_CHARS", 50)
+    error = error_of(await asking("tool", SCHEMA), 400)
+    assert error["param"] == PLACES["tool"][-1] and "at most 50 characters" in error["message"]
+
+
 async def test_nothing_beside_a_form_is_ignored_in_silence(complete, asks):
     for fields, named in (
         ({"type": "text", "schema": {}}, "response_format.schema"),
