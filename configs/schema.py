@@ -103,7 +103,11 @@ class EngineConfig(_Numbers):
         None, ge=0, le=1 << 20, description="states that the prefix cache keeps on the device; default: by its memory"
     )
     state_checkpoint_interval: int = Field(
-        4096, ge=1, le=1 << 20, description="tokens of a long prompt after which its state is kept"
+        4096,
+        ge=0,
+        le=1 << 20,
+        description="most tokens between the states kept on the way of a prompt, which at first are nearer to each "
+        "other; 0 = none are kept",
     )
     state_checkpoint_min_tokens: int = Field(
         128,

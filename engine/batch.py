@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.forward_batch import ForwardBatch
+from .copies import Snapshot
 from .scheduled_batch import ScheduledBatch
 from .sequence import Sequence
 
@@ -32,6 +33,7 @@ BATCH_TENSORS = (
     "slot_mapping",
     "block_table",
     "logits_indices",
+    "snapshots",
 )
 
 
@@ -99,6 +101,7 @@ def batch_arrays(scheduled: ScheduledBatch, block_size: int) -> Arrays:
         "num_pending": _ints([sequence.num_pending_tokens for sequence in sequences]),
         "block_table": table,
         "has_initial_state": context_lens > 0,
+        "snapshots": np.array(scheduled.snapshots, dtype=np.int32).reshape(-1, len(Snapshot._fields)),
     }
 
 

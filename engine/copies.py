@@ -42,4 +42,13 @@ class Move(NamedTuple):
     target: int
 
 
+class Snapshot(NamedTuple):
+    """A row's state after the first `num_tokens` of its tokens in a step becomes a checkpoint, while the step runs and
+    so after all copies before it."""
+
+    row: int
+    num_tokens: int
+    checkpoint: int  # on the device; -1 = none, which is padding
+
+
 Copy = Fold | Fork | Save | Restore | Move

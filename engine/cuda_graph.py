@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..configs.schema import EngineConfig
 from ..models.forward_batch import ForwardBatch
 from .batch import Arrays, Counts, Upload, make_batch, pack, packed_size
+from .copies import Snapshot
 from .dummy_steps import doubling
 from .sampler import Draw
 from .staging import StagingPool
@@ -30,6 +31,7 @@ from .staging import StagingPool
 PREFILL_TOKENS = (64, 128, 256, 512)  # beside decoding rows and without
 PREFILL_TOKENS_ALONE = range(640, 2049, 128)
 PREFILL_ROWS = 32  # the last is the padding's
+SNAPSHOTS = 16  # states that a step with prompts saves on their way: 2,048 tokens seldom pass more
 VERIFY_TOKENS = 8  # of a row, its drafts and the token before them
 
 
@@ -152,7 +154,10 @@ def pad(arrays: Arrays, counts: Counts, shape: GraphShape, graph_rows: np.ndarra
         starts = _row_starts(arrays["query_start_loc"][: counts.num_prefills + 1], shape)
         if shape.num_verifies:
             return padded | {"query_start_loc": starts, "logits_indices": np.arange(shape.num_tokens)}
-        return padded | {"query_start_loc": starts, "logits_indices": np.maximum(starts[1:] - 1, 0).astype(np.int64)}
+        snapshots = np.full((SNAPSHOTS, arrays["snapshots"].shape[1]), -1, dtype=np.int32)
+        snapshots[: len(arrays["snapshots"])] = arrays["snapshots"]
+        last = np.maximum(starts[1:] - 1, 0).astype(np.int64)
+        return padded | {"query_start_loc": starts, "logits_indices": last, "snapshots": snapshots}
     return padded | {name: np.zeros(shape.num_rows, dtype=dtype) for name, dtype in TURN_DTYPES.items()}
 
 
@@ -268,6 +273,7 @@ class StepGraphs:
         self._inputs[shape] = torch.from_numpy(host).to(self.device)
         static = Upload(arrays, self._inputs[shape])
         tensors = {name: static[name] for name in arrays} | {"block_table": self.block_table[: shape.num_rows]}
+        tensors.setdefault("snapshots", torch.empty(0, 3, dtype=torch.int32, device=self.device))
         if not shape.num_prefills:  # the same in every step
             starts = torch.arange(shape.num_rows + 1, dtype=torch.int32, device=self.device)
             tensors |= {"query_start_loc": starts, "logits_indices": starts[:-1].long()}
@@ -296,5 +302,8 @@ class StepGraphs:
 def _padding_alone(shape: GraphShape) -> Arrays:
     """The arrays of `pad` for a step without rows."""
     names = (*TOKEN_DTYPES, *ROW_DTYPES, *DRAW_DTYPES)
-    nothing: Arrays = {name: np.empty(0) for name in names} | {"query_start_loc": np.zeros(1, dtype=np.int32)}
+    nothing: Arrays = {name: np.empty(0) for name in names} | {
+        "query_start_loc": np.zeros(1, dtype=np.int32),
+        "snapshots": np.empty((0, len(Snapshot._fields)), dtype=np.int32),
+    }
     return pad(nothing, Counts(0, 0, 0, max_query_len=1), shape, np.empty(0, dtype=np.int64))

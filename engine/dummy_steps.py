@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .copies import Copy, Fold, Restore, Save
+from .copies import Copy, Fold, Restore, Save, Snapshot
 from .sampling_params import MAX_LOGPROBS, SamplingParams
 from .scheduled_batch import ScheduledBatch
 from .sequence import Sequence
@@ -69,16 +69,16 @@ def smallest_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
 
 
 def checkpoint_step(limits: StepLimits, num_pending: int) -> ScheduledBatch:
-    """A slot is saved and restored, as the prefix cache does, before a prompt of one token."""
+    """A slot is saved and restored, as the prefix cache does, before a prompt of one token, which is saved too."""
     folds = [Fold(0, num_pending)] if num_pending else []
     copies: list[Copy] = [*folds, Save(0, 0), Restore(0, 0, [(0, 0)])]
-    return ScheduledBatch([_sequence(limits, 0, 1)], [1], 1, copies)
+    return ScheduledBatch([_sequence(limits, 0, 1)], [1], 1, copies, snapshots=[Snapshot(0, 1, 0)])
 
 
 def serving_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
     """A step of every kind that serving meets, so that no request waits for a compiler, and the largest of each:
 
-    - a prompt in every slot, together as large as a step may be (many short rows);
+    - a prompt in every slot, together as large as a step may be (many short rows), with a snapshot that nothing keeps;
     - one prompt of 1, 2, 3, 4, 5, 8, 9, ... tokens up to the largest chunk: where a kernel takes another tile, or
       cuts its work in two, a power of two is the last of a kind or the first;
     - a short prompt that wants its own log-probabilities beside a long one (uneven rows);
@@ -86,7 +86,8 @@ def serving_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
     - 1, 2, 4, ... decoding rows up to every slot, with short tables and with one as wide as the context (split keys);
     - 1, 2, 4, ... rows with as many drafts as a step may have: each token has logits.
     """
-    yield _prompts(limits, [limits.even_length] * min(limits.num_slots, limits.max_tokens))
+    prompts = _prompts(limits, [limits.even_length] * min(limits.num_slots, limits.max_tokens))
+    yield dataclasses.replace(prompts, snapshots=[Snapshot(0, 1, -1)])
     for length in _both_sides(limits.longest_prompt):
         yield _prompts(limits, [length])
     short = min(SCORED_TOKENS, limits.longest_prompt)

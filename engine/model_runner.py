@@ -20,7 +20,7 @@ from ..models.registry import FAMILIES
 from ..models.weights import fill_with_noise, load_weights
 from .batch import BATCH_TENSORS, Arrays, Counts, batch_arrays, count_rows, make_batch, packed_size, upload
 from .copies import Copy, Fold, Fork, Move, Restore, Save
-from .cuda_graph import Computed, GraphShape, StepGraphs, pad, pad_table, shapes_for
+from .cuda_graph import SNAPSHOTS, Computed, GraphShape, StepGraphs, pad, pad_table, shapes_for
 from .decode_rows import Answers, DecodeRows
 from .device import pick_device, pick_dtype, pick_kernels, spare_cores
 from .dummy_steps import StepLimits, checkpoint_step, smallest_steps
@@ -111,7 +111,7 @@ class ModelRunner:
         counts = count_rows(scheduled)
         if self.graphs is not None and not scheduled.wants_prompt_logprobs:
             shape = self.graphs.shape_for(counts)
-            if shape is not None:
+            if shape is not None and len(scheduled.snapshots) <= SNAPSHOTS:
                 sampled = self._replay(self.graphs, shape, scheduled, counts, arrays)
                 return LaunchedStep(rows, indices, sampled, {}, drafts=drafts)
         sent = upload(arrays, self.device)
@@ -293,7 +293,7 @@ class ModelRunner:
             config.linear_layers, num_checkpoints, device=self.device, dtype=self.checkpoint_dtype
         )
         self.kv = KVPool(config.full_layers, num_blocks, self.block_size, device=self.device, dtype=self.dtype)
-        self.caches = _caches_by_layer(config, self.states, self.kv)
+        self.caches = _caches_by_layer(config, self.states, self.checkpoints, self.kv)
         self.sampler = Sampler(self.kernels, num_slots, config.vocab_size, self.device)
 
     def release(self) -> None:
@@ -333,11 +333,11 @@ def _places_of_draws(scheduled: ScheduledBatch, counts: Counts, shape: GraphShap
     return rows
 
 
-def _caches_by_layer(config: ModelConfig, states: StatePool, kv: KVPool) -> list[Cache]:
+def _caches_by_layer(config: ModelConfig, states: StatePool, checkpoints: CheckpointPool, kv: KVPool) -> list[Cache]:
     """One entry per layer, in the model's order."""
     linear = iter(range(len(config.linear_layers)))
     full = iter(range(len(config.full_layers)))
     return [
-        states.layer(next(linear)) if isinstance(layer.mixer, LightningSpec) else kv.layer(next(full))
+        states.layer(next(linear), checkpoints) if isinstance(layer.mixer, LightningSpec) else kv.layer(next(full))
         for layer in config.layers
     ]

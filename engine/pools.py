@@ -36,9 +36,9 @@ class StatePool:
         """A slot's states [L_linear, H, K, V]. Tokens that wait in its ring are not in them."""
         return self.state[:, i]
 
-    def layer(self, i: int) -> LinearState:
-        """The i-th lightning layer's part."""
-        return LinearState(self.state[i], self.key_ring[i], self.value_ring[i])
+    def layer(self, i: int, checkpoints: CheckpointPool) -> LinearState:
+        """The i-th lightning layer's part, and that of the kept states on the device."""
+        return LinearState(self.state[i], self.key_ring[i], self.value_ring[i], checkpoints.states[:, i])
 
     @property
     def nbytes(self) -> int:

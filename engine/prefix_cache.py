@@ -20,6 +20,7 @@ import numpy as np
 
 from .block_manager import BlockManager
 from .copies import Move
+from .ladder import MAX_LEVEL
 from .radix_tree import Node, RadixTree, Tokens, path_to
 
 
@@ -47,7 +48,14 @@ class PrefixCache:
 
     Checkpoints 0 .. num_checkpoints - 1 lie on the device, the `num_host_checkpoints` after them in host memory, where
     the least recently used go. One is made only where it saves `min_tokens` more than the one before it.
+
+    *Rungs* are checkpoints on the way of a prompt, where nothing is known to part yet. `num_for_rungs` places on the
+    device are theirs alone, and any that are free; a rung takes nobody else's, and gives its own up for another
+    checkpoint, beyond those, or for a rung. The one forgotten is the oldest, where each level doubles the age that a
+    rung may reach: of those of an old prompt every other one is left, then every fourth. None goes to the host.
     """
+
+    num_for_rungs = 0
 
     def __init__(
         self, blocks: BlockManager, num_checkpoints: int, num_host_checkpoints: int = 0, min_tokens: int = 1
@@ -60,9 +68,11 @@ class PrefixCache:
         self._free = list(range(num_checkpoints - 1, -1, -1))
         self._free_on_host = list(range(num_checkpoints + num_host_checkpoints - 1, num_checkpoints - 1, -1))
         self._holds: list[Hold] = []
-        # The nodes with a checkpoint on the device and those with one on the host, each in the order in which they came
-        # there or were last used.
-        self._with_checkpoint: tuple[OrderedDict[Node, None], ...] = (OrderedDict(), OrderedDict())
+        # The nodes with a checkpoint that is no rung, on the device and on the host; those with a rung, by level. Each
+        # with the step in which it came there or was last used, and in this order.
+        self._with_checkpoint: tuple[OrderedDict[Node, int], ...] = (OrderedDict(), OrderedDict())
+        self._rungs: tuple[OrderedDict[Node, int], ...] = tuple(OrderedDict() for _ in range(MAX_LEVEL + 1))
+        self._step = 0  # counts those that made rungs
 
     @property
     def num_checkpoints_used(self) -> int:
@@ -71,6 +81,10 @@ class PrefixCache:
     @property
     def num_host_checkpoints_used(self) -> int:
         return self.num_host_checkpoints - len(self._free_on_host)
+
+    @property
+    def num_rungs(self) -> int:
+        return sum(map(len, self._rungs))
 
     def match(self, tokens: Tokens, salt: str | None = None) -> Match:
         """What is known of `tokens`. Changes nothing."""
@@ -97,7 +111,14 @@ class PrefixCache:
         Returns where the states are to be saved, None when there is no need or no room, and what has to be moved
         before. From here on the cache holds the blocks.
         """
-        if len(tokens) - self.match(tokens, salt).num_cached < (self.min_tokens if min_tokens is None else min_tokens):
+        before = self.match(tokens, salt).node
+        if before is not None and before.end == len(tokens) and before.rung is not None:
+            self._promote(before)
+            return None, []
+        while before is not None and (before.checkpoint is None or before.rung is not None):  # rungs are soon forgotten
+            before = before.parent
+        spared = len(tokens) - (before.end if before is not None else 0)
+        if spared < (self.min_tokens if min_tokens is None else min_tokens):
             return None, []
         checkpoint, moves = self._take_checkpoint()
         if checkpoint is None:
@@ -106,6 +127,27 @@ class PrefixCache:
         self._give(node, checkpoint)
         self._touch(node)
         return checkpoint, moves
+
+    def insert_rung(self, tokens: Tokens, table: list[int], salt: str | None, level: int) -> int | None:
+        """Make a rung after `tokens`, as `insert` does, where nothing is kept yet and a place is to be had. Returns the
+        place, to be written to in the coming step."""
+        if self.match(tokens, salt).num_cached == len(tokens):
+            return None
+        if not self._free:
+            victim = self._oldest_rung(spared=self._step)
+            if victim is None:
+                return None
+            self._drop_checkpoint(victim)
+        node = self.tree.node_at(tokens, table, salt)
+        node.rung = level
+        self._give(node, self._free.pop())
+        self._touch(node)
+        return node.checkpoint
+
+    def next_step(self) -> None:
+        """Rungs made from here on are of another step. Those of one step make no room for each other: it writes all of
+        them at once."""
+        self._step += 1
 
     def has_checkpoint(self, node: Node) -> bool:
         """Whether the node is still in the tree, with its checkpoint."""
@@ -146,8 +188,10 @@ class PrefixCache:
         last end's node."""
         for end, checkpoint in zip(ends, hold.checkpoints, strict=True):
             node = self.tree.node_at(tokens[:end], hold.blocks, salt)
-            if node.checkpoint is None:  # else somebody has computed it meanwhile
+            if node.checkpoint is None:
                 self._give(node, checkpoint)
+            elif node.rung is not None:  # it has been computed meanwhile
+                self._promote(node)
             self._touch(node)
         self.let_go(hold)
         return node
@@ -156,7 +200,7 @@ class PrefixCache:
         """What is in no use any more is free."""
         self._holds.remove(hold)
         self.blocks.let_go(hold.blocks)
-        in_tree = {node.checkpoint for nodes in self._with_checkpoint for node in nodes}
+        in_tree = {node.checkpoint for nodes in self._queues for node in nodes}
         for checkpoint in hold.checkpoints:
             if checkpoint not in in_tree:
                 self._free_checkpoint(checkpoint)
@@ -182,7 +226,7 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget everything."""
-        for node in [node for nodes in self._with_checkpoint for node in nodes]:
+        for node in [node for nodes in self._queues for node in nodes]:
             self._drop_checkpoint(node)
 
     def check_integrity(self) -> None:
@@ -190,8 +234,12 @@ class PrefixCache:
         self.tree.check_integrity()
         owned = [node.checkpoint for node in self.tree.nodes if node.checkpoint is not None]
         for nodes, on_host in zip(self._with_checkpoint, (False, True), strict=True):
-            here = {n for n in self.tree.nodes if n.checkpoint is not None and self._is_on_host(n) is on_host}
-            assert set(nodes) == here, "checkpoints in another place"
+            known = [n for n in self.tree.nodes if n.checkpoint is not None and n.rung is None]
+            assert set(nodes) == {n for n in known if self._is_on_host(n) is on_host}, "checkpoints in another place"
+        for level, rungs in enumerate(self._rungs):
+            assert set(rungs) == {n for n in self.tree.nodes if n.rung == level}, "rungs in another place"
+            assert all(n.checkpoint is not None and not self._is_on_host(n) for n in rungs), "a rung that is none"
+            assert list(rungs.values()) == sorted(rungs.values()), "rungs out of order"
         assert len(set(owned)) == len(owned), "a checkpoint of two nodes"
         held = {*owned, *(checkpoint for hold in self._holds for checkpoint in hold.checkpoints)}
         everything = range(self.num_checkpoints + self.num_host_checkpoints)
@@ -203,31 +251,70 @@ class PrefixCache:
         yield from (hold.blocks for hold in self._holds)
 
     def _take_checkpoint(self) -> tuple[int | None, list[Move]]:
-        """A free one on the device, if need be after sending the least recently used to the host."""
-        if self._free or not self.num_checkpoints:
-            return (self._free.pop() if self._free else None), []
+        """A free one on the device that is no rung's alone, if need be after forgetting a rung or sending the least
+        recently used of the others to the host."""
+        moves: list[Move] = []
+        most = self.num_checkpoints - self.num_for_rungs
+        while self.num_checkpoints_used - self.num_rungs >= most and self._evict(moves):
+            pass
+        if not self._free:
+            rung = self._oldest_rung()
+            if rung is None:
+                return None, []
+            self._drop_checkpoint(rung)
+        return self._free.pop(), moves
+
+    def _evict(self, moves: list[Move]) -> bool:
+        """Free the place of the least recently used checkpoint on the device that is no rung. False if none may go."""
         victim = self._least_used(on_host=False)
         if victim is None:
-            return None, []
-        taken = victim.checkpoint
-        assert taken is not None
+            return False
         if not self.num_host_checkpoints:
             self._drop_checkpoint(victim)
-            return self._free.pop(), []
+            return True
         if not self._free_on_host:
             oldest = self._least_used(on_host=True)
             if oldest is None:
-                return None, []
+                return False
             self._drop_checkpoint(oldest)
+        taken, moved_to = victim.checkpoint, self._free_on_host.pop()
+        assert taken is not None
         del self._with_checkpoint[False][victim]
-        moved_to = self._free_on_host.pop()
+        self._free.append(taken)
         self._give(victim, moved_to)
-        return taken, [Move(taken, moved_to)]
+        moves.append(Move(taken, moved_to))
+        return True
+
+    def _oldest_rung(self, spared: int | None = None) -> Node | None:
+        """The rung that has reached most of the age that its level may, but for those of the step `spared`."""
+        held = {checkpoint for hold in self._holds for checkpoint in hold.checkpoints}
+        oldest = [next((rung for rung in level if rung.checkpoint not in held), None) for level in self._rungs]
+        rungs = [rung for rung in oldest if rung is not None and self._queue(rung)[rung] != spared]
+        return max(rungs, key=self._share_of_age, default=None)
+
+    def _share_of_age(self, rung: Node) -> float:
+        """Steps since the rung was made or used, over the age that a rung of its level may reach."""
+        return (self._step - self._queue(rung)[rung] + 1) / (1 << (rung.rung or 0))
+
+    def _promote(self, rung: Node) -> None:
+        """The rung is a checkpoint like others from here on, and the one used last."""
+        del self._queue(rung)[rung]
+        rung.rung = None
+        self._queue(rung)[rung] = self._step
+        self.tree.touch(rung)
 
     def _least_used(self, *, on_host: bool) -> Node | None:
         """The node that has waited longest of those whose checkpoint lies there and may be given away."""
         held = {checkpoint for hold in self._holds for checkpoint in hold.checkpoints}
         return next((node for node in self._with_checkpoint[on_host] if node.checkpoint not in held), None)
+
+    @property
+    def _queues(self) -> tuple[OrderedDict[Node, int], ...]:
+        return (*self._with_checkpoint, *self._rungs)
+
+    def _queue(self, node: Node) -> OrderedDict[Node, int]:
+        """The one that a node with a checkpoint stands in."""
+        return self._with_checkpoint[self._is_on_host(node)] if node.rung is None else self._rungs[node.rung]
 
     def _is_on_host(self, node: Node) -> bool:
         return node.checkpoint is not None and node.checkpoint >= self.num_checkpoints
@@ -235,12 +322,14 @@ class PrefixCache:
     def _give(self, node: Node, checkpoint: int) -> None:
         """The node has this checkpoint, and had none there."""
         node.checkpoint = checkpoint
-        self._with_checkpoint[self._is_on_host(node)][node] = None
+        self._queue(node)[node] = self._step
 
     def _touch(self, node: Node) -> None:
         """The node, which has a checkpoint, is the one used last."""
         self.tree.touch(node)
-        self._with_checkpoint[self._is_on_host(node)].move_to_end(node)
+        queue = self._queue(node)
+        queue[node] = self._step
+        queue.move_to_end(node)
 
     def _are_idle(self, blocks: list[int], held: set[int]) -> bool:
         """Whether nobody but the tree has any of them."""
@@ -255,8 +344,8 @@ class PrefixCache:
         assert node.checkpoint is not None
         if not any(node.checkpoint in hold.checkpoints for hold in self._holds):
             self._free_checkpoint(node.checkpoint)
-        del self._with_checkpoint[self._is_on_host(node)][node]
-        node.checkpoint = None
+        del self._queue(node)[node]
+        node.checkpoint = node.rung = None
         self.tree.tidy(node)
 
     def _free_checkpoint(self, checkpoint: int) -> None:

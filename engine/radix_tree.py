@@ -26,6 +26,7 @@ class Node:
     end: int
     blocks: list[int]  # from the block of its first own token to that of its last
     checkpoint: int | None = None  # where the states after `end` tokens are
+    rung: int | None = None  # the level of a checkpoint that was made on the way of a prompt; None = of any other
     children: dict[int, Node] = field(default_factory=dict)  # by the first of their own tokens
 
     @property

@@ -1,8 +1,9 @@
 """What sequences take from the prefix cache and leave in it, and who waits for whom.
 
 A prompt is computed in chunks that end where a checkpoint is worth while: where it parts from another prompt, or is
-told that it is likely to; before its last token, which every sequence has to feed to get its first one; and every
-`interval` tokens. An answer that is complete leaves one at its end, where the next turn of a conversation begins.
+told that it is likely to; and before its last token, which every sequence has to feed to get its first one. On the way
+it leaves rungs (`engine/ladder.py`), which cut no chunk. An answer that is complete leaves a checkpoint at its end,
+where the next turn of a conversation begins.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import bisect
 from collections.abc import Iterable, Mapping
 
 from .conversations import Conversations
-from .copies import Copy, Fold, Restore, Save
+from .copies import Copy, Fold, Restore, Save, Snapshot
+from .ladder import Ladder
 from .prefix_cache import Match, PrefixCache
 from .radix_tree import common_prefix
 from .sequence import Sequence
 
 NOTHING = Match(None, 0)
 ANSWER_TOKENS = 16  # that an answer's end must spare: it costs no step, and is where the next turn goes on
+SHARE_OF_RUNGS = 8  # one place of so many is for rungs alone
 MAX_WAITS = 4  # sequences that one waits for in its life, one after another
 
 
@@ -27,7 +30,8 @@ class Reuse:
     def __init__(self, cache: PrefixCache, interval: int) -> None:
         self.cache = cache
         self.blocks = cache.blocks
-        self.interval = interval
+        self.ladder = Ladder(cache.min_tokens, interval)
+        cache.num_for_rungs = cache.num_checkpoints // SHARE_OF_RUNGS if interval else 0
         self.copies: list[Copy] = []
         self.conversations = Conversations(cache)
         self.num_queried_tokens = 0
@@ -83,8 +87,6 @@ class Reuse:
         for other in others:
             self.add_stop(sequence, self._common(sequence, other))
         self.add_stop(sequence, last)
-        for stop in range(self.interval, last, self.interval):
-            self.add_stop(sequence, stop)
 
     def add_stop(self, sequence: Sequence, stop: int) -> bool:
         """Let the sequence be saved after `stop` tokens, too, if that is far enough from where it is and will be."""
@@ -100,6 +102,27 @@ class Reuse:
         if sequence.num_computed_tokens in sequence.stops:
             self._save(sequence)
         sequence.stops = [stop for stop in sequence.stops if stop > sequence.num_computed_tokens]
+
+    def leave_rungs(self, prefilling: Mapping[Sequence, int]) -> list[Snapshot]:
+        """Keep states that the prompts of the coming step's first rows pass, where the cache has room. `prefilling`:
+        the tokens of each row, which have their blocks. Nothing may look for a match between this and the step."""
+        passed = []
+        for row, (sequence, num_new) in enumerate(prefilling.items()):
+            if sequence.uses_cache and self.cache.num_checkpoints:
+                start = sequence.num_computed_tokens
+                end = min(start + num_new, sequence.num_prompt_tokens - 2)  # before the last token there is a stop
+                passed += [(level, row, sequence, at) for at, level in self.ladder.between(start, end)]
+        if not passed:
+            return []
+        self.cache.next_step()
+        snapshots = []
+        passed.sort(key=lambda rung: -rung[0])  # where room is scarce, those that are forgotten last
+        for level, row, sequence, at in passed:
+            table = sequence.block_table[: self.blocks.blocks_for(at)].tolist()
+            checkpoint = self.cache.insert_rung(sequence.known_tokens(at), table, sequence.cache_salt, level)
+            if checkpoint is not None:
+                snapshots.append(Snapshot(row, at - sequence.num_computed_tokens, checkpoint))
+        return snapshots
 
     def save_answer(self, sequence: Sequence) -> None:
         """Save a sequence that is complete, with its answer; one of a session however little that spares."""

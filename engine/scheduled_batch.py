@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .copies import Copy
+from .copies import Copy, Snapshot
 from .sequence import Sequence
 from .steady import Advance
 
@@ -18,6 +18,7 @@ class ScheduledBatch:
     num_prefills: int
     copies: list[Copy] = field(default_factory=list)  # to make before anything is computed
     advance: Advance | None = None  # from the batch before, where this one follows from it
+    snapshots: list[Snapshot] = field(default_factory=list)  # of prefill rows, to make while they are computed
     num_drafted: int = 0  # rows that bring drafts: none, or every row as one of the prefill rows
 
     @property

@@ -204,8 +204,10 @@ class Scheduler:
             for sequence in decoding:
                 self.reuse.fold(sequence)  # which only those with drafts left in a ring
         rows = [*prefilling, *decoding]
+        snapshots = self.reuse.leave_rungs(prefilling)
         copies = self.reuse.take_copies() if rows else []  # what is to be saved stays where it is until the next step
-        return ScheduledBatch(rows, [*prefilling.values(), *decoding.values()], len(prefilling), copies)
+        counts = [*prefilling.values(), *decoding.values()]
+        return ScheduledBatch(rows, counts, len(prefilling), copies, snapshots=snapshots)
 
     def _draft(self, rows: list[Sequence]) -> ScheduledBatch | None:
         """A step of these decoding rows with drafts, an empty one where these depend on tokens that are on their way,

@@ -83,6 +83,26 @@ class Kernels(Protocol):
         """Fused segment walk (`seg_la`): prefill and decode rows in one launch. Same contract as
         `lightning_prefill`."""
 
+    def lightning_snapshot(
+        self,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        state: Tensor,
+        state_indices: Tensor,
+        has_initial_state: Tensor,
+        query_start_loc: Tensor,
+        snapshots: Tensor,
+        checkpoints: Tensor,
+    ) -> None:
+        """Save states that rows are about to pass in `lightning_prefill` or `lightning_segments`, which come after it.
+
+        snapshots: [S, 3] int32, each (b, n, c): the state after the first n >= 1 tokens of row b goes to
+        checkpoints[c]; c = -1 = padding, of which nothing else is read. No c comes twice, and row b is no padding.
+        checkpoints: [N, H, K, V] in any float dtype. `state` is read only; the other arguments as in
+        `lightning_prefill`.
+        """
+
     def lightning_replay(
         self,
         q: Tensor,

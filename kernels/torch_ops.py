@@ -19,6 +19,7 @@ from .lightning.reference import decode as lightning_decode
 from .lightning.reference import fold as lightning_fold
 from .lightning.reference import replay_decode as lightning_replay
 from .lightning.reference import segments as lightning_segments
+from .lightning.reference import snapshot as lightning_snapshot
 from .lightning.reference import verify as lightning_verify
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "lightning_prefill",
     "lightning_replay",
     "lightning_segments",
+    "lightning_snapshot",
     "lightning_verify",
     "linear",
     "moe",

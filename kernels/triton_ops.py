@@ -13,6 +13,7 @@ from .lightning.minimax import prefill as lightning_prefill
 from .lightning.replay import fold as lightning_fold
 from .lightning.replay import replay_decode as lightning_replay
 from .lightning.seg_la import segments as lightning_segments
+from .lightning.snapshot import snapshot as lightning_snapshot
 from .lightning.verify import verify as lightning_verify
 from .linear import linear
 from .moe import moe
@@ -31,6 +32,7 @@ __all__ = [
     "lightning_prefill",
     "lightning_replay",
     "lightning_segments",
+    "lightning_snapshot",
     "lightning_verify",
     "linear",
     "moe",

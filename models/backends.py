@@ -16,6 +16,12 @@ class LinearState(NamedTuple):
     state: Tensor  # [num_slots, H, K, V]
     key_ring: Tensor  # [num_slots, H, C, K], the last keys that the state does not hold yet; C = 0 without a ring
     value_ring: Tensor  # [num_slots, H, C, V]
+    checkpoints: Tensor  # [num_checkpoints, H, K, V], this layer's part of the states that the prefix cache keeps
+
+    @property
+    def pools(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(state, key_ring, value_ring), as the kernels take them."""
+        return self.state, self.key_ring, self.value_ring
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, float]  # q, k, v, slopes, scale
@@ -84,7 +90,7 @@ class MinimaxBackend:
         batch, rows = call.batch, call.batch.drafts.rows
         starts = batch.query_start_loc[rows.start : rows.stop + 1]
         pending = batch.num_pending[rows]
-        self.kernels.lightning_verify(*call[:5], *call.state, *_slots(batch, rows), pending, starts, call.out)
+        self.kernels.lightning_verify(*call[:5], *call.state.pools, *_slots(batch, rows), pending, starts, call.out)
 
     def decode(self, call: LightningCall) -> None:
         """The decode rows."""
@@ -136,7 +142,7 @@ class ReplayBackend(MinimaxBackend):
         rows, tokens = call.batch.decodes
         pending = call.batch.num_pending[rows]
         self.kernels.lightning_replay(
-            *_inputs(call, tokens), *call.state, *_slots(call.batch, rows), pending, call.out[tokens]
+            *_inputs(call, tokens), *call.state.pools, *_slots(call.batch, rows), pending, call.out[tokens]
         )
 
 

@@ -63,6 +63,7 @@ def lightning_batch(lengths: tuple[int, ...], num_decodes: int, continues: tuple
         slot_mapping=unused,
         block_table=unused,
         logits_indices=unused,
+        snapshots=unused,
         num_prefills=len(lengths),
         num_prefill_tokens=sum(lengths),
         num_decodes=num_decodes,
@@ -188,7 +189,7 @@ def bind_backend(name: str, x: LightningInputs) -> Bound:
     """A backend as the model calls it, the first time with empty rings, if it has any."""
     kernels = base.our_kernels()
     backend = LINEAR_BACKENDS[name](kernels)
-    state = LinearState(x.state, *new_rings(x, backend.ring_size))
+    state = LinearState(x.state, *new_rings(x, backend.ring_size), x.state[:0])
 
     def step(i: int) -> None:
         backend.forward(LightningCall(*x.qkv_at(i), x.slopes, x.scale, state, x.batch, x.out[i]))
@@ -197,7 +198,7 @@ def bind_backend(name: str, x: LightningInputs) -> Bound:
         decoding = slice(x.batch.num_prefills, None)
         if backend.ring_size and x.batch.num_decodes:
             rows = (x.batch.state_indices[decoding], x.batch.has_initial_state[decoding])
-            kernels.lightning_fold(x.slopes, *state, *rows, torch.ones_like(rows[0]))
+            kernels.lightning_fold(x.slopes, *state.pools, *rows, torch.ones_like(rows[0]))
         return sequences(x.out), x.state[x.batch.state_indices]
 
     return Bound(step, results)

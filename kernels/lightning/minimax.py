@@ -14,12 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..varlen import find_block, num_blocks
-from .tile import load_rows, load_state, num_processors, state_pointers, store_rows, walk, walk_tiles
+from .tile import ZERO_DECAY, load_rows, load_state, num_processors, state_pointers, store_rows, walk, walk_tiles
 
 PROGRAMS_PER_PROCESSOR = 2  # wanted: more chunks cost more products than they hide latency
 SHORTEST_CHUNK = 128
 MOST_CHUNKS = 32  # of a row: the last one sums the products of all before it
-ZERO_DECAY = 104.0  # e^{-104} is zero in float32
 
 
 @triton.jit(

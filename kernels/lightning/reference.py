@@ -98,6 +98,32 @@ def chunked_prefill(
     return out
 
 
+def snapshot(
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    has_initial_state: Tensor,
+    query_start_loc: Tensor,
+    snapshots: Tensor,
+    checkpoints: Tensor,
+) -> None:
+    """Each state by one product of keys and decayed values, in float32. Contract: `Kernels.lightning_snapshot`."""
+    slope = slopes.float()[:, None, None]
+    for row, count, checkpoint in snapshots.tolist():
+        if checkpoint < 0:
+            continue
+        start = int(query_start_loc[row])
+        b_k, b_v = (x[start : start + count].transpose(0, 1).float() for x in (k, v))  # [H, n, K], [H, n, V]
+        age = torch.arange(count - 1, -1, -1, device=k.device, dtype=torch.float32)
+        # [H, K, n] @ [H, n, V] -> [H, K, V]
+        s = torch.bmm(b_k.transpose(1, 2), b_v * torch.exp(-slope * age[:, None]))
+        if has_initial_state[row]:
+            s += state[int(state_indices[row])].float() * torch.exp(-slope * count)
+        checkpoints[checkpoint] = s
+
+
 def decode(
     q: Tensor,
     k: Tensor,

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+ZERO_DECAY = 104.0  # e^{-104} is zero in float32
+
 
 class Tiles(NamedTuple):
     """BT tokens, BK >= K and BV channels per tile; how the dot with the float32 state is computed; launch options.

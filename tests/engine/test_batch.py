@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from engines import sequence
 from leyden.engine.batch import build_batch
+from leyden.engine.copies import Snapshot
 from leyden.engine.scheduled_batch import ScheduledBatch
 
 CPU = torch.device("cpu")
@@ -91,7 +94,15 @@ def test_dtypes_are_those_of_the_contract():
         "slot_mapping": torch.int64,
         "block_table": torch.int32,
         "logits_indices": torch.int64,
+        "snapshots": torch.int32,
     }
+
+
+def test_snapshots_are_sent_as_they_are_and_none_is_a_list_of_none():
+    asked = [Snapshot(2, 5, 7), Snapshot(0, 3, 1)]
+    batch = build(dataclasses.replace(mixed(), snapshots=asked))
+    assert batch.snapshots.tolist() == [[2, 5, 7], [0, 3, 1]]
+    assert build(mixed()).snapshots.shape == (0, 3)
 
 
 def test_decode_rows_alone():

@@ -13,7 +13,7 @@ from engines import DEVICE, drain, engine_config, make_core, request
 from leyden.engine import cuda_graph
 from leyden.engine.batch import Counts
 from leyden.engine.core import EngineCore
-from leyden.engine.cuda_graph import PREFILL_ROWS, GraphShape, StepGraphs, graph_shapes, shapes_for
+from leyden.engine.cuda_graph import PREFILL_ROWS, SNAPSHOTS, GraphShape, StepGraphs, graph_shapes, shapes_for
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 
 DECODES = [GraphShape(2), GraphShape(8)]
@@ -145,6 +145,27 @@ def test_the_padding_of_prompts_touches_no_slot_and_no_block(folder, backend):
     runner.launch(batch).wait()
     for pool, others in pools:
         assert (pool[:, others] == 7).all()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize(("interval", "is_held"), [(5, True), (2, False)], ids=["in the graph", "more than it holds"])
+def test_states_on_the_way_of_a_prompt_come_from_a_graph_as_they_come_without(folder, backend, interval, is_held):
+    settings = {"linear_backend": backend, "state_checkpoint_min_tokens": 2, "state_checkpoint_interval": interval}
+    kept, taken = [], []
+    for core in (plain(folder, **settings), with_graphs(folder, MIXED, **settings)):
+        replay = core.runner._replay
+        core.runner._replay = lambda *step, replay=replay: taken.append(len(step[2].snapshots)) or replay(*step)
+        pool = core.runner.checkpoints.states.fill_(7)
+        drain(core, *(request(str(i), random_prompt(30, i), max_tokens=1) for i in range(2)))
+        nodes = [node for node in core.scheduler.cache.tree.nodes if node.checkpoint is not None]
+        kept.append({(node.end, int(node.tokens[-1])): pool[node.checkpoint].clone() for node in nodes})
+        free = sorted(set(range(len(pool))) - {node.checkpoint for node in nodes})
+        assert (pool[free] == 7).all(), "nothing else is written"
+    assert kept[0].keys() == kept[1].keys() and len(kept[0]) >= 10
+    for place, state in kept[0].items():
+        torch.testing.assert_close(kept[1][place], state, rtol=1e-4, atol=1e-4)
+    assert any(count > 8 for count in taken) == is_held and all(count <= SNAPSHOTS for count in taken)
 
 
 @torch.inference_mode()

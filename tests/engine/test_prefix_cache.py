@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 
 import engines
@@ -12,8 +13,9 @@ import torch
 from engines import DEVICE, answer, assert_nothing_held, computed, drain, request, sequence
 from leyden.engine.block_manager import BlockManager
 from leyden.engine.copies import Move
+from leyden.engine.ladder import Ladder
 from leyden.engine.prefix_cache import PrefixCache
-from leyden.engine.radix_tree import common_prefix
+from leyden.engine.radix_tree import common_prefix, path_to
 from tiny_models import random_prompt
 
 BACKENDS = ["minimax", "seg_la", "replay"]
@@ -38,6 +40,22 @@ class Book:
         self.blocks.release(writer)
         self.check()
         return found
+
+    def leave_rungs(self, text: str, *ends_and_levels: tuple[int, int]) -> list[int | None]:
+        """As in one step."""
+        writer = sequence(len(text))
+        self.blocks.grow(writer, len(text))
+        self.cache.next_step()
+        table = writer.block_table.tolist()
+        made = [self.cache.insert_rung(tokens(text[:end]), table, None, level) for end, level in ends_and_levels]
+        self.blocks.release(writer)
+        self.check()
+        return made
+
+    def kept(self, *, rungs: bool) -> dict[str, int]:
+        """The texts that have a checkpoint, and which."""
+        nodes = [n for n in self.cache.tree.nodes if n.checkpoint is not None and (n.rung is not None) is rungs]
+        return {"".join(chr(t) for part in path_to(n) for t in part.tokens): n.checkpoint for n in nodes}
 
     def find(self, text: str, salt: str | None = None) -> tuple[int, int]:
         match = self.cache.match(tokens(text), salt)
@@ -213,6 +231,86 @@ def test_random_holds_leave_the_tree_whole(seed):
     assert book.blocks.num_free == 40 and book.cache.num_checkpoints_used == book.cache.num_host_checkpoints_used == 0
 
 
+# -- rungs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_rung_takes_no_other_checkpoints_place_and_gives_up_its_own(seed):
+    rng = random.Random(seed)
+    book = Book(blocks=4000, block_size=rng.choice([1, 4]), num_checkpoints=rng.choice([4, 5, 16]))
+    cache = book.cache
+    cache.num_for_rungs = rng.choice([0, cache.num_checkpoints // 4])
+    most, holds, num_made = cache.num_checkpoints - cache.num_for_rungs, [], 0
+    for _ in range(300):
+        text = "".join(rng.choice("ab") for _ in range(rng.randint(1, 14)))
+        before, rungs = book.kept(rungs=False), book.kept(rungs=True)
+        match = cache.match(tokens(text))
+        if rng.random() < 0.1 and match.node is not None:
+            holds.append(cache.hold(match.node, 2)[2])
+        elif rng.random() < 0.1 and holds:
+            cache.let_go(holds.pop())
+        elif rng.random() < 0.5:
+            made = book.leave_rungs(text, *((end, rng.randint(0, 3)) for end in range(1, len(text) + 1, 3)))
+            assert book.kept(rungs=False) == before, "nothing better is forgotten, nor moved"
+            written = [checkpoint for checkpoint in made if checkpoint is not None]
+            num_made += len(written)
+            assert len(set(written)) == len(written), "a step writes to each place once"
+            assert set(written) <= set(book.kept(rungs=True).values())
+            held = {checkpoint for hold in holds for checkpoint in hold.checkpoints}
+            assert not held & set(written)
+        else:
+            place, _ = book.leave(text)
+            forgotten = before.keys() - book.kept(rungs=False).keys()
+            taken = rungs.keys() - book.kept(rungs=True).keys()
+            if not holds and place is not None:
+                assert len(book.kept(rungs=False)) <= most
+                assert not forgotten or len(before) >= most, "a place that was free, or a rung's, would have done"
+                assert not taken or len(rungs) > cache.num_for_rungs, "their own places are left to them"
+        book.check()
+    assert num_made > 3 or not cache.num_for_rungs
+
+
+def test_a_rung_is_no_reason_to_leave_out_a_better_checkpoint():
+    book = Book(num_checkpoints=9, min_tokens=4)
+    book.leave_rungs("the cat sat", (8, 0))
+    assert book.leave("the cat sat")[0] is not None, "3 tokens further, but the rung is soon forgotten"
+    book.leave_rungs("the dog", (6, 0))
+    assert book.leave("the do") == (None, []), "its state is there"
+    assert set(book.kept(rungs=True)) == {"the cat "} and set(book.kept(rungs=False)) == {"the cat sat", "the do"}
+    assert book.leave_rungs("the do", (6, 0)) == [None]
+
+
+def test_rungs_do_not_move_to_the_host():
+    book = Book(num_checkpoints=2, num_host_checkpoints=4)
+    book.leave_rungs("aaaa", (2, 0), (4, 1))
+    assert book.leave("bbbb")[1] == book.leave("cccc")[1] == [], "two rungs are forgotten for them"
+    assert book.find("aaaa") == (0, 0) and book.leave("dddd")[1] != []
+
+
+def test_older_prompts_keep_every_other_rung_and_then_every_fourth():
+    book = Book(blocks=10_000, num_checkpoints=32)
+    ladder = [(10 * i, level) for i, (_, level) in enumerate(Ladder(1, 1).between(0, 8), start=1)]
+    for name in "abcdefghijkl":
+        book.leave_rungs(name * 80, *ladder)
+    left = {name: {len(text) for text in book.kept(rungs=True) if text[0] == name} for name in "abcdefghijkl"}
+    assert left["l"] == {end for end, _ in ladder}, "the youngest has all"
+    assert sum(map(len, left.values())) == 32
+    for older, younger in itertools.pairwise(left.values()):
+        assert older <= younger
+    assert {frozenset(ends) for ends in left.values()} == {
+        frozenset(range(step, 90, step)) for step in (10, 20, 40, 80)
+    }, "of each every second, fourth or eighth is left"
+
+
+def test_a_rung_that_is_used_is_young_again():
+    book = Book(num_checkpoints=2)
+    book.leave_rungs("aaaa", (4, 0))
+    book.leave_rungs("bbbb", (4, 0))
+    book.cache.use(book.cache.match(tokens("aaaa")).node)
+    book.leave_rungs("cccc", (4, 0))
+    assert set(book.kept(rungs=True)) == {"aaaa", "cccc"}
+
+
 def test_common_prefixes():
     pairs = [("", ""), ("a", ""), ("abc", "abd"), ("abc", "abc"), ("abc", "abcd"), ("xbc", "abc")]
     assert [common_prefix(tokens(a), tokens(b)) for a, b in pairs] == [0, 0, 2, 3, 3, 0]
@@ -275,7 +373,7 @@ def test_prompts_that_share_a_beginning_compute_it_once(tiny):
 
 
 def test_one_that_comes_later_takes_the_point_where_two_part(tiny):
-    core = make_core(tiny.folder)
+    core = make_core(tiny.folder, state_checkpoint_interval=0)
     system = random_prompt(50, seed=5)
     hits = []
     for i in range(3):
@@ -308,13 +406,33 @@ def test_an_answers_end_is_kept_sooner_than_a_place_that_costs_a_step(tiny):
     assert core.stats().prefix_cache_hits_total - before == 8 + 29
 
 
-def test_a_long_prompt_is_kept_every_so_many_tokens(tiny):
-    core = make_core(tiny.folder, state_checkpoint_interval=32)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("lags", "chunk"), [(True, 7), (False, 64), (True, 512)])
+def test_a_prompt_that_parts_on_the_way_of_another_answers_as_without_a_cache(tiny, backend, lags, chunk):
+    settings = {"linear_backend": backend, "async_scheduling": lags, "state_checkpoint_min_tokens": 8}
+    core = make_core(tiny.folder, max_num_batched_tokens=chunk, **settings)
+    plain = make_core(tiny.folder, prefix_cache=False, linear_backend=backend)
     prompt = random_prompt(100, seed=6)
     answer(core, prompt, max_tokens=2)
-    before = core.stats().prefix_cache_hits_total
-    answer(core, prompt[:70] + random_prompt(20, seed=7), max_tokens=2)
-    assert core.stats().prefix_cache_hits_total - before == 64
+    for shared, found in [(99, 98), (70, 56), (31, 24)]:  # rungs: 24, 32, 42, 56, 74, 98
+        other = prompt[:shared] + random_prompt(20, seed=shared)
+        before = core.stats().prefix_cache_hits_total
+        assert answer(core, other, max_tokens=12).token_ids == answer(plain, other, max_tokens=12).token_ids
+        assert core.stats().prefix_cache_hits_total - before >= found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_state_on_the_way_is_that_of_a_prompt_that_ends_there(tiny, backend):
+    core = make_core(tiny.folder, linear_backend=backend, state_checkpoint_min_tokens=8, max_num_batched_tokens=41)
+    prompt = random_prompt(100, seed=6)
+    answer(core, prompt, max_tokens=2)
+    rungs = [node for node in core.scheduler.cache.tree.nodes if node.rung is not None]
+    assert sorted(node.end for node in rungs) == [24, 32, 42, 56, 74, 98]
+    for node in rungs:
+        alone = make_core(tiny.folder, linear_backend=backend, prefix_cache=False)
+        answer(alone, prompt[: node.end], max_tokens=1)  # the last token drawn is not fed
+        kept = core.runner.checkpoints[node.checkpoint]
+        torch.testing.assert_close(kept, alone.runner.states.slot(0), rtol=1e-4, atol=1e-4)
 
 
 def test_who_opts_out_takes_nothing_and_leaves_nothing(tiny):

@@ -30,7 +30,7 @@ def make_scheduler(
     checkpoints=0,
     on_host=0,
     min_tokens=1,
-    interval=1000,
+    interval=0,
 ) -> Scheduler:
     manager = BlockManager(blocks, block_size)
     return Scheduler(
@@ -104,6 +104,11 @@ class Device:
         for row, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
             self.check(row)
             self.compute(row, count)
+        assert len({snapshot.checkpoint for snapshot in batch.snapshots}) == len(batch.snapshots), "written twice"
+        for row, count, checkpoint in batch.snapshots:
+            each = batch.sequences[row]
+            assert row < batch.num_prefills and 0 < count <= batch.num_scheduled_tokens[row]
+            self.checkpoints[checkpoint] = tuple(self.tokens(each)[: each.num_computed_tokens + count])
         for row in batch.completing_rows:
             each = batch.sequences[row]
             if each.max_tokens:
@@ -654,3 +659,70 @@ def test_who_waits_for_one_that_is_aborted_goes_on_alone():
     assert rows(step(scheduler)) == [("second", 8)]
     while scheduler.has_work:
         step(scheduler)
+
+
+# -- states on the way of a prompt ------------------------------------------------------------------------------------
+
+
+def long_scheduler(**fields) -> Scheduler:
+    """With the server's default budgets and distances."""
+    defaults = {"blocks": 8000, "block_size": 16, "budget": 2048, "mixed": 256, "checkpoints": 400, "min_tokens": 128}
+    return make_scheduler(**(defaults | {"interval": 4096} | fields))
+
+
+@pytest.mark.parametrize("beside", [0, 2], ids=["alone", "beside decoding rows"])
+def test_a_second_prompt_finds_three_quarters_of_what_it_shares_wherever_it_parts(beside):
+    """The law of the state's distances, by pairs of random prompts whose parting is the first."""
+    rng = random.Random(beside)
+    for pair in range(12):
+        scheduler = long_scheduler()
+        for i in range(beside):
+            scheduler.add(sequence(4, request_id=f"d{i}", arrival=i, max_tokens=1000, ignore_eos=True))
+            step(scheduler)
+        length = rng.choice([513, rng.randint(514, 3000), rng.randint(3000, 16_000)])
+        shared = rng.choice([512, length - 1, rng.randint(512, length - 1), int(512 * (length / 512) ** rng.random())])
+        prompt = rng.choices(range(1, 9), k=length)
+        first = cached(prompt, "first", 10)
+        scheduler.add(first)
+        num_steps = 0
+        while first.status is not Status.FINISHED:
+            step(scheduler)
+            num_steps += 1
+        budget = 256 if beside else 2048
+        assert num_steps <= -(-(length - 1) // budget) + 1, "on its way a state costs no step"
+        own = rng.choices(range(10, 19), k=rng.randint(1, 600))
+        second = cached(prompt[:shared] + own, "second", 11)
+        scheduler.add(second)
+        while second.status is not Status.FINISHED:
+            step(scheduler)
+        assert 3 / 4 * shared <= second.num_cached_tokens <= shared, (pair, length, shared)
+        queried = scheduler.reuse.num_queried_tokens, scheduler.reuse.num_cached_tokens
+        assert queried == (length + second.num_prompt_tokens, second.num_cached_tokens)
+
+
+def test_who_shares_nothing_by_salt_or_wish_finds_no_state_on_the_way_and_leaves_none():
+    for first, second in [({"cache_salt": "a"}, {}), ({"uses_cache": False}, {}), ({}, {"uses_cache": False})]:
+        scheduler = long_scheduler()
+        prompt = [1] * 4000
+        run_alone(scheduler, sequence(prompt, max_tokens=1, **({"uses_cache": True} | first)))
+        later = sequence(prompt[:3000] + [2] * 9, max_tokens=1, **({"uses_cache": True} | second))
+        run_alone(scheduler, later)
+        assert later.num_cached_tokens == 0
+
+
+def test_after_a_preemption_a_prompt_goes_on_from_the_last_state_on_its_way():
+    scheduler = long_scheduler(blocks=3000 + 4 * 20 + 20, block_size=1, slots=5)
+    for i in range(4):
+        scheduler.add(sequence(16, request_id=f"d{i}", max_tokens=40, ignore_eos=True, priority=-1, arrival=i))
+    step(scheduler)
+    prompt = cached(list(range(1, 3001)), "prompt", 5)
+    scheduler.add(prompt)
+    for _ in range(12):
+        step(scheduler)
+    assert scheduler.num_preemptions == 1
+    done = max(node.end for node in scheduler.cache.tree.nodes)
+    assert not prompt.output_token_ids, "it fell on its way"
+    while prompt.status is Status.WAITING:
+        step(scheduler)
+    assert prompt.num_cached_tokens == 0, "what it computed itself is no hit"
+    assert prompt.num_computed_tokens >= done > 1000

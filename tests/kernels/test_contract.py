@@ -48,6 +48,7 @@ def test_a_step_without_tokens_is_harmless(ops, device):
     assert ops.lightning_replay(q, q, q, slopes, 1.0, state, ring, ring, none, new, none, q).shape == q.shape
     assert ops.lightning_verify(q, q, q, slopes, 1.0, state, ring, ring, none, new, none, start, q).shape == q.shape
     ops.lightning_fold(slopes, state, ring, ring, none, new, none)
+    ops.lightning_snapshot(q, q, slopes, state, none, new, start, none.view(0, 3), state)
     ops.rope_and_store_kv(q, q, q, positions, zeros(4, 8), cache, cache, positions)
     assert ops.attention_prefill(q, cache, cache, table, start, none, 0, 1.0, q).shape == q.shape
     assert ops.attention_decode(q, cache, cache, table, none, 1.0, q).shape == q.shape

@@ -624,3 +624,40 @@ def test_a_captured_decode_serves_other_slots_and_padding(backend, device, asser
     assert_close("state", pool[[6, 0, 3]], expected_state[real], 1e-6)
     assert case.out[1].count_nonzero() == 0
     assert torch.equal(pool[[1, 2, 4, 5]], case.state[[1, 2, 4, 5]])
+
+
+SNAPSHOT = {"torch": torch_ops.lightning_snapshot, "triton": triton_ops.lightning_snapshot}
+
+
+@pytest.mark.parametrize("ops", SNAPSHOT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("K", "V"), [(16, 16), (32, 80), *([(96, 96), (128, 128)] if ON_GPU else [])])
+def test_a_snapshot_is_the_state_that_a_row_passes(ops, dtype, K, V, device, assert_close):
+    """New rows and old, slopes from nearly none to such that the first tokens vanish."""
+    if ops == "triton" and dtype == torch.bfloat16 and not ON_GPU:
+        pytest.skip("the interpreter has no bfloat16 dot")
+    case = make_case(device, [40, 130, 1, 300], K=K, V=V, dtype=dtype, heads=3, slopes=[0.004, 0.4, 4.0])
+    asked = [(0, 1), (0, 39), (1, 64), (1, 65), (1, 130), (2, 1), (3, 299), (3, 128)]
+    places = [3, 0, 9, 7, 1, 2, 8, 4]
+    snapshots = [(row, n, place) for (row, n), place in zip(asked, places, strict=True)]
+    before = case.state.clone()
+    pool = torch.full((10, 2, 3, K, V), float("nan"), device=device)  # of two layers, as the engine has it
+    SNAPSHOT[ops](
+        case.k,
+        case.v,
+        case.slopes,
+        case.state,
+        case.state_indices,
+        case.has_initial_state,
+        case.query_start_loc,
+        torch.tensor([(77, 5, -1), *snapshots, (-1, -1, -1)], dtype=torch.int32, device=device),
+        pool[:, 1],
+    )
+    assert torch.equal(case.state, before), "the pool is read only"
+    assert pool[:, 0].isnan().all() and pool[[5, 6]].isnan().all(), "only what was asked for is written"
+    for (row, n), place in zip(asked, places, strict=True):
+        cut = case.query_start_loc.clone()
+        cut[row + 1 :] = cut[row] + n
+        inputs = (case.q, case.k, case.v, case.slopes, case.scale, case.state, case.state_indices)
+        _, states = recurrence(*inputs, case.has_initial_state, cut)
+        assert_close(f"{n} tokens of row {row}", pool[place, 1], states[row], BOUNDS[dtype][1])

@@ -46,7 +46,7 @@ class Layer:
         self.device = device
         self.backend = LINEAR_BACKENDS[backend](load(kernels), speculative=speculative)
         ring = self.backend.ring_size
-        shapes = ((DIM, DIM), (ring, DIM), (ring, DIM))
+        shapes = ((DIM, DIM), (ring, DIM), (ring, DIM), (DIM, DIM))
         self.state = LinearState(*(torch.full((6, HEADS, *s), float("nan"), device=device) for s in shapes))
         self.slopes = torch.tensor([0.3, 0.004], device=device)
 
@@ -84,7 +84,7 @@ class Layer:
         if rows and self.backend.ring_size:
             slots = torch.tensor([row.slot for row in rows], dtype=torch.int32, device=self.device)
             pending = torch.tensor([row.pending for row in rows], dtype=torch.int32, device=self.device)
-            self.backend.kernels.lightning_fold(self.slopes, *self.state, slots, pending > 0, pending)
+            self.backend.kernels.lightning_fold(self.slopes, *self.state.pools, slots, pending > 0, pending)
         for row in rows:
             row.pending = 0
 
@@ -106,6 +106,7 @@ class Layer:
             slot_mapping=EMPTY,
             block_table=EMPTY,
             logits_indices=EMPTY,
+            snapshots=EMPTY,
             num_prefills=num_prefills,
             num_prefill_tokens=sum(counts[:num_prefills]),
             num_decodes=len(rows) - num_prefills,
@@ -174,14 +175,14 @@ def test_auto_chooses_by_shape_and_replays(heads, prompts, decodes, expected):
     tokens = sum(prompts)
     some = torch.zeros(len(prompts) + decodes + 1, dtype=torch.int32)
     batch = ForwardBatch(
-        *[some] * 10,
+        *[some] * 11,
         num_prefills=len(prompts),
         num_prefill_tokens=tokens,
         num_decodes=decodes,
         max_query_len=max(prompts, default=1),
     )
     q = torch.empty(tokens + decodes, heads, 1)
-    state = LinearState(q, q, q)
+    state = LinearState(q, q, q, q)
     LINEAR_BACKENDS["auto"](kernels).forward(LightningCall(q, q, q, q, 1.0, state, batch, q))
     assert kernels.called == expected
 

@@ -1,0 +1,38 @@
+"""Where the states of a prompt are kept on its way, so that another that parts from it anywhere finds most of it.
+
+The first rung lies at `FIRST` times `min_tokens`, and each is a third further than the one before, or `interval` tokens
+if that is less: of the tokens that two prompts share, from 4 x `min_tokens` on, a rung holds at least 3/4, and more
+where they are many.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+FIRST = 3
+MAX_LEVEL = 3
+
+
+class Ladder:
+    """The rungs of every prompt: they depend on nothing but the settings. `interval` 0 = there are none."""
+
+    def __init__(self, min_tokens: int, interval: int) -> None:
+        self._min_tokens = min_tokens
+        self._interval = interval
+        self._rungs = [min(FIRST * min_tokens, interval)] if interval else []  # increasing; as many as were asked for
+
+    def between(self, start: int, end: int) -> list[tuple[int, int]]:
+        """(tokens, level) of the rungs after more than `start` and up to `end` tokens. Every other rung has level 0,
+        every other of the rest level 1, and so on up to `MAX_LEVEL`."""
+        if not self._rungs:
+            return []
+        while self._rungs[-1] <= end:
+            last = self._rungs[-1]
+            self._rungs.append(last + min(self._interval, max(self._min_tokens, last // 3)))
+        places = range(bisect.bisect_right(self._rungs, start), bisect.bisect_right(self._rungs, end))
+        return [(self._rungs[i], _level(i + 1)) for i in places]
+
+
+def _level(number: int) -> int:
+    """How often 2 divides it."""
+    return min((number & -number).bit_length() - 1, MAX_LEVEL)
