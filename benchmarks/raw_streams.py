@@ -53,7 +53,7 @@ async def main(port: int, streams: int, rounds: int, max_tokens: int, route: str
     said = "Tell me of a river"
     body |= {"messages": [{"role": "user", "content": said}]} if "chat" in route else {"prompt": said}
     raw = json.dumps(body | {"ignore_eos": True}).encode()
-    head = f"POST /v1/{route} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head = f"POST /v1/{route} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
     request = head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(raw), raw)
     readers: list[StreamReader] = []
 

@@ -170,6 +170,14 @@ class ServerConfig(_Numbers):
     served_model_name: str | None = Field(None, description="name in the API; default: the model's folder name")
     api_key: list[str] = Field(default_factory=list, description="keys that may call; prefer api_key_file")
     api_key_file: Path | None = Field(None, description="file with one key per line")
+    allowed_hosts: list[str] = Field(
+        default_factory=list,
+        description="names, beside local ones, under which a server on loopback without a key is asked; * = any",
+    )
+    cors_origins: list[str] = Field(
+        default_factory=list,
+        description="origins whose web pages may call, such as https://chat.example; * = any; default: its own alone",
+    )
     generation_defaults: bool = Field(
         True, description="take sampling defaults from the checkpoint's generation_config.json"
     )
@@ -216,11 +224,27 @@ class ServerConfig(_Numbers):
     )
     stats_interval: float = Field(5.0, ge=0, description="seconds between throughput lines while busy; 0 = never")
 
-    @field_validator("api_key", mode="before")
+    @field_validator("api_key", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
-    def _one_key_need_not_be_a_list(cls, value: Any) -> Any:
-        """A text holds keys separated by commas, as in the environment."""
+    def _one_item_need_not_be_a_list(cls, value: Any) -> Any:
+        """A text holds items separated by commas, as in the environment."""
         return _as_list(value) if isinstance(value, str) else value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts_are_names(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if not re.fullmatch(r"\*|[\w.-]+|[0-9A-Fa-f:]+", name):
+                raise ValueError(f"{name!r} is no host name; write it without scheme, port and path")
+        return [name.lower() for name in value]
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_have_no_path(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if not re.fullmatch(r"\*|[A-Za-z][\w+.-]*://[^/\s*]+", origin):
+                raise ValueError(f"{origin!r} is no origin; write scheme://host or scheme://host:port, without a path")
+        return [origin.lower() for origin in value]
 
 
 class Settings(EngineConfig, ServerConfig):
@@ -294,16 +318,14 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def _read_environment(environ: dict[str, str]) -> dict[str, Any]:
-    """LEYDEN_MAX_NUM_SEQS=8 -> max_num_seqs. API keys are separated by commas; empty or null takes an optional value
-    back."""
+    """LEYDEN_MAX_NUM_SEQS=8 -> max_num_seqs. Items of a list are separated by commas; empty or null takes an optional
+    value back."""
     found: dict[str, Any] = {}
     for name, text in environ.items():
         if name.startswith(ENV_PREFIX):
             key = name.removeprefix(ENV_PREFIX).lower()
             field = Settings.model_fields.get(key)
-            if key == "api_key":
-                found[key] = _as_list(text)
-            elif text in ("", "null") and field is not None and field.default is None:
+            if text in ("", "null") and field is not None and field.default is None:
                 found[key] = None
             else:
                 found[key] = text

@@ -27,6 +27,7 @@ from .middleware import (
     SizeLimitMiddleware,
     load_keys,
 )
+from .origins import CorsMiddleware, HostMiddleware, OriginMiddleware
 from .parsers.formats import ChatFormat
 from .routes import chat, completions, health, models, pages, responses, sessions, status, tokenize
 from .state import ServerState, max_body_bytes
@@ -50,6 +51,7 @@ def create_app(
     when the API keys cannot be read.
     """
     metrics = ServerMetrics(llm.client, settings.metrics_prefix, model_name)
+    keys = load_keys(settings)
     app = FastAPI(
         title="Leyden",
         version=__version__,
@@ -58,10 +60,12 @@ def create_app(
         redirect_slashes=False,
         middleware=[
             Middleware(RequestIdMiddleware),
+            *_cors(settings),
             *_tracing(tracer),
             Middleware(ErrorMiddleware, metrics=metrics),
+            *_browser_guards(settings, keys),
             Middleware(ConnectionLimitMiddleware, bound=settings.max_connections),
-            Middleware(AuthMiddleware, keys=load_keys(settings)),
+            Middleware(AuthMiddleware, keys=keys),
             Middleware(
                 SizeLimitMiddleware, settings=settings, max_body_bytes=max_body_bytes(settings, llm.client.info)
             ),
@@ -90,6 +94,17 @@ def _tracing(tracer: Tracer | None) -> list[Middleware]:
     from .tracing import TracingMiddleware
 
     return [Middleware(TracingMiddleware, tracer=tracer)]
+
+
+def _cors(settings: ServerConfig) -> list[Middleware]:
+    return [Middleware(CorsMiddleware, origins=settings.cors_origins)] if settings.cors_origins else []
+
+
+def _browser_guards(settings: ServerConfig, keys: list[str]) -> list[Middleware]:
+    """A key keeps foreign pages away by itself: a browser sends none for them."""
+    if keys:
+        return []
+    return [Middleware(HostMiddleware, settings=settings), Middleware(OriginMiddleware, settings=settings)]
 
 
 async def _pass_on(http: Request, error: Exception) -> Response:

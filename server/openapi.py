@@ -14,6 +14,7 @@ from .protocol import SESSION_ID_SCHEMA, RequestModel
 ERRORS = {
     400: "the request is malformed, or a value is out of bounds: `param` names it",
     401: "a key is required",
+    403: "without a key, a page of another site or a name that is not local is refused",
     404: "no such model or session",
     408: "the body did not arrive in time",
     409: "the session is not in the cache any more, or its file does not fit this model or is damaged",
@@ -25,7 +26,7 @@ ERRORS = {
     503: "the server is overloaded, draining or without its engine",
     507: "there is no room for the session, in the caches or on the disk",
 }
-ANY_ROUTE = (401, 413, 431, 500, 503)
+ANY_ROUTE = (401, 403, 413, 431, 500, 503)
 WITH_BODY = (400, 408, 415)
 GENERATING = (404, 429)
 PATH_SCHEMAS = {"session_id": SESSION_ID_SCHEMA}

@@ -226,7 +226,7 @@ class Chaos:
     async def slow_sender(self) -> None:
         """Never finishes its head or its body."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         writer.write(self.rng.choice([b"POST", head, head + b"Content-Length: 100\r\n\r\n{"]))
         await asyncio.wait_for(reader.read(), 10)
         writer.close()
@@ -268,7 +268,7 @@ class Chaos:
     async def _send(self, body: dict[str, object]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
         raw = json.dumps(body).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
         writer.write(f"{head}{len(raw)}\r\n\r\n".encode() + raw)
         return reader, writer
 

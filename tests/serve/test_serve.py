@@ -203,9 +203,9 @@ async def test_whatever_is_open_when_the_drain_is_over_is_told_so(serve, capfd):
 def test_a_body_that_is_still_to_come_when_the_drain_is_over_is_answered_too(serve, capfd):
     served = serve("--drain-seconds", "0.1")
     host, port = served.url.removeprefix("http://").rsplit(":", 1)
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.sendall(head.encode())
+        connection.sendall(head.encode() + b"Content-Length: 99\r\n\r\n{")
         time.sleep(0.2)
         served.process.send_signal(signal.SIGTERM)
         answer = b""

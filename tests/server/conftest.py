@@ -264,7 +264,7 @@ async def make_client(make_app):
 
     def make(app=None, **settings):
         transport = httpx.ASGITransport(app=app or make_app(**settings))
-        clients.append(httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20))
+        clients.append(httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20))
         return clients[-1]
 
     yield make

@@ -57,7 +57,7 @@ async def test_every_route_but_health_and_pages_needs_a_key(guarded, error_of, m
 
 @pytest.mark.parametrize("path", SPELLINGS)
 async def test_no_spelling_of_a_path_slips_past_the_key(guarded, error_of, path):
-    error_of(await guarded.get(f"http://test{path}"), 401)  # whole: "//health" alone names a host
+    error_of(await guarded.get(f"http://localhost{path}"), 401)  # whole: "//health" alone names a host
 
 
 async def test_health_needs_no_key(guarded):
@@ -133,7 +133,7 @@ async def test_without_keys_everyone_is_served(client):
 
 async def test_a_mounted_prefix_does_not_make_another_path_public(make_app):
     transport = httpx.ASGITransport(app=make_app(api_key=[KEY]), root_path="/health")
-    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         assert (await client.get("/health/v1/models")).status_code == 401
 
 

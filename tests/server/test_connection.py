@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 GUARD_SECONDS = 10
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def request(body, *, head=HEAD):
@@ -62,12 +62,12 @@ async def test_a_huge_head_is_431_and_the_next_client_is_served(make_live, kind,
     live = make_live()
     filler = b"x" * num_bytes
     heads = {
-        "a header": b"GET /version HTTP/1.1\r\nHost: x\r\nX-Big: " + filler,
-        "many headers": b"GET /version HTTP/1.1\r\nHost: x\r\n"
+        "a header": b"GET /version HTTP/1.1\r\nHost: localhost\r\nX-Big: " + filler,
+        "many headers": b"GET /version HTTP/1.1\r\nHost: localhost\r\n"
         + b"X-A: aaaaaaaaaaaa\r\n" * (num_bytes // 19)
         + b"X: y",
-        "a path": b"GET /" + filler + b" HTTP/1.1\r\nHost: x",
-        "a query": b"GET /version?" + filler + b" HTTP/1.1\r\nHost: x",
+        "a path": b"GET /" + filler + b" HTTP/1.1\r\nHost: localhost",
+        "a query": b"GET /version?" + filler + b" HTTP/1.1\r\nHost: localhost",
     }
     async with Client(live) as client:
         await client.send(heads[kind] + b"\r\n\r\n")
@@ -93,8 +93,8 @@ async def test_headers_up_to_the_bound_are_taken(make_live):
         b"nonsense\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",  # TLS
         b"GET /version HTTP/1.1\r\n\r\n",  # no host
-        b"GET /version HTTP/1.1\r\nHost: x\r\nbad header\r\n\r\n",
-        b"GET /vers\xffion HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /version HTTP/1.1\r\nHost: localhost\r\nbad header\r\n\r\n",
+        b"GET /vers\xffion HTTP/1.1\r\nHost: localhost\r\n\r\n",
         HEAD + b"Content-Length: -5\r\n\r\n",
         HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
         HEAD + b"Transfer-Encoding: gzip\r\n\r\n",
@@ -121,7 +121,7 @@ async def test_a_chunked_body_that_breaks_is_answered_and_harms_nobody(make_live
     assert await is_served(live)
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: "])
 async def test_a_head_that_does_not_end_is_cut(make_live, sent):
     live = make_live(read_timeout=0.2)
     async with Client(live) as client:
@@ -136,7 +136,7 @@ async def test_a_head_that_does_not_end_is_cut(make_live, sent):
 async def test_a_head_that_comes_byte_by_byte_is_cut_all_the_same(make_live):
     live = make_live(read_timeout=0.3, idle_timeout=60)
     async with Client(live) as client:
-        await client.send(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")  # the second head of a connection, too
+        await client.send(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")  # the second head of a connection, too
         assert (await client.answer())[0] == 200
 
         async def dribble():
@@ -174,7 +174,7 @@ async def test_an_answer_may_take_longer_than_a_body(make_live, engine):
 async def test_an_idle_connection_is_closed(make_live):
     live = make_live(idle_timeout=0.2)
     async with Client(live) as client:
-        await client.send(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+        await client.send(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert (await client.answer())[0] == 200
         await client.hung_up()
 
@@ -182,7 +182,7 @@ async def test_an_idle_connection_is_closed(make_live):
 async def test_a_body_that_nobody_wants_is_not_read_for_ever(make_live):
     live = make_live(idle_timeout=0.2, write_timeout=0.2)
     async with Client(live) as client:
-        await client.send(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+        await client.send(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
         assert (await client.answer())[0] == 404
 
         async def dribble():
@@ -243,7 +243,7 @@ async def test_pipelined_requests_are_answered_in_order(make_live):
     live = make_live()
     async with Client(live) as client:
         texts = [request({"prompt": "a", "max_tokens": i}) for i in (1, 2, 3)]
-        await client.send(b"".join(texts) + b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n" + b"garbage\r\n\r\n")
+        await client.send(b"".join(texts) + b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" + b"garbage\r\n\r\n")
         assert [(await client.answer())[0] for _ in range(5)] == [200, 200, 200, 404, 400]
 
 
@@ -264,7 +264,7 @@ async def test_a_websocket_is_an_ordinary_request(make_live):
     live = make_live()
     async with Client(live) as client:
         await client.send(
-            b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
             b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
         assert (await client.answer())[0] == 200

@@ -117,7 +117,7 @@ def test_a_gpus_banner_names_what_was_measured(tmp_path):
 
 def example(info, *, name="tiny", needs_key=False, can_chat=True):
     """The words of the command under a banner."""
-    told = banner(info, name=name, address="http://test", needs_key=needs_key, can_chat=can_chat)
+    told = banner(info, name=name, address="http://localhost", needs_key=needs_key, can_chat=can_chat)
     return shlex.split(told.partition("\n\n")[2].replace("\\\n", ""))
 
 

@@ -78,8 +78,8 @@ async def test_closing_a_real_connection_aborts_the_stream(make_live, engine, ev
     live = make_live()
     reader, writer = await asyncio.open_connection("127.0.0.1", live.port)
     body = json.dumps({"prompt": "a", "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    writer.write(head.encode() + b"\r\n\r\n" + body)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     await asyncio.wait_for(reader.readuntil(b"data: "), GUARD_SECONDS)
     writer.close()
     await eventually(lambda: engine.num_aborted == 1)

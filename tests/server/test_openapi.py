@@ -39,7 +39,7 @@ SOUND, UNSOUND = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 
 @pytest.fixture
 def document(make_app):
-    return schemathesis.openapi.from_asgi("/openapi.json", make_app())
+    return schemathesis.openapi.from_asgi("/openapi.json", make_app(allowed_hosts=["testserver"]))
 
 
 def test_every_route_is_tried(document):

@@ -87,7 +87,7 @@ async def test_pages_need_no_key_for_a_browser_cannot_send_one_before_it_has_the
 )
 async def test_what_the_pages_ask_for_and_other_spellings_need_one(make_client, error_of, path):
     error_of(
-        await make_client(api_key=[KEY]).get(f"http://test{path}"), 401
+        await make_client(api_key=[KEY]).get(f"http://localhost{path}"), 401
     )  # whole: "//playground" alone names a host
 
 
@@ -113,7 +113,7 @@ BROWSER = {"accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;
 async def test_a_browser_that_opens_the_address_comes_to_the_playground_key_or_not(make_client, settings, method):
     response = await make_client(**settings).request(method, "/", headers=BROWSER)
     assert (response.status_code, response.headers["vary"]) == (307, "Accept")
-    assert str(response.next_request.url) == "http://test/playground"
+    assert str(response.next_request.url) == "http://localhost/playground"
 
 
 @pytest.mark.parametrize("headers", [{}, {"accept": "*/*"}, {"accept": "application/json"}], ids=str)

@@ -89,7 +89,7 @@ async def test_the_official_client_parses_into_a_model(served):
         colour: Literal["red", "blue"]
         is_clear: bool
 
-    client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=served, max_retries=0)
+    client = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="none", http_client=served, max_retries=0)
     messages = [{"role": "user", "content": "How is the sky?"}]
     answer = await client.chat.completions.parse(model="demo", messages=messages, response_format=Sky, max_tokens=60)
     assert isinstance(answer.choices[0].message.parsed, Sky)
