@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from .kubernetes import injected_names
 from .other_names import hint_for
 
 LinearBackendName = Literal["auto", "minimax", "seg_la", "replay"]
@@ -230,6 +231,13 @@ class ServerConfig(_Numbers):
         """A text holds items separated by commas, as in the environment."""
         return _as_list(value) if isinstance(value, str) else value
 
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _a_text_holds_a_key(cls, value: Any) -> Any:
+        if isinstance(value, str) and not _as_list(value):
+            raise ValueError("holds no key; set one, or unset it to serve everyone")
+        return value
+
     @field_validator("allowed_hosts")
     @classmethod
     def _hosts_are_names(cls, value: list[str]) -> list[str]:
@@ -319,12 +327,16 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 def _read_environment(environ: dict[str, str]) -> dict[str, Any]:
     """LEYDEN_MAX_NUM_SEQS=8 -> max_num_seqs. Items of a list are separated by commas; empty or null takes an optional
-    value back."""
+    value back, but an empty name of a key file does not open the server to everyone. What Kubernetes adds is no
+    setting."""
     found: dict[str, Any] = {}
+    foreign = injected_names(environ)
     for name, text in environ.items():
-        if name.startswith(ENV_PREFIX):
+        if name.startswith(ENV_PREFIX) and name not in foreign:
             key = name.removeprefix(ENV_PREFIX).lower()
             field = Settings.model_fields.get(key)
+            if key == "api_key_file" and not text:
+                raise SettingsError(f"{name} is empty; name a file with keys, or unset it to serve everyone")
             if text in ("", "null") and field is not None and field.default is None:
                 found[key] = None
             else:

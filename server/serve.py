@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import resource
 import signal
 import socket
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from fastapi import FastAPI
 
+from ..configs.kubernetes import injected_names
 from ..configs.schema import Settings, SettingsError
 from ..engine import logs, session_folder
 from ..engine.async_llm import AsyncLLM
@@ -49,6 +51,7 @@ def serve(settings: Settings) -> int:
     Raises `SettingsError`, `ConfigError` or `CheckpointError` before anything is served.
     """
     logs.configure(settings.log_level, settings.log_format)
+    _tell_of_kubernetes()
     allow_files(2 * max_sockets(settings) + SPARE_FILES)
     listener = bind(settings.host, settings.port)
     try:
@@ -223,6 +226,15 @@ def allow_files(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if most < wanted:
         logger.warning("max_connections needs %d open files, the system allows %d; raise ulimit -n", wanted, hard)
+
+
+def _tell_of_kubernetes() -> None:
+    if names := injected_names(os.environ):
+        logger.info(
+            "%s: Kubernetes sets these for a Service called leyden; they are no settings of this server, and "
+            "enableServiceLinks: false leaves them out",
+            ", ".join(names),
+        )
 
 
 def check_files(settings: Settings) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from leyden.configs import other_names
+from leyden.configs.kubernetes import injected_names
 from leyden.configs.schema import EngineConfig, ServerConfig, Settings, SettingsError, load_settings
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -69,10 +70,53 @@ def test_environment_may_take_back_an_optional_value(tmp_path, word):
 
 
 @pytest.mark.parametrize(
-    ("text", "keys"), [("a", ["a"]), ("a,b", ["a", "b"]), (" a , b,", ["a", "b"]), ("", []), ("null", ["null"])]
+    ("text", "keys"), [("a", ["a"]), ("a,b", ["a", "b"]), (" a , b,", ["a", "b"]), ("null", ["null"])]
 )
 def test_api_keys_in_the_environment_are_a_list_with_commas(text, keys):
     assert load(environ={"LEYDEN_API_KEY": text}).api_key == keys
+
+
+@pytest.mark.parametrize("text", ["", " , ", ","])
+def test_no_key_in_the_environment_or_in_a_text_is_refused_and_never_an_open_door(tmp_path, text):
+    for source in ({"environ": {"LEYDEN_API_KEY": text}}, {"text": f'api_key: "{text}"', "folder": tmp_path}):
+        refused("api_key", "no key", "unset it", **source)
+    assert load({"api_key": ["k"]}, environ={"LEYDEN_API_KEY": text}).api_key == ["k"]
+
+
+def test_an_empty_name_of_a_key_file_is_refused_and_null_takes_one_back(tmp_path):
+    refused("LEYDEN_API_KEY_FILE", "is empty", "unset it", environ={"LEYDEN_API_KEY_FILE": ""})
+    environ = {"LEYDEN_API_KEY_FILE": "null"}
+    assert load(text="api_key_file: keys", environ=environ, folder=tmp_path).api_key_file is None
+
+
+def test_what_kubernetes_adds_for_a_service_called_leyden_is_no_setting():
+    environ = {}
+    for service in ("LEYDEN", "LEYDEN_GPU"):
+        environ |= {
+            f"{service}_PORT": "tcp://10.0.0.7:8000",
+            f"{service}_SERVICE_HOST": "10.0.0.7",
+            f"{service}_SERVICE_PORT": "8000",
+            f"{service}_SERVICE_PORT_HTTP": "8000",
+            f"{service}_PORT_8000_TCP": "tcp://10.0.0.7:8000",
+            f"{service}_PORT_8000_TCP_PROTO": "tcp",
+            f"{service}_PORT_8000_TCP_PORT": "8000",
+            f"{service}_PORT_8000_TCP_ADDR": "10.0.0.7",
+        }
+    assert load(environ=environ) == load()
+    assert injected_names(environ | {"PATH": "/bin", "LEYDEN_MODEL": "demo"}) == sorted(environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("LEYDEN_PORT", "8000x"),
+        ("LEYDEN_PORT_8000", "1"),
+        ("LEYDEN_SERVICE", "x"),
+        ("LEYDEN_PORTS", "tcp://10.0.0.7:1"),
+    ],
+)
+def test_what_kubernetes_does_not_add_is_a_wrong_setting_as_ever(name, text):
+    refused("environment", environ={name: text})
 
 
 @pytest.mark.parametrize(("text", "keys"), [("[a, b]", ["a", "b"]), ("secret1", ["secret1"]), ("a, b", ["a", "b"])])

@@ -52,6 +52,21 @@ async def test_who_connects_at_the_end_is_served_by_what_follows(listener):
     writer.close()
 
 
+async def _serves(*arguments):
+    return 0
+
+
+def test_what_kubernetes_adds_is_told_in_one_line(monkeypatch, caplog):
+    monkeypatch.setattr(serve, "_serve", _serves)
+    monkeypatch.setattr(serve.logs, "configure", lambda *arguments: None)
+    monkeypatch.setenv("LEYDEN_PORT", "tcp://10.0.0.7:8000")
+    monkeypatch.setenv("LEYDEN_SERVICE_HOST", "10.0.0.7")
+    caplog.set_level("INFO")
+    assert serve.serve(Settings(port=0)) == 0
+    [line] = [record.getMessage() for record in caplog.records if "Kubernetes" in record.getMessage()]
+    assert line.startswith("LEYDEN_PORT, LEYDEN_SERVICE_HOST: ")
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "words"),
     [
