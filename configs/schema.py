@@ -24,6 +24,8 @@ ToolCallParserName = Literal["auto", "none", "minimax", "hermes", "kimi_k2"]
 ReasoningParserName = Literal["auto", "none", "think"]
 ENV_PREFIX = "LEYDEN_"
 DEMO_MODEL = "demo"
+MAX_CONNECTIONS = 1 << 16
+SPARE_CONNECTIONS = 256  # for requests that are being read, or refused
 STRICT = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
 
@@ -163,6 +165,13 @@ class EngineConfig(_Numbers):
         return value
 
 
+def _more_than_can_wait(data: dict[str, Any]) -> int:
+    """So that a full queue is told as such, by 429: balancers take a 503 for a sick server."""
+    names = ("max_num_seqs", "max_waiting")
+    wanted = SPARE_CONNECTIONS + sum(data.get(name, EngineConfig.model_fields[name].default) for name in names)
+    return min(wanted, MAX_CONNECTIONS)
+
+
 class ServerConfig(_Numbers):
     """Settings of the HTTP layer."""
 
@@ -209,7 +218,11 @@ class ServerConfig(_Numbers):
         description="seconds that one engine step may take; after that the engine hangs, and the server ends",
     )
     max_connections: int = Field(
-        1024, ge=1, le=1 << 16, description="requests open at once before 503; of sockets twice as many"
+        default_factory=_more_than_can_wait,
+        ge=1,
+        le=MAX_CONNECTIONS,
+        description="requests open at once before 503, those that only read not counted; of sockets twice as many; "
+        "by default max_num_seqs + max_waiting + 256",
     )
     read_timeout: float = Field(30.0, gt=0, description="seconds for a request's headers, and then for its body")
     write_timeout: float = Field(60.0, gt=0, description="seconds a client may leave unread what waits for it")
@@ -255,8 +268,8 @@ class ServerConfig(_Numbers):
         return [origin.lower() for origin in value]
 
 
-class Settings(EngineConfig, ServerConfig):
-    """Every setting."""
+class Settings(ServerConfig, EngineConfig):
+    """Every setting. Those of the engine are validated first: `max_connections` depends on them."""
 
     def engine(self) -> EngineConfig:
         """The engine's part of what was set."""
@@ -283,7 +296,8 @@ def load_settings(
     try:
         return Settings(**merged)
     except ValidationError as error:
-        raise SettingsError("\n".join(_describe(e, sources) for e in error.errors())) from None
+        wrong = [each for each in error.errors() if each["type"] != "default_factory_not_called"]  # follows from others
+        raise SettingsError("\n".join(_describe(each, sources) for each in wrong)) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..engine.errors import ConfigError
 from .connection import slow_request, too_large_head
 from .errors import ApiError, describe, error_response, log_failure, overloaded
 from .metrics import ServerMetrics
+from .origins import SAFE_METHODS
 from .pages import FILES, ROOT_PATH
 
 logger = logging.getLogger("leyden.server")
@@ -89,7 +90,8 @@ class ErrorMiddleware:
 
 
 class ConnectionLimitMiddleware:
-    """At most `bound` requests at once; more get 503. `/health` always gets through."""
+    """At most `bound` requests at once; more get 503. Those that only read always get through: they are answered at
+    once, and a full server is to be watched."""
 
     def __init__(self, app: ASGIApp, bound: int) -> None:
         self.app = app
@@ -97,7 +99,7 @@ class ConnectionLimitMiddleware:
         self.num_open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == HEALTH_PATH:
+        if scope["type"] != "http" or scope["method"] in SAFE_METHODS:
             await self.app(scope, receive, send)
             return
         if self.num_open >= self.bound:

@@ -76,6 +76,17 @@ def test_api_keys_in_the_environment_are_a_list_with_commas(text, keys):
     assert load(environ={"LEYDEN_API_KEY": text}).api_key == keys
 
 
+@pytest.mark.parametrize(("num_seqs", "num_waiting"), [(1, 1), (64, 1024), (512, 4096)])
+def test_a_full_queue_is_met_before_max_connections_unless_that_is_set(num_seqs, num_waiting):
+    environ = {"LEYDEN_MAX_NUM_SEQS": f"{num_seqs}", "LEYDEN_MAX_WAITING": f"{num_waiting}"}
+    assert load(environ=environ).max_connections > num_seqs + num_waiting
+    assert load({"max_connections": "7"}, environ=environ).max_connections == 7
+
+
+def test_a_wrong_setting_is_told_without_those_that_follow_from_it():
+    assert len(refused("max_num_seqs", environ={"LEYDEN_MAX_NUM_SEQS": "0"}).splitlines()) == 1
+
+
 @pytest.mark.parametrize("text", ["", " , ", ","])
 def test_no_key_in_the_environment_or_in_a_text_is_refused_and_never_an_open_door(tmp_path, text):
     for source in ({"environ": {"LEYDEN_API_KEY": text}}, {"text": f'api_key: "{text}"', "folder": tmp_path}):

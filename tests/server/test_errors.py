@@ -149,18 +149,22 @@ async def test_a_request_id_is_made_when_none_is_usable(client, headers):
     assert first.headers["x-request-id"] != second.headers["x-request-id"]
 
 
-async def test_over_max_connections_is_503_and_health_still_answers(make_client, error_of, engine, eventually):
+async def test_over_max_connections_work_is_503_and_reading_routes_still_answer(
+    make_client, error_of, engine, eventually
+):
     engine.hold_after = 1
     client = make_client(max_connections=2)
     held = [asyncio.create_task(client.post("/v1/completions", json={"prompt": "a"})) for _ in range(2)]
     await eventually(lambda: engine.num_open == 2)
-    response = await client.get("/v1/models")
-    assert error_of(response, 503)["type"] == "overloaded"
-    assert response.headers["retry-after"]
-    assert (await client.get("/health")).status_code == 200
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/v1/sessions/a/save"):
+        response = await client.post(path, json={})
+        assert error_of(response, 503)["type"] == "overloaded"
+        assert response.headers["retry-after"]
+    for path in ("/health", "/metrics", "/load", "/v1/models", "/v1/models/tiny", "/server_info", "/v1/sessions"):
+        assert (await client.get(path)).status_code == 200, path
     engine.hold_after = None
     assert [(await task).status_code for task in held] == [200, 200]
-    assert (await client.get("/v1/models")).status_code == 200
+    assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
 
 
 async def test_openapi_names_every_route_and_body(client):
