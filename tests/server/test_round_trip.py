@@ -99,7 +99,7 @@ def talk(engine, tokenizer, make_app, rendering):
 
     @cache
     def client(name):
-        return TestClient(make_app(tool_call_parser=name, reasoning_parser="think"))
+        return TestClient(make_app(tool_call_parser=name, reasoning_parser="think"), base_url="http://localhost")
 
     def post(name, path, body):
         response = client(name).post(path, json=body)
