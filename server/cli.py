@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from ..configs.schema import EngineConfig, Settings, SettingsError, load_setting
 from ..engine.errors import LeydenError
 from .bench.command import add_bench
 from .bench.flags import positive_number
+from .screen import for_screen, for_stdout
 
 EXIT_USAGE = 2
 
@@ -61,6 +63,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0, 1 for a failure, 2 for a wrong flag, setting or checkpoint."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model writes more than a locale may have
     arguments = list(sys.argv[1:] if argv is None else argv)
     known, unknown = _build_parser().parse_known_args(arguments)
     if unknown:  # let the command's own parser say it, so that the hint knows its flags
@@ -70,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except (LeydenError, SettingsError) as error:
-        print(f"leyden {known.command}: error: {error}", file=sys.stderr)
+        print(for_screen(f"leyden {known.command}: error: {error}"), file=sys.stderr)
         return EXIT_USAGE if not getattr(error, "is_failure", False) else 1
     except KeyboardInterrupt:
         return 130
@@ -177,7 +181,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     else:
         answers = llm.generate(arguments.prompts, params)
     for prompt, answer in zip(arguments.prompts, answers, strict=True):
-        print(answer.text if arguments.chat else prompt + answer.text)
+        print(for_stdout(answer.text if arguments.chat else prompt + answer.text))
     return 0
 
 

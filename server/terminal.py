@@ -13,9 +13,17 @@ import httpx
 
 from ..engine.errors import LeydenError
 from .bench.target import Target
+from .screen import for_screen
 
 TIMEOUT = httpx.Timeout(connect=5.0, read=300.0, write=30.0, pool=5.0)
-HELP = "Type a message; /reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
+HINT = "Type a message; /help lists the commands."
+HELP = """\
+/help   lists the commands
+/reset  forgets the conversation; the system message stays
+/quit   leaves, as Ctrl-D does
+Ctrl-C  stops an answer, and leaves where none is under way"""
+NO_KEY = "no key was sent; give one by --api-key or in LEYDEN_API_KEY"
+WRONG_KEY = "the server does not take the key of --api-key or LEYDEN_API_KEY"
 
 
 class ChatError(LeydenError):
@@ -40,7 +48,7 @@ def chat(arguments: argparse.Namespace) -> int:
         }
         if arguments.max_tokens is not None:  # else the server fits it to the context
             settings["max_tokens"] = arguments.max_tokens
-        print(f"{settings['model']} at {target.url}. {HELP}")
+        print(for_screen(f"{settings['model']} at {target.url}. {HINT}"))
         has_failed = _converse(http, settings, arguments.system)
     return int(has_failed)
 
@@ -53,6 +61,9 @@ def _converse(http: httpx.Client, settings: dict[str, Any], system: str | None) 
         if not text:
             continue
         has_failed = False
+        if text == "/help":
+            print(HELP)
+            continue
         if text == "/reset":
             messages = list(opening)
             continue
@@ -61,7 +72,7 @@ def _converse(http: httpx.Client, settings: dict[str, Any], system: str | None) 
             answer = _answer(http, settings | {"messages": turn})
         except ChatError as error:
             has_failed = True
-            print(f"error: {error}\nYour message is taken back; /reset starts over.", file=sys.stderr)
+            print(for_screen(f"error: {error}\nYour message is taken back; /reset starts over."), file=sys.stderr)
         else:
             messages = [*turn, {"role": "assistant", "content": answer}]
     return has_failed
@@ -87,7 +98,7 @@ def _answer(http: httpx.Client, body: dict[str, Any]) -> str:
                 print("\n")
             is_thinking = bool(thought) or (is_thinking and not part)
             parts.append(part)
-            print(thought + part, end="", flush=True)
+            print(for_screen(thought + part), end="", flush=True)
     except KeyboardInterrupt:
         pass
     finally:
@@ -99,20 +110,42 @@ def _answer(http: httpx.Client, body: dict[str, Any]) -> str:
 def _stream(http: httpx.Client, body: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(what the model thinks, what it says), piece by piece."""
     try:
-        with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        content = json.dumps(body).encode()
+        headers = {"content-type": "application/json"}
+        with http.stream("POST", "/v1/chat/completions", content=content, headers=headers) as response:
             if response.status_code != 200:
                 response.read()
                 raise ChatError(_message(response))
-            for line in response.iter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    event = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        raise ChatError(event["error"]["message"])
-                    for choice in event["choices"]:
-                        delta = choice["delta"]
-                        yield delta.get("reasoning_content") or "", delta.get("content") or ""
+            for event in _events(response):
+                yield from _pieces(event)
     except httpx.HTTPError as error:
         raise ChatError(f"{http.base_url}: {error or type(error).__name__}") from error
+
+
+def _events(response: httpx.Response) -> Iterator[bytes]:
+    """What stands behind `data:`. Lines end in a newline and in nothing else: httpx splits at U+2028, too."""
+    rest = b""
+    for data in response.iter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            payload = line.removeprefix(b"data:").strip()
+            if line.startswith(b"data:") and payload != b"[DONE]":
+                yield payload
+
+
+def _pieces(event: bytes) -> Iterator[tuple[str, str]]:
+    """Of one event. Raises `ChatError` for an error of the server, and for what is no event of a chat."""
+    try:
+        chunk = json.loads(event)
+        if "error" in chunk:
+            raise ChatError(str(chunk["error"]["message"]))
+        deltas = [choice["delta"] for choice in chunk["choices"]]
+        pieces = [(delta.get("reasoning_content") or "", delta.get("content") or "") for delta in deltas]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ChatError(
+            f"the server sent an event that is none of a chat: {event[:200].decode(errors='replace')}"
+        ) from None
+    yield from pieces
 
 
 def _first_model(http: httpx.Client) -> str:
@@ -131,6 +164,9 @@ def _first_model(http: httpx.Client) -> str:
 
 def _message(response: httpx.Response) -> str:
     try:
-        return f"{response.status_code}: {response.json()['error']['message']}"
+        told = f"{response.status_code}: {response.json()['error']['message']}"
     except (ValueError, KeyError, TypeError):
-        return f"{response.status_code}: {response.text[:200]}"
+        told = f"{response.status_code}: {response.text[:200]}"
+    if response.status_code != 401:
+        return told
+    return f"{told} ({WRONG_KEY if 'authorization' in response.request.headers else NO_KEY})"

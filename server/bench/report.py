@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..screen import for_screen
 from .client import Sample
 from .goodput import Bound, RequestLatency, count_within
 from .workers import Result
@@ -142,7 +143,7 @@ def error_counts(samples: Sequence[Sample]) -> dict[str, int]:
 def print_report(report: dict[str, Any]) -> None:
     where = f" on {report['hardware']}" if report["hardware"] else ""
     started = f"; start to ready {report['start_to_ready_s']} s" if report["start_to_ready_s"] is not None else ""
-    print(f"\n{report['model']} at {report['url']}{where}{started}")
+    print(for_screen(f"\n{report['model']} at {report['url']}{where}{started}"))
     print(f"{report['endpoint']}, prompts of {report['prompt_tokens']} tokens, answers of {report['max_tokens']}")
     for case in report["cases"]:
         print()

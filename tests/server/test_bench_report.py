@@ -12,7 +12,7 @@ from leyden.server.bench.client import Sample
 from leyden.server.bench.errors import BenchError
 from leyden.server.bench.goodput import Bound, count_within
 from leyden.server.bench.picture import draw, ecdf, require_matplotlib
-from leyden.server.bench.report import case_lines, distribution, latencies_of, measured, spread_gaps
+from leyden.server.bench.report import case_lines, distribution, latencies_of, measured, print_report, spread_gaps
 from leyden.server.bench.workers import Result
 
 
@@ -129,3 +129,9 @@ def test_without_matplotlib_the_remedy_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     with pytest.raises(BenchError, match=r"pip install matplotlib"):
         require_matplotlib()
+
+
+def test_the_name_that_a_server_gives_its_model_steers_no_terminal(capsys):
+    said = {"model": "m\x1b[31m", "url": "http://x", "hardware": None, "start_to_ready_s": None, "cases": []}
+    print_report(said | {"endpoint": "completions", "prompt_tokens": 1, "max_tokens": 1})
+    assert r"m\x1b[31m" in capsys.readouterr().out

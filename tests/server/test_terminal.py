@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import json
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 from leyden.server.cli import main
@@ -66,6 +70,102 @@ def test_a_key_is_sent_as_its_bytes(make_live, chat_with, key, capsys):
     url = make_live(api_key=["kéy"]).url
     assert chat_with(url, ["hi"], "--api-key", key) == (0 if key == "kéy" else 1)
     assert ("a valid API key is required" in capsys.readouterr().err) == (key != "kéy")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"), [((), "no key was sent"), (("--api-key", "other"), "does not take the key")]
+)
+def test_a_refused_key_is_told_with_the_way_to_give_one(make_live, chat_with, monkeypatch, capsys, flags, told):
+    monkeypatch.delenv("LEYDEN_API_KEY", raising=False)
+    assert chat_with(make_live(api_key=["secret"]).url, ["hi"], *flags) == 1
+    error = capsys.readouterr().err
+    assert told in error and "--api-key" in error and "LEYDEN_API_KEY" in error
+
+
+def test_help_lists_the_commands_and_is_no_message(make_live, chat_with, tokenizer, capsys):
+    assert chat_with(make_live().url, ["/help", "one"]) == 0
+    told = capsys.readouterr().out
+    assert all(command in told for command in ("/help ", "/reset ", "/quit ", "Ctrl-D", "Ctrl-C"))
+    assert conversations(tokenizer) == [["one"]]
+
+
+def serving(make_live, *events, name="other"):
+    """The url of a server that answers a chat with these events."""
+
+    async def app(scope, receive, send):
+        if scope["path"] == "/v1/models":
+            body = json.dumps({"data": [{"id": name}]}).encode()
+        else:
+            body = b"".join(b"data: " + event + b"\n\n" for event in events) + b"data: [DONE]\n\n"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for at in range(0, len(body), 7):
+            await send({"type": "http.response.body", "body": body[at : at + 7], "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    return make_live(app).url
+
+
+def delta(**fields):
+    """As most servers write JSON: with every character as it is."""
+    return json.dumps({"choices": [{"delta": fields}]}, ensure_ascii=False).encode()
+
+
+# Colour, title, copy to the clipboard, C1's own introducer, erase, overwrite, override of the direction.
+STEERING = "\x1b[31m \x1b]0;title\x07 \x1b]52;c;aGk=\x1b\\ \x9b2J \x7f\x08 safe\rvil \u202egnp.exe\u2066"
+
+
+def test_nothing_that_a_server_says_steers_the_terminal(make_live, chat_with, capsys):
+    kept = "a\tb\nc \u00a0é\u200d\u3000\u05d0 \U0001f469"
+    url = serving(make_live, delta(reasoning_content=STEERING), delta(content=STEERING + kept), name=f"m{STEERING}")
+    assert chat_with(url, ["hi"]) == 0
+    refused = json.dumps({"error": {"message": STEERING}}).encode()
+    assert chat_with(serving(make_live, refused), ["hi"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count(r"\x1b[31m \x1b]0;title\x07") == 3 and captured.err.count(r"safe\rvil \u202egnp") == 1
+    assert kept in captured.out
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", captured.out + captured.err)
+
+
+def test_an_error_before_the_first_turn_steers_nothing_either(make_live, chat_with, capsys):
+    async def refusing(scope, receive, send):
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": STEERING.encode()})
+
+    assert chat_with(make_live(refusing).url, ["hi"]) == 1
+    assert r"\x1b[31m" in (error := capsys.readouterr().err) and "\x1b" not in error
+
+
+def test_an_answer_may_have_any_character_that_ends_a_line_elsewhere(make_live, chat_with, capsys):
+    url = serving(make_live, *(delta(content=f"one{end}two") for end in "\u2028\u2029\x85\x0b\x0c\x1c"))
+    assert chat_with(url, ["hi"]) == 0
+    assert capsys.readouterr().out.count("two") == 6
+
+
+@pytest.mark.parametrize(
+    "event", [b"{", b"5", b"{}", b'{"error": "busy"}', b'{"choices": [{}]}', b"\xff", b'{"choices": 5}']
+)
+def test_an_event_of_another_kind_is_an_error_of_that_turn(make_live, chat_with, event, capsys):
+    assert chat_with(serving(make_live, event), ["hi"]) == 1
+    assert "an event that is none of a chat" in capsys.readouterr().err
+
+
+def test_a_line_that_is_not_utf_8_is_refused_and_taken_back(make_live, chat_with, tokenizer, capsys):
+    assert chat_with(make_live().url, ["\udce9", "one"]) == 0
+    assert "surrogate" in capsys.readouterr().err and conversations(tokenizer) == [["one"]]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_generate_steers_no_terminal_and_leaves_a_pipe_as_it_is(monkeypatch, capsys, is_terminal):
+    class Model:
+        def __init__(self, **_): ...
+
+        def generate(self, prompts, params):
+            return [SimpleNamespace(text=STEERING)]
+
+    monkeypatch.setattr("leyden.engine.llm.LLM", Model)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    assert main(["generate", "Hi"]) == 0
+    assert ("\x1b" in capsys.readouterr().out) != is_terminal
 
 
 def test_a_server_of_another_kind_is_told_so(make_live, chat_with, capsys):
