@@ -226,7 +226,9 @@ class ServerConfig(_Numbers):
     )
     read_timeout: float = Field(30.0, gt=0, description="seconds for a request's headers, and then for its body")
     write_timeout: float = Field(60.0, gt=0, description="seconds a client may leave unread what waits for it")
-    idle_timeout: float = Field(5.0, gt=0, description="seconds a connection is kept without a request")
+    idle_timeout: float = Field(
+        75.0, gt=0, description="seconds a connection is kept without a request; longer than a load balancer keeps it"
+    )
     drain_seconds: float = Field(30.0, ge=0, description="time for open requests after SIGTERM")
     metrics_prefix: str = Field("leyden", pattern=r"^[a-zA-Z_]\w*$", description="'vllm' fits existing dashboards")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from .client import EngineClient
-from .detokenizer import TextStream
+from .detokenizer import StopScope, TextStream
 from .messages import AddRequest
 from .outputs import RequestOutput
 from .sampling_params import SamplingParams
@@ -35,10 +35,12 @@ class AsyncLLM:
         num_siblings: int = 0,
         sibling_of: str | None = None,
         session_id: str | None = None,
+        stop_scope: StopScope | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Deltas of one answer; the last one has a finish_reason. `shown_ids`: control tokens that are text even where
         `params` hide them. `prefix_cache`, `cache_salt`, `beginning`, siblings (several answers to one prompt) and a
-        session's id, under which it can be saved: see `AddRequest`. Closing the iterator early aborts the sequence.
+        session's id, under which it can be saved: see `AddRequest`. `stop_scope` tells where in the answer stop strings
+        count; None: everywhere. Closing the iterator early aborts the sequence.
 
         Raises what `EngineClient.generate` raises.
         """
@@ -56,7 +58,7 @@ class AsyncLLM:
             session_id=session_id,
             max_queue_seconds=self.max_queue_seconds,
         )
-        text = TextStream(self.tokenizer, params, len(prompt_token_ids), shown_ids)
+        text = TextStream(self.tokenizer, params, prompt_token_ids, shown_ids, stop_scope)
         async with aclosing(self.client.generate(request)) as steps:  # type: ignore[type-var]
             async for step in steps:
                 output = text.push(step)

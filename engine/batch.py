@@ -31,7 +31,6 @@ BATCH_TENSORS = (
     "state_indices",
     "num_pending",
     "slot_mapping",
-    "block_table",
     "logits_indices",
     "snapshots",
 )
@@ -49,14 +48,10 @@ class Counts:
     num_drafted_tokens: int = 0
 
 
-def build_batch(scheduled: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
-    """The batch contract of `models.forward_batch` for one step."""
-    return make_batch(upload(batch_arrays(scheduled, block_size), device), count_rows(scheduled))
-
-
-def make_batch(tensors: Upload | dict[str, Tensor], counts: Counts) -> ForwardBatch:
+def make_batch(tensors: Upload | dict[str, Tensor], counts: Counts, block_table: Tensor) -> ForwardBatch:
+    """The batch contract of `models.forward_batch` for one step. tensors: those of `batch_arrays`."""
     fields = {name: tensors[name] for name in BATCH_TENSORS}
-    return ForwardBatch(**fields, **dataclasses.asdict(counts))  # type: ignore[arg-type]
+    return ForwardBatch(**fields, block_table=block_table, **dataclasses.asdict(counts))  # type: ignore[arg-type]
 
 
 def count_rows(scheduled: ScheduledBatch) -> Counts:
@@ -72,13 +67,12 @@ def count_rows(scheduled: ScheduledBatch) -> Counts:
 
 
 def batch_arrays(scheduled: ScheduledBatch, block_size: int) -> Arrays:
-    """The tensors of `ForwardBatch` in numpy. Asks only the sequences' own counters.
+    """The tensors of `ForwardBatch` in numpy, but for the block table. Asks only the sequences' own counters.
 
     A decode row whose token the host has not seen has input id -1: its slot's last token stands for it.
     """
     sequences, counts = scheduled.sequences, scheduled.num_scheduled_tokens
     context_lens = _ints([sequence.num_computed_tokens for sequence in sequences])
-    table = block_tables(sequences)
     query_start_loc = np.arange(len(sequences) + 1, dtype=np.int32)
     logits_indices = rows = np.arange(len(sequences))  # rows [T], the row of each token
     positions = context_lens.astype(np.int64)
@@ -89,17 +83,15 @@ def batch_arrays(scheduled: ScheduledBatch, block_size: int) -> Arrays:
         if scheduled.num_drafted:
             logits_indices = np.arange(len(rows))
         positions = np.arange(len(rows)) + (positions - query_start_loc[:-1])[rows]
-    block, offset = np.divmod(positions, block_size)
     return {
         "input_ids": _input_ids(sequences, counts, scheduled.num_prefills),
         "positions": positions,
-        "slot_mapping": table[rows, block].astype(np.int64) * block_size + offset,
+        "slot_mapping": _slot_mapping(sequences, context_lens, counts, rows, positions, block_size),
         "logits_indices": logits_indices,
         "query_start_loc": query_start_loc,
         "context_lens": context_lens,
         "state_indices": _ints([sequence.state_slot for sequence in sequences]),
         "num_pending": _ints([sequence.num_pending_tokens for sequence in sequences]),
-        "block_table": table,
         "has_initial_state": context_lens > 0,
         "snapshots": np.array(scheduled.snapshots, dtype=np.int32).reshape(-1, len(Snapshot._fields)),
     }
@@ -110,13 +102,24 @@ def _ints(values: list[Any]) -> np.ndarray:
     return np.fromiter(values, np.int32, len(values))
 
 
-def block_tables(sequences: list[Sequence]) -> np.ndarray:
-    """[B, M] int32, the tables of the sequences beside each other, 0 past their ends."""
-    lengths = _ints([len(sequence.block_table) for sequence in sequences])
-    table = np.zeros((len(sequences), lengths.max()), dtype=np.int32)
-    blocks = np.frombuffer(b"".join([sequence.block_table for sequence in sequences]), dtype=np.int32)
-    table[np.arange(table.shape[1]) < lengths[:, None]] = blocks
-    return table
+def _slot_mapping(
+    sequences: list[Sequence],
+    context_lens: np.ndarray,
+    counts: list[int],
+    rows: np.ndarray,
+    positions: np.ndarray,
+    block_size: int,
+) -> np.ndarray:
+    """[T] int64, block * block_size + offset of each token. Looks at the blocks of these tokens alone, however long
+    the tables are. rows, positions: [T], of each token."""
+    firsts = context_lens // block_size
+    ends = (context_lens + counts - 1) // block_size + 1
+    spans = zip(sequences, firsts.tolist(), ends.tolist(), strict=True)
+    parts = [sequence.block_table[first:end] for sequence, first, end in spans]
+    blocks = np.frombuffer(b"".join(parts), dtype=np.int32).astype(np.int64)
+    places = np.cumsum(ends - firsts) - ends  # of each row's block 0, if it were among them
+    block, offset = np.divmod(positions, block_size)
+    return blocks[places[rows] + block] * block_size + offset
 
 
 def _input_ids(sequences: list[Sequence], counts: list[int], num_prefills: int) -> np.ndarray:

@@ -64,6 +64,7 @@ class BlockManager:
             self.num_used -= not self._tables[block]
         self.let_go(reversed(sequence.block_table))
         del sequence.block_table[:]
+        sequence.num_sent_blocks = 0
 
     def hold(self, blocks: Iterable[int]) -> None:
         """One holder more for each."""

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..configs.schema import EngineConfig
 from ..models.forward_batch import ForwardBatch
 from .batch import Arrays, Counts, Upload, make_batch, pack, packed_size
+from .block_tables import BlockTables
 from .copies import Snapshot
 from .dummy_steps import doubling
 from .sampler import Draw
@@ -106,9 +107,8 @@ DRAW_DTYPES = {
     "min_p": np.float32,
     "uniform": np.float32,
 }
-# Of shapes without prompts: the blocks that rows turn to in this step, and their cells in the table.
-TURN_DTYPES = {"turned_at": np.int64, "turned_to": np.int32}
-SPARE_CELLS = 4  # before the table, which stays aligned: cell 0 is written where no row turns
+# Of shapes without prompts: cells of the block tables that are new in this step, at most one per row, and their blocks.
+CELL_DTYPES = {"cells": np.int64, "blocks": np.int32}
 # What a padding row or token holds. Its token must exist, its position too; it is drawn greedily.
 PADDING = {"context_lens": -1, "state_indices": -1, "slot_mapping": -1}
 
@@ -158,17 +158,7 @@ def pad(arrays: Arrays, counts: Counts, shape: GraphShape, graph_rows: np.ndarra
         snapshots[: len(arrays["snapshots"])] = arrays["snapshots"]
         last = np.maximum(starts[1:] - 1, 0).astype(np.int64)
         return padded | {"query_start_loc": starts, "logits_indices": last, "snapshots": snapshots}
-    return padded | {name: np.zeros(shape.num_rows, dtype=dtype) for name, dtype in TURN_DTYPES.items()}
-
-
-def pad_table(table: np.ndarray, counts: Counts, shape: GraphShape) -> np.ndarray:
-    """The block table [B, M] with its rows at their places, up to the last that is no padding."""
-    if not shape.num_prefills:
-        return table
-    padded = np.zeros((shape.num_prefills + counts.num_decodes, table.shape[1]), dtype=table.dtype)
-    padded[: counts.num_prefills] = table[: counts.num_prefills]
-    padded[shape.num_prefills :] = table[counts.num_prefills :]
-    return padded
+    return padded | {name: np.zeros(shape.num_rows, dtype=dtype) for name, dtype in CELL_DTYPES.items()}
 
 
 def _row_starts(own: np.ndarray, shape: GraphShape) -> np.ndarray:
@@ -219,24 +209,22 @@ class StepGraphs:
         self,
         step: Step,
         shapes: Sequence[GraphShape],
-        table_width: int,
+        tables: BlockTables,
         device: torch.device,
         *,
         progress: bool = False,
     ) -> None:
         self.device = device
         self.shapes = shapes
-        most_rows = max(shape.num_rows for shape in self.shapes)
         most_draws = max(shape.num_draws for shape in self.shapes)
-        self._cells = torch.zeros(SPARE_CELLS + most_rows * table_width, dtype=torch.int32, device=device)
-        self.block_table = self._cells[SPARE_CELLS:].view(most_rows, table_width)
+        self.tables = tables
         self.logits: Tensor | None = None  # of the last replay; one for all graphs, since a vocabulary is large
         self.padding: dict[GraphShape, Padding] = {}  # this and the next: of shapes without prompts
         self.staging: dict[GraphShape, StagingPool] = {}
         self._most_draws = most_draws
         self._graphs: dict[GraphShape, tuple[Callable[[], None], Computed]] = {}
         self._inputs: dict[GraphShape, Tensor] = {}
-        self._turns: dict[GraphShape, tuple[Tensor, Tensor]] = {}
+        self._cells: dict[GraphShape, tuple[Tensor, Tensor]] = {}
         self._batches: dict[GraphShape, ForwardBatch] = {}  # a graph knows addresses alone: these keep the tensors
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         for shape in tqdm(self.shapes[::-1], desc="CUDA graphs", disable=not progress):  # the largest shapes the pool
@@ -250,18 +238,15 @@ class StepGraphs:
         """The smallest for so many decoding rows alone, or None."""
         return self.shape_for(Counts(0, 0, num_rows, max_query_len=1))
 
-    def replay(self, shape: GraphShape, packed: Tensor, table: Tensor | None, *, has_turned: bool = False) -> Computed:
+    def replay(self, shape: GraphShape, packed: Tensor, *, brings_cells: bool = False) -> Computed:
         """Results of every row of the shape.
 
         packed: the arrays of `pad`, packed, on the device or in pinned memory that keeps them until the step has run.
-        table: the rows' blocks [B, M]; None = those of the step before and, where a row `has_turned` to another block,
-        those of `packed`.
+        `brings_cells`: those of a shape without prompts hold new cells of the block tables.
         """
         self._inputs[shape].copy_(packed, non_blocking=True)
-        if table is not None:
-            self.block_table[: table.shape[0], : table.shape[1]].copy_(table)
-        elif has_turned:
-            self._cells.scatter_(0, *self._turns[shape])
+        if brings_cells:
+            self.tables.write(*self._cells[shape])
         compute, results = self._graphs[shape]
         compute()
         return results
@@ -272,20 +257,19 @@ class StepGraphs:
         pack(arrays, host)
         self._inputs[shape] = torch.from_numpy(host).to(self.device)
         static = Upload(arrays, self._inputs[shape])
-        tensors = {name: static[name] for name in arrays} | {"block_table": self.block_table[: shape.num_rows]}
+        tensors = {name: static[name] for name in arrays}
         tensors.setdefault("snapshots", torch.empty(0, 3, dtype=torch.int32, device=self.device))
         if not shape.num_prefills:  # the same in every step
             starts = torch.arange(shape.num_rows + 1, dtype=torch.int32, device=self.device)
             tensors |= {"query_start_loc": starts, "logits_indices": starts[:-1].long()}
             self.padding[shape] = Padding(arrays, host.copy())  # on a CPU the inputs are `host` itself
             self.staging[shape] = StagingPool(host.size, shape.num_rows, self.device)
-            self._turns[shape] = (static["turned_at"], static["turned_to"])
-            self._cells.scatter_(0, *self._turns[shape])  # so that its kernel is loaded by now
+            self._cells[shape] = (static["cells"], static["blocks"])
         counts = Counts(shape.num_prefills, shape.num_prefill_tokens, shape.num_decodes, shape.num_prefill_tokens or 1)
         if shape.num_verifies:
             drafted = {"num_drafted": counts.num_prefills, "num_drafted_tokens": counts.num_prefill_tokens}
             counts = dataclasses.replace(counts, max_query_len=VERIFY_TOKENS, **drafted)
-        batch = make_batch(tensors, counts)
+        batch = make_batch(tensors, counts, self.tables.table)
         draw = Draw(*(static[name] for name in Draw._fields))
 
         def compute() -> Computed:

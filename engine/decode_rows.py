@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .batch import Arrays, batch_arrays, block_tables, unpack
-from .cuda_graph import DRAW_DTYPES, ROW_DTYPES, SPARE_CELLS, TOKEN_DTYPES, StepGraphs
+from .batch import Arrays, batch_arrays, unpack
+from .cuda_graph import CELL_DTYPES, DRAW_DTYPES, ROW_DTYPES, TOKEN_DTYPES, StepGraphs
 from .outputs import StepOutput
 from .sampling_rows import SamplingRows, draws
 from .scheduled_batch import ScheduledBatch
@@ -47,8 +47,8 @@ class Answers:
 class DecodeRows:
     """Rows that want nothing but `Sampler.draw`, in a shape that holds them.
 
-    sequences: the batch's own list. packed: the shape's inputs, laid out as by `pad`. table: the rows' blocks [B, M]
-    int32; None = the device has them, but for those that `packed` brings where a row `has_turned` to another block.
+    sequences: the batch's own list, whose blocks the device has. packed: the shape's inputs, laid out as by `pad`.
+    brings_cells: whether these hold blocks that rows begin in this step.
     """
 
     def __init__(
@@ -62,8 +62,7 @@ class DecodeRows:
         self.sequences = scheduled.sequences
         self._indices = np.array([len(sequence.output_token_ids) for sequence in self.sequences])
         self._answers: Answers | None = None  # from the second step on: a first token asks for more
-        self.table: np.ndarray | None = arrays["block_table"]
-        self.has_turned = False
+        self.brings_cells = False
         self._is_drawn = wanted.is_drawn
         self._ahead, self._num_used = self._draw_ahead(), 1
         self._lay_out(arrays | wanted.constant | {"uniform": self._ahead[0]})
@@ -81,7 +80,6 @@ class DecodeRows:
 
     def advance(self, advance: Advance) -> None:
         """Go on to the step that follows."""
-        self.table = None
         if advance.kept is not None:
             self._keep(advance)
         self._indices += 1
@@ -102,26 +100,26 @@ class DecodeRows:
 
     def _turn(self, rows: list[int]) -> None:
         """These rows' tokens begin a block."""
-        self.has_turned = bool(rows)
+        self.brings_cells = False
         if not rows:
             return
-        size, width = self._block_size, self._graphs.block_table.shape[1]
-        columns = [self.sequences[row].num_computed_tokens // size for row in rows]
-        blocks = [self.sequences[row].block_table[column] for row, column in zip(rows, columns, strict=True)]
-        cells = [SPARE_CELLS + row * width + column for row, column in zip(rows, columns, strict=True)]
-        self._own["slot_mapping"][rows] = [block * size for block in blocks]
-        self._turned_at.fill(0)
-        self._turned_at[: len(rows)] = cells
-        self._turned_to[: len(rows)] = blocks
+        size, turned = self._block_size, [self.sequences[row] for row in rows]
+        self._own["slot_mapping"][rows] = [s.block_table[s.num_computed_tokens // size] * size for s in turned]
+        new = self._graphs.tables.new_cells(turned)
+        num_new = len(new["cells"])
+        self.brings_cells = num_new > 0
+        if num_new:
+            for name, place in self._cells.items():
+                place[:num_new] = new[name]
+                place[num_new:] = new[name][0]  # the first once more, for want of others
 
     def _keep(self, advance: Advance) -> None:
-        """Go on with some of the rows, in the shape that is enough for them. Their tables have moved."""
+        """Go on with some of the rows, in the shape that is enough for them."""
         kept = advance.kept
         own = {name: array[kept] for name, array in self._own.items()}
         self.sequences = advance.rows
         self._indices, self._answers = self._indices[kept], None
         self._seeds, self._ahead = self._seeds[kept], self._ahead[:, kept]
-        self.table = block_tables(self.sequences)
         self._lay_out(own)
 
     def _draw_ahead(self) -> np.ndarray:
@@ -142,4 +140,4 @@ class DecodeRows:
         self._own = {name: places[name][:num_rows] for name in FIELDS}
         for name, place in self._own.items():
             place[:] = own[name]
-        self._turned_at, self._turned_to = places["turned_at"], places["turned_to"]
+        self._cells = {name: places[name] for name in CELL_DTYPES}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from .outputs import RequestOutput, StepOutput
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
@@ -11,21 +14,38 @@ REPLACEMENT = "�"
 MAX_OPEN = 8
 # A character has at most four bytes, so at most this many tokens wait for its last one.
 MAX_PENDING_TOKENS = 3
+# A decoder may treat the first token of a text in its own way (SentencePiece's drop its blank), so an answer is decoded
+# behind the last few tokens of its prompt, which are looked for among a few more: control tokens have no text.
+CONTEXT_TOKENS = 4
+MAX_LOOKED_AT = 64
 
 
 class IncrementalDetokenizer:
     """Decodes a growing list of ids by its last few: what is before `_prefix` can no longer change."""
 
     def __init__(
-        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, shown_ids: frozenset[int] = frozenset()
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
+        prompt_token_ids: Sequence[int] = (),
     ) -> None:
-        """`shown_ids`: control tokens that are text even so."""
+        """`shown_ids`: control tokens that are text even so. `prompt_token_ids`: the tokens before the first that is
+        pushed, whose text is not given out."""
         self._tokenizer = tokenizer
         self._hidden_ids = tokenizer.control_ids - shown_ids if skip_special_tokens else frozenset()
-        self._ids: list[int] = []
+        self._ids = self._context(prompt_token_ids)
         self._prefix = 0  # decoding starts here, so that what a token's text owes to its left neighbours is kept
-        self._read = 0  # where the text was complete last
-        self._given = 0  # characters of the text from `_prefix` on that have been given out
+        self._read = len(self._ids)  # where the text was complete last
+        # Characters of the text from `_prefix` on that have been given out, or are the prompt's.
+        self._given = len(self._decode(self._prefix, self._read))
+
+    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The prompt's last tokens with a text, up to its last whole character."""
+        ids = [i for i in prompt_token_ids[-MAX_LOOKED_AT:] if i not in self._hidden_ids][-CONTEXT_TOKENS:]
+        while ids and self._tokenizer.decode(ids, False).endswith(REPLACEMENT):
+            ids.pop()
+        return ids
 
     def push(self, token_ids: list[int]) -> str:
         """The text that `token_ids` complete."""
@@ -112,6 +132,18 @@ class StopStrings:
         return 0
 
 
+class StopScope(Protocol):
+    """Tells in which part of an answer stop strings count. One scope reads one answer, as it comes."""
+
+    def push(self, text: str) -> tuple[str, str]:
+        """(text in which no stop string counts, then text in which they do); it may hold back what is undecided."""
+        ...
+
+    def finish(self) -> tuple[str, str]:
+        """The same for the text that was held back, once the answer has ended."""
+        ...
+
+
 class TextStream:
     """Turns the engine's steps for one sequence into `RequestOutput`s."""
 
@@ -119,13 +151,16 @@ class TextStream:
         self,
         tokenizer: Tokenizer,
         params: SamplingParams,
-        num_prompt_tokens: int,
+        prompt_token_ids: Sequence[int],
         shown_ids: frozenset[int] = frozenset(),
+        stop_scope: StopScope | None = None,
     ) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens, shown_ids)
+        """`stop_scope` None: stop strings count in the whole answer."""
+        self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens, shown_ids, prompt_token_ids)
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
+        self._scope = stop_scope
         self._params = params
-        self._num_prompt_tokens = num_prompt_tokens
+        self._num_prompt_tokens = len(prompt_token_ids)
         self._num_output_tokens = 0
 
     def push(self, step: StepOutput) -> RequestOutput:
@@ -172,11 +207,26 @@ class TextStream:
                 return pieces, stop
         if step.finish_reason is None:
             return pieces or [""], None
-        safe, stop = self._scan(self._detokenizer.flush())
+        safe, stop = self._scan(self._detokenizer.flush(), is_last=True)
         last = pieces.pop() if pieces else ""
         return [*pieces, last + safe + ("" if stop is not None else self._stops.flush())], stop
 
-    def _scan(self, text: str) -> tuple[str, str | None]:
-        if not self._params.stop or self._num_output_tokens <= self._params.min_tokens:
-            return text, None  # no stop string counts, or not yet
-        return self._stops.push(text)
+    def _scan(self, text: str, *, is_last: bool = False) -> tuple[str, str | None]:
+        """(text that is safe to show, the stop string that was found or None)."""
+        if not self._params.stop:
+            return text, None
+        before, text = self._split(text, is_last=is_last)
+        if self._num_output_tokens <= self._params.min_tokens:
+            return before + text, None
+        safe, stop = self._stops.push(text)
+        return before + safe, stop
+
+    def _split(self, text: str, *, is_last: bool) -> tuple[str, str]:
+        """(text in which no stop string counts, text in which they do)."""
+        if self._scope is None:
+            return "", text
+        before, after = self._scope.push(text)
+        if not is_last:
+            return before, after
+        last_before, last_after = self._scope.finish()
+        return before + last_before, after + last_after

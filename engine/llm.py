@@ -145,7 +145,7 @@ class LLM:
         while pending and len(self.core.scheduler.waiting) < self.core.config.max_waiting:
             index, request = pending.popleft()
             self.core.add_request(request)
-            text = TextStream(self.tokenizer, request.sampling_params, len(request.prompt_token_ids))
+            text = TextStream(self.tokenizer, request.sampling_params, request.prompt_token_ids)
             streams[request.request_id] = (index, text)
 
     def _step(self, streams: dict[str, tuple[int, TextStream]]) -> Iterator[tuple[int, RequestOutput]]:

@@ -19,8 +19,9 @@ from ..models.minimax import Cache, MiniMaxForCausalLM
 from ..models.registry import FAMILIES
 from ..models.weights import fill_with_noise, load_weights
 from .batch import BATCH_TENSORS, Arrays, Counts, batch_arrays, count_rows, make_batch, packed_size, upload
+from .block_tables import BlockTables
 from .copies import Copy, Fold, Fork, Move, Restore, Save
-from .cuda_graph import SNAPSHOTS, Computed, GraphShape, StepGraphs, pad, pad_table, shapes_for
+from .cuda_graph import SNAPSHOTS, Computed, GraphShape, StepGraphs, pad, shapes_for
 from .decode_rows import Answers, DecodeRows
 from .device import pick_device, pick_dtype, pick_kernels, spare_cores
 from .dummy_steps import StepLimits, checkpoint_step, smallest_steps
@@ -108,6 +109,7 @@ class ModelRunner:
         rows, indices = _drawn_rows(scheduled)
         drafts = [(s, s.drafts) for s in scheduled.sequences] if scheduled.num_drafted else None
         arrays = batch_arrays(scheduled, self.block_size) | self.sampler.arrays(rows, indices)
+        arrays |= self.tables.new_cells(scheduled.sequences)
         counts = count_rows(scheduled)
         if self.graphs is not None and not scheduled.wants_prompt_logprobs:
             shape = self.graphs.shape_for(counts)
@@ -115,7 +117,8 @@ class ModelRunner:
                 sampled = self._replay(self.graphs, shape, scheduled, counts, arrays)
                 return LaunchedStep(rows, indices, sampled, {}, drafts=drafts)
         sent = upload(arrays, self.device)
-        batch = make_batch(sent, counts)
+        self.tables.write(sent["cells"], sent["blocks"])
+        batch = make_batch(sent, counts, self.tables.of(scheduled.sequences))
         hidden = self._forward(batch)
         if rows:
             logits = self.model.compute_logits(hidden[batch.logits_indices])
@@ -162,7 +165,11 @@ class ModelRunner:
             return None
         wanted = self.sampler.rows(scheduled.sequences)
         ring_size = self.ring_size if self.replays else 0
-        return DecodeRows(graphs, scheduled, wanted, self.block_size, ring_size) if wanted.is_plain else None
+        if not wanted.is_plain:
+            return None
+        sent = upload(self.tables.new_cells(scheduled.sequences), self.device)
+        self.tables.write(sent["cells"], sent["blocks"])
+        return DecodeRows(graphs, scheduled, wanted, self.block_size, ring_size)
 
     def _decode(self, rows: DecodeRows) -> LaunchedStep:
         """Start a step from its graph, in as few calls as can be: the host does this for every token."""
@@ -170,8 +177,7 @@ class ModelRunner:
         pool = self.graphs.staging[rows.shape]
         staging = pool.take()
         staging.array[:] = rows.packed
-        table = None if rows.table is None else upload({"table": rows.table}, self.device)["table"]
-        computed = self.graphs.replay(rows.shape, staging.inputs, table, has_turned=rows.has_turned)
+        computed = self.graphs.replay(rows.shape, staging.inputs, brings_cells=rows.brings_cells)
         staging.bring_home(computed.tokens)
         sampled = StagedTokens(pool, staging, len(rows.sequences))
         return LaunchedStep(rows.sequences, rows.indices, sampled, {}, rows.answers)
@@ -182,11 +188,12 @@ class ModelRunner:
         """A step from its graph, which draws the tokens too; rows that want more are drawn again."""
         graph_rows = _places_of_draws(scheduled, counts, shape)
         padded = pad(arrays, counts, shape, graph_rows)
-        rest = {"table": pad_table(arrays["block_table"], counts, shape), "graph_rows": graph_rows}
+        rest = {"cells": arrays["cells"], "blocks": arrays["blocks"], "graph_rows": graph_rows}
         if not self.sampler.is_plain:
             rest |= {name: array for name, array in arrays.items() if name not in BATCH_TENSORS}
         sent = upload({f"padded_{name}": array for name, array in padded.items()} | rest, self.device)
-        computed = graphs.replay(shape, sent.buffer[: packed_size(padded)], sent["table"])
+        self.tables.write(sent["cells"], sent["blocks"])
+        computed = graphs.replay(shape, sent.buffer[: packed_size(padded)])
         if not len(graph_rows):
             return self.sampler.draw_nothing()
         rows = sent["graph_rows"] if shape.num_prefills else slice(len(graph_rows))
@@ -211,19 +218,18 @@ class ModelRunner:
         return Computed(logits, self.sampler.draw(logits, draw, batch.state_indices))
 
     @torch.inference_mode()
-    def capture(self, shapes: list[GraphShape], max_model_len: int, *, progress: bool = False) -> StepGraphs:
+    def capture(self, shapes: list[GraphShape], *, progress: bool = False) -> StepGraphs:
         """Graphs of steps of these shapes. Raises `ConfigError` when they do not fit."""
-        width = -(-max_model_len // self.block_size)
         most = max(max(shape.num_decodes, shape.num_verifies) for shape in shapes)
         remedy = "lower max_graph_rows or max_num_seqs, or set cuda_graphs to false"
         with refuse_out_of_memory(f"CUDA graphs of up to {most} rows", remedy):
-            return StepGraphs(self._compute, shapes, width, self.device, progress=progress)
+            return StepGraphs(self._compute, shapes, self.tables, self.device, progress=progress)
 
     def _keep_graphs(self, config: EngineConfig, *, progress: bool) -> None:
         """Capture the graphs that serve, and account for what they really take."""
         shapes = shapes_for(config, self.plan.num_state_slots)
         before = free_memory(self.device)[0]
-        self.graphs = self.capture(shapes, self.plan.max_model_len, progress=progress)
+        self.graphs = self.capture(shapes, progress=progress)
         self.memory.graphs = before - free_memory(self.device)[0]
         if self.memory.unassigned < 0:
             self.plan.notes.append(
@@ -278,8 +284,8 @@ class ModelRunner:
             entries += token_logprobs(logits, torch.tensor(part, device=self.device), [num_top] * len(part))
         return entries
 
-    def allocate(self, num_slots: int, num_blocks: int, num_checkpoints: int = 0) -> None:
-        """Make the device's pools, uninitialised, and the sampler's tables."""
+    def allocate(self, num_slots: int, num_blocks: int, max_model_len: int, num_checkpoints: int = 0) -> None:
+        """Make the device's pools, uninitialised, and the tables of the sampler and of blocks."""
         config = self.model_config
         self.states = StatePool(
             config.linear_layers,
@@ -293,12 +299,13 @@ class ModelRunner:
             config.linear_layers, num_checkpoints, device=self.device, dtype=self.checkpoint_dtype
         )
         self.kv = KVPool(config.full_layers, num_blocks, self.block_size, device=self.device, dtype=self.dtype)
+        self.tables = BlockTables(num_slots, -(-max_model_len // self.block_size), self.device)
         self.caches = _caches_by_layer(config, self.states, self.checkpoints, self.kv)
         self.sampler = Sampler(self.kernels, num_slots, config.vocab_size, self.device)
 
     def release(self) -> None:
         """Give back what `allocate` made."""
-        del self.states, self.checkpoints, self.kv, self.caches, self.sampler
+        del self.states, self.checkpoints, self.kv, self.tables, self.caches, self.sampler
 
     def warm_up(self) -> None:
         """The first steps on the real pools. Uses slot 0 and the first blocks, which are free: what it leaves there is

@@ -104,6 +104,11 @@ class Sampler:
     def bytes_per_slot(vocab_size: int) -> int:
         return 4 * vocab_size + 4
 
+    @classmethod
+    def bytes_for(cls, num_slots: int, vocab_size: int) -> int:
+        """`nbytes` of such a sampler: that of its slots, and a place for padding rows."""
+        return num_slots * cls.bytes_per_slot(vocab_size) + 4
+
     def rows(self, sequences: list[Sequence]) -> SamplingRows:
         """What these sequences ask for in their slots."""
         slots = [sequence.state_slot for sequence in sequences]

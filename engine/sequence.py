@@ -50,6 +50,7 @@ class Sequence:
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     block_table: array[int] = field(default_factory=lambda: array("i"))
+    num_sent_blocks: int = 0  # of these, so many are in the slot's row of `BlockTables`
     state_slot: int | None = None
     num_pending_tokens: int = 0  # computed tokens that the slot's ring holds and its state does not (`replay`)
     arrived_at: float = 0.0  # `time.perf_counter()` when it came to the engine

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..configs.schema import EngineConfig
+from .block_tables import BlockTables
 from .cuda_graph import GraphShape, shapes_for
 from .dummy_steps import StepLimits, serving_steps
 from .errors import ConfigError
@@ -17,6 +18,7 @@ from .sampler import Sampler
 from .session_copies import device_bytes as session_bytes
 
 if TYPE_CHECKING:
+    from ..models.minimax import MiniMaxForCausalLM
     from .model_runner import ModelRunner
 
 # The allocator takes memory in pieces of 2 MiB: each tensor of the pools and the rope table may leave most of one idle.
@@ -31,51 +33,81 @@ def size_pools(runner: ModelRunner, config: EngineConfig) -> tuple[MemoryPlan, M
     """Measure, plan, and let the runner allocate. Raises `ConfigError` when something does not fit."""
     max_model_len = context_length(config, runner.model_config.max_model_len)
     use = _measure(runner, config, max_model_len) if runner.device.type == "cuda" else _cpu_share(runner, config)
-    use.weights += runner.model.position_bytes(max_model_len)
+    plan = _plan(runner, config, use, max_model_len)
+    share = "memory_fraction (on a CPU cpu_memory_gb)"
+    pools = f"{plan.num_state_slots} states and {plan.num_kv_blocks} KV blocks"
+    with refuse_out_of_memory(pools, f"lower max_num_seqs or {share}"):
+        runner.allocate(plan.num_state_slots, plan.num_kv_blocks, plan.max_model_len, plan.num_checkpoints)
+    positions = runner.model.position_bytes(plan.max_model_len)
+    with refuse_out_of_memory(
+        f"the position table of max_model_len = {plan.max_model_len} ({positions:,} bytes) beside {pools}",
+        f"lower max_model_len, max_num_seqs or {share}",
+    ):
+        runner.model.reserve_positions(plan.max_model_len)
+    use.weights += positions
     if runner.device.type == "cuda" and config.session_folder is not None:
-        use.other += session_bytes(max_model_len)
-    plan = plan_pools(
+        use.other += session_bytes(plan.max_model_len)
+    kept = f"{plan.num_host_checkpoints} states of host_checkpoint_gb = {config.host_checkpoint_gb:g}"
+    with refuse_out_of_memory(kept, "lower host_checkpoint_gb", where="in the host's memory"):
+        runner.checkpoints.allocate_on_host(plan.num_host_checkpoints)
+    use.state, use.checkpoints = runner.states.nbytes, runner.checkpoints.nbytes
+    use.kv, use.sampler = runner.kv.nbytes + runner.tables.nbytes, runner.sampler.nbytes
+    return plan, use
+
+
+def _plan(runner: ModelRunner, config: EngineConfig, use: MemoryUse, max_model_len: int) -> MemoryPlan:
+    return plan_pools(
         config,
-        use.unassigned,
+        use,
         max_model_len=max_model_len,
         state_bytes_per_slot=runner.state_bytes_per_slot + Sampler.bytes_per_slot(runner.model_config.vocab_size),
         kv_bytes_per_token=runner.kv_bytes_per_token,
         checkpoint_bytes=runner.checkpoint_bytes,
+        context_bytes=context_bytes(runner.model, config, runner.device),
     )
-    remedy = "lower max_num_seqs or memory_fraction (on a CPU cpu_memory_gb)"
-    with refuse_out_of_memory(f"{plan.num_state_slots} states and {plan.num_kv_blocks} KV blocks", remedy):
-        runner.allocate(plan.num_state_slots, plan.num_kv_blocks, plan.num_checkpoints)
-        runner.model.reserve_positions(plan.max_model_len)
-    kept = f"{plan.num_host_checkpoints} states of host_checkpoint_gb = {config.host_checkpoint_gb:g}"
-    with refuse_out_of_memory(kept, "lower host_checkpoint_gb", where="in the host's memory"):
-        runner.checkpoints.allocate_on_host(plan.num_host_checkpoints)
-    use.state, use.kv, use.sampler = runner.states.nbytes, runner.kv.nbytes, runner.sampler.nbytes
-    use.checkpoints = runner.checkpoints.nbytes
-    return plan, use
 
 
 def plan_pools(
     config: EngineConfig,
-    budget: int,
+    use: MemoryUse,
     *,
     max_model_len: int,
     state_bytes_per_slot: int,
     kv_bytes_per_token: int,
     checkpoint_bytes: int,
+    context_bytes: Callable[[int], int],
 ) -> MemoryPlan:
-    """`plan_memory` for `budget` bytes as the settings want it. Raises `ConfigError`."""
-    return plan_memory(
-        budget,
-        state_bytes_per_slot=state_bytes_per_slot,
-        kv_bytes_per_token=kv_bytes_per_token,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-        num_kv_blocks=config.num_kv_blocks,
-        checkpoint_bytes=checkpoint_bytes,
-        num_checkpoints=config.state_checkpoints if config.prefix_cache else 0,
-        host_bytes=int(config.host_checkpoint_gb * 1e9),
-    )
+    """`plan_memory` as the settings want it, for what `use` leaves. Raises `ConfigError`, which tells all that takes
+    memory."""
+    try:
+        return plan_memory(
+            use.unassigned,
+            state_bytes_per_slot=state_bytes_per_slot,
+            kv_bytes_per_token=kv_bytes_per_token,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            cell_bytes=BlockTables.CELL_BYTES,
+            context_bytes=context_bytes,
+            num_kv_blocks=config.num_kv_blocks,
+            checkpoint_bytes=checkpoint_bytes,
+            num_checkpoints=config.state_checkpoints if config.prefix_cache else 0,
+            host_bytes=int(config.host_checkpoint_gb * 1e9),
+        )
+    except ConfigError as error:
+        taken = ", ".join(f"{kind} {num_bytes:,}" for kind, num_bytes in use.by_kind().items() if num_bytes)
+        raise ConfigError(f"{error} (of {use.total:,} bytes: {taken})") from None
+
+
+def context_bytes(model: MiniMaxForCausalLM, config: EngineConfig, device: torch.device) -> Callable[[int], int]:
+    """Bytes on the device that a context of some length takes once, whatever runs: where a token stands, for the model
+    and for sessions."""
+    has_buffers = device.type == "cuda" and config.session_folder is not None
+
+    def of(length: int) -> int:
+        return model.position_bytes(length) + (session_bytes(length) if has_buffers else 0)
+
+    return of
 
 
 def context_length(config: EngineConfig, longest: int) -> int:
@@ -116,11 +148,11 @@ def _measure(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> M
     limits = _measured_limits(runner, config, max_model_len, total)
     step = f"a step of max_num_batched_tokens = {limits.max_tokens} tokens and {limits.num_slots} sequences"
     with refuse_out_of_memory(step, "lower max_num_batched_tokens or max_num_seqs"):
-        runner.allocate(limits.num_slots, limits.num_blocks)
+        runner.allocate(limits.num_slots, limits.num_blocks, limits.max_len)
         runner.model.reserve_positions(limits.longest_prompt + 1)
         workspace = _measure_steps(runner, limits)
     shapes = shapes_for(config, limits.num_slots)
-    graphs = _measure_graphs(runner, shapes, max_model_len) if runner.wants_graphs else 0
+    graphs = _measure_graphs(runner, shapes) if runner.wants_graphs else 0
     runner.release()
     free, everything = free_memory(runner.device)
     known = runner.weight_bytes + runner.model.position_bytes(limits.longest_prompt + 1)
@@ -134,9 +166,11 @@ def _measure(runner: ModelRunner, config: EngineConfig, max_model_len: int) -> M
 
 
 def _measured_limits(runner: ModelRunner, config: EngineConfig, max_model_len: int, total: int) -> StepLimits:
-    """Limits of the steps to measure: no more slots than the plan could have, and blocks for a token budget each."""
+    """Limits of the steps to measure: no longer context and no more slots than the plan could have, and blocks for a
+    token budget each."""
     free, everything = free_memory(runner.device)
     left = total - (everything - free)
+    max_model_len = _plan(runner, config, MemoryUse(total=total, other=total - left), max_model_len).max_model_len
     slots = min(config.max_num_seqs, config.max_num_batched_tokens, max(1, left // 2 // runner.state_bytes_per_slot))
     budget = config.max_num_batched_tokens
     length = max(1, min(max_model_len, budget // slots)) + 1
@@ -162,7 +196,7 @@ def _measure_steps(runner: ModelRunner, limits: StepLimits) -> int:
     return max(grown, torch.cuda.max_memory_allocated(device) - allocated) + FRAGMENTATION_BYTES
 
 
-def _measure_graphs(runner: ModelRunner, shapes: list[GraphShape], max_model_len: int) -> int:
+def _measure_graphs(runner: ModelRunner, shapes: list[GraphShape]) -> int:
     """Bytes that graphs of these shapes will take: the largest shapes their memory, by tokens and by draws, each adds
     its own nodes, as some of every kind tell."""
     free = [free_memory(runner.device)[0]]
@@ -171,7 +205,7 @@ def _measure_graphs(runner: ModelRunner, shapes: list[GraphShape], max_model_len
     rest = [shape for shape in shapes if shape not in largest]
     some = rest[:: max(1, len(shapes) // 8)]
     for part in (largest, sorted([*some, *largest], key=shapes.index)):
-        graphs = runner.capture(part, max_model_len)
+        graphs = runner.capture(part)
         free.append(free_memory(runner.device)[0])
         del graphs
         free_memory(runner.device)

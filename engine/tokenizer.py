@@ -53,6 +53,8 @@ class Tokenizer:
         self._control_prefixes = {token[:n] for token in controls for n in range(1, len(token))}
         self._max_prefix = max(map(len, self._control_prefixes), default=0)
         self._decode_one = cache(self._decode)  # never more entries than twice the vocabulary
+        self._decode_inside = cache(self._decode_behind)  # never more entries than the vocabulary
+        self._neighbours = _encode(self._as_text, "a", False)
         self.max_token_chars = max(map(len, self._with_control.get_vocab(with_added_tokens=True)), default=1)
         self.vocab_size = int(self._with_control.get_vocab_size(with_added_tokens=True))
         self.bos_token_id: int | None = self._hf.bos_token_id
@@ -248,9 +250,14 @@ class Tokenizer:
     def _decode(self, token_id: int, skip_special_tokens: bool) -> str:
         return str(self._with_control.decode([token_id], skip_special_tokens=skip_special_tokens))
 
+    def _decode_behind(self, token_id: int) -> str:
+        text, before = (self.decode(ids, False) for ids in ([*self._neighbours, token_id], self._neighbours))
+        return text[len(before) :] if text.startswith(before) else self._decode_one(token_id, False)
+
     def token_text(self, token_id: int) -> str:
-        """One token as text, control tokens included."""
-        return self._decode_one(token_id, False)
+        """One token as text, control tokens included: in the middle of a text, since the first token of a text may
+        lose its blank."""
+        return self._decode_one(token_id, False) if token_id in self.control_ids else self._decode_inside(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, also where they are part of a character."""
@@ -258,10 +265,10 @@ class Tokenizer:
         if "�" not in text:
             return text.encode()
         piece = self._with_control.id_to_token(token_id) or ""
+        if fallback := _BYTE_FALLBACK.fullmatch(piece):  # first: it is of GPT-2's characters, too
+            return bytes([int(fallback[1], 16)])
         if all(char in _BYTE_OF_CHAR for char in piece):
             return bytes(_BYTE_OF_CHAR[char] for char in piece)
-        if piece.startswith("<0x") and piece.endswith(">"):  # sentencepiece's byte fallback
-            return bytes([int(piece[3:-1], 16)])
         return text.encode()
 
     def _defuse(self, value: Any, marker: str) -> Any:
@@ -342,3 +349,4 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF_CHAR = _byte_level_alphabet()
+_BYTE_FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")  # SentencePiece's token of one byte

@@ -196,6 +196,7 @@ class Kernels(Protocol):
         key_cache: Tensor,
         value_cache: Tensor,
         block_table: Tensor,
+        table_rows: Tensor,
         query_start_loc: Tensor,
         context_lens: Tensor,
         max_query_len: int,
@@ -205,8 +206,10 @@ class Kernels(Protocol):
         """Causal GQA attention of rows of queries over their own history, which is already in the cache.
 
         q, out: [T, H, D], H a multiple of H_kv; caches as in `rope_and_store_kv`, this step's keys and values
-        included; block_table: [B, M] int32; context_lens: [B] int32, tokens before this step: token i of row b sees
-        context_lens[b] + i + 1 positions; context_lens -1 = padding row: sees nothing, writes zeros. Returns `out`.
+        included; context_lens: [B] int32, tokens before this step: token i of row b sees context_lens[b] + i + 1
+        positions, whose blocks are block_table[table_rows[b]]; block_table: [S, M] int32, what lies past the end of
+        such a row is never read; table_rows: [B] int32. context_lens -1 = padding row: sees nothing, writes zeros,
+        and its table_rows may be -1. Returns `out`.
         """
 
     def attention_decode(
@@ -215,13 +218,15 @@ class Kernels(Protocol):
         key_cache: Tensor,
         value_cache: Tensor,
         block_table: Tensor,
+        table_rows: Tensor,
         context_lens: Tensor,
         scale: float,
         out: Tensor,
     ) -> Tensor:
-        """One query per row: q, out [B, H, D]; row b sees context_lens[b] + 1 positions.
+        """One query per row: q, out [B, H, D]; row b sees context_lens[b] + 1 positions, whose blocks are
+        block_table[table_rows[b]], as in `attention_prefill`.
 
-        context_lens -1 = padding row: sees nothing, writes zeros.
+        context_lens -1 = padding row: sees nothing, writes zeros. Returns `out`.
         """
 
     # -- around attention ------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from .errors import CheckpointError
 DEMO_FOLDER = Path(__file__).parent / "demo"
 SMALL_FILES = ["*.json", "*.jinja", "additional_chat_templates/*.jinja", "tokenizer.model", "*.txt"]
 WEIGHT_FILES = ["*.safetensors"]
+# Beside a model's weights there may be those of an adapter, of an optimizer, or the same ones in another format.
+OTHER_WEIGHTS = ["adapter*.safetensors", "optimizer*.safetensors", "consolidated*.safetensors"]
 GENERATION_FILE = "generation_config.json"
 POINTER_START = b"version https://git-lfs.github.com/spec/"
 
@@ -52,7 +54,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=OTHER_WEIGHTS))
     except Exception as error:  # the hub client raises a wide family; all of them mean the same to a user
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
         reason = first_line.removeprefix("Got: ").rstrip(".")

@@ -126,6 +126,10 @@ class Fields:
     def has(self, name: str) -> bool:
         return self._config.get(name) is not None
 
+    def is_null(self, name: str) -> bool:
+        """The field is there, and null."""
+        return name in self._config and self._config[name] is None
+
     def integer(self, name: str, default: int | None = None) -> int:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -177,6 +181,12 @@ class Fields:
         if value is not None and value not in allowed:
             options = ", ".join(repr(option) for option in allowed) or "absent"
             raise CheckpointError(f"config.json: {name} = {value!r} is not supported (supported: {options})")
+
+    def must_be_same(self, name: str, other: str) -> None:
+        """Refuse two names of one field that contradict each other."""
+        a, b = self._config.get(name), self._config.get(other)
+        if a != b:
+            raise CheckpointError(f"config.json: {name} = {a!r} contradicts {other} = {b!r}; keep one of them")
 
     def _get(self, name: str, default: Any) -> Any:
         value = self._config.get(name)

@@ -24,6 +24,7 @@ many of them are kept. What the host counts, and who must have been folded (`Min
 | has_initial_state | s_scales |
 | state_indices | s_offsets, slot_id, mamba cache indices |
 | slot_mapping | out_cache_loc |
+| block_table | req_to_token, by request; elsewhere by row of the batch |
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ class ForwardBatch:
     query_start_loc: Tensor  # [B + 1] int32, start of each row on the token axis
     context_lens: Tensor  # [B] int32, tokens computed before this step
     has_initial_state: Tensor  # [B] bool, context_lens > 0; False = the state slot is dirty and must be ignored
-    state_indices: Tensor  # [B] int32, slot of each row in the state pool; -1 = padding row
+    state_indices: Tensor  # [B] int32, slot of each row in the state pool and in block_table; -1 = padding row
     num_pending: Tensor  # [B] int32, computed tokens that wait in the slot's ring, not yet in its state
     slot_mapping: Tensor  # [T] int64, where each token's key and value go: block * block_size + offset
-    block_table: Tensor  # [B, M] int32, the KV blocks of each row; entries past its length are 0 and never read
+    block_table: Tensor  # [num_slots, M] int32, the KV blocks of each slot; what lies past a row's end is never read
     logits_indices: Tensor  # [N] int64, the last token of each row whose next token is wanted
     snapshots: Tensor  # [S, 3] int32, (row, tokens, checkpoint): states to save on the way; checkpoint -1 = padding
     num_prefills: int

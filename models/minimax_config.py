@@ -23,6 +23,13 @@ from .config import (
 )
 from .errors import CheckpointError
 
+# What a config.json that leaves a field out means: the defaults of both reference codes' classes.
+DEFAULT_KV_HEADS = 8
+DEFAULT_EXPERTS = 8
+DEFAULT_TOP_K = 2
+DEFAULT_ROPE_THETA = 1e6
+DEFAULT_EOS = 2  # of Hugging Face's class alone
+
 # The norm over all heads' outputs is built without an eps in both reference codes, so it is the class default,
 # whatever rms_norm_eps says.
 INNER_NORM_EPS = 1e-6
@@ -30,6 +37,7 @@ INNER_NORM_EPS = 1e-6
 
 def parse_hf(config: Mapping[str, Any], architecture: str) -> ModelConfig:
     """`MiniMaxForCausalLM`. Raises `CheckpointError`."""
+    config = {"eos_token_id": DEFAULT_EOS} | dict(config)
     fields = Fields(config)
     num_layers = fields.positive("num_hidden_layers")
     kinds = config.get("layer_types") or ["linear_attention" if i % 2 else "full_attention" for i in range(num_layers)]
@@ -44,8 +52,8 @@ def parse_hf(config: Mapping[str, Any], architecture: str) -> ModelConfig:
                 mixer=_lightning(fields, slopes) if kind == "linear_attention" else _softmax(fields),
                 mlp=MlpSpec(
                     width=fields.positive("intermediate_size"),
-                    num_experts=fields.positive("num_local_experts", 8),
-                    top_k=fields.positive("num_experts_per_tok", 2),
+                    num_experts=fields.positive(_experts_field(fields), DEFAULT_EXPERTS),
+                    top_k=fields.positive("num_experts_per_tok", DEFAULT_TOP_K),
                     router=True,
                 ),
                 mixer_residual=_residual(fields, f"{prefix}_alpha_factor", f"{prefix}_beta_factor"),
@@ -63,7 +71,7 @@ def parse_original(config: Mapping[str, Any], architecture: str) -> ModelConfig:
     if not fields.has(name):
         raise CheckpointError("config.json: attn_type_list is missing (0 = lightning, 1 = softmax, one per layer)")
     kinds = _checked_kinds(config[name], num_layers, name, 0, 1)
-    num_experts = fields.integers("num_local_experts", num_layers, 1)
+    num_experts = fields.integers(_experts_field(fields), num_layers, DEFAULT_EXPERTS)
     shared = fields.integers("shared_intermediate_size", num_layers, 0)
     fields.must_be("shared_moe_mode", "sigmoid", *(("softmax",) if not any(shared) else ()))
     layers = []
@@ -76,7 +84,7 @@ def parse_original(config: Mapping[str, Any], architecture: str) -> ModelConfig:
                 mlp=MlpSpec(
                     width=fields.positive("intermediate_size"),
                     num_experts=num_experts[i],
-                    top_k=fields.positive("num_experts_per_tok", 1) if num_experts[i] > 1 else 1,
+                    top_k=fields.positive("num_experts_per_tok", DEFAULT_TOP_K) if num_experts[i] > 1 else 1,
                     router=num_experts[i] > 1,
                     shared_width=shared[i],
                 ),
@@ -132,13 +140,14 @@ def _lightning(fields: Fields, slopes: tuple[float, ...]) -> LightningSpec:
 
 def _softmax(fields: Fields) -> SoftmaxSpec:
     num_heads, head_dim = fields.positive("num_attention_heads"), _head_dim(fields)
-    num_kv_heads = fields.positive("num_key_value_heads", num_heads)
+    num_kv_heads = fields.positive(
+        "num_key_value_heads", num_heads if fields.is_null("num_key_value_heads") else DEFAULT_KV_HEADS
+    )
     if num_heads % num_kv_heads:
         raise CheckpointError(
             f"config.json: num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})"
         )
-    rope = fields.section("rope_parameters")
-    rope.must_be("rope_type", "default")
+    rope = _rope(fields)
     partial = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
     rotary_dim = fields.positive("rotary_dim", int(head_dim * partial))
     if rotary_dim > head_dim or rotary_dim % 2:
@@ -150,8 +159,28 @@ def _softmax(fields: Fields) -> SoftmaxSpec:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rotary_dim=rotary_dim,
-        rope_theta=rope.number("rope_theta", fields.number("rope_theta", 1e6)),
+        rope_theta=rope.number("rope_theta", fields.number("rope_theta", DEFAULT_ROPE_THETA)),
     )
+
+
+def _rope(fields: Fields) -> Fields:
+    """rope_parameters, or their older name, which counts where both are given. They may say that nothing is scaled."""
+    name = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"
+    rope = fields.section(name)
+    kinds = {rope.text("rope_type"), rope.text("type")} - {None}
+    if name == "rope_scaling" and kinds != {"default"}:
+        fields.must_be(name, {"rope_type": "default"})
+    rope.must_be("rope_type", "default")
+    return rope
+
+
+def _experts_field(fields: Fields) -> str:
+    """transformers takes num_experts for another name of num_local_experts."""
+    if not fields.has("num_experts"):
+        return "num_local_experts"
+    if fields.has("num_local_experts"):
+        fields.must_be_same("num_experts", "num_local_experts")
+    return "num_experts"
 
 
 def _head_dim(fields: Fields) -> int:
@@ -164,6 +193,12 @@ def _residual(fields: Fields, alpha: str, beta: str) -> Residual:
     return Residual(alpha=fields.number(alpha, 1.0), beta=fields.number(beta, 1.0))
 
 
+def _dtype(fields: Fields) -> str | None:
+    """Of the weights; "auto" says as little as nothing."""
+    name = fields.text("dtype") or fields.text("torch_dtype")
+    return None if name == "auto" else name
+
+
 def _model(
     fields: Fields, config: Mapping[str, Any], layers: list[LayerSpec], *, postnorm: bool, architecture: str
 ) -> ModelConfig:
@@ -171,7 +206,6 @@ def _model(
         ("hidden_act", ("silu", "swish")),
         ("sliding_window", ()),
         ("quantization_config", ()),
-        ("rope_scaling", ()),
     ):
         fields.must_be(name, *allowed)
     if not any(isinstance(layer.mixer, LightningSpec) for layer in layers):
@@ -195,5 +229,5 @@ def _model(
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         max_model_len=fields.positive("max_position_embeddings"),
         eos_token_ids=token_ids(config.get("eos_token_id")),
-        dtype=fields.text("dtype") or fields.text("torch_dtype"),
+        dtype=_dtype(fields),
     )

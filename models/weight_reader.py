@@ -6,6 +6,8 @@ and sending overlap between them. The buffers are all the host memory it takes, 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -13,16 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..kernels import use_device
+from .checkpoint import refuse_pointer
 from .errors import CheckpointError
 
 NUM_READERS = 8
 BUFFER_BYTES = 16 << 20  # per reader, a multiple of every item's size; large enough for the cost of a call to vanish
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 
 DTYPES = {
     "F64": torch.float64,
@@ -73,13 +78,15 @@ def read_header(path: Path) -> list[StoredTensor]:
     offsets, which the library does not.
     """
     try:
+        refuse_pointer(path)
         end = path.stat().st_size
         with safe_open(path, framework="pt") as file:
             names = file.offset_keys()
             described = [(name, file.get_slice(name)) for name in names]
             tensors = [(name, entry.get_dtype(), tuple(entry.get_shape())) for name, entry in described]
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+        cut = "; it ends too early, perhaps by an incomplete download: fetch it again" if _is_cut_off(path) else ""
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}{cut}") from None
     found = []
     for name, code, shape in reversed(tensors):
         if code not in DTYPES:
@@ -90,6 +97,21 @@ def read_header(path: Path) -> list[StoredTensor]:
         end -= math.prod(shape) * DTYPES[code].itemsize
         found.append(StoredTensor(path, name, DTYPES[code], shape, end))
     return found[::-1]
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a file that could not be read is the beginning of a longer one: its header says where it should end."""
+    malformed = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+    with contextlib.suppress(OSError, *malformed), path.open("rb") as file:
+        size = path.stat().st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size <= 8 or (file.read(1) == b"{" and size < 8 + length):
+            return True
+        file.seek(8)
+        header: dict[str, Any] = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+        ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        return bool(size < 8 + length + max(ends))
+    return False
 
 
 def fill(pairs: list[tuple[StoredTensor, Tensor]], device: torch.device, advance: Callable[[int], object]) -> None:

@@ -7,6 +7,7 @@ from whatever pieces a file holds, and nothing is ever held twice.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import read_json
+from .checkpoint import OTHER_WEIGHTS, read_json
 from .errors import CheckpointError
 from .weight_reader import StoredTensor, fill, read_header
+
+logger = logging.getLogger("leyden.models")
 
 INDEX_FILE = "model.safetensors.index.json"
 UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -32,7 +35,16 @@ _RENAMES = (
     (re.compile(r"(\.experts\.\d+)\.w2\."), r"\1.down_proj."),
 )
 # Buffers that Hugging Face's class used to save, and that follow from the config.
-_IGNORED = re.compile(r"\.(slope_rate|query_decay|key_decay|diagonal_decay|rotary_emb\.inv_freq)$")
+_IGNORED = re.compile(r"(^|\.)(slope_rate|query_decay|key_decay|diagonal_decay|rotary_emb\.inv_freq)$")
+# Canonical names as the released checkpoints spell them, unless the files at hand have names of the other spelling.
+_RELEASED = (
+    (re.compile(r"(\.experts\.\d+)\.gate_proj\."), r"\1.w1.", re.compile(r"\.experts\.\d+\.gate_proj\.")),
+    (re.compile(r"(\.experts\.\d+)\.up_proj\."), r"\1.w3.", re.compile(r"\.experts\.\d+\.up_proj\.")),
+    (re.compile(r"(\.experts\.\d+)\.down_proj\."), r"\1.w2.", re.compile(r"\.experts\.\d+\.down_proj\.")),
+    (re.compile(r"\.mlp\.(experts|gate)\."), r".block_sparse_moe.\1.", re.compile(r"\.mlp\.(experts|gate)\.")),
+    (re.compile(r"^(?!lm_head\.)"), "model.", re.compile(r"^(?!model\.|lm_head\.)")),
+)
+MAIN_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,9 @@ def _match(folder: Path, wanted: dict[str, Target], ignored: set[str]) -> list[t
     required = {name for name, target in wanted.items() if not target.covers}
     found: dict[str, Path] = {}
     pairs = []
+    names = []
     for stored in (stored for path in find_files(folder) for stored in read_header(path)):
+        names.append(stored.name)
         canonical = canonical_name(stored.name)
         if _IGNORED.search(canonical) or canonical in ignored:
             continue
@@ -105,27 +119,52 @@ def _match(folder: Path, wanted: dict[str, Target], ignored: set[str]) -> list[t
         pairs.append((stored, target.view))
     missing = sorted(required - found.keys())
     if missing:
-        shown = ", ".join(f"{name} {list(wanted[name].view.shape)}" for name in missing[:4])
+        shown = ", ".join(f"{_as_spelt(name, names)} {list(wanted[name].view.shape)}" for name in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise CheckpointError(f"{folder}: missing tensors: {shown}{more}")
     return pairs
 
 
+def _as_spelt(name: str, names: list[str]) -> str:
+    """A canonical name in the spelling of files that hold tensors of these names."""
+    for pattern, released, is_other in _RELEASED:
+        if not any(map(is_other.search, names)):
+            name = pattern.sub(released, name)
+    return name
+
+
 def find_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, sharded or not. Pickle checkpoints are refused."""
     index = folder / INDEX_FILE
+    present = sorted(folder.glob("*.safetensors"))
     if index.exists():
-        return _files_of_index(folder, index)
-    single = sorted(folder.glob("*.safetensors"))
-    if single:
-        return single
+        files, reason = _files_of_index(folder, index), f"{INDEX_FILE} does not name them"
+    elif (folder / MAIN_FILE) in present:
+        files, reason = [folder / MAIN_FILE], f"the weights are in {MAIN_FILE}"
+    else:
+        files = [path for path in present if not any(path.match(pattern) for pattern in OTHER_WEIGHTS)]
+        reason = "they are of an adapter or an optimizer, or another format of the weights"
+    if not files:
+        raise CheckpointError(_no_files(folder, present))
+    unread = [path.name for path in present if path not in files]
+    if unread:
+        logger.info("%s: not read, since %s: %s", folder, reason, ", ".join(unread))
+    return files
+
+
+def _no_files(folder: Path, present: list[Path]) -> str:
+    """Why a folder has no weights."""
     unsafe = sorted(path.name for path in folder.glob("*") if path.suffix in UNSAFE_SUFFIXES)
+    if present:
+        return (
+            f"{folder} holds no weights of a whole model, but {present[0].name}; merge an adapter into its model first"
+        )
     if unsafe:
-        raise CheckpointError(
+        return (
             f"{folder} holds only pickle weights ({unsafe[0]}), which can run code when loaded and are refused; "
             "convert them to safetensors"
         )
-    raise CheckpointError(f"{folder} holds no .safetensors file")
+    return f"{folder} holds no .safetensors file"
 
 
 def _files_of_index(folder: Path, index: Path) -> list[Path]:
@@ -136,7 +175,9 @@ def _files_of_index(folder: Path, index: Path) -> list[Path]:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise CheckpointError(f"{index}: {name!r} is not a plain .safetensors file name")
         if not (folder / name).is_file():
-            raise CheckpointError(f"{index} names {name}, which is not in {folder}")
+            raise CheckpointError(
+                f"{index} names {name}, which is not in {folder}: an incomplete download, perhaps; fetch it"
+            )
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 

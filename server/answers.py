@@ -7,7 +7,7 @@ from typing import Any
 from ..engine.grammar import require as require_grammars
 from .errors import UnsupportedParameterError
 from .parsers import reasoning
-from .parsers.formats import AnswerFormat
+from .parsers.formats import AnswerFormat, ThoughtState
 from .protocol import ChatRequest
 from .state import ServerState
 from .tools import read_tool_choice
@@ -40,9 +40,10 @@ def _why_no_tools(state: ServerState) -> str:
 def answer_format(request: ChatRequest, state: ServerState, prompt: list[int], *, with_tools: bool) -> AnswerFormat:
     return state.chat_format.of_answer(
         with_tools=with_tools,
-        is_thinking=_ends_in_thought(request, state, prompt),
+        thought=_thought_at_end(request, state, prompt),
         max_calls=1 if _takes_one_call(request) else None,
         hides=request.skip_special_tokens,
+        stops_in_thought=request.stop_in_reasoning,
     )
 
 
@@ -51,10 +52,10 @@ def _takes_one_call(request: ChatRequest) -> bool:
     return not request.parallel_tool_calls or isinstance(request.tool_choice, dict)
 
 
-def _ends_in_thought(request: ChatRequest, state: ServerState, prompt: list[int]) -> bool:
-    """Whether the template, or an answer that is to be continued, leaves a thought open."""
+def _thought_at_end(request: ChatRequest, state: ServerState, prompt: list[int]) -> ThoughtState:
+    """Whether the template, or an answer that is to be continued, leaves a thought open, or has closed it."""
     if request.continue_final_message:
         _, opening, thought = request.messages[-1]["content"].rpartition(reasoning.OPEN)
-        return bool(opening) and reasoning.CLOSE not in thought
-    tail = state.llm.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False)
-    return tail.rstrip().endswith(reasoning.OPEN)
+        return "none" if not opening else "over" if reasoning.CLOSE in thought else "open"
+    tail = state.llm.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False).rstrip()
+    return "open" if tail.endswith(reasoning.OPEN) else "over" if tail.endswith(reasoning.CLOSE) else "none"

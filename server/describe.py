@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -37,7 +38,7 @@ def banner(
     config: EngineConfig | None = None,
 ) -> str:
     """The lines printed once the server answers; the last are a command to try. `can_chat`: it has a chat template.
-    `config`: the settings, whose files are named where they replace the checkpoint's own."""
+    `config`: the settings, whose session folder is named, and files that replace the checkpoint's own."""
     kv_tokens = info.num_kv_blocks * info.block_size
     lines = [
         f"Leyden serves {name} ({info.architecture}, {_count(info.num_parameters)} parameters)",
@@ -49,6 +50,7 @@ def banner(
         f"context {info.max_model_len:,}",
         f"  prefixes  {_checkpoints(info.num_checkpoints, info.num_host_checkpoints, info.memory.checkpoints)}",
         *_drafts("drafts   ", info.speculative_tokens, info.speculative_max_rows),
+        *([f"  sessions  kept in {config.session_folder}"] if config and config.session_folder else ()),
         *(_replaced(config, 9) if config else ()),
         *(f"  note      {note}" for note in info.notes),
         f"  address   {address}",
@@ -83,7 +85,10 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     """
     import torch
 
+    from ..engine.block_tables import BlockTables
     from ..engine.device import pick_device, pick_dtype
+    from ..engine.sampler import Sampler
+    from ..engine.sizing import context_bytes
     from ..engine.tokenizer import Tokenizer
     from ..engine.tokenizer_files import TOKENIZER_FILE
     from ..kernels import load
@@ -122,10 +127,13 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
         f"  KV cache per token {_size(kv)}",
     ]
     use, where = _share(config, memory_gb, device, weight_bytes)
-    lines += _planned(config, model, use, where, state=state, kv=kv)
+    once = context_bytes(model, config, device)
+    lines += _planned(config, model, use, where, state=state, kv=kv, context_bytes=once)
     lines.append(f"  sequences that fit beside the weights in {_size(use.total)} ({where}):")
     for length in sorted({min(context, model_config.max_model_len) for context in CONTEXTS}):
-        lines.append(f"    {length:>9,} tokens each: {max(0, use.unassigned // (state + kv * length)):,}")
+        each = state + Sampler.bytes_per_slot(model_config.vocab_size) + kv * length
+        each += BlockTables.bytes_per_slot(length, config.block_size)
+        lines.append(f"    {length:>9,} tokens each: {max(0, (use.unassigned - once(length)) // each):,}")
     return "\n".join(lines)
 
 
@@ -146,31 +154,45 @@ def _share(
 
 
 def _planned(
-    config: EngineConfig, model: MiniMaxForCausalLM, use: MemoryUse, where: str, *, state: int, kv: int
+    config: EngineConfig,
+    model: MiniMaxForCausalLM,
+    use: MemoryUse,
+    where: str,
+    *,
+    state: int,
+    kv: int,
+    context_bytes: Callable[[int], int],
 ) -> list[str]:
-    """How the engine would share the memory out. `state`: bytes per slot, `kv`: bytes per token."""
+    """How the engine would share the memory out. `state`: bytes per slot, `kv`: bytes per token, `context_bytes`: as
+    for `plan_pools`."""
     import torch
 
+    from ..engine.block_tables import BlockTables
     from ..engine.sampler import Sampler
     from ..engine.sizing import context_length, plan_pools
 
     max_model_len = context_length(config, model.config.max_model_len)
     table = Sampler.bytes_per_slot(model.config.vocab_size)
     checkpoint = model.config.state_bytes_per_sequence(getattr(torch, config.saved_state_dtype).itemsize)
-    use = msgspec.structs.replace(use, weights=use.weights + model.position_bytes(max_model_len))
     try:
         plan = plan_pools(
             config,
-            use.unassigned,
+            use,
             max_model_len=max_model_len,
             state_bytes_per_slot=state + table,
             kv_bytes_per_token=kv,
             checkpoint_bytes=checkpoint,
+            context_bytes=context_bytes,
         )
     except ConfigError as error:
         return [f"  does not fit in {_size(use.total)} ({where}): {error}"]
-    use.state, use.sampler = plan.num_state_slots * state, plan.num_state_slots * table
+    positions = model.position_bytes(plan.max_model_len)
+    use = msgspec.structs.replace(use, weights=use.weights + positions)
+    use.other = context_bytes(plan.max_model_len) - positions
+    use.state = plan.num_state_slots * state
+    use.sampler = Sampler.bytes_for(plan.num_state_slots, model.config.vocab_size)
     use.kv = plan.num_kv_blocks * config.block_size * kv
+    use.kv += plan.num_state_slots * BlockTables.bytes_per_slot(plan.max_model_len, config.block_size)
     use.checkpoints = plan.num_checkpoints * checkpoint
     return [
         f"  planned split      {_split(use)}",

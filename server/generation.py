@@ -93,6 +93,7 @@ async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
         num_siblings=job.n - 1 if is_first else 0,
         sibling_of=None if is_first else f"{answer_id}-{job.first_index}",
         session_id=job.session_id,
+        stop_scope=job.stop_scope(),
     )
     reason: str | None = "abort"  # unless its last output comes
     try:
@@ -132,11 +133,6 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         raise ClientDisconnect
     finally:
         await cancel_all(working, leaving)
-
-
-async def first_event(events: Events) -> Event:
-    """Awaited before the response starts, so that an error known at admission keeps its status code."""
-    return await anext(events)
 
 
 async def collect(events: Events) -> list[Event]:

@@ -37,6 +37,11 @@ class TokenNames:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._tokenizer.token_bytes(token_id))
 
+    def at_start(self, token_id: int) -> str:
+        """The name of a text's first token, where a decoder may drop a blank."""
+        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return self[token_id] if HALF_CHARACTER in text else text
+
     def raw(self, token_id: int) -> list[int]:
         """Its bytes. The list is shared: it is not to be changed."""
         found = self._bytes.get(token_id)
@@ -62,7 +67,7 @@ class CompletionLogprobsWriter:
         for entry in entries:
             token_id = first_token_id if entry is None else entry.token_id
             assert token_id is not None, "an entry without logprobs needs the id of the prompt's first token"
-            token = self._names[token_id]
+            token = self._names.at_start(token_id) if entry is None else self._names[token_id]
             out.tokens.append(token)
             out.token_logprobs.append(None if entry is None else _finite(entry.logprob))
             out.top_logprobs.append(None if entry is None else self._top(entry))

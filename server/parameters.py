@@ -97,6 +97,7 @@ FOREIGN_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "continue_final_message": (False,),
     "add_generation_prompt": (True, False),
+    "stop_in_reasoning": (True, False),  # a completion is one text
 }
 
 IGNORED_HEADER = "x-ignored-parameters"

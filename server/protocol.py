@@ -257,6 +257,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int = _within(0, MAX_LOGPROBS, default=0)
     add_generation_prompt: bool | None = None  # vLLM: true unless continue_final_message
     continue_final_message: bool = False  # vLLM
+    stop_in_reasoning: bool = False  # our own: stop strings count in the thought, too
 
 
 class TokenizeRequest(RequestModel):

@@ -81,6 +81,7 @@ class ResponsesRequest(SamplingRequest):
     tools: ResponsesTools = None
     tool_choice: ToolChoiceInput = None  # auto where there are tools
     parallel_tool_calls: bool = True
+    stop_in_reasoning: bool = False
     metadata: dict[str, str] = Field({}, max_length=MAX_METADATA)
     user: str | None = None
 

@@ -77,7 +77,7 @@ class ResponseWriter:
         yield from self._numbered(self._events(event[1]))
 
     def render_failure(self, error: ApiError) -> Iterator[Event]:
-        """Of an answer that was begun: the error, and the response as far as it came."""
+        """Of a stream that was begun: the error, and the response as far as it came."""
         yield from self._numbered(self._failure_events(error))
 
     def _numbered(self, events: Iterator[Event]) -> Iterator[Event]:
@@ -89,14 +89,17 @@ class ResponseWriter:
     def _events(self, output: RequestOutput) -> Iterator[Event]:
         if output.num_cached_tokens is not None:
             self._num_cached_tokens = output.num_cached_tokens
-        if not self._num_events:
-            yield Created(response=self.response)
-            yield InProgress(response=self.response)
+        yield from self._begin()
         self._logprobs += chat_logprobs(output.logprobs or [], self._num_top, self._token_names).content
         for delta in self._read(output):
             yield from self._take(delta)
         if output.finish_reason is not None:
             yield from self._finish(output)
+
+    def _begin(self) -> Iterator[Event]:
+        if not self._num_events:
+            yield Created(response=self.response)
+            yield InProgress(response=self.response)
 
     def _read(self, output: RequestOutput) -> list[Delta]:
         """What one output adds, while a thought may go on token by token: so its tokens can be counted."""
@@ -164,6 +167,7 @@ class ResponseWriter:
             yield Incomplete(response=self.response)
 
     def _failure_events(self, error: ApiError) -> Iterator[Event]:
+        yield from self._begin()
         yield ErrorEvent(message=error.message, code=error.reason, param=error.param)
         failed = self._now("failed")
         failed.error = ResponseFailure("server_error", error.message)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..engine.detokenizer import StopScope
 from ..engine.errors import ContextLengthError, RequestError
 from ..engine.messages import EngineInfo
 from ..engine.sampling_params import SamplingParams
 from .answer_grammar import Form
+from .parsers.formats import AnswerFormat
 from .prompts import Prompt
 from .protocol import GenerationRequest
 from .state import ServerState
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 MAX_SHOWN_CHARS = 80
+PLAIN = AnswerFormat()
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Job:
     beginning: int = 0  # tokens with which other prompts are likely to begin, too
     form_field: str = "grammar"  # of the request, which the grammar in `params` was made of
     session_id: str | None = None  # under which its end can be saved
+    stop_scope: Callable[[], StopScope | None] = lambda: None  # of each answer; None: stop strings count everywhere
 
     @property
     def first_index(self) -> int:
@@ -49,7 +54,7 @@ def make_jobs(
     default_max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
-    shown_ids: frozenset[int] = frozenset(),
+    answer: AnswerFormat = PLAIN,
     form: Form | None = None,
 ) -> list[Job]:
     fields = _sampling_fields(request, state)
@@ -68,11 +73,12 @@ def make_jobs(
                 params=params.choice(j),
                 priority=request.priority,
                 n=request.n,
-                shown_ids=shown_ids,
+                shown_ids=answer.shown_ids,
                 prefix_cache=request.prefix_cache,
                 cache_salt=request.cache_salt,
                 beginning=prompt.beginning,
                 session_id=session_id,
+                stop_scope=answer.stop_scope,
             )
             jobs.append(job if form is None else replace(job, form_field=form.field))
     return jobs

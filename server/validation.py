@@ -123,7 +123,7 @@ async def prepare_conversation(
         asked=asked,
         default_max_tokens=None,
         logprobs=logprobs,
-        shown_ids=answer.shown_ids,
+        answer=answer,
         form=form,
     )
     return Prepared(request, [prompt], jobs, _not_held([*ignored, *unknown], form), answer)

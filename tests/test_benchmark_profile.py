@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 
 import pytest
 from engines import assert_nothing_held, make_core
@@ -52,13 +53,18 @@ def test_a_decode_profile_holds_whole_steps_and_leaves_the_engine_empty(checkpoi
     assert (table["steps"], table["operations"][0]["name"]) == (DECODE_STEPS, report.operations[0].name)
 
 
-def test_a_prefill_profile_is_one_step_as_full_as_it_can_be(checkpoint, tmp_path, capsys):
+def test_a_prefill_profile_is_one_step_as_full_as_it_can_be(checkpoint, tmp_path, capfd):
     core = make_core(checkpoint, max_num_batched_tokens=48)
     report = profile_prefill(core, 20, tmp_path)
     assert_nothing_held(core)
     assert (report.name, report.steps) == ("prefill, 48 tokens of 3 prompts", 1)
     print_profile(report)
-    assert "rms_norm" in capsys.readouterr().out
+    out, err = capfd.readouterr()
+    _, name, heading, *rows = out.splitlines()
+    assert name.startswith(report.name) and heading.split() == ["calls", "µs", "per", "step", "share", "operation"]
+    assert "rms_norm" in out and rows[-1].endswith(" others")
+    assert all(re.match(r" +[\d.e+]+ +[\d.]+ +[\d.]+%  ", row) for row in rows), "one table"
+    assert "Profiler" not in err, "the profiler's library writes nothing of its own"
 
 
 def test_a_batch_that_does_not_stay_together_is_refused(checkpoint, tmp_path):

@@ -19,6 +19,7 @@ class AttentionInputs:
     q: Tensor  # [T, H, D]
     caches: tuple[Tensor, Tensor]  # keys, values [num_blocks, 16, H_kv, D]
     block_table: Tensor
+    table_rows: Tensor
     query_start_loc: Tensor
     context_lens: Tensor
     out: Tensor
@@ -73,6 +74,7 @@ class AttentionCase:
             q,
             (normal(seed + 1, *cache), normal(seed + 2, *cache)),
             order.view(self.num_rows, blocks).int(),
+            torch.arange(self.num_rows, device=base.DEVICE, dtype=torch.int32),
             torch.arange(self.num_rows + 1, device=base.DEVICE, dtype=torch.int32) * queries,
             torch.full((self.num_rows,), self.length - queries, dtype=torch.int32, device=base.DEVICE),
             torch.full_like(q, math.nan),
@@ -116,7 +118,8 @@ class AttentionCase:
         kernels = base.our_kernels()
 
         def step(_: int) -> None:
-            kernels.attention_decode(x.q, *x.caches, x.block_table, x.context_lens, self.scale, x.out)
+            rows = (x.block_table, x.table_rows, x.context_lens)
+            kernels.attention_decode(x.q, *x.caches, *rows, self.scale, x.out)
 
         return Bound(step, lambda: (x.out,))
 
@@ -124,7 +127,7 @@ class AttentionCase:
         kernels = base.our_kernels()
 
         def step(_: int) -> None:
-            rows = (x.block_table, x.query_start_loc, x.context_lens, self.length)
+            rows = (x.block_table, x.table_rows, x.query_start_loc, x.context_lens, self.length)
             kernels.attention_prefill(x.q, *x.caches, *rows, self.scale, x.out)
 
         return Bound(step, lambda: (x.out[:, self.checked_heads],))

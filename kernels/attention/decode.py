@@ -21,12 +21,13 @@ MAX_SPLITS = 64
 PROGRAMS = 4096  # beyond so many, splitting adds empty programs and nothing else
 
 
-@triton.jit(do_not_specialize=["b_b", "SPLITS"], do_not_specialize_on_alignment=["p_blocks", "p_context"])
+@triton.jit(do_not_specialize=["b_b", "SPLITS"], do_not_specialize_on_alignment=["p_rows", "p_context"])
 def _split_kernel(
     p_q,
     p_key,
     p_value,
     p_blocks,
+    p_rows,
     p_context,
     p_o,
     p_part,
@@ -71,7 +72,7 @@ def _split_kernel(
     m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
     p_key += i_kv * kc_h
     p_value += i_kv * vc_h
-    p_blocks += i_b * b_b
+    p_blocks += tl.load(p_rows + i_b).to(tl.int64) * b_b
     b_block = load_blocks(p_blocks, start, end, BLOCK_SIZE, BN)
     b_q = tl.load(p_q + i_b * q_b + i_h[:, None] * q_h + o_d[None, :], mask=m_q, other=0.0)
 
@@ -148,6 +149,7 @@ def decode(
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
+    table_rows: Tensor,
     context_lens: Tensor,
     scale: float,
     out: Tensor,
@@ -172,6 +174,7 @@ def decode(
         key_cache,
         value_cache,
         block_table,
+        table_rows,
         context_lens,
         out,
         part,

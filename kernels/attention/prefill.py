@@ -17,12 +17,13 @@ from torch import Tensor
 from .tile import load_blocks, load_tokens, online_softmax
 
 
-@triton.jit(do_not_specialize=["b_b"], do_not_specialize_on_alignment=["p_blocks", "p_start", "p_context"])
+@triton.jit(do_not_specialize=["b_b"], do_not_specialize_on_alignment=["p_rows", "p_start", "p_context"])
 def _prefill_kernel(
     p_q,
     p_key,
     p_value,
     p_blocks,
+    p_rows,
     p_start,
     p_context,
     p_o,
@@ -55,7 +56,7 @@ def _prefill_kernel(
     context = tl.load(p_context + i_b)
     p_key += i_kv * kc_h
     p_value += i_kv * vc_h
-    p_blocks += i_b.to(tl.int64) * b_b
+    p_blocks += tl.load(p_rows + i_b).to(tl.int64) * b_b
     o_m = i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     i_token = o_m // G
@@ -104,6 +105,7 @@ def prefill(
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
+    table_rows: Tensor,
     query_start_loc: Tensor,
     context_lens: Tensor,
     max_query_len: int,
@@ -123,6 +125,7 @@ def prefill(
         key_cache,
         value_cache,
         block_table,
+        table_rows,
         query_start_loc,
         context_lens,
         out,

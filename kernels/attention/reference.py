@@ -24,6 +24,7 @@ def prefill(
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
+    table_rows: Tensor,
     query_start_loc: Tensor,
     context_lens: Tensor,
     max_query_len: int,
@@ -31,17 +32,18 @@ def prefill(
     out: Tensor,
 ) -> Tensor:
     """Row by row. Contract: `Kernels.attention_prefill`."""
-    starts = query_start_loc.tolist()
+    starts, rows_of_table = query_start_loc.tolist(), table_rows.tolist()
     for row, context in enumerate(context_lens.tolist()):
         start, end = starts[row], starts[row + 1]
         if context < 0:  # padding row
             out[start:end] = 0
         if start == end or context < 0:
             continue
-        keys, values = (_history(cache, block_table[row], context + end - start) for cache in (key_cache, value_cache))
+        blocks, length = block_table[rows_of_table[row]], context + end - start
+        keys, values = (_history(cache, blocks, length) for cache in (key_cache, value_cache))
         mask = None
         if context:
-            mask = torch.ones(end - start, context + end - start, dtype=torch.bool, device=q.device).tril_(context)
+            mask = torch.ones(end - start, length, dtype=torch.bool, device=q.device).tril_(context)
         # [H, n, D], [H_kv, L, D] -> [H, n, D]; a leading batch of 1 selects the fused kernel
         rows = F.scaled_dot_product_attention(
             q[None, start:end].transpose(1, 2),
@@ -67,6 +69,7 @@ def decode(
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
+    table_rows: Tensor,
     context_lens: Tensor,
     scale: float,
     out: Tensor,
@@ -78,12 +81,15 @@ def decode(
     """
     lengths = [n + 1 for n in context_lens.tolist()]
     if len(lengths) > 1 and max(lengths) <= LONGEST_PADDED:
-        return _decode_padded(q, key_cache, value_cache, block_table, context_lens, max(lengths), scale, out)
-    for row, length in enumerate(lengths):
+        return _decode_padded(
+            q, key_cache, value_cache, block_table, table_rows, context_lens, max(lengths), scale, out
+        )
+    for row, (length, row_of_table) in enumerate(zip(lengths, table_rows.tolist(), strict=True)):
         if length == 0:
             out[row].zero_()
             continue
-        keys, values = (_history(cache, block_table[row], length)[None] for cache in (key_cache, value_cache))
+        blocks = block_table[row_of_table]
+        keys, values = (_history(cache, blocks, length)[None] for cache in (key_cache, value_cache))
         out[row] = _attend_once(q[row, None], keys, values, None, scale)[0]
     return out
 
@@ -107,6 +113,7 @@ def _decode_padded(
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
+    table_rows: Tensor,
     context_lens: Tensor,
     longest: int,
     scale: float,
@@ -114,7 +121,9 @@ def _decode_padded(
 ) -> Tensor:
     if longest == 0:
         return out.zero_()
-    tokens, mask = _visible_tokens(block_table, context_lens, key_cache.shape[1], longest)
+    width = -(-longest // key_cache.shape[1])  # cut first: a table may be far wider than these rows are long
+    blocks = block_table[:, :width].index_select(0, table_rows.clamp(min=0)) * (context_lens >= 0)[:, None]
+    tokens, mask = _visible_tokens(blocks, context_lens, key_cache.shape[1], longest)
     keys, values = (
         token_rows(cache).index_select(0, tokens).view(len(q), longest, *cache.shape[2:])
         for cache in (key_cache, value_cache)
@@ -123,13 +132,14 @@ def _decode_padded(
     return out.masked_fill_((context_lens < 0)[:, None, None], 0.0)
 
 
-def _visible_tokens(block_table: Tensor, context_lens: Tensor, block_size: int, longest: int) -> tuple[Tensor, Tensor]:
+def _visible_tokens(blocks: Tensor, context_lens: Tensor, block_size: int, longest: int) -> tuple[Tensor, Tensor]:
     """Cache rows of positions 0..longest-1 of every row, [B * L], and which of them it sees, [B, 1, 1, L].
+    blocks: [B, M] int32.
 
     A position that a row does not see stands for its position 0.
     """
-    position = torch.arange(longest, device=block_table.device)
+    position = torch.arange(longest, device=blocks.device)
     seen = position <= context_lens[:, None]  # [B, L]
     position = position * seen
-    tokens = block_table.long().gather(1, position // block_size) * block_size + position % block_size
+    tokens = blocks.long().gather(1, position // block_size) * block_size + position % block_size
     return tokens.view(-1), seen[:, None, None, :]

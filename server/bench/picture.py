@@ -12,8 +12,10 @@ from .errors import BenchUsageError
 from .report import TITLES, Latencies
 
 PANELS = ("ttft", "itl", "e2e")
+SHARES = (0.0, 0.25, 0.5, 0.75, 0.95, 0.99)  # with a line across; the report's percentiles are among them
+FASTEST = 0.005  # of a case's latencies that may lie left of the axis: chunks that were read at once would stretch it
 MAX_POINTS = 2000  # of a curve; more cannot be seen
-LEAST_SECONDS = 1e-4  # what is shorter is drawn here: chunks that were read at once would stretch the axis
+LEAST_SECONDS = 1e-4  # a logarithmic axis has no zero
 
 
 def require_matplotlib() -> None:
@@ -43,15 +45,20 @@ def draw(cases: dict[str, Latencies], title: str, path: Path) -> None:
 
 
 def _draw_panel(axes: Any, cases: dict[str, np.ndarray], title: str) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-    for name, latencies in cases.items():
-        if len(latencies):
-            values, shares = ecdf(latencies)
-            axes.step(1e3 * np.maximum(values, LEAST_SECONDS), shares, where="post", label=name, linewidth=1.8)
+    curves = {
+        name: ecdf(1e3 * np.maximum(latencies, LEAST_SECONDS)) for name, latencies in cases.items() if len(latencies)
+    }
+    for name, (values, shares) in curves.items():
+        axes.step(values, shares, where="post", label=name, linewidth=1.8)
     axes.set(title=title, xscale="log", xlabel="milliseconds", ylim=(0, 1.01))
+    if curves:
+        axes.set_xlim(left=0.9 * min(np.interp(FASTEST, shares, values) for values, shares in curves.values()))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(FixedLocator(SHARES))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.tick_params(axis="y", labelsize="small")
     axes.grid(alpha=0.3)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import time
 from collections import defaultdict
@@ -30,7 +31,8 @@ DECODE_STEPS = 16  # whole rounds of the replay backend, which writes its states
 WARM_UP_STEPS = 4
 DEVICE_WORK = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 MAX_NAME_CHARS = 90
-MAX_TABLE_ROWS = 30
+QUIET = "99"  # above all severities: the profiler's library writes lines of its own between the tables
+LEAST_SHARE = 0.005  # of an operation that gets a row of its own
 
 Event = dict[str, Any]
 
@@ -106,12 +108,13 @@ def print_profile(report: StepProfile) -> None:
         f"idle {report.idle_us / 1e3:.3f} ms; {report.steps} steps in {report.trace}"
     )
     print(f"{'calls':>8} {'µs per step':>12} {'share':>7}  operation")
-    for row in report.operations[:MAX_TABLE_ROWS]:
-        print(f"{row.calls:>8g} {row.us:>12.1f} {row.share:>7.1%}  {row.name}")
-    rest = report.operations[MAX_TABLE_ROWS:]
+    shown = [row for row in report.operations if row.share >= LEAST_SHARE]
+    rest = report.operations[len(shown) :]
     if rest:
         calls, us, share = (sum(values) for values in zip(*((r.calls, r.us, r.share) for r in rest), strict=True))
-        print(f"{calls:>8g} {us:>12.1f} {share:>7.1%}  {len(rest)} others")
+        shown.append(Operation(f"{len(rest)} others", calls, us, share))
+    for row in shown:
+        print(f"{row.calls:>8.4g} {row.us:>12.1f} {row.share:>7.1%}  {row.name}")
 
 
 def tabulate(durations: Iterable[tuple[str, float]], steps: int) -> list[Operation]:
@@ -187,6 +190,7 @@ def _timed(core: EngineCore, steps: int) -> float:
 
 def _traced(core: EngineCore, steps: int, path: Path) -> float:
     """Microseconds per step under the profiler, whose trace goes to `path`."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", QUIET)
     activities = [ProfilerActivity.CPU]
     if core.runner.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ...configs.schema import ServerConfig
+from ...engine.detokenizer import StopScope
 from . import kimi_calls as kimi
 from . import reasoning
 from .answer import AnswerParser
 from .deltas import Parser, PlainText
 from .json_calls import JsonCalls
 from .kimi_calls import KimiCalls
-from .reasoning import Thinking
+from .reasoning import AfterThought, Thinking
 
 NUMBER = "{number}"  # in a layout: any number of a call
+# A prompt may end in an open thought, or in a closed one: then the answer has none. "none": the model decides.
+ThoughtState = Literal["none", "open", "over"]
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,16 @@ class AnswerFormat:
     max_calls: int | None = None
     control_ids: Mapping[str, int] = field(default_factory=dict)  # its markers that are control tokens
     hides: bool = True  # no control tokens in content
+    stops_in_thought: bool = False
 
     @property
     def shown_ids(self) -> frozenset[int]:
         """Control tokens that the parser has to see as text."""
         return frozenset(self.control_ids.values())
+
+    def stop_scope(self) -> StopScope | None:
+        """Where stop strings count in one answer: not in a thought, unless asked for; None: everywhere."""
+        return AfterThought(has_begun=self.is_thinking) if self.thinks and not self.stops_in_thought else None
 
     def parser(self) -> AnswerParser:
         parser: Parser = PlainText() if self.tools is None else self.tools.make()
@@ -129,17 +137,27 @@ class ChatFormat:
         controls = {tokenizer.token_text(token_id): token_id for token_id in tokenizer.control_ids}
         return cls(tools, thinks, controls)
 
-    def of_answer(self, *, with_tools: bool, is_thinking: bool, max_calls: int | None, hides: bool) -> AnswerFormat:
-        """`hides`: the request wants no control tokens in its text."""
+    def of_answer(
+        self,
+        *,
+        with_tools: bool,
+        thought: ThoughtState,
+        max_calls: int | None,
+        hides: bool,
+        stops_in_thought: bool = False,
+    ) -> AnswerFormat:
+        """`thought`: where the prompt ends. `hides`: the request wants no control tokens in its text."""
         tools = self.tools if with_tools else None
-        markers = (reasoning.OPEN, reasoning.CLOSE) * self.thinks + (tools.markers if tools else ())
+        thinks = self.thinks and thought != "over"
+        markers = (reasoning.OPEN, reasoning.CLOSE) * thinks + (tools.markers if tools else ())
         return AnswerFormat(
             tools=tools,
-            thinks=self.thinks,
-            is_thinking=is_thinking,
+            thinks=thinks,
+            is_thinking=thought == "open",
             max_calls=max_calls,
             control_ids={marker: self.controls[marker] for marker in markers if marker in self.controls},
             hides=hides,
+            stops_in_thought=stops_in_thought,
         )
 
 

@@ -5,6 +5,9 @@ The opening marker may be the model's, or be in the prompt already, where the ch
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from enum import Enum, auto
+
 from .deltas import Delta, Parser, Reasoning, merged
 from .markers import Markers, TrimmedText
 
@@ -14,65 +17,127 @@ CLOSING = Markers(CLOSE)
 MAX_SPACES = 64
 
 
-class Thinking:
-    """Splits the thought off; the white space around it is layout. An answer that begins otherwise has none."""
+class Section(Enum):
+    MARKER = auto()  # with the white space around it
+    THOUGHT = auto()
+    ANSWER = auto()
 
-    def __init__(self, answer: Parser, *, has_begun: bool) -> None:
+
+Pieces = list[tuple[Section, str]]
+
+
+class Sections:
+    """Splits text that comes in pieces into a thought and an answer; one that begins otherwise has no thought.
+
+    The pieces it gives join to the text it got, and their sections do not depend on how the text was cut.
+    """
+
+    def __init__(self, *, has_begun: bool) -> None:
         """`has_begun`: the prompt ends in an open thought."""
-        self._answer = answer
         self._has_begun = has_begun
         self._text = ""
         self._read = self._read_opening
-        self._thought = TrimmedText(follows_marker=True)
 
     @property
     def is_open(self) -> bool:
         """Whether what comes next belongs to the thought, its closing marker too."""
         return self._read == self._read_thought or (self._has_begun and self._read == self._read_opening)
 
-    def push(self, text: str) -> list[Delta]:
+    def push(self, text: str) -> Pieces:
+        """What `text` settles; what may still become a marker is held back."""
         self._text += text
-        deltas: list[Delta] = []
-        while self._read(deltas):
+        pieces: Pieces = []
+        while self._read(pieces):
             pass
-        return merged(deltas)
+        return pieces
 
-    def finish(self) -> list[Delta]:
-        text, self._text = self._text, ""
-        if self.is_open:
-            return merged([Reasoning(self._thought.write(text)), Reasoning(self._thought.finish())])
-        return merged([*self._answer.push(text), *self._answer.finish()])
+    def finish(self) -> Pieces:
+        """What was held back, once the text has ended."""
+        return [(Section.THOUGHT if self.is_open else Section.ANSWER, self._take(len(self._text)))]
 
     # Each reads on in its state, and returns whether it can go on without more text.
 
-    def _read_opening(self, deltas: list[Delta]) -> bool:
+    def _read_opening(self, pieces: Pieces) -> bool:
         word = self._text.lstrip()
         num_spaces = len(self._text) - len(word)
         if num_spaces <= MAX_SPACES and OPEN.startswith(word[: len(OPEN)]):
             if len(word) < len(OPEN):
                 return False
-            self._text = word[len(OPEN) :]
+            pieces.append((Section.MARKER, self._take(num_spaces + len(OPEN))))
             self._read = self._read_thought
         else:
             self._read = self._read_thought if self._has_begun else self._read_answer
         return True
 
-    def _read_thought(self, deltas: list[Delta]) -> bool:
+    def _read_thought(self, pieces: Pieces) -> bool:
         end, marker = CLOSING.find(self._text, 0)
-        deltas.append(Reasoning(self._thought.write(self._text[:end])))
-        self._text = self._text[end + len(marker or "") :]
-        if marker is not None:
-            self._read = self._read_gap
-        return marker is not None
+        pieces.append((Section.THOUGHT, self._take(end)))
+        if marker is None:
+            return False
+        pieces.append((Section.MARKER, self._take(len(marker))))
+        self._read = self._read_gap
+        return True
 
-    def _read_gap(self, deltas: list[Delta]) -> bool:
-        self._text = self._text.lstrip()
+    def _read_gap(self, pieces: Pieces) -> bool:
+        pieces.append((Section.MARKER, self._take(len(self._text) - len(self._text.lstrip()))))
         if not self._text:
             return False
         self._read = self._read_answer
         return True
 
-    def _read_answer(self, deltas: list[Delta]) -> bool:
-        text, self._text = self._text, ""
-        deltas += self._answer.push(text)
+    def _read_answer(self, pieces: Pieces) -> bool:
+        pieces.append((Section.ANSWER, self._take(len(self._text))))
         return False
+
+    def _take(self, length: int) -> str:
+        taken, self._text = self._text[:length], self._text[length:]
+        return taken
+
+
+class Thinking:
+    """Passes the thought on as `Reasoning`, and the answer to its parser. The white space at markers is layout."""
+
+    def __init__(self, answer: Parser, *, has_begun: bool) -> None:
+        """`has_begun`: the prompt ends in an open thought."""
+        self._answer = answer
+        self._sections = Sections(has_begun=has_begun)
+        self._thought = TrimmedText(follows_marker=True)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether what comes next belongs to the thought, its closing marker too."""
+        return self._sections.is_open
+
+    def push(self, text: str) -> list[Delta]:
+        return merged(self._read(self._sections.push(text)))
+
+    def finish(self) -> list[Delta]:
+        rest = self._read(self._sections.finish())
+        return merged([*rest, Reasoning(self._thought.finish())] if self.is_open else [*rest, *self._answer.finish()])
+
+    def _read(self, pieces: Pieces) -> Iterable[Delta]:
+        for section, text in pieces:
+            if section is Section.THOUGHT:
+                yield Reasoning(self._thought.write(text))
+            elif section is Section.ANSWER:
+                yield from self._answer.push(text)
+
+
+class AfterThought:
+    """The scope of stop strings in an answer that may think first (an `engine.detokenizer.StopScope`)."""
+
+    def __init__(self, *, has_begun: bool) -> None:
+        """`has_begun`: the prompt ends in an open thought."""
+        self._sections = Sections(has_begun=has_begun)
+
+    def push(self, text: str) -> tuple[str, str]:
+        return _split(self._sections.push(text))
+
+    def finish(self) -> tuple[str, str]:
+        return _split(self._sections.finish())
+
+
+def _split(pieces: Pieces) -> tuple[str, str]:
+    """(thought and markers, answer)."""
+    before = "".join(text for section, text in pieces if section is not Section.ANSWER)
+    return before, "".join(text for section, text in pieces if section is Section.ANSWER)

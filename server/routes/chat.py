@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from ...engine.outputs import RequestOutput
 from ..chat_messages import chunk_delta, finish_reason, read_deltas, whole_message
-from ..generation import Event, collect, first_event, generate, num_chars, traced, unless_disconnected
+from ..generation import Event, collect, generate, num_chars, traced, unless_disconnected
 from ..logprobs import chat_logprobs, splice_chat_logprobs
 from ..off_loop import off_loop
 from ..openapi import GENERATING, documented
@@ -47,8 +47,7 @@ async def create_chat_completion(http: Request) -> Response:
     if not prepared.request.stream:
         outputs = await unless_disconnected(http.receive, collect(events))
         return await off_loop(num_chars(outputs), lambda: PiecedResponse(writer.whole(outputs), prepared.headers))
-    first = await unless_disconnected(http.receive, first_event(events))
-    return EventStream(first, events, writer.render, writer.render_end, prepared.headers)
+    return EventStream(events, writer.render, writer.render_end, prepared.headers)
 
 
 class ChatWriter:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...engine.outputs import TokenLogprobs
-from ..generation import Event, collect, first_event, generate, num_chars, traced, unless_disconnected
+from ..generation import Event, collect, generate, num_chars, traced, unless_disconnected
 from ..logprobs import CompletionLogprobsWriter, splice_completion_logprobs
 from ..off_loop import off_loop
 from ..openapi import GENERATING, documented
@@ -42,8 +42,7 @@ async def create_completion(http: Request) -> Response:
     if not prepared.request.stream:
         outputs = await unless_disconnected(http.receive, collect(events))
         return await off_loop(num_chars(outputs), lambda: PiecedResponse(writer.whole(outputs), prepared.headers))
-    first = await unless_disconnected(http.receive, first_event(events))
-    return EventStream(first, events, writer.render, writer.render_end, prepared.headers)
+    return EventStream(events, writer.render, writer.render_end, prepared.headers)
 
 
 class CompletionWriter:

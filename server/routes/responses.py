@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..generation import first_event, generate, traced, unless_disconnected
+from ..generation import generate, traced, unless_disconnected
 from ..off_loop import off_loop
 from ..openapi import GENERATING, documented
 from ..responses import json_response
@@ -33,5 +33,4 @@ async def create_response(http: Request) -> Response:
     if not request.stream:
         whole = await unless_disconnected(http.receive, writer.whole(events))
         return await off_loop(writer.num_chars, lambda: json_response(whole, chat.headers))
-    first = await unless_disconnected(http.receive, first_event(events))
-    return NamedEventStream(first, events, writer.render, writer.render_failure, chat.headers)
+    return NamedEventStream(events, writer.render, writer.render_failure, chat.headers)

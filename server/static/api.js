@@ -39,6 +39,7 @@ export async function* stream(path, body, signal) {
     const frames = (held + value).split("\n\n");
     held = frames.pop();
     for (const frame of frames) {
+      if (!frame.startsWith("data: ")) continue; // a comment, sent while there is nothing else to say
       const data = frame.slice("data: ".length);
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);

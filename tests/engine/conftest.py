@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from engines import DEVICE
 from leyden.engine import cuda_graph
 from leyden.engine.tokenizer import Tokenizer
-from tiny_models import save_minimax
+from tiny_models import save_minimax, sentencepiece_tokenizer
 
 
 @dataclass
@@ -36,6 +37,14 @@ def tiny(tmp_path_factory) -> Tiny:
 @pytest.fixture(scope="session")
 def tokenizer(tiny) -> Tokenizer:
     return Tokenizer(tiny.folder)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece(tiny, tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    shutil.copy(tiny.folder / "config.json", folder)
+    sentencepiece_tokenizer().save_pretrained(folder)
+    return Tokenizer(folder)
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from engines import sequence
-from leyden.engine.batch import build_batch
+from engines import build_batch, sequence
+from leyden.engine.block_tables import BlockTables
 from leyden.engine.copies import Snapshot
 from leyden.engine.scheduled_batch import ScheduledBatch
 
@@ -25,7 +25,7 @@ def mixed() -> ScheduledBatch:
 
 
 def build(scheduled: ScheduledBatch):
-    return build_batch(scheduled, BLOCK, CPU)
+    return build_batch(scheduled, BlockTables(6, 5, CPU), BLOCK)
 
 
 def test_tokens_and_positions_lie_flat_without_padding():
@@ -56,7 +56,8 @@ def test_context_decides_who_is_new_and_never_the_length_of_the_row():
 def test_slots_and_blocks_are_those_of_the_sequences():
     batch = build(mixed())
     assert batch.state_indices.tolist() == [5, 0, 2, 1, 3]
-    assert batch.block_table.tolist() == [[9, 3, 7, 1], [0, 0, 0, 0], [11, 2, 0, 0], [8, 0, 0, 0], [4, 6, 0, 0]]
+    tables = batch.block_table[batch.state_indices]
+    assert tables.tolist() == [[9, 3, 7, 1], [0, 0, 0, 0], [11, 2, 0, 0], [8, 0, 0, 0], [4, 6, 0, 0]]
 
 
 def test_slot_mapping_points_into_the_blocks_of_each_token():

@@ -38,7 +38,7 @@ def plain(folder, **settings) -> EngineCore:
 
 def with_graphs(folder, shapes=DECODES, **settings) -> EngineCore:
     core = plain(folder, **settings)
-    core.runner.graphs = StepGraphs(core.runner._compute, shapes, 16, core.runner.device)
+    core.runner.graphs = StepGraphs(core.runner._compute, shapes, core.runner.tables, core.runner.device)
     return core
 
 

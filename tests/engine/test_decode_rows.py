@@ -31,7 +31,8 @@ def _played(played_graphs):
 
 def with_graphs(folder, **settings) -> EngineCore:
     core = make_core(folder, max_num_seqs=8, device=DEVICE, cuda_graphs=False, block_size=4, **settings)
-    core.runner.graphs = StepGraphs(core.runner._compute, graph_shapes(8, 0), 64, core.runner.device)
+    runner = core.runner
+    runner.graphs = StepGraphs(runner._compute, graph_shapes(8, 0), runner.tables, runner.device)
     return core
 
 
@@ -61,11 +62,11 @@ def watch(core: EngineCore) -> dict[str, int]:
         assert ids[known].tolist() == expected["input_ids"][known].tolist()
         counts["followed"] += batch.advance is not None
         counts["left"] += batch.advance is not None and batch.advance.kept is not None
-        counts["turned"] += batch.advance is not None and rows.table is None and rows.has_turned
+        counts["turned"] += batch.advance is not None and rows.brings_cells
         step = decode(rows)
-        table = graphs.block_table.cpu().numpy()
-        for row, own in enumerate(batch.sequences):
-            assert table[row, : len(own.block_table)].tolist() == own.block_table.tolist()
+        table = runner.tables.table.cpu().numpy()
+        for own in batch.sequences:
+            assert table[own.state_slot, : len(own.block_table)].tolist() == own.block_table.tolist()
         return step
 
     runner._decode_rows, runner._decode = note, check

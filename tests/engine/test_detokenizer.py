@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from leyden.engine.detokenizer import MAX_OPEN, IncrementalDetokenizer, StopStrings, TextStream
 from leyden.engine.outputs import RequestOutput, StepOutput, TokenLogprobs
@@ -53,7 +53,7 @@ def run(tokenizer, text: str, *, sizes=(1,), finish_reason="length", stop_token_
     pieces = list(cut(ids, list(sizes)))
     steps = [StepOutput(request_id="r", token_ids=piece) for piece in pieces]
     steps[-1].finish_reason, steps[-1].stop_token_id = finish_reason, stop_token_id
-    outputs = finish(TextStream(tokenizer, SamplingParams(**({"max_tokens": None} | params)), 3), steps)
+    outputs = finish(TextStream(tokenizer, SamplingParams(**({"max_tokens": None} | params)), [0] * 3), steps)
     return "".join(output.text for output in outputs), outputs[-1]
 
 
@@ -131,6 +131,31 @@ def test_byte_fallback_tokenizers_keep_their_spaces_and_characters(pieces, sizes
     deltas = [detokenizer.push(piece) for piece in cut(ids, sizes)]
     assert not any(FFFD in delta for delta in deltas)
     assert "".join(deltas) + detokenizer.flush() == fallback.decode(ids)
+
+
+WORDS = st.text(st.sampled_from("Helo wrd\né€😀"), max_size=12)
+
+
+@relaxed
+@given(prompt=WORDS, answer=WORDS, sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), skip=st.booleans())
+@example("Hello", " world", [1], True)
+@example("", " world", [1], True)
+def test_prompt_and_answer_are_the_text_of_their_tokens(sentencepiece, prompt, answer, sizes, skip):
+    """Whatever the decoder does with a text's first token: SentencePiece's drop its blank."""
+    before = sentencepiece._with_control.encode(f"<s>{prompt}").ids
+    ids = sentencepiece.encode("x" + answer, add_special_tokens=False)[2:]  # without the blank that begins a text
+    text = sentencepiece.decode(before, skip)
+    detokenizer = IncrementalDetokenizer(sentencepiece, skip, prompt_token_ids=before)
+    deltas = [detokenizer.push(piece) for piece in cut(ids, sizes)] + [detokenizer.flush()]
+    assert text + "".join(deltas) == sentencepiece.decode(before + ids, skip)
+    assert not any(FFFD in delta for delta in deltas)
+
+
+@pytest.mark.parametrize("broken", [b"\xe2", b"\xe2\x82", b"\xff\xff\xff", b"\x82" * 9])
+def test_broken_end_of_a_prompt_is_no_part_of_the_answer(tokenizer, broken):
+    prompt = [*tokenizer.encode("ab"), *byte_ids(tokenizer, broken)]
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids=prompt)
+    assert detokenizer.push(tokenizer.encode(" c€")) + detokenizer.flush() == " c€"
 
 
 def test_valid_text_after_a_long_run_of_broken_bytes_is_not_lost(tokenizer):
@@ -253,7 +278,7 @@ def test_an_answer_does_not_depend_on_how_its_steps_pile_up(
     )
 
     def whole(steps: list[StepOutput]) -> RequestOutput:
-        first, *rest = finish(TextStream(tokenizer, params, 3), steps)
+        first, *rest = finish(TextStream(tokenizer, params, [0] * 3), steps)
         for output in rest:
             first.extend(output)
             first.text += output.text
@@ -274,7 +299,7 @@ def test_held_back_text_is_released_at_the_end(tokenizer):
 
 
 def test_text_that_may_become_a_stop_string_is_not_shown(tokenizer):
-    stream = TextStream(tokenizer, SamplingParams(stop=("STOP",)), 1)
+    stream = TextStream(tokenizer, SamplingParams(stop=("STOP",)), [0] * 1)
     deltas = [stream.push(StepOutput(request_id="r", token_ids=[t])).text for t in tokenizer.encode("xSTxSTO")]
     assert deltas == ["x", "", "", "STx", "", "", ""]
 
@@ -308,7 +333,7 @@ def test_eos_is_no_stop_reason(tokenizer):
 
 
 def test_counters_and_errors_pass_through(tokenizer):
-    stream = TextStream(tokenizer, SamplingParams(), 17)
+    stream = TextStream(tokenizer, SamplingParams(), [0] * 17)
     first = stream.push(StepOutput(request_id="r", token_ids=[1, 2]))
     last = stream.push(StepOutput(request_id="r", finish_reason="error", error="broken"))
     assert (first.num_prompt_tokens, first.num_output_tokens, last.num_output_tokens) == (17, 2, 2)
@@ -336,7 +361,7 @@ def test_an_output_in_parts_is_the_output(num_scored, pieces, has_logprobs, size
     entries = [TokenLogprobs.of(i, -1.0, [(i, -1.0), (7, -2.0)]) for i in range(len(pieces))]
     whole = RequestOutput(
         request_id="r",
-        text="".join(pieces) or "flushed",
+        text="".join(pieces) if pieces else "flushed",
         pieces=pieces or ["flushed"],
         token_ids=list(range(len(pieces))),
         logprobs=entries if has_logprobs else None,
@@ -364,3 +389,35 @@ def test_an_output_in_parts_is_the_output(num_scored, pieces, has_logprobs, size
     first.logprobs = first.logprobs or whole.logprobs
     first.num_output_tokens = 20
     assert first == whole
+
+
+class AfterBar:
+    """Stop strings count behind the first bar."""
+
+    def __init__(self):
+        self._has_come = False
+
+    def push(self, text):
+        if self._has_come:
+            return "", text
+        before, bar, after = text.partition("|")
+        self._has_come = bool(bar)
+        return before + bar, after
+
+    def finish(self):
+        return "", ""
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3,), (2, 5), (100,)])
+@pytest.mark.parametrize(
+    ("text", "shown", "num_tokens"),
+    [("a.b|c.d", "a.b|c", 6), ("a.b", "a.b", 3), ("|.", "|", 2), (".", ".", 1), ("a.|..", "a.|", 4)],
+)
+def test_stop_strings_count_within_their_scope_alone(tokenizer, sizes, text, shown, num_tokens):
+    stream = TextStream(tokenizer, SamplingParams(stop=(".",), max_tokens=None), [0] * 3, stop_scope=AfterBar())
+    steps = [StepOutput(request_id="r", token_ids=piece) for piece in cut(tokenizer.encode(text), list(sizes))]
+    steps[-1].finish_reason = "length"
+    outputs = finish(stream, steps)
+    assert "".join(output.text for output in outputs) == shown
+    assert outputs[-1].num_output_tokens == sum(len(output.token_ids) for output in outputs) == num_tokens
+    assert outputs[-1].finish_reason == ("stop" if shown != text else "length")

@@ -68,6 +68,19 @@ def test_without_room_for_one_block_it_says_what_to_change():
         plan(2000, max_num_seqs=1, kv_bytes_per_token=1000)
 
 
+@pytest.mark.parametrize(("gigabytes", "longest"), [(1, 1_300_000), (2, 2_500_000), (4, 5_000_000), (9, 10_240_000)])
+def test_a_context_is_clamped_before_it_is_charged(gigabytes, longest):
+    """10,240,000 positions of 256 bytes are 2.6 GB: more than some of these shares hold."""
+    budget = gigabytes * 10**9
+    costs = {"kv_bytes_per_token": 512, "cell_bytes": 4, "context_bytes": lambda length: 256 * length}
+    got = plan(budget, max_model_len=10_240_000, **costs)
+    assert got.max_model_len == pytest.approx(longest, rel=0.06) and got.num_state_slots == 8
+    tables = 8 * 4 * -(-got.max_model_len // 16)
+    taken = 8 * 1000 + tables + 256 * got.max_model_len + got.num_kv_blocks * 16 * 512
+    assert 0 <= budget - taken < max(17_000, (longest == 10_240_000) * budget), "what is not used is idle"
+    assert got.notes == [] if longest == 10_240_000 else "bytes for its positions" in got.notes[0]
+
+
 def test_plan_never_exceeds_the_budget_and_always_serves_one_sequence():
     rng = random.Random(0)
     planned = 0
@@ -76,17 +89,39 @@ def test_plan_never_exceeds_the_budget_and_always_serves_one_sequence():
             "state_bytes_per_slot": rng.randint(1, 5000),
             "kv_bytes_per_token": rng.choice([0, rng.randint(1, 100)]),
             "block_size": rng.choice([1, 16, 256]),
+            "cell_bytes": rng.choice([0, 4]),
         }
+        each = rng.choice([0, rng.randint(1, 100)])
         budget = rng.randint(0, 200_000)
         seqs, length = rng.randint(1, 64), rng.randint(1, 5000)
         fixed = rng.choice([None, rng.randint(1, 100)])
         try:
-            got = plan_memory(budget, max_num_seqs=seqs, max_model_len=length, num_kv_blocks=fixed, **sizes)
+            got = plan_memory(
+                budget,
+                max_num_seqs=seqs,
+                max_model_len=length,
+                num_kv_blocks=fixed,
+                context_bytes=lambda length, each=each: each * length,
+                **sizes,
+            )
         except ConfigError:
             continue
         planned += 1
-        bytes_of_block = sizes["kv_bytes_per_token"] * sizes["block_size"]
-        assert got.num_state_slots * sizes["state_bytes_per_slot"] + got.num_kv_blocks * bytes_of_block <= budget
+
+        cells, block = sizes["cell_bytes"], sizes["block_size"]
+
+        def spare(num_blocks, length, budget=budget, each=each, sizes=sizes, seqs=seqs, cells=cells, block=block):
+            """Bytes that are left, and the slots that half of the memory holds, with such a context."""
+            slot = sizes["state_bytes_per_slot"] + cells * -(-length // block)
+            slots = min(seqs, (budget - each * length) // 2 // slot)
+            return budget - each * length - slots * slot - num_blocks * sizes["kv_bytes_per_token"] * block, slots
+
+        left, slots = spare(got.num_kv_blocks, got.max_model_len)
+        assert left >= 0 and slots == got.num_state_slots
+        more = got.max_model_len // block + 1
+        if more * block <= min(length, fixed * block if fixed else length):
+            left, slots = spare(more, more * block)
+            assert left < 0 or slots < 1, "a longer context would fit"
         assert 1 <= got.num_state_slots <= seqs and got.num_kv_blocks >= 1
         assert 1 <= got.max_model_len <= min(length, got.num_kv_blocks * sizes["block_size"])
         clamped = got.num_state_slots < seqs or got.max_model_len < length

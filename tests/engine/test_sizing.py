@@ -5,11 +5,12 @@ A CUDA device's counters are faked here; `test_memory_on_gpu.py` asks a real one
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import engine_config, make_core, request
+from engines import drain, engine_config, make_core, request
 from leyden.engine import model_runner, pools, sizing
 from leyden.engine.copies import Fold
 from leyden.engine.cuda_graph import GraphShape, shapes_for
@@ -17,6 +18,7 @@ from leyden.engine.dummy_steps import StepLimits, serving_steps, smallest_steps
 from leyden.engine.errors import ConfigError
 from leyden.engine.memory import MemoryUse
 from leyden.engine.model_runner import ModelRunner
+from tiny_models import FULL, LINEAR, save_minimax
 
 CUDA = torch.device("cuda")
 
@@ -36,12 +38,37 @@ def test_every_byte_of_the_share_is_accounted_for(tiny, backend):
     rope = runner.model.position_bytes(core.max_model_len)
     assert use.weights == info.weight_bytes + rope > info.weight_bytes
     assert use.state == info.num_state_slots * info.state_bytes_per_slot == runner.states.nbytes
-    assert use.kv == info.num_kv_blocks * info.block_size * info.kv_bytes_per_token == runner.kv.nbytes
+    assert use.kv == runner.kv.nbytes + runner.tables.nbytes
+    assert runner.kv.nbytes == info.num_kv_blocks * info.block_size * info.kv_bytes_per_token
     assert use.sampler == runner.sampler.nbytes
     assert use.total == info.weight_bytes + int(0.05e9)
     assert (use.workspace, use.graphs, use.other) == (0, 0, 0)
     assert sum(use.by_kind().values()) + use.unassigned == use.total
     assert use.unassigned >= 0
+
+
+LONG = 10_240_000  # positions, as MiniMax-Text-01 says
+
+
+@pytest.fixture
+def long_folder(tmp_path):
+    """A model whose table of all positions takes 655 MB."""
+    save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": LONG}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("megabytes", [4, 50])
+def test_a_context_too_long_for_the_share_is_charged_as_it_is_clamped(long_folder, megabytes):
+    core = make_core(long_folder, max_model_len=None, cpu_memory_gb=megabytes / 1000)
+    use, length = core.info().memory, core.max_model_len
+    assert use.weights == core.runner.weight_bytes + core.runner.model.position_bytes(length)
+    assert len(core.runner.model.rotary.cos_sin) == length < LONG
+    assert length * (64 + 256) > 0.8 * megabytes * 10**6, "most of the share goes to keys, values and positions"
+    assert 0 <= use.unassigned < 0.02 * megabytes * 10**6
+    assert f"max_model_len clamped from {LONG} to {length}" in core.info().notes[0]
+    assert len(drain(core, request("a", [1] * 40, max_tokens=4))["a"].token_ids) == 4
 
 
 class FakeDevice:
@@ -58,11 +85,12 @@ class FakeDevice:
             monkeypatch.setattr(torch.cuda, f"max_{name}", lambda device: self.reserved + 3_000_000 * bool(self.steps))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-        self.runner, self.steps, self.allocated = runner, [], []
+        self.runner, self.steps, self.allocated, self.contexts = runner, [], [], []
 
-    def allocate(self, num_slots: int, num_blocks: int, num_checkpoints: int = 0) -> None:
+    def allocate(self, num_slots: int, num_blocks: int, max_model_len: int, num_checkpoints: int = 0) -> None:
         self.allocated.append((num_slots, num_blocks))
-        for name in ("states", "checkpoints", "kv", "caches", "sampler"):
+        self.contexts.append(max_model_len)
+        for name in ("states", "checkpoints", "kv", "tables", "caches", "sampler"):
             setattr(self.runner, name, SimpleNamespace(nbytes=1000, allocate_on_host=lambda num_on_host: None))
 
     def launch(self, step):
@@ -95,6 +123,21 @@ def test_states_that_the_plan_would_clamp_are_not_allocated_to_measure(device, r
     use = sizing._measure(runner, config, 256)
     assert device.allocated[0][0] == 20, "half of what is left"
     assert use.unassigned < 41 * slot
+
+
+def test_a_gpus_steps_are_measured_with_the_context_that_its_share_holds(monkeypatch, long_folder):
+    config = engine_config(long_folder, max_model_len=None, memory_fraction=0.14, session_folder=str(long_folder))
+    runner = ModelRunner(config, progress=False)
+    device = FakeDevice(monkeypatch, runner)
+    reserved = []
+    monkeypatch.setattr(runner.model, "reserve_positions", reserved.append)
+    plan, use = sizing.size_pools(runner, config)
+    measured, served = device.contexts
+    widest = max(len(row.block_table) for step in device.steps for row in step.sequences)
+    assert plan.max_model_len == served <= measured < 4 * 10**8 / (64 + 256), "0.4 GB hold no more"
+    assert widest * 16 <= measured + 16 and reserved[-1] == served
+    assert use.weights == runner.weight_bytes + runner.model.position_bytes(served)
+    assert use.other < 1.1 * 10**9
 
 
 # -- capacity -------------------------------------------------------------------------------------------------
@@ -246,9 +289,9 @@ def test_graphs_are_measured_with_the_most_tokens_and_the_most_rows_of_logits(ru
     settings = {"max_num_seqs": num_seqs, "speculative_tokens": 7, "speculative_max_rows": max_rows}
     shapes = shapes_for(engine_config("x", **settings, max_num_batched_tokens=2048), num_seqs)
     captured: list[list[GraphShape]] = []
-    monkeypatch.setattr(runner, "capture", lambda part, max_model_len: captured.append(part))
+    monkeypatch.setattr(runner, "capture", captured.append)
     monkeypatch.setattr(sizing, "free_memory", lambda device: (10**10 - 1000 * len(captured), 10**10))
-    sizing._measure_graphs(runner, shapes, 256)
+    sizing._measure_graphs(runner, shapes)
     for part in captured:
         assert part == sorted(part, key=shapes.index) and len(set(part)) == len(part)
         assert max(shape.num_tokens for shape in part) == max(shape.num_tokens for shape in shapes)
@@ -301,7 +344,15 @@ def test_states_that_the_hosts_memory_does_not_hold(tiny, monkeypatch):
 
 def test_a_rope_table_that_does_not_fit(tiny, monkeypatch):
     monkeypatch.setattr("leyden.models.layers.RotaryTable.reserve", fail)
-    refused(tiny, "max_num_seqs", "memory_fraction")
+    refused(tiny, "position table of max_model_len = 256 (16,384 bytes)", "lower max_model_len", "memory_fraction")
+
+
+def test_a_share_without_room_for_one_sequence_says_what_takes_it(tiny):
+    with pytest.raises(ConfigError) as error:
+        ModelRunner(engine_config(tiny.folder, cpu_memory_gb=1e-5), progress=False)
+    weights = ModelRunner(engine_config(tiny.folder), progress=False).weight_bytes
+    assert "8,976 bytes are free" in str(error.value)
+    assert f"(of {weights + 10_000:,} bytes: weights {weights:,})" in str(error.value)
 
 
 def test_a_first_step_that_does_not_fit(tiny, monkeypatch):
@@ -341,7 +392,7 @@ def test_graphs_that_do_not_fit(runner, monkeypatch, error):
 
     monkeypatch.setattr(model_runner, "StepGraphs", capture)
     with pytest.raises(ConfigError, match=r"8 rows.*max_graph_rows.*cuda_graphs"):
-        runner.capture([GraphShape(1), GraphShape(8)], 64)
+        runner.capture([GraphShape(1), GraphShape(8)])
 
 
 def test_an_error_that_is_not_about_memory_stays_what_it_is(tiny, monkeypatch):

@@ -78,6 +78,24 @@ def test_token_bytes_of_every_id(tokenizer):
     assert b"".join(pieces[i] for i in tokenizer.encode(text)) == text.encode()
 
 
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=20))
+@example("Hello world")
+@example("<0x41> é <s>")
+def test_tokens_of_bytes_and_words_are_the_bytes_of_the_text(sentencepiece, text):
+    """A blank that the decoder would drop from a token that stands alone included."""
+    ids = sentencepiece.encode(text, add_special_tokens=False)
+    told = b"".join(sentencepiece.token_bytes(i) for i in ids)
+    assert told == (" " + text).encode() if text else not ids
+    names = [sentencepiece.token_text(i) for i in ids]
+    assert all(
+        name.encode() == sentencepiece.token_bytes(i) for name, i in zip(names, ids, strict=True) if "�" not in name
+    )
+    assert [sentencepiece.token_text(i) for i in range(1, 3)] == ["<s>", "</s>"]
+
+
 def test_ids_that_the_tokenizer_does_not_know_are_empty_text(tokenizer):
     """A model's vocabulary may be padded beyond its tokenizer's."""
     assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""

@@ -22,12 +22,14 @@ every_kernel = pytest.mark.parametrize("backend", KERNELS)
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of queries over caches that hold NaN wherever no row may look; block 0 is such a place."""
+    """Rows of queries over caches that hold NaN wherever no row may look; block 0 is such a place. The rows' blocks lie
+    in the table in another order, between rows whose block numbers lead out of the cache."""
 
     q: Tensor
     key_cache: Tensor
     value_cache: Tensor
     block_table: Tensor
+    table_rows: Tensor
     query_start_loc: Tensor
     context_lens: Tensor
     scale: float
@@ -52,14 +54,15 @@ def make_case(
     needed = [-(-total // block_size) for total in totals]
     free = (torch.randperm(sum(needed) + 4, generator=generator) + 1).tolist()
     cache = torch.full((2, len(free) + 1, block_size, kv_heads, D), float("nan"), dtype=dtype)
-    table = torch.zeros(len(lengths), max(needed) + spare_columns, dtype=torch.int32)
+    table = torch.full((2 * len(lengths), max(needed) + spare_columns), 2**31 - 1, dtype=torch.int32)
+    table_rows = torch.randperm(len(lengths), generator=generator) * 2 + 1
     wide = torch.randn(sum(lengths), heads, D + 8, generator=generator).to(dtype)
     q = wide[..., :D]
     expected = []
     start = 0
     for row, (n, context, total) in enumerate(zip(lengths, contexts, totals, strict=True)):
         blocks = [free.pop() for _ in range(needed[row])]
-        table[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        table[table_rows[row], : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
         keys, values = torch.randn(2, total, kv_heads, D, generator=generator).to(dtype)
         for t in range(total):
             cache[0, blocks[t // block_size], t % block_size] = keys[t]
@@ -71,6 +74,7 @@ def make_case(
         cache[0].to(device),
         cache[1].to(device),
         table.to(device),
+        table_rows.int().to(device),
         torch.tensor([0, *lengths], device=device).cumsum(0).int(),
         torch.tensor(contexts, dtype=torch.int32, device=device),
         D**-0.5,
@@ -95,6 +99,7 @@ def prefill(backend: str, case: Case, max_query_len: int) -> Tensor:
         case.key_cache,
         case.value_cache,
         case.block_table,
+        case.table_rows,
         case.query_start_loc,
         case.context_lens,
         max_query_len,
@@ -107,7 +112,14 @@ def prefill(backend: str, case: Case, max_query_len: int) -> Tensor:
 
 def decode(backend: str, case: Case) -> Tensor:
     returned = KERNELS[backend].attention_decode(
-        case.q, case.key_cache, case.value_cache, case.block_table, case.context_lens, case.scale, case.out
+        case.q,
+        case.key_cache,
+        case.value_cache,
+        case.block_table,
+        case.table_rows,
+        case.context_lens,
+        case.scale,
+        case.out,
     )
     assert returned is case.out
     return returned
@@ -215,7 +227,7 @@ def test_padding_rows_of_decode_write_zeros(backend, contexts, device, assert_cl
     case.context_lens.copy_(torch.tensor(contexts))
     for row, context in enumerate(contexts):
         if context < 0:
-            case.block_table[row] = 0
+            case.table_rows[row] = -1
             case.expected[row] = 0.0
     out = decode(backend, case)
     for row, context in enumerate(contexts):
@@ -228,7 +240,7 @@ def test_padding_rows_of_prefill_write_zeros(backend, device, assert_close):
     lengths, contexts = [40, 70, 0, 130], [3, -1, -1, -1]
     case = make_case(device, lengths, [max(c, 0) for c in contexts])
     case.context_lens.copy_(torch.tensor(contexts))
-    case.block_table[1:] = 0
+    case.table_rows[1:] = -1
     out = prefill(backend, case, max(lengths))
     assert_close("row 0", out[:40], case.expected[:40], 1e-6)
     assert out[40:].count_nonzero() == 0
@@ -251,6 +263,7 @@ def make_chunk(case: Case, start: int, end: int) -> Case:
         case.key_cache,
         case.value_cache,
         case.block_table,
+        case.table_rows,
         torch.tensor([0, end - start], dtype=torch.int32, device=device),
         torch.tensor([start], dtype=torch.int32, device=device),
         case.scale,
@@ -299,19 +312,21 @@ def test_cache_blocks_beyond_two_to_the_31_elements_are_addressed(device, assert
     case = make_case(device, [1], [40], kv_heads=8, heads=8, D=128, dtype=torch.bfloat16)
     num_blocks = 2**31 // (BLOCK_SIZE * 8 * 128) + 100
     caches = torch.zeros(2, num_blocks, BLOCK_SIZE, 8, 128, dtype=torch.bfloat16, device=device)
-    used = (case.block_table[0] > 0).nonzero()[:, 0]
+    row = case.table_rows[0].item()
+    used = (case.block_table[row] < 2**31 - 1).nonzero()[:, 0]
     table = torch.zeros_like(case.block_table)
     high = num_blocks - 1 - torch.arange(len(used), device=device)
     slots = (high[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=device)).flatten()
-    old = case.block_table[0, used].long()
+    old = case.block_table[row, used].long()
     key, value = case.key_cache[old].flatten(0, 1), case.value_cache[old].flatten(0, 1)
     store_unturned("triton", torch.zeros_like(key), key, value, caches, slots)
-    table[0, used] = high.int()
+    table[row, used] = high.int()
     moved = Case(
         case.q,
         caches[0],
         caches[1],
         table,
+        case.table_rows,
         case.query_start_loc,
         case.context_lens,
         case.scale,

@@ -50,8 +50,8 @@ def test_a_step_without_tokens_is_harmless(ops, device):
     ops.lightning_fold(slopes, state, ring, ring, none, new, none)
     ops.lightning_snapshot(q, q, slopes, state, none, new, start, none.view(0, 3), state)
     ops.rope_and_store_kv(q, q, q, positions, zeros(4, 8), cache, cache, positions)
-    assert ops.attention_prefill(q, cache, cache, table, start, none, 0, 1.0, q).shape == q.shape
-    assert ops.attention_decode(q, cache, cache, table, none, 1.0, q).shape == q.shape
+    assert ops.attention_prefill(q, cache, cache, table, none, start, none, 0, 1.0, q).shape == q.shape
+    assert ops.attention_decode(q, cache, cache, table, none, none, 1.0, q).shape == q.shape
     x, weight = zeros(0, 32), zeros(32)
     assert ops.rms_norm(x, weight, 1e-5).shape == (0, 32)
     assert ops.add_rms_norm(x, x, weight, 1e-5, 1.0, 1.0)[1].shape == (0, 32)

@@ -11,6 +11,7 @@ from leyden.models.config import LightningSpec, ModelConfig, SoftmaxSpec
 from leyden.models.errors import CheckpointError
 from leyden.models.minimax_config import alibi_slopes, geometric_slopes, hf_layer_factor, layer_factor
 from leyden.models.registry import FAMILIES
+from transformers import MiniMaxConfig
 
 # As released.
 TEXT_01 = {
@@ -165,8 +166,104 @@ def test_layers_may_differ_in_experts_and_shared_width():
     config = parse(num_local_experts=[1, 32] * 40, shared_intermediate_size=[64] + [0] * 79)
     assert [layer.mlp.router for layer in config.layers[:3]] == [False, True, False]
     assert [layer.mlp.shared_width for layer in config.layers[:3]] == [64, 0, 0]
-    assert parse(num_local_experts=1).layers[0].mlp.num_experts == 1
-    assert parse(num_local_experts=...).layers[0].mlp.router is False
+    one = parse(num_local_experts=1).layers[0].mlp
+    assert (one.num_experts, one.top_k, one.router) == (1, 1, False)
+
+
+def test_number_of_experts_has_another_name():
+    for base in (TEXT_01, TEXT_01_HF):
+        same = {"num_experts": 4, "num_local_experts": 4}
+        for names in ({"num_experts": 4, "num_local_experts": ...}, same):
+            config = {key: value for key, value in (base | names).items() if value is not ...}
+            assert ModelConfig.from_hf(config).layers[0].mlp.num_experts == 4
+        refused("num_experts = 4 contradicts num_local_experts = 32", base, num_experts=4)
+
+
+def test_dtype_auto_says_as_little_as_nothing():
+    assert parse(torch_dtype="auto").dtype is None and parse(dtype="auto").dtype is None
+
+
+@pytest.mark.parametrize("base", [TEXT_01, TEXT_01_HF], ids=["original", "hf"])
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_rope_that_is_not_scaled_may_be_said_to_be_so(base, kind):
+    plain = ModelConfig.from_hf(base)
+    theta = base.get("rope_theta") or base["rope_parameters"]["rope_theta"]
+    assert ModelConfig.from_hf(base | {"rope_scaling": {kind: "default", "rope_theta": theta}}) == plain
+
+
+# -- defaults -------------------------------------------------------------------------------------------------
+
+# Of every field another value than its default's, so that a default cannot be taken for it.
+UNUSUAL = MiniMaxConfig(
+    vocab_size=100,
+    hidden_size=256,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=1024,
+    rms_norm_eps=1e-3,
+    bos_token_id=11,
+    eos_token_id=12,
+    tie_word_embeddings=True,
+    num_experts_per_tok=3,
+    num_local_experts=5,
+    rope_parameters={"rope_type": "default", "rope_theta": 123.0, "partial_rotary_factor": 0.5},
+    layer_types=["linear_attention", "linear_attention", "full_attention"],
+    **{name: 2.0 + i for i, name in enumerate(RENAMED.values())},
+    architectures=["MiniMaxForCausalLM"],
+    dtype="bfloat16",
+).to_dict()
+NEEDED = {
+    "architectures",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+}
+
+
+def without(config: dict, path: tuple[str, ...]) -> dict:
+    """A copy that lacks one field, which may be in a section."""
+    copy = json.loads(json.dumps(config))
+    section = copy
+    for name in path[:-1]:
+        section = section[name]
+    del section[path[-1]]
+    return copy
+
+
+PATHS = [(name,) for name in UNUSUAL if name not in NEEDED]
+PATHS += [("rope_parameters", name) for name in UNUSUAL["rope_parameters"]]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=".".join)
+def test_field_that_is_left_out_has_the_default_of_transformers_own_class(path):
+    partial = without(UNUSUAL, path)
+    filled = MiniMaxConfig.from_dict(partial).to_dict()
+    assert ModelConfig.from_hf(partial) == ModelConfig.from_hf(filled)
+
+
+# eos_token_id: the original's class has none.
+SHARED = sorted((TEXT_01.keys() & UNUSUAL.keys() | {"rope_theta"}) - NEEDED - {"model_type", "eos_token_id"})
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_field_that_the_original_spells_alike_has_the_same_default(name):
+    own = MiniMaxConfig().to_dict()
+    default = (own | own["rope_parameters"])[name]
+    unusual = {key: UNUSUAL[key] for key in SHARED if key in UNUSUAL and UNUSUAL[key] is not None}
+    base = TEXT_01 | unusual | {"rope_theta": 123.0, "num_attention_heads": 16, "hidden_size": 256, "rotary_dim": 8}
+    assert ModelConfig.from_hf(without(base, (name,))) == ModelConfig.from_hf(base | {name: default})
+
+
+def test_null_key_value_heads_are_as_many_as_heads():
+    for base in (TEXT_01, TEXT_01_HF):
+        heads = ModelConfig.from_hf(base | {"num_key_value_heads": None}).full_layers[0]
+        assert heads.num_kv_heads == heads.num_heads == 64
 
 
 def test_other_name_of_the_layer_kinds():

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engines import engine_config, sequence
-from leyden.engine.batch import build_batch
+from engines import build_batch, engine_config, sequence
 from leyden.engine.model_runner import ModelRunner
 from leyden.engine.scheduled_batch import ScheduledBatch
 from leyden.models.forward_batch import ForwardBatch
@@ -38,7 +37,7 @@ def mixed_batch(runner: ModelRunner) -> ForwardBatch:
         sequence(random_prompt(18, 3), state_slot=3, block_table=[6, 7], num_computed_tokens=17),
         sequence(random_prompt(9, 4), state_slot=1, block_table=[8], num_computed_tokens=8, num_pending_tokens=3),
     ]
-    return build_batch(ScheduledBatch(rows, [33, 20, 1, 1], 2), runner.block_size, runner.device)
+    return build_batch(ScheduledBatch(rows, [33, 20, 1, 1], 2), runner.tables, runner.block_size)
 
 
 def logits(runner: ModelRunner, batch: ForwardBatch) -> Tensor:

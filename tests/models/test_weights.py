@@ -125,6 +125,7 @@ SPELLINGS = {
             "model.layers.0.self_attn.key_decay": torch.zeros(2, 32, 1),
             "model.layers.0.self_attn.diagonal_decay": torch.zeros(1, 2, 32, 32),
             "model.layers.1.self_attn.rotary_emb.inv_freq": torch.zeros(8),
+            "model.rotary_emb.inv_freq": torch.zeros(8),
         }
     ),
 }
@@ -157,6 +158,30 @@ def test_shards_without_an_index_fill_the_same_parameters(folder, tensors, expec
     shard(folder, tensors)
     (folder / INDEX_FILE).unlink()
     assert equal(load(folder), expected)
+
+
+STRANGERS = ["adapter_model.safetensors", "optimizer.safetensors", "consolidated-00001.safetensors"]
+
+
+@pytest.mark.parametrize("form", ["one file", "shards", "shards without an index"])
+def test_files_beside_the_weights_are_left_alone_and_said_to_be(folder, tensors, expected, caplog, form):
+    if form == "one file":
+        write(folder, tensors)
+    else:
+        shard(folder, tensors)
+    if form == "shards without an index":
+        (folder / INDEX_FILE).unlink()
+    for name in STRANGERS:
+        write(folder, {"something": torch.zeros(1)}, name)
+    with caplog.at_level("INFO", "leyden.models"):
+        assert equal(load(folder), expected)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert " not read, since " in told and told.endswith(": " + ", ".join(sorted(STRANGERS)))
+
+
+def test_adapter_alone_is_no_model(folder):
+    write(folder, {"something": torch.zeros(1)}, STRANGERS[0])
+    refused(folder, STRANGERS[0], "merge an adapter into its model first")
 
 
 def test_half_precision_files_fill_float32_parameters(folder, tensors):
@@ -195,8 +220,18 @@ def test_tied_embeddings_need_no_head_and_ignore_one(folder, tensors):
 def test_missing_tensor_is_named_with_its_shape(folder, tensors, name):
     shape = list(tensors.pop(name).shape)
     write(folder, tensors)
-    last = name.removeprefix("model.").replace("block_sparse_moe", "mlp").replace("w3", "up_proj")
-    refused(folder, "missing", last, str(shape))
+    refused(folder, f": {name} {shape}")
+
+
+@pytest.mark.parametrize("respell", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_missing_tensors_are_named_as_the_files_spell_the_others(folder, tensors, respell):
+    present = respell(tensors)
+    lost = [name for name in present if ".experts.3." in name and ".0." in name] or ["model.norm.weight"]
+    for name in lost:
+        del present[name]
+    write(folder, present)
+    told = refused(folder, "missing")
+    assert all(f" {name} [" in told for name in lost), told
 
 
 def test_many_missing_tensors_are_counted(folder, tensors):
@@ -271,7 +306,7 @@ def test_index_without_a_weight_map_is_refused(folder, tensors, index):
 def test_missing_shard_is_named(folder, tensors):
     lost = sorted(set(shard(folder, tensors).values()))[1]
     (folder / lost).unlink()
-    refused(folder, lost, INDEX_FILE)
+    refused(folder, lost, INDEX_FILE, "incomplete download")
 
 
 def broken_files(tensors, folder):
@@ -296,7 +331,17 @@ def broken_files(tensors, folder):
 def test_broken_file_is_a_checkpoint_error_that_names_it(folder, tensors, kind):
     data = broken_files(tensors, folder)[kind]
     (folder / "model.safetensors").write_bytes(data)
-    refused(folder, "model.safetensors", "readable")
+    told = refused(folder, "model.safetensors", "readable")
+    is_cut = kind in ("empty", "short", "header cut", "data cut", "huge header")
+    assert ("incomplete download" in told) == is_cut
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", INDEX_FILE])
+def test_pointer_of_git_lfs_is_called_one(folder, tensors, name):
+    write(folder, tensors)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    told = refused(folder, name, "git lfs pull")
+    assert "\n" not in told
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.pkl"])

@@ -188,3 +188,11 @@ async def test_long_text_is_tokenized_outside_the_event_loops_thread(complete, t
     assert tokenizer.threads == {threading.get_ident()}
     await complete(prompt="long" * 1000)
     assert len(tokenizer.threads) == 2
+
+
+async def test_stop_strings_of_a_completion_count_in_all_of_it(complete, engine):
+    engine.reply = b"<think>a\n\nb</think>"
+    for asked in ({}, {"stop_in_reasoning": True}, {"stop_in_reasoning": False}):
+        response = await complete(stop=["\n\n"], max_tokens=50, **asked)
+        assert response.json()["choices"][0]["text"] == "<think>a"
+        assert "x-ignored-parameters" not in response.headers

@@ -44,6 +44,20 @@ def test_the_split_planned_from_the_config_is_the_one_the_engine_makes(tmp_path,
     assert f"for {core.info().num_state_slots} sequences at once" in planned
 
 
+@pytest.mark.parametrize("gigabytes", [0.004, 0.05])
+def test_a_context_that_does_not_fit_is_planned_as_the_engine_clamps_it(tmp_path, gigabytes):
+    save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10_240_000}))
+    settings = {"max_model_len": None, "cpu_memory_gb": gigabytes}
+    info = make_core(tmp_path, **settings).info()
+    told = banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True)
+    planned = describe_model(engine_config(tmp_path, **settings), None)
+    assert memory_line(planned, "planned split") == memory_line(told, "memory")
+    assert memory_line(planned, "note") == memory_line(told, "note")
+    assert f"clamped from 10240000 to {info.max_model_len}" in planned
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -113,6 +127,15 @@ def test_a_gpus_banner_names_what_was_measured(tmp_path):
     info.memory.workspace, info.memory.graphs, info.memory.other = 2_000_000, 3_000_000, 4_000_000
     told = banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True)
     assert "2 MB workspace, 3 MB CUDA graphs, 4 MB other" in memory_line(told, "memory")
+
+
+def test_the_banner_names_the_folder_of_sessions(tmp_path):
+    save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
+    config = engine_config(tmp_path, session_folder=tmp_path)
+    info = make_core(tmp_path).info()
+    told = banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True, config=config)
+    assert memory_line(told, "sessions") == f"kept in {tmp_path}"
+    assert "sessions  " not in banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True)
 
 
 def example(info, *, name="tiny", needs_key=False, can_chat=True):

@@ -13,7 +13,7 @@ from leyden.server.parsers.answer import AnswerParser
 from leyden.server.parsers.deltas import CallArguments, CallBegin, Content, PlainText, Reasoning, merged
 from leyden.server.parsers.formats import TOOL_FORMATS, ChatFormat
 from leyden.server.parsers.json_object import ObjectScanner
-from leyden.server.parsers.reasoning import Thinking
+from leyden.server.parsers.reasoning import AfterThought, Thinking
 from written_calls import FORMATS, MARKERS, write
 
 NASTY = {
@@ -280,6 +280,29 @@ def test_the_thought_is_split_off_where_the_answer_begins_with_one(text, is_thin
     assert read(None, text, is_thinking=is_thinking) == Answer(content, reasoning, [])
 
 
+THOUGHTS = ["<think>", "</think>", "<", "</", "think>", "\n", " ", " " * 70, "word", "STOP"]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(pieces=st.lists(st.sampled_from(THOUGHTS), max_size=12), is_thinking=st.booleans(), data=st.data())
+def test_stop_strings_count_in_just_the_text_that_is_no_thought(pieces, is_thinking, data):
+    text = "".join(pieces)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    scope, before, after = AfterThought(has_begun=is_thinking), "", ""
+    parts = [scope.push(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    for early, late in [*parts, scope.finish()]:
+        assert not (after and early), "nothing of the thought follows the answer"
+        before, after = before + early, after + late
+    assert before + after == text
+    assert after == Answer.of(feed(make(None, is_thinking=is_thinking), [text])).content
+
+
+def test_a_thought_that_the_prompt_has_closed_does_not_come_again():
+    chosen = ChatFormat.choose(ServerConfig(reasoning_parser="think"), Templated(""))
+    answer = chosen.of_answer(with_tools=False, thought="over", max_calls=None, hides=True)
+    assert (answer.thinks, answer.is_thinking, answer.stop_scope()) == (False, False, None)
+
+
 def test_hidden_markers_never_reach_the_content():
     hidden = ("<think>", "</think>", "<tool_call>", "</tool_call>")
     text = "<think>a</think>b</think>c <tool_call>{}</tool_call> d <tool_call>{bad</tool_call></tool_"
@@ -382,7 +405,7 @@ def test_what_is_looked_at_again_is_never_longer_than_a_marker(name, start):
     parser.push("why</think>" + MARKERS[name][0] + start)
     for _ in range(1000):
         parser.push("xy" if start else "  ")
-        assert len(parser._text) <= len("</think>")
+        assert len(parser._sections._text) <= len("</think>")
         assert len(calls._text) - calls._position <= longest
     parser.finish()
 
@@ -428,7 +451,7 @@ def test_settings_beat_the_template():
 
 def test_control_tokens_that_are_markers_are_seen_and_hidden():
     chosen = ChatFormat.choose(ServerConfig(), Templated("<tool_call>"))
-    plan = chosen.of_answer(with_tools=True, is_thinking=False, max_calls=None, hides=True)
+    plan = chosen.of_answer(with_tools=True, thought="none", max_calls=None, hides=True)
     assert (plan.shown_ids, plan.control_ids) == ({7}, {"<tool_call>": 7})
-    without = chosen.of_answer(with_tools=False, is_thinking=False, max_calls=None, hides=True)
+    without = chosen.of_answer(with_tools=False, thought="none", max_calls=None, hides=True)
     assert (without.shown_ids, without.tools) == (frozenset(), None)

@@ -173,6 +173,18 @@ async def test_reasoning_tokens_are_those_up_to_the_end_of_the_thought(respond):
     assert details == {"reasoning_tokens": len(THOUGHT.rstrip())}
 
 
+@pytest.mark.parametrize(
+    ("asked", "texts"), [({}, ["a\n\nb", "Yes."]), ({"stop_in_reasoning": True}, ["a"])], ids=["answer", "whole"]
+)
+async def test_stop_strings_end_the_answer_and_not_the_thought(respond, asked, texts):
+    reply = "<think>\na\n\nb\n</think>\n\nYes.\n\nNo."
+    answer = answer_of(await respond(reply, stop="\n\n", **asked))
+    assert [item["content"][0]["text"] for item in answer["output"]] == texts
+    assert answer["usage"]["output_tokens"] == reply.index("No.") if len(texts) > 1 else len("<think>\na\n\n")
+    events = events_of(await respond(reply, stop="\n\n", stream=True, **asked))
+    assert without_ids(events[-1]["response"]) == without_ids(answer)
+
+
 async def test_an_answer_that_is_cut_off_is_incomplete(respond):
     answer = answer_of(await respond("Hello", max_output_tokens=2))
     assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})

@@ -149,7 +149,9 @@ async def test_streamed_token_ids_join_to_those_of_the_whole_answer(complete, ch
     ("fault", "code"),
     [("die_after", "engine_dead"), ("fail_after", "generation_failed"), ("abort_after", "generation_aborted")],
 )
-async def test_an_error_after_the_start_is_an_event_and_then_done(path, fault, code, asks, chunks_of, engine):
+async def test_an_error_after_the_start_is_an_event_and_then_done_and_is_counted(
+    path, fault, code, asks, chunks_of, engine, client
+):
     setattr(engine, fault, 3)
     response = await asks[path](stream=True)
     assert response.status_code == 200
@@ -160,6 +162,8 @@ async def test_an_error_after_the_start_is_an_event_and_then_done(path, fault, c
     assert "secret" not in response.text
     assert all("finish_reason" in chunk["choices"][0] for chunk in chunks[:-1])
     assert engine.num_open == 0
+    refused = [line for line in (await client.get("/metrics")).text.splitlines() if "request_refused_total{" in line]
+    assert refused == [f'leyden:request_refused_total{{model_name="tiny",reason="{code}"}} 1.0']
 
 
 async def test_one_failing_choice_ends_the_whole_stream_and_aborts_the_others(complete, chunks_of, engine):

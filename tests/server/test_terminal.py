@@ -6,10 +6,12 @@ import builtins
 import json
 import re
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 from leyden.server.cli import main
+from leyden.server.streaming import EventStream
 
 
 @pytest.fixture
@@ -39,6 +41,14 @@ def test_an_answer_is_as_long_as_the_context_lets_it(make_live, chat_with, engin
     assert chat_with(make_live().url, ["x" * 100]) == 0
     assert "Hello, world" in capsys.readouterr().out
     assert engine.requests[0].sampling_params.max_tokens < 128 - 100
+
+
+def test_comments_before_the_first_token_are_skipped(make_live, chat_with, engine, monkeypatch, capsys):
+    monkeypatch.setattr(EventStream, "patience", 0.01)
+    engine.hold_after = 0
+    threading.Timer(0.3, setattr, (engine, "hold_after", None)).start()
+    assert chat_with(make_live().url, ["x"]) == 0
+    assert "Hello, world" in capsys.readouterr().out
 
 
 def test_max_tokens_is_sent_when_it_is_given(make_live, chat_with, engine):

@@ -47,6 +47,21 @@ def ask(engine, tokenizer, make_client):
     return ask
 
 
+@pytest.fixture
+def prompt_ends_in(tokenizer):
+    """prompt_ends_in(text): what a template puts at the end of every prompt."""
+    encode = tokenizer.encode_conversation
+
+    def change(text):
+        def encode_conversation(*args, **kwargs):
+            ids, beginning = encode(*args, **kwargs)
+            return ids + list(text.encode()), beginning
+
+        tokenizer.encode_conversation = encode_conversation
+
+    return change
+
+
 def choice_of(response):
     assert response.status_code == 200, response.text
     ChatCompletion.model_validate(response.json(), strict=True)
@@ -218,13 +233,44 @@ async def test_a_thought_before_a_call(ask, chunks_of):
     assert (content, reasoning, len(calls), reason) == ("", "I look.", 1, "tool_calls")
 
 
-async def test_a_thought_that_the_template_opened_is_reasoning(ask, tokenizer):
-    encode = tokenizer.encode_conversation
-    tokenizer.encode_conversation = lambda *args, **kwargs: (encode(*args, **kwargs)[0] + list(b"<think>\n"), 0)
+async def test_a_thought_that_the_template_opened_is_reasoning(ask, prompt_ends_in):
+    prompt_ends_in("<think>\n")
     message = choice_of(await ask("a\n</think>\n\nb", template="<think>", tools=None))["message"]
     assert (message["content"], message["reasoning_content"]) == ("b", "a")
     message = choice_of(await ask("never ends", template="<think>", tools=None))["message"]
     assert (message["content"], message["reasoning_content"]) == ("", "never ends")
+
+
+STOPPED = {
+    "a thought of the model": ("<think>\na\n\nb\n</think>\n\nYes.\n\nNo.", "", "a\n\nb", "Yes.", 29),
+    "a thought of the template": ("a\n\nb\n</think>\n\nYes.\n\nNo.", "<think>\n", "a\n\nb", "Yes.", 21),
+    "a thought that never ends": ("a\n\nb", "<think>\n", "a\n\nb", "", 5),
+    "no thought": ("Yes.\n\nNo.", "", "", "Yes.", 6),
+    "thinking turned off": ("\n\nYes.", "<think>\n\n</think>\n\n", "", "", 2),
+}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(("reply", "tail", "reasoning", "content", "num_tokens"), STOPPED.values(), ids=STOPPED)
+async def test_stop_strings_end_the_answer_and_not_the_thought(
+    ask, prompt_ends_in, chunks_of, is_streamed, reply, tail, reasoning, content, num_tokens
+):
+    prompt_ends_in(tail)
+    options = {"template": "<think>", "tools": None, "stop": ["\n\n"], "stream": is_streamed}
+    response = await ask(reply, **options)
+    if is_streamed:
+        assert assembled(chunks_of(response)) == (content, reasoning, [], "stop")
+    else:
+        message = choice_of(response)["message"]
+        assert (message["content"], message.get("reasoning_content", "")) == (content, reasoning)
+        assert response.json()["usage"]["completion_tokens"] == num_tokens
+
+
+async def test_stop_strings_may_be_asked_to_end_a_thought(ask):
+    reply = "<think>\na\n\nb\n</think>\n\nYes."
+    options = {"template": "<think>", "tools": None, "stop": ["\n\n"], "stop_in_reasoning": True}
+    message = choice_of(await ask(reply, **options))["message"]
+    assert (message["content"], message["reasoning_content"]) == ("", "a")
 
 
 @pytest.mark.parametrize(

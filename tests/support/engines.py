@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from leyden.configs.schema import EngineConfig
+from leyden.engine.batch import batch_arrays, count_rows, make_batch, upload
+from leyden.engine.block_tables import BlockTables
 from leyden.engine.core import EngineCore
 from leyden.engine.messages import AddRequest
 from leyden.engine.outputs import StepOutput, TokenLogprobs
 from leyden.engine.sampling_params import SamplingParams
+from leyden.engine.scheduled_batch import ScheduledBatch
 from leyden.engine.sequence import Sequence
+from leyden.models.forward_batch import ForwardBatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for tests that are worth running on either
 
@@ -120,6 +124,14 @@ def assert_nothing_held(core: EngineCore) -> None:
     held = (stats.num_running, stats.num_waiting, stats.state_slots_used, stats.kv_blocks_used)
     assert held == (0, 0, 0, 0), f"running, waiting, slots, blocks = {held}"
     core.check_integrity()
+
+
+def build_batch(scheduled: ScheduledBatch, tables: BlockTables, block_size: int) -> ForwardBatch:
+    """A step's batch as the runner makes it, on the tables' device."""
+    arrays = batch_arrays(scheduled, block_size) | tables.new_cells(scheduled.sequences)
+    sent = upload(arrays, tables.table.device)
+    tables.write(sent["cells"], sent["blocks"])
+    return make_batch(sent, count_rows(scheduled), tables.of(scheduled.sequences))
 
 
 def sequence(
