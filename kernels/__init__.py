@@ -304,7 +304,7 @@ def use_device(device: torch.device) -> None:
     """Make `device` the current one of this thread. Called at the start of every thread that computes or copies.
 
     Triton launches on the current device, and `torch.cuda.Event().record()` takes its stream, whatever device the
-    tensors are on. A thread starts with device 0.
+    tensors are on. A thread starts with device 0. `cuda` without an index is the current one already.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)

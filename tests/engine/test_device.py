@@ -23,6 +23,7 @@ def test_a_cuda_device_becomes_the_current_one(monkeypatch):
     used = []
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     kernels.use_device(torch.device("cuda:1"))
+    kernels.use_device(torch.device("cuda"))
     kernels.use_device(torch.device("cpu"))
     assert used == [torch.device("cuda:1")]
 
