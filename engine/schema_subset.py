@@ -39,7 +39,10 @@ def supported_subset(schema: dict[str, Any]) -> Subset:
 
     Raises `ValueError` that says what is wrong with the schema, or which bound it exceeds.
     """
-    return _subset_of(json.dumps(schema))
+    try:
+        return _subset_of(json.dumps(schema))
+    except RecursionError:
+        raise ValueError("the schema nests too deeply") from None
 
 
 @lru_cache(MAX_KEPT)

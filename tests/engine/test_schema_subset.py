@@ -153,6 +153,21 @@ def test_what_is_wrong_with_a_schema_is_said_and_never_left_out():
             supported_subset(schema)
 
 
+@pytest.mark.parametrize(
+    "within", [lambda part: {"items": part}, lambda part: {"allOf": [part]}, lambda part: record({"a": part})]
+)
+def test_any_depth_is_kept_or_refused(within):
+    schema, outcomes = {"type": "string", "format": "url"}, set()
+    for depth in range(1, 500):
+        schema = within(schema)
+        if depth in (5, 40, 126, 499):
+            try:
+                outcomes.add(len(supported_subset(schema).left_out))
+            except ValueError:
+                outcomes.add("refused")
+    assert outcomes == {1, "refused"}
+
+
 def test_a_schema_is_looked_at_once_however_often_it_is_sent(monkeypatch):
     tried = []
     make = schema_subset.make_matcher
