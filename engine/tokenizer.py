@@ -1,7 +1,7 @@
 """Text to token ids and back, by the checkpoint's own tokenizer and chat template.
 
-What a user types never becomes a control token: the string `<|end|>` in a prompt or a message is encoded as text.
-Control tokens come from the chat template, or as token ids.
+What a user types never becomes a control token, unless the caller asks for it: the string `<|end|>` in a prompt or a
+message is encoded as text. Control tokens come from the chat template, or as token ids.
 """
 
 from __future__ import annotations
@@ -106,9 +106,10 @@ class Tokenizer:
         """The chat template has a place for them."""
         return "tools" in self.chat_template
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of plain text. `add_special_tokens` adds what the checkpoint puts around a prompt (often a bos)."""
-        return _encode(self._as_text, text, add_special_tokens)
+    def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of text. `add_special_tokens` adds what the checkpoint puts around a prompt (often a bos);
+        `parse_special` takes a control token that the text spells for the token: not for what strangers write."""
+        return _encode(self._with_control if parse_special else self._as_text, text, add_special_tokens)
 
     def encode_chat(
         self,

@@ -11,12 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from .. import __version__
 from ..configs.schema import ServerConfig
 from ..engine.async_llm import AsyncLLM
 from ..engine.grammar import GrammarCompiler
-from .errors import ApiError, describe
+from .errors import ApiError, describe, unknown_route
 from .logprobs import TokenNames
 from .metrics import ServerMetrics
 from .middleware import (
@@ -34,6 +35,9 @@ from .state import ServerState, max_body_bytes
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
+
+MODULES = (completions, chat, responses, sessions, models, tokenize, health, status, pages)
+PATHS = frozenset(route.path for module in MODULES for route in module.router.routes if isinstance(route, Route))
 
 
 def create_app(
@@ -83,7 +87,7 @@ def create_app(
         chat_format=ChatFormat.choose(settings, llm.tokenizer),
         grammars=grammars or GrammarCompiler(lambda: llm.tokenizer.for_grammars(llm.client.info.vocab_size)),
     )
-    for module in (completions, chat, responses, sessions, models, tokenize, health, status, pages):
+    for module in MODULES:
         app.include_router(module.router)
     return app
 
@@ -111,4 +115,6 @@ async def _pass_on(http: Request, error: Exception) -> Response:
     """FastAPI would answer these in its own shape; `ErrorMiddleware` answers every error in OpenAI's."""
     if isinstance(error, RequestValidationError):
         raise ApiError(400, "the request's path or query is malformed") from error
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        raise unknown_route(http.url.path, PATHS)
     raise describe(error)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from http import HTTPStatus
 
 import msgspec
@@ -161,10 +162,20 @@ def _describe_session(error: SessionError) -> ApiError:
     return ApiError(status, str(error), param=param, code=error.code, headers=headers)
 
 
+def unknown_route(path: str, known: Collection[str]) -> ApiError:
+    """404, with the known path that was probably meant: clients are told a base URL with `/v1` or without, and some end
+    in a slash."""
+    bare = re.sub(r"/{2,}", "/", path).rstrip("/")
+    rest = re.sub(r"^(/v1)+(?=/)", "", bare)
+    meant = next((each for each in (bare, f"/v1{rest}", rest) if each in known), None)
+    hint = f"did you mean {meant}? " if meant else ""
+    message = f"no such route; {hint}GET /openapi.json lists them all"
+    return ApiError(404, message, code=ERROR_CODES[404])
+
+
 def _describe_http(error: HTTPException) -> ApiError:
     """What the router raises by itself: unknown route, wrong method."""
     phrases = {
-        404: "no such route; GET /openapi.json lists them all",
         405: "this route does not take that method; the Allow header lists those it takes",
     }
     message = phrases.get(error.status_code) or HTTPStatus(error.status_code).phrase

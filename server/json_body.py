@@ -20,7 +20,12 @@ JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\s*(?:;.*)?", re.IGNOREC
 
 
 async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
-    """The body of a request as a JSON object. Raises `RequestError`, or `ApiError` 415 for another content type."""
+    """The body of a request as a JSON object. Raises `RequestError`, or `ApiError` 415 for another content type and for
+    a compressed body."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        message = f"Content-Encoding must be identity, got {encoding[:80]!r}; send the body uncompressed"
+        raise ApiError(415, message, code="unsupported_content_encoding", headers={"Accept-Encoding": "identity"})
     content_type = request.headers.get("content-type", "")
     if not JSON_TYPE.fullmatch(content_type.strip()):
         message = f"Content-Type must be application/json, got {content_type[:80]!r}"

@@ -21,7 +21,6 @@ SYNONYMS = {"reasoning": "reasoning_content"}  # vLLM's newer word; templates kn
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "audio": (),
-    "refusal": ("",),
     "annotations": ([],),
 }
 
@@ -49,7 +48,7 @@ def read_messages(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _read_message(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
     role, calls = _read_role(entry, where), _read_calls(entry, where)
-    content = _read_content(entry | {"content": entry.get("content", "")} if calls else entry, where)
+    content = _read_answer(entry, where) if role == "assistant" else _read_content(entry, where)
     message: dict[str, Any] = {"role": role, "content": content}
     if calls:  # some templates ask whether the key is there
         message["tool_calls"] = calls
@@ -60,7 +59,7 @@ def _read_message(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], li
             refuse_unless_neutral(f"{where}.{name}", value, NEUTRAL_VALUES[name])
         elif name in TEXT_FIELDS:
             message[name] = _require_text(value, f"{where}.{name}")
-        elif name not in ("role", "content", "tool_calls"):
+        elif name not in ("role", "content", "tool_calls") and not (name == "refusal" and role == "assistant"):
             unknown.append(name)
     return message, unknown
 
@@ -81,6 +80,14 @@ def _read_role(entry: dict[str, Any], where: str) -> str:
     return "system" if role == "developer" else str(role)
 
 
+def _read_answer(entry: dict[str, Any], where: str) -> str:
+    """An assistant's content, which may be missing beside calls, or null as some clients store it. A refusal is text
+    that it said, in a field of its own or as a part."""
+    said = _read_content({"content": "", **entry}, where)
+    refusal = _require_text(entry.get("refusal", ""), f"{where}.refusal")
+    return PART_SEPARATOR.join(text for text in (said, refusal) if text)
+
+
 def _read_content(entry: dict[str, Any], where: str) -> str:
     content, where = entry.get("content"), f"{where}.content"
     if isinstance(content, str):
@@ -89,17 +96,21 @@ def _read_content(entry: dict[str, Any], where: str) -> str:
         raise RequestError(f"{where} must be a string or a list of parts, got {json_type(content)}", where)
     if len(content) > MAX_PARTS:
         raise RequestError(f"{where} must have at most {MAX_PARTS} parts, got {len(content)}", where)
-    return PART_SEPARATOR.join(_read_part(part, f"{where}[{i}]") for i, part in enumerate(content))
+    kinds = ("text", "refusal") if entry.get("role") == "assistant" else ("text",)
+    return PART_SEPARATOR.join(_read_part(part, kinds, f"{where}[{i}]") for i, part in enumerate(content))
 
 
-def _read_part(part: Any, where: str) -> str:
+def _read_part(part: Any, kinds: tuple[str, ...], where: str) -> str:
+    """A part's text, which has the name of its kind."""
     if not isinstance(part, dict):
         raise RequestError(f"{where} must be an object, got {json_type(part)}", where)
     kind = part.get("type")
-    if kind != "text":
+    if not isinstance(kind, str) or kind not in kinds:
         shown = repr(kind)[:80] if isinstance(kind, str) else json_type(kind)
-        raise UnsupportedParameterError(f"{where}.type must be 'text', got {shown}", f"{where}.type")
-    return _require_text(part.get("text"), f"{where}.text")
+        raise UnsupportedParameterError(
+            f"{where}.type must be {' or '.join(map(repr, kinds))}, got {shown}", f"{where}.type"
+        )
+    return _require_text(part.get(kind), f"{where}.{kind}")
 
 
 def _require_text(value: Any, where: str) -> str:

@@ -92,6 +92,7 @@ FOREIGN_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "echo": (False,),
     "parallel_tool_calls": (True, False),
+    "parse_special": (False,),
     "tool_choice": ("none",),
     "tools": ([],),
     "top_logprobs": (0,),

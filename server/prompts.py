@@ -49,7 +49,7 @@ async def read_prompts(request: CompletionRequest, state: ServerState) -> list[P
 def _make_prompt(item: str | list[int], request: CompletionRequest, state: ServerState) -> Prompt:
     tokenizer = state.llm.tokenizer
     if isinstance(item, str):
-        return Prompt(tokenizer.encode(item, add_special_tokens=request.add_special_tokens), item)
+        return Prompt(tokenizer.encode(item, request.add_special_tokens, request.parse_special), item)
     text = tokenizer.decode(item, request.skip_special_tokens) if request.echo else ""
     return Prompt(item, text)
 
@@ -102,11 +102,11 @@ async def encode_messages(
     add_generation_prompt = request.add_generation_prompt
     if add_generation_prompt is None:
         add_generation_prompt = not request.continue_final_message
-    if getattr(request, "add_special_tokens", None):
-        raise UnsupportedParameterError(
-            "add_special_tokens is not supported with messages: the chat template adds them",
-            "add_special_tokens",
-        )
+    for name in ("add_special_tokens", "parse_special"):  # of /tokenize
+        if getattr(request, name, None):
+            raise UnsupportedParameterError(
+                f"{name} is not supported with messages: control tokens come from the chat template", name
+            )
     has_objects = tools or any("tool_calls" in message for message in request.messages)
     num_chars = sum(len(text) for message in request.messages for text in message.values() if isinstance(text, str))
     check_num_chars(num_chars, state, "messages")

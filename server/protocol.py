@@ -244,6 +244,7 @@ class CompletionRequest(GenerationRequest):
     echo: bool = False
     logprobs: int | None = _within(0, MAX_LOGPROBS)
     add_special_tokens: bool = True  # vLLM
+    parse_special: bool = False  # llama.cpp: control tokens that the prompt spells are those tokens
 
 
 class ChatRequest(GenerationRequest):
@@ -267,6 +268,7 @@ class TokenizeRequest(RequestModel):
     messages: MessagesInput = None
     tools: ToolsInput = None
     add_special_tokens: bool | None = None
+    parse_special: bool = False  # llama.cpp
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     return_token_strs: bool = False

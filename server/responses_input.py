@@ -100,7 +100,8 @@ class Conversation:
             shown = repr(role)[:80] if isinstance(role, str) else json_type(role)
             raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, got {shown}", f"{where}.role")
         self._check_fields(item, ("role", "content"), where)
-        content = self._text_parts(item.get("content"), TEXT_TYPES, f"{where}.content")
+        types = (*TEXT_TYPES, "refusal") if role == "assistant" else TEXT_TYPES
+        content = self._text_parts(item.get("content"), types, f"{where}.content")
         last = self.messages[-1] if self.messages else {}
         if role == "assistant" and "reasoning_content" in last and not (last["content"] or "tool_calls" in last):
             last["content"] = content
@@ -156,8 +157,9 @@ class Conversation:
                 raise RequestError(f"{field} must be an object, got {json_type(part)}", field)
             if part.get("type") not in types:
                 raise _unsupported(part.get("type"), types, f"{field}.type")
-            self._check_fields(drop_nulls(part), ("text",), field)
-            parts.append({"type": "text", "text": part.get("text")})
+            kind = "refusal" if part["type"] == "refusal" else "text"
+            self._check_fields(drop_nulls(part), (kind,), field)
+            parts.append({"type": kind, kind: part.get(kind)})
         return parts
 
     def _check_fields(self, entry: dict[str, Any], served: tuple[str, ...], where: str) -> None:

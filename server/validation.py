@@ -156,7 +156,7 @@ async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], d
         return request, (await encode_messages(request, state, request.tools)).token_ids, headers
     text, add_special_tokens = request.prompt, request.add_special_tokens is not False
     encode = state.llm.tokenizer.encode
-    tokens = await off_loop(len(text), lambda: encode(text, add_special_tokens=add_special_tokens))
+    tokens = await off_loop(len(text), lambda: encode(text, add_special_tokens, request.parse_special))
     return request, tokens, headers
 
 

@@ -11,25 +11,24 @@ from ... import __version__
 from ..openapi import documented
 from ..responses import Health, Version, json_response
 from ..state import ServerState, refuse_unless_ready
+from . import reading
 
 router = APIRouter()
 
 
-@router.get("/health", **documented(Health))  # for the document: the next is asked first
-@router.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
+@reading(router, "/health", **documented(Health))
 async def health(http: Request) -> Response:
     """200 while the engine answers; 503 when it is dead or the server is draining."""
     refuse_unless_ready(http)
     return json_response(Health("ok"))
 
 
-@router.get("/version", **documented(Version))
+@reading(router, "/version", **documented(Version))
 async def version() -> Response:
     return json_response(Version(__version__))
 
 
-@router.get("/metrics", **documented(None))
-@router.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)
+@reading(router, "/metrics", **documented(None))
 async def metrics(http: Request) -> Response:
     """Prometheus text."""
     return Response(ServerState.of(http).metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

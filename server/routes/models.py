@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -10,22 +11,24 @@ from ..errors import UnknownModelError
 from ..openapi import documented
 from ..responses import ModelCard, ModelList, json_response
 from ..state import ServerState
+from . import reading
 
 router = APIRouter()
 
 
-@router.get("/v1/models", **documented(ModelList))
+@reading(router, "/v1/models", **documented(ModelList))
 async def list_models(http: Request) -> Response:
     """The one model that is served."""
     return json_response(ModelList("list", [_card(ServerState.of(http))]))
 
 
-@router.get(
-    "/v1/models/{model_id:path}", **documented(ModelCard, 404, path="model_id")
-)  # a path: names may look like "organisation/model"
+# A path: names may look like "organisation/model".
+@reading(router, "/v1/models/{model_id:path}", **documented(ModelCard, 404, path="model_id"))
 async def retrieve_model(http: Request) -> Response:
     """The model by its name."""
     state, model_id = ServerState.of(http), http.path_params["model_id"]
+    if not model_id:
+        raise HTTPException(404)  # as behind any other slash too many
     if model_id != state.model_name:
         shown = model_id[:80]
         raise UnknownModelError(f"the model {shown!r} is not served here; this is {state.model_name!r}", "model")

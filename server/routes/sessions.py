@@ -18,6 +18,7 @@ from ..parameters import ignored_header
 from ..responses import json_response
 from ..state import ServerState, refuse_unless_ready
 from ..validation import read_body
+from . import reading
 
 router = APIRouter()
 
@@ -58,7 +59,7 @@ class SessionList(msgspec.Struct):
     has_more: bool
 
 
-@router.get("/v1/sessions", **documented(SessionList, 400, 429))
+@reading(router, "/v1/sessions", **documented(SessionList, 400, 429))
 async def list_sessions(http: Request) -> Response:
     """The files of saved sessions."""
     refuse_unless_ready(http)

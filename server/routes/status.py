@@ -11,13 +11,14 @@ from ... import __version__
 from ..openapi import documented
 from ..responses import Load, ModelInfo, ServerInfo, json_response
 from ..state import ServerState, max_body_bytes
+from . import reading
 
 router = APIRouter()
 
 PRIVATE_FACTS = {"model_path"}  # where files lie on the server is nobody's business
 
 
-@router.get("/load", **documented(Load))
+@reading(router, "/load", **documented(Load))
 async def load(http: Request) -> Response:
     """Sequences and memory in use after the engine's latest step, and drafts so far; `server_load` is vLLM's name for
     all sequences."""
@@ -42,7 +43,7 @@ async def load(http: Request) -> Response:
     return json_response(answer)
 
 
-@router.get("/server_info", **documented(ServerInfo))
+@reading(router, "/server_info", **documented(ServerInfo))
 async def server_info(http: Request) -> Response:
     """What the engine turned out to be: model, numbers, backend, memory."""
     state = ServerState.of(http)
@@ -53,7 +54,7 @@ async def server_info(http: Request) -> Response:
     return json_response(msgspec.structs.asdict(own) | shown)
 
 
-@router.get("/get_model_info", **documented(ModelInfo))
+@reading(router, "/get_model_info", **documented(ModelInfo))
 async def model_info(http: Request) -> Response:
     """SGLang's shape, for its router. The paths are the served name: where files lie is nobody's business."""
     state = ServerState.of(http)

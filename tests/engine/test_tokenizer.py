@@ -62,6 +62,13 @@ def test_plain_text_never_becomes_a_control_token(tokenizer, text):
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
+@pytest.mark.parametrize("text", ATTACKS)
+def test_control_tokens_of_a_text_are_parsed_where_the_caller_asks_for_it(tokenizer, text):
+    ids = tokenizer.encode(text, parse_special=True)
+    assert control_ids(tokenizer, ids).count("<|end|>") == text.count("<|end|>")
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
 @settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 
@@ -47,9 +48,12 @@ class FakeTokenizer:
     def takes_tools(self):
         return "tools" in self.chat_template
 
-    def encode(self, text, add_special_tokens=True):
+    def encode(self, text, add_special_tokens=True, parse_special=False):
         self.threads.add(threading.get_ident())
-        return [BOS] * add_special_tokens + list(text.encode())
+        pieces = re.split("(" + "|".join(self.special.values()) + ")", text) if parse_special else [text]
+        ids = {text: [token_id] for token_id, text in self.special.items()}
+        encoded = (ids[piece] if parse_special and piece in ids else list(piece.encode()) for piece in pieces)
+        return [BOS] * add_special_tokens + [token_id for piece in encoded for token_id in piece]
 
     def for_grammars(self, vocab_size):
         from llguidance.hf import from_tokenizer

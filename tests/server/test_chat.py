@@ -41,6 +41,41 @@ async def test_the_chat_template_lays_out_all_roles(chat, engine):
     assert engine.requests[0].prompt_token_ids == [*sent, ASSISTANT]
 
 
+REFUSAL = {"type": "refusal", "refusal": "No."}
+ASSISTANT_MESSAGES = {
+    "null": ({"content": None}, ""),
+    "nothing": ({}, ""),
+    "refusal beside null": ({"content": None, "refusal": "No."}, "No."),
+    "refusal beside text": ({"content": "Well.", "refusal": "No."}, "Well.\nNo."),
+    "no refusal": ({"content": "a", "refusal": ""}, "a"),
+    "refusal as a part": ({"content": [REFUSAL]}, "No."),
+    "parts": ({"content": [{"type": "text", "text": "Well."}, REFUSAL]}, "Well.\nNo."),
+}
+
+
+@pytest.mark.parametrize(("fields", "text"), ASSISTANT_MESSAGES.values(), ids=ASSISTANT_MESSAGES)
+async def test_what_an_assistant_may_have_said_is_taken_back(chat, engine, fields, text):
+    validated(await chat(messages=[{"role": "user", "content": "u"}, {"role": "assistant"} | fields]))
+    said = [ASSISTANT, *text.encode(), EOS]
+    assert engine.requests[0].prompt_token_ids == [BOS, USER, *b"u", EOS, *said, ASSISTANT]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": None},
+        {"role": "system"},
+        {"role": "user", "content": [REFUSAL]},
+        {"role": "assistant", "content": [{"type": "refusal", "text": "No."}]},
+        {"role": "assistant", "content": [{"type": []}]},
+        {"role": "assistant", "refusal": 7},
+    ],
+    ids=str,
+)
+async def test_other_messages_must_have_text(chat, error_of, message):
+    assert error_of(await chat(messages=[message]), 400)["param"].startswith("messages[0].")
+
+
 async def test_the_answer_may_fill_the_context_when_no_bound_is_given(chat, engine):
     engine.reply = b"x" * 1000
     answer = validated(await chat())

@@ -5,7 +5,7 @@ import threading
 import pytest
 from openai.types import Completion
 
-BOS = 256
+BOS, EOS = 256, 257
 
 
 def validated(response):
@@ -51,6 +51,18 @@ async def test_every_form_of_prompt_reaches_the_engine_as_token_ids(complete, en
 async def test_add_special_tokens_false_sends_the_text_alone(complete, engine):
     await complete(prompt="ab", add_special_tokens=False)
     assert engine.requests[0].prompt_token_ids == [97, 98]
+
+
+@pytest.mark.parametrize(
+    ("asked", "sent"),
+    [({}, [*b"a</s>b"]), ({"parse_special": False}, [*b"a</s>b"]), ({"parse_special": True}, [*b"a", EOS, *b"b"])],
+    ids=str,
+)
+async def test_control_tokens_that_a_prompt_spells_are_text_unless_asked_for(complete, client, engine, asked, sent):
+    validated(await complete(prompt="a</s>b", **asked))
+    assert engine.requests[0].prompt_token_ids == [BOS, *sent]
+    told = await client.post("/tokenize", json={"prompt": "a</s>b", **asked})
+    assert told.json()["tokens"] == [BOS, *sent]
 
 
 async def test_choices_are_numbered_prompt_times_n_plus_j_and_each_prompt_counts_once(complete, engine):

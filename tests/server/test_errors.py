@@ -17,15 +17,57 @@ async def test_an_unknown_route_is_404_in_the_envelope(client, error_of, method,
 
 
 @pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("//v1/completions", "/v1/completions"),
+        ("/models", "/v1/models"),
+        ("/v1/models/", "/v1/models"),
+        ("/v1/health", "/health"),
+        ("/v1/tokenize/", "/tokenize"),
+        ("/health/", "/health"),
+    ],
+)
+async def test_an_unknown_route_names_the_one_that_was_meant(client, error_of, path, meant):
+    error = error_of(await client.get(f"http://test{path}"), 404)
+    assert error["message"] == f"no such route; did you mean {meant}? GET /openapi.json lists them all"
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/v1", "/v1/chat", "/v1/%3Cb%3E/"])
+async def test_where_nothing_was_meant_nothing_is_suggested(client, error_of, path):
+    assert error_of(await client.get(path), 404)["message"] == "no such route; GET /openapi.json lists them all"
+
+
+READING = [
+    "/health",
+    "/metrics",
+    "/version",
+    "/load",
+    "/server_info",
+    "/get_model_info",
+    "/v1/models",
+    "/v1/models/tiny",
+]
+
+
+@pytest.mark.parametrize("path", READING)
+async def test_what_is_read_by_get_may_be_asked_for_by_head(client, path):
+    asked, told = await client.head(path), await client.get(path)
+    assert (asked.status_code, asked.headers["content-type"]) == (200, told.headers["content-type"])
+
+
+@pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
         ("GET", "/v1/completions", "POST"),
         ("PUT", "/v1/chat/completions", "POST"),
         ("GET", "/v1/responses", "POST"),
-        ("POST", "/v1/models", "GET"),
-        ("DELETE", "/v1/models/tiny", "GET"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("DELETE", "/v1/models/tiny", "GET, HEAD"),
         ("OPTIONS", "/tokenize", "POST"),
-        ("POST", "/version", "GET"),
+        ("POST", "/version", "GET, HEAD"),
         ("POST", "/health", "GET, HEAD"),
         ("DELETE", "/metrics", "GET, HEAD"),
         ("POST", "/", "GET, HEAD"),

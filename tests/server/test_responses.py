@@ -392,6 +392,13 @@ async def test_what_is_documented_and_not_served_is_refused_by_name(respond, err
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
 
 
+async def test_a_refusal_in_the_history_is_what_the_assistant_said(respond, engine):
+    part = {"type": "refusal", "refusal": "No."}
+    said = {"type": "message", "role": "assistant", "content": [part]}
+    assert (await respond(input=[{"role": "user", "content": "u"}, said])).status_code == 200
+    assert bytes(i for i in engine.requests[0].prompt_token_ids if i < 256) == b"uNo."
+
+
 async def test_a_refusal_shows_what_asks_for_nothing_as_json(respond, error_of):
     error = error_of(await respond(reasoning={"effort": "high"}), 400)
     assert error["message"].endswith('send {} or {"effort": null} or {"effort": null, "summary": null}')

@@ -109,6 +109,7 @@ async def test_tokenize_of_long_text_runs_in_a_thread(client, tokenizer):
         ({"prompt": "a", "model": "other"}, "model"),
         ({"messages": [{"role": "user", "content": "a"}], "chat_template": "x"}, "chat_template"),
         ({"messages": [{"role": "user", "content": "a"}], "add_special_tokens": True}, "add_special_tokens"),
+        ({"messages": [{"role": "user", "content": "a"}], "parse_special": True}, "parse_special"),
     ],
 )
 async def test_a_bad_tokenize_request_is_refused_by_name(client, error_of, body, param):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -56,6 +57,20 @@ async def test_another_content_type_is_415(client, error_of, content_type):
     headers = {"content-type": content_type} if content_type else {}
     error = error_of(await client.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers), 415)
     assert "application/json" in error["message"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "GZIP, identity", "x" * 200])
+async def test_a_compressed_body_is_415_and_told_to_come_uncompressed(client, error_of, encoding):
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    response = await client.post("/v1/completions", content=gzip.compress(b'{"prompt": "a"}'), headers=headers)
+    error = error_of(response, 415)
+    assert error["code"] == "unsupported_content_encoding" and "send the body uncompressed" in error["message"]
+    assert response.headers["accept-encoding"] == "identity"
+
+
+async def test_a_body_that_says_it_is_not_compressed_is_taken(client):
+    headers = {"Content-Type": "application/json", "Content-Encoding": "identity"}
+    assert (await client.post("/tokenize", content=b'{"prompt": "a"}', headers=headers)).status_code == 200
 
 
 @pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "Application/JSON", "application/x+json"])
