@@ -318,6 +318,12 @@ def test_other_settings_are_named(make_core, settings, word):
     nothing_taken(core)
 
 
+def test_a_session_as_long_as_the_context_is_restored_and_a_longer_one_refused(make_core):
+    num_known = len(saved(make_core())) - 1
+    assert done(make_core(max_model_len=num_known), "restore").num_tokens == num_known
+    refused(make_core(max_model_len=num_known - 1), "restore", "session_mismatch", "raise max_model_len")
+
+
 def test_too_few_blocks_are_told_and_what_is_cached_stays(make_core):
     saved(make_core(), prompt=random_prompt(150, seed=3))
     core = make_core(num_kv_blocks=16)

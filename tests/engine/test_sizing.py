@@ -140,6 +140,14 @@ def test_a_gpus_steps_are_measured_with_the_context_that_its_share_holds(monkeyp
     assert use.other < 1.1 * 10**9
 
 
+@pytest.mark.parametrize("gigabytes", [0.3, 1.0, 7.5])
+def test_a_gigabyte_of_the_host_is_a_thousand_million_bytes(gigabytes):
+    costs = {"state_bytes_per_slot": 1000, "kv_bytes_per_token": 10, "checkpoint_bytes": 4096}
+    config = engine_config("x", host_checkpoint_gb=gigabytes)
+    plan = sizing.plan_pools(config, MemoryUse(total=10**9), max_model_len=256, context_bytes=lambda length: 0, **costs)
+    assert plan.num_host_checkpoints == int(gigabytes * 1e9) // 4096
+
+
 # -- capacity -------------------------------------------------------------------------------------------------
 
 

@@ -338,7 +338,7 @@ def many_chunks(request, monkeypatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", backwards)
 
 
-@pytest.mark.parametrize("slopes", [[0.004], [0.8]], ids=["slow decay", "chunks out of reach"])
+@pytest.mark.parametrize("slopes", [[0.004], [0.8], [4.0]], ids=["slow decay", "four in reach", "the last alone"])
 def test_minimax_with_many_chunks_per_row(many_chunks, slopes, device, assert_close):
     # Whole chunks, tails, a row of one chunk, an empty one, padding between: no two may share a place.
     lengths = [200, 0, 96, 65, 32, 160, 64]
@@ -447,8 +447,9 @@ def test_padding_rows_of_decode_write_zeros_and_leave_the_pool_alone(backend, sl
 
 
 @every_prefill
-def test_empty_rows_are_harmless(backend, device, assert_close):
-    case = make_case(device, [0, 5, 0, 0, 66, 0], continues=[False, True, True, False, False, True])
+@pytest.mark.parametrize("lengths", [[0, 5, 0, 0, 66, 0], [0, 1, 0, 0, 1, 0]], ids=str)
+def test_empty_rows_are_harmless(backend, lengths, device, assert_close):
+    case = make_case(device, lengths, continues=[False, True, True, False, False, True])
     expected_out, expected_state = oracle(case)
     out, pool = run_prefill(backend, case)
     assert_close("out", out, expected_out, 1e-6)
