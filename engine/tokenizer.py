@@ -21,6 +21,7 @@ from ..configs.schema import EngineConfig
 from ..models.checkpoint import GENERATION_FILE, read_config, read_generation_config, resolve
 from .errors import CheckpointError, RequestError
 from .sampling_params import SamplingParams
+from .template_inputs import TemplateInputs, template_inputs
 from .tokenizer_files import load_tokenizer
 
 logger = logging.getLogger("leyden.engine")
@@ -101,6 +102,14 @@ class Tokenizer:
         template = self._hf.chat_template or ""
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
+    @cached_property
+    def template_inputs(self) -> TemplateInputs:
+        """What the template reads, or all of them where there are several."""
+        template = self._hf.chat_template or ""
+        sources = template.values() if isinstance(template, dict) else [template]
+        arguments = inspect.signature(self._hf.apply_chat_template).parameters
+        return template_inputs(sources, [*arguments, *self._hf.special_tokens_map])
+
     @property
     def takes_tools(self) -> bool:
         """The chat template has a place for them."""
@@ -129,15 +138,15 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
-            extra=template_kwargs or {},
+            template_kwargs=template_kwargs or {},
         )
         return self._encode_rendered(text, marker)
 
     def encode_conversation(self, messages: list[dict[str, Any]], **settings: Any) -> tuple[list[int], int]:
         """`encode_chat`, and how many of the first tokens come before the last message's text, where nothing has been
         answered yet: a system prompt and tools, with which other conversations are likely to begin, too; else 0."""
-        asked = {"add_generation_prompt": True, "continue_final_message": False, "tools": None, "extra": {}} | settings
-        text, marker = self._render(messages, **asked)
+        defaults: dict[str, Any] = {"add_generation_prompt": True, "continue_final_message": False, "tools": None}
+        text, marker = self._render(messages, **{**defaults, "template_kwargs": {}, **settings})
         ids = self._encode_rendered(text, marker)
         said = self._defuse(messages[-1].get("content"), marker)
         has_answers = any(message.get("role") == "assistant" for message in messages)
@@ -166,15 +175,15 @@ class Tokenizer:
         add_generation_prompt: bool,
         continue_final_message: bool,
         tools: list[dict[str, Any]] | None,
-        extra: dict[str, Any],
+        template_kwargs: dict[str, Any],
     ) -> tuple[str, str]:
         """(the text, with a marker wherever it is to be cut; the marker)."""
         if not self.has_chat_template:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
         if tools and not self.takes_tools:
             raise RequestError("this model's chat template does not use tools; leave them out", "tools")
-        for name in inspect.signature(self._hf.apply_chat_template).parameters:
-            if name in extra:
+        for name in template_kwargs:
+            if name in self.template_inputs.reserved:
                 raise RequestError(f"{name!r} is not an argument of the chat template", "chat_template_kwargs")
         marker = _marker()
         defused = self._defuse(messages, marker)
@@ -188,7 +197,7 @@ class Tokenizer:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **self._defuse(extra, marker),
+                **self._defuse(template_kwargs, marker),
             )
         except TemplateError as error:  # what a template raises on purpose, too
             raise RequestError(f"the chat template refused the messages: {error}", "messages") from error

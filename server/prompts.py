@@ -7,11 +7,13 @@ from typing import Any
 
 from ..engine.errors import ContextLengthError, RequestError
 from ..engine.messages import EngineInfo
+from ..engine.tokenizer import Tokenizer
 from .errors import UnsupportedParameterError
 from .json_body import json_type
 from .off_loop import MAX_CHARS_INLINE, off_loop
 from .protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from .state import ServerState
+from .template_settings import read_settings
 
 CHARS_PER_MESSAGE = 32  # that a chat template's work on a message costs, however short
 
@@ -87,6 +89,11 @@ def _bad_prompt(found: str, where: str) -> RequestError:
     return RequestError(f"prompt must be {forms}; {where} is {found}", where)
 
 
+def settings_of(request: ChatRequest | TokenizeRequest, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[str]]:
+    """(what the request tells the chat template, the names of what the template does not read)."""
+    return read_settings(request.reasoning_effort, request.chat_template_kwargs, tokenizer.template_inputs)
+
+
 async def encode_messages(
     request: ChatRequest | TokenizeRequest, state: ServerState, tools: list[dict[str, Any]] | None
 ) -> Prompt:
@@ -107,6 +114,7 @@ async def encode_messages(
             raise UnsupportedParameterError(
                 f"{name} is not supported with messages: control tokens come from the chat template", name
             )
+    template_kwargs, _ = settings_of(request, tokenizer)
     has_objects = tools or any("tool_calls" in message for message in request.messages)
     num_chars = sum(len(text) for message in request.messages for text in message.values() if isinstance(text, str))
     check_num_chars(num_chars, state, "messages")
@@ -117,6 +125,7 @@ async def encode_messages(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=request.continue_final_message,
             tools=tools or None,
+            template_kwargs=template_kwargs,
         ),
     )
     return Prompt(ids, beginning=beginning)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fai
 from ..configs.schema import ServerConfig
 from ..engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS
 from ..engine.session_folder import SESSION_ID, SESSION_ID_FORM
+from .template_settings import Effort
 from .tools import MAX_TOOLS, NAME
 
 INT32_MAX = 2**31 - 1
@@ -258,6 +259,8 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int = _within(0, MAX_LOGPROBS, default=0)
     add_generation_prompt: bool | None = None  # vLLM: true unless continue_final_message
     continue_final_message: bool = False  # vLLM
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: dict[str, Any] = {}  # vLLM
     stop_in_reasoning: bool = False  # our own: stop strings count in the thought, too
 
 
@@ -271,6 +274,8 @@ class TokenizeRequest(RequestModel):
     parse_special: bool = False  # llama.cpp
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: dict[str, Any] = {}
     return_token_strs: bool = False
 
 

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ..engine.errors import RequestError
 from .errors import UnsupportedParameterError
-from .json_body import drop_nulls, json_type
+from .json_body import drop_nulls, json_type, require_type
 from .messages import MAX_MESSAGES, MAX_PARTS, PART_SEPARATOR
 from .parameters import refuse_unless_neutral
+from .parsers.custom_input import NAME as INPUT
 
 MAX_ITEMS = MAX_MESSAGES
 ROLES = ("user", "assistant", "system", "developer")
-ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
+CALL_TYPES = ("function_call", "custom_tool_call")
+# Calls of tools that a client ran, which OpenAI's models know without a definition -> the field that says what to do.
+CLIENT_CALLS = {"local_shell_call": "action", "shell_call": "action", "apply_patch_call": "operation"}
+OUTPUT_TYPES = ("function_call_output", "custom_tool_call_output", *(f"{kind}_output" for kind in CLIENT_CALLS))
+ITEM_TYPES = ("message", *CALL_TYPES, *CLIENT_CALLS, *OUTPUT_TYPES, "reasoning")
+# What tools of OpenAI's servers leave in a history. The answer that follows says what came of it.
+LEFT_OUT = (
+    "code_interpreter_call",
+    "computer_call",
+    "computer_call_output",
+    "file_search_call",
+    "image_generation_call",
+    "mcp_approval_request",
+    "mcp_approval_response",
+    "mcp_call",
+    "mcp_list_tools",
+    "tool_search_call",
+    "tool_search_output",
+    "web_search_call",
+)
 TEXT_TYPES = ("input_text", "output_text")
 # Of items and parts that a client sends back as it got them; they change nothing.
 ECHOES = frozenset({"type", "id", "status", "annotations", "logprobs"})
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "async": (False,),
     "caller": ({"type": "direct"},),
-    "encrypted_content": (),
-    "namespace": (),
-    "summary": ([],),
 }
 # Fields of chat -> fields of a response.
 NAMES = {
@@ -30,6 +48,7 @@ NAMES = {
     "response_format": "text.format",
     "response_format.json_schema": "text.format",
     "tool_choice.function": "tool_choice",
+    "reasoning_effort": "reasoning.effort",
 }
 
 
@@ -83,14 +102,22 @@ class Conversation:
 
     def _add_item(self, item: dict[str, Any], where: str) -> None:
         kind = item.get("type", "message")
+        if not isinstance(kind, str):
+            raise _unsupported(kind, ITEM_TYPES, f"{where}.type")
         if kind == "message":
             self._add_message(item, where)
-        elif kind == "function_call":
+        elif kind in CALL_TYPES:
             self._add_call(item, where)
-        elif kind == "function_call_output":
+        elif kind in CLIENT_CALLS:
+            arguments = json.dumps(item.get(CLIENT_CALLS[kind]), ensure_ascii=False)
+            call = {"call_id": item.get("call_id"), "name": kind.removesuffix("_call"), "arguments": arguments}
+            self._add_call(call, where)
+        elif kind in OUTPUT_TYPES:
             self._add_output(item, where)
         elif kind == "reasoning":
             self._add_reasoning(item, where)
+        elif kind in LEFT_OUT:
+            self.unknown[f"input[].{kind}"] = None
         else:
             raise _unsupported(kind, ITEM_TYPES, f"{where}.type")
 
@@ -110,19 +137,26 @@ class Conversation:
             self._new({"role": role, "content": content}, where, f"{where}.content")
 
     def _add_reasoning(self, item: dict[str, Any], where: str) -> None:
-        self._check_fields(item, ("content",), where)
-        parts = self._text_parts(item.get("content", []), ("reasoning_text",), f"{where}.content")
+        """A summary stands for a thought that is not there itself; one that is encrypted cannot be read."""
+        self._check_fields(item, ("content", "summary"), where)
+        thought = self._thought(item, "content", "reasoning_text", where)
+        summary = self._thought(item, "summary", "summary_text", where)
+        if thought and summary:
+            self.unknown["input[].summary"] = None
+        if thought := thought or summary:
+            self._new({"role": "assistant", "content": "", "reasoning_content": thought}, where, where)
+
+    def _thought(self, item: dict[str, Any], name: str, kind: str, where: str) -> str:
+        where = f"{where}.{name}"
+        parts = self._text_parts(item.get(name, []), (kind,), where)
         if not isinstance(parts, list):
-            raise RequestError(f"{where}.content must be a list, got {json_type(parts)}", f"{where}.content")
+            raise RequestError(f"{where} must be a list, got {json_type(parts)}", where)
         for index, part in enumerate(parts):
-            if not isinstance(part["text"], str):
-                field = f"{where}.content[{index}].text"
-                raise RequestError(f"{field} must be a string, got {json_type(part['text'])}", field)
-        thought = PART_SEPARATOR.join(part["text"] for part in parts)
-        self._new({"role": "assistant", "content": "", "reasoning_content": thought}, where, where)
+            require_type(part["text"], str, f"{where}[{index}].text")
+        return PART_SEPARATOR.join(part["text"] for part in parts)
 
     def _add_call(self, item: dict[str, Any], where: str) -> None:
-        self._check_fields(item, ("call_id", "name", "arguments"), where)
+        self._check_fields(item, ("call_id", "name", "arguments", "input"), where)
         if not self.messages or self.messages[-1]["role"] != "assistant":
             self._new({"role": "assistant", "content": ""}, where, where)
         calls = self.messages[-1].setdefault("tool_calls", [])
@@ -130,15 +164,24 @@ class Conversation:
         self._note(field, where)
         self._note(f"{field}.id", f"{where}.call_id")
         self._note(f"{field}.function", where)
-        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        arguments = item.get("arguments")
+        if item.get("type") == "custom_tool_call":
+            text = require_type(item.get("input"), str, f"{where}.input")
+            arguments = json.dumps({INPUT: text}, ensure_ascii=False)
+        function = {"name": item.get("name"), "arguments": arguments}
         calls.append({"id": item.get("call_id"), "type": "function", "function": function})
 
     def _add_output(self, item: dict[str, Any], where: str) -> None:
         self._check_fields(item, ("call_id", "output", "name"), where)
-        if "call_id" not in item:
+        kind = item["type"]
+        call_id = item.get("id") if kind == "local_shell_call_output" else item.get("call_id")
+        if call_id is None:
             raise RequestError(f"{where}.call_id is required", f"{where}.call_id")
-        content = self._text_parts(item.get("output"), TEXT_TYPES, f"{where}.output")
-        message = {"role": "tool", "tool_call_id": item["call_id"], "content": content}
+        output = item.get("output", item.get("status") if kind == "apply_patch_call_output" else None)
+        if kind == "shell_call_output":  # a list of what commands wrote and how they ended
+            output = json.dumps(output, ensure_ascii=False)
+        content = self._text_parts(output, TEXT_TYPES, f"{where}.output")
+        message = {"role": "tool", "tool_call_id": call_id, "content": content}
         if "name" in item:
             message["name"] = item["name"]
         self._new(message, where, f"{where}.output")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 
+from .parsers.custom_input import CustomInput
 from .responses import ChatTokenLogprob
 from .responses_types import (
     ArgumentsDelta,
     ArgumentsDone,
+    CustomCallItem,
+    CustomInputDelta,
+    CustomInputDone,
     Event,
     FunctionCallItem,
     ItemAdded,
@@ -126,6 +130,34 @@ class GrowingCall(GrowingItem):
 
     def item(self, status: ItemStatus) -> FunctionCallItem:
         return FunctionCallItem(self.id, self.call_id, self.name, self.text, status)
+
+
+class GrowingCustomCall(GrowingItem):
+    """A call of a custom tool: the text in the arguments is what the client gets."""
+
+    prefix = "ctc"
+
+    def __init__(self, output_index: int, name: str, call_id: str | None) -> None:
+        super().__init__(output_index)
+        self.name = name
+        self.call_id = call_id or make_id("call")
+        self._arguments = CustomInput()
+
+    def add(self, text: str, logprobs: Logprobs) -> Iterator[Event]:
+        yield from self._add_input(self._arguments.push(text))
+
+    def end(self, status: ItemStatus) -> Iterator[Event]:
+        yield from self._add_input(self._arguments.finish())
+        yield CustomInputDone(output_index=self.output_index, item_id=self.id, input=self.text)
+        yield from super().end(status)
+
+    def item(self, status: ItemStatus) -> CustomCallItem:
+        return CustomCallItem(self.id, self.call_id, self.name, self.text, status)
+
+    def _add_input(self, text: str) -> Iterator[Event]:
+        if text:
+            self._pieces.append(text)
+            yield CustomInputDelta(output_index=self.output_index, item_id=self.id, delta=text)
 
 
 def make_id(prefix: str) -> str:

@@ -16,6 +16,7 @@ from .json_body import drop_nulls, json_type
 from .parameters import NEUTRAL_VALUES, refuse_unless_neutral, split_fields
 from .protocol import FUNCTION_FIELDS, INT32_MAX, ChatRequest, CompletionRequest, SamplingRequest, ToolChoiceInput
 from .responses_input import Conversation, FieldNames
+from .responses_tools import read_tool_choice, read_tools, repeated_tools
 from .responses_types import Settings
 from .state import ServerState
 from .tools import MAX_TOOLS
@@ -39,17 +40,20 @@ RESPONSES_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = NEUTRAL_VALUES | {
     "n": (1,),
     "previous_response_id": (),
     "prompt": (),
-    "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
     "return_token_ids": (False,),
     "stream_options": ({}, {"include_obfuscation": False}),
     "truncation": ("disabled",),
 }
-TOOL_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "allowed_callers": (["direct"],),
-    "async": (False,),
-    "defer_loading": (False,),
-    "output_schema": (),
-}
+# Parts of items that the tools of OpenAI's servers leave, of which there are none here.
+NOT_MADE = (
+    ENCRYPTED,
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+)
 
 InputItems = Annotated[
     Any,
@@ -63,8 +67,8 @@ ResponsesTools = Annotated[
             "maxItems": MAX_TOOLS,
             "items": {
                 "type": "object",
-                "required": ["type", "name"],
-                "properties": {"type": {"enum": ["function"]}, **FUNCTION_FIELDS},
+                "required": ["type"],
+                "properties": {"type": {"type": "string"}, **FUNCTION_FIELDS, "format": {"type": ["object", "null"]}},
             },
         }
     ),
@@ -81,6 +85,8 @@ class ResponsesRequest(SamplingRequest):
     tools: ResponsesTools = None
     tool_choice: ToolChoiceInput = None  # auto where there are tools
     parallel_tool_calls: bool = True
+    reasoning: dict[str, Any] = Field({})
+    chat_template_kwargs: dict[str, Any] = Field({})
     stop_in_reasoning: bool = False
     metadata: dict[str, str] = Field({}, max_length=MAX_METADATA)
     user: str | None = None
@@ -95,11 +101,12 @@ class ResponsesRequest(SamplingRequest):
             top_p=params.top_p,
             top_logprobs=self.top_logprobs,
             text={"format": self.text.get("format") or TEXT_FORMAT},
-            tools=[{"parameters": None, "strict": False} | drop_nulls(tool) for tool in self.tools or []],
+            tools=repeated_tools(self.tools),
             tool_choice=self.tool_choice or "auto",
             parallel_tool_calls=self.parallel_tool_calls,
             metadata=self.metadata,
             user=self.user,
+            reasoning={"effort": self.reasoning.get("effort"), "summary": None},
         )
 
 
@@ -129,7 +136,7 @@ async def prepare_response(http: Request) -> PreparedResponse:
 
 def _renamed(ignored: str, names: FieldNames) -> str:
     """The field that the client sent; a name that nobody documents stays as it is, whatever it begins with."""
-    is_ours = ignored.startswith(("response_format.", "tools["))
+    is_ours = ignored.startswith(("response_format.", "tools[", "reasoning_effort"))
     return names.of(ignored).replace("tools[].function.", "tools[].") if is_ours else ignored
 
 
@@ -145,29 +152,38 @@ def _as_chat(request: ResponsesRequest, names: FieldNames) -> tuple[dict[str, An
     else:
         conversation.add_items(request.input)
     response_format, unknown = _read_format(request.text)
-    with_logprobs, left_out = _read_include(request)
+    with_logprobs, not_made = _read_include(request)
+    tools, left_out = read_tools(request.tools, names)
+    effort, unread = _read_reasoning(request.reasoning)
     body |= {
         "messages": conversation.messages,
         "max_completion_tokens": request.max_output_tokens,
         "logprobs": with_logprobs,
         "response_format": response_format,
-        "tools": _read_tools(request.tools, names),
-        "tool_choice": _read_tool_choice(request.tool_choice),
+        "tools": tools,
+        "tool_choice": read_tool_choice(request.tool_choice),
+        "reasoning_effort": effort,
     }
-    return drop_nulls(body), [*conversation.unknown, *unknown, *left_out]
+    return drop_nulls(body), [*conversation.unknown, *unknown, *not_made, *left_out, *unread]
 
 
 def _read_include(request: ResponsesRequest) -> tuple[bool, list[str]]:
     """(whether log-probabilities are asked for, what is left out)."""
     for index, name in enumerate(request.include):
-        if name not in (LOGPROBS, ENCRYPTED):
+        if name != LOGPROBS and name not in NOT_MADE:
             where = f"include[{index}]"
-            message = f"{where} must be {LOGPROBS!r} or {ENCRYPTED!r}, got {name[:80]!r}"
+            message = f"{where} must be one of {', '.join((LOGPROBS, *NOT_MADE))}, got {name[:80]!r}"
             raise UnsupportedParameterError(message, where)
     with_logprobs = LOGPROBS in request.include
     if request.top_logprobs and not with_logprobs:
         raise RequestError(f"top_logprobs needs include: [{LOGPROBS!r}]", "top_logprobs")
-    return with_logprobs, [f"include.{ENCRYPTED}"] if ENCRYPTED in request.include else []
+    return with_logprobs, [f"include.{name}" for name in NOT_MADE if name in request.include]
+
+
+def _read_reasoning(settings: dict[str, Any]) -> tuple[Any, list[str]]:
+    """(chat's `reasoning_effort`, the names of what changes nothing: thoughts come in the open, without a summary)."""
+    given = drop_nulls(settings)
+    return given.pop("effort", None), [f"reasoning.{name}" for name in given]
 
 
 def _read_format(text: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
@@ -185,32 +201,3 @@ def _read_format(text: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]
         return value, unknown
     schema = {name: entry for name, entry in value.items() if name != "type"}
     return {"type": "json_schema", "json_schema": schema}, unknown
-
-
-def _read_tools(tools: Any, names: FieldNames) -> Any:
-    """Flat tools as chat's; what is no list of objects stays, for `tools.read_tools` to refuse."""
-    if not isinstance(tools, list):
-        return tools
-    return [
-        _nested(entry, f"tools[{index}]", names) if isinstance(entry, dict) else entry
-        for index, entry in enumerate(tools)
-    ]
-
-
-def _nested(tool: dict[str, Any], where: str, names: FieldNames) -> dict[str, Any]:
-    names.note(f"{where}.function", where)
-    function = drop_nulls({name: value for name, value in tool.items() if name != "type"})
-    for name in TOOL_NEUTRAL_VALUES.keys() & function.keys():
-        refuse_unless_neutral(f"{where}.{name}", function.pop(name), TOOL_NEUTRAL_VALUES[name])
-    return {"type": tool.get("type"), "function": function}
-
-
-def _read_tool_choice(value: Any) -> Any:
-    if isinstance(value, dict):
-        function = {name: entry for name, entry in value.items() if name != "type"}
-        return {"type": value.get("type"), "function": function}
-    if value not in (None, "none", "auto", "required"):
-        shown = repr(value)[:80] if isinstance(value, str) else json_type(value)
-        allowed = 'none, auto, required or {"type": "function", "name": ...}'
-        raise RequestError(f"tool_choice must be {allowed}, got {shown}", "tool_choice")
-    return value

@@ -49,8 +49,18 @@ class FunctionCallItem(Struct, tag="function_call"):
     status: ItemStatus
 
 
+class CustomCallItem(Struct, tag="custom_tool_call"):
+    """A call whose input is text."""
+
+    id: str
+    call_id: str
+    name: str
+    input: str
+    status: ItemStatus
+
+
 Part = OutputText | ReasoningText
-OutputItem = ReasoningItem | MessageItem | FunctionCallItem
+OutputItem = ReasoningItem | MessageItem | FunctionCallItem | CustomCallItem
 
 
 class InputTokensDetails(Struct):
@@ -99,7 +109,7 @@ class Settings(Struct):
     background: Literal[False] = False
     max_tool_calls: None = None
     previous_response_id: None = None
-    reasoning: dict[str, None] = field(default_factory=lambda: {"effort": None, "summary": None})
+    reasoning: dict[str, str | None] = field(default_factory=lambda: {"effort": None, "summary": None})
     service_tier: Literal["default"] = "default"
     store: Literal[False] = False
     truncation: Literal["disabled"] = "disabled"
@@ -178,6 +188,14 @@ class ArgumentsDone(_InItem, tag="response.function_call_arguments.done", kw_onl
     arguments: str
 
 
+class CustomInputDelta(_InItem, tag="response.custom_tool_call_input.delta", kw_only=True):
+    delta: str
+
+
+class CustomInputDone(_InItem, tag="response.custom_tool_call_input.done", kw_only=True):
+    input: str
+
+
 class _InPart(_InItem, kw_only=True):
     content_index: int = 0  # an item has one part
 
@@ -225,4 +243,6 @@ StreamEvent = (
     | ReasoningDone
     | ArgumentsDelta
     | ArgumentsDone
+    | CustomInputDelta
+    | CustomInputDone
 )

@@ -16,8 +16,17 @@ from .logprobs import TOKENS_AT_ONCE, chat_logprobs
 from .off_loop import off_loop
 from .parsers.deltas import CallArguments, CallBegin, Content, Delta, Reasoning, merged
 from .protocol import ChatRequest
-from .responses_items import GrowingCall, GrowingItem, GrowingMessage, GrowingReasoning, Logprobs, make_id
+from .responses_items import (
+    GrowingCall,
+    GrowingCustomCall,
+    GrowingItem,
+    GrowingMessage,
+    GrowingReasoning,
+    Logprobs,
+    make_id,
+)
 from .responses_request import ResponsesRequest
+from .responses_tools import custom_names
 from .responses_types import (
     Completed,
     Created,
@@ -54,6 +63,7 @@ class ResponseWriter:
         self._num_cached_tokens = 0
         self._num_reasoning_tokens = 0
         self._parser = prepared.answer.parser()
+        self._custom_names = custom_names(asked.tools)
         self._growing: GrowingItem | None = None
         self._output: list[OutputItem] = []
         self._logprobs: Logprobs = []  # of tokens that no message has shown yet
@@ -116,12 +126,15 @@ class ResponseWriter:
     def _take(self, delta: Delta) -> Iterator[Event]:
         match delta:
             case CallBegin():
-                yield from self._grow(GrowingCall(self._next_index, delta.name, delta.id))
+                call = GrowingCustomCall if delta.name in self._custom_names else GrowingCall
+                yield from self._grow(call(self._next_index, delta.name, delta.id))
                 return
             case CallArguments():
-                kind: type[GrowingItem] = GrowingCall
+                assert self._growing is not None
+                yield from self._growing.add(delta.text, [])
+                return
             case Content():
-                kind = GrowingMessage
+                kind: type[GrowingItem] = GrowingMessage
             case _:
                 kind = GrowingReasoning
         if not isinstance(self._growing, kind):

@@ -31,6 +31,7 @@ from .prompts import (
     check_token_ids,
     encode_messages,
     read_prompts,
+    settings_of,
 )
 from .protocol import (
     ChatRequest,
@@ -152,6 +153,9 @@ async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], d
         raise RequestError("send exactly one of prompt and messages", "prompt")
     if request.tools and request.messages is None:
         raise RequestError("tools need messages", "tools")
+    for name in ("reasoning_effort", "chat_template_kwargs"):
+        if getattr(request, name) and request.messages is None:
+            raise RequestError(f"{name} needs messages: a prompt has no template", name)
     if request.prompt is None:
         return request, (await encode_messages(request, state, request.tools)).token_ids, headers
     text, add_special_tokens = request.prompt, request.add_special_tokens is not False
@@ -194,6 +198,8 @@ def _as_typed(
     if request.model is not None and request.model != state.model_name:
         shown = request.model[:MAX_SHOWN_CHARS]
         raise UnknownModelError(f"the model {shown!r} is not served here; this is {state.model_name!r}", "model")
+    if isinstance(request, ChatRequest | TokenizeRequest):
+        ignored += settings_of(request, state.llm.tokenizer)[1]
     if ignored:
         state.metrics.count_ignored()
     return request, ignored

@@ -351,6 +351,29 @@ def test_template_reads_tools_and_the_arguments_of_calls_as_objects(tiny, tmp_pa
     assert control_ids(tokenizer, ids) == ["<|system|>", "<|end|>", "<|assistant|>", "<|end|>"]
 
 
+THINKING = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ mood }}"
+    "{{ '<think></think>' if enable_thinking is false else '<think>' }}{% endif %}"
+)
+
+
+def test_settings_reach_the_template_as_text_that_is_no_control_token(tiny, tmp_path):
+    tokenizer = make(tiny, tmp_path, template=THINKING)
+    assert tokenizer.template_inputs.settings == {"enable_thinking", "mood"}
+    question = [{"role": "user", "content": "Hi"}]
+    settings = {"enable_thinking": False, "mood": "<|end|>"}
+    text = rendered(tokenizer, question, template_kwargs=settings)
+    assert text == "<|user|>Hi<|end|><|assistant|><|end|><think></think>"
+    ids, _ = tokenizer.encode_conversation(question, template_kwargs=settings)
+    assert ids == tokenizer.encode_chat(question, template_kwargs=settings)
+    assert control_ids(tokenizer, ids) == ["<|user|>", "<|end|>", "<|assistant|>"]
+    assert rendered(tokenizer, question).endswith("<think>")
+    for name in ("bos_token", "messages", "conversation", "range", "tokenizer_kwargs"):
+        with pytest.raises(RequestError, match=name):
+            tokenizer.encode_chat(question, template_kwargs={name: "x"})
+
+
 HISTORY = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
     "{% for c in m.tool_calls or [] %}CALL{% endfor %}<|end|>{% endfor %}"

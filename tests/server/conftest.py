@@ -17,6 +17,7 @@ from leyden.engine.errors import EngineDeadError, QueueFullError, RequestError
 from leyden.engine.memory import MemoryUse
 from leyden.engine.messages import EngineInfo, EngineStats, SessionDone
 from leyden.engine.outputs import StepOutput, TokenLogprobs
+from leyden.engine.template_inputs import template_inputs
 from leyden.server.app import create_app
 from leyden.server.connection import uvicorn_config
 from tiny_models import byte_tokenizer
@@ -45,6 +46,10 @@ class FakeTokenizer:
         self.threads = set()
 
     @property
+    def template_inputs(self):
+        return template_inputs([self.chat_template])
+
+    @property
     def takes_tools(self):
         return "tools" in self.chat_template
 
@@ -64,6 +69,7 @@ class FakeTokenizer:
         self, messages, *, add_generation_prompt=True, continue_final_message=False, tools=None, template_kwargs=None
     ):
         self.chats.append((messages, tools))
+        self.template_kwargs = template_kwargs
         if messages[0]["content"] == "refuse me":
             raise RequestError("the chat template refused the messages: no", "messages")
         ids = [BOS]

@@ -373,7 +373,6 @@ REFUSED = {
     "truncation": "auto",
     "max_tool_calls": 1,
     "service_tier": "flex",
-    "reasoning": {"effort": "high"},
     "context_management": [{"type": "compaction"}],
     "messages": [],
     "max_tokens": 5,
@@ -400,8 +399,8 @@ async def test_a_refusal_in_the_history_is_what_the_assistant_said(respond, engi
 
 
 async def test_a_refusal_shows_what_asks_for_nothing_as_json(respond, error_of):
-    error = error_of(await respond(reasoning={"effort": "high"}), 400)
-    assert error["message"].endswith('send {} or {"effort": null} or {"effort": null, "summary": null}')
+    error = error_of(await respond(stream_options={"include_usage": True}), 400)
+    assert error["message"].endswith('send {} or {"include_obfuscation": false}')
 
 
 async def test_what_nobody_documents_is_listed(respond):
@@ -434,12 +433,26 @@ WRONG = [
     ({"input": [CALL_ITEM | {"arguments": {}}], "instructions": "x"}, "input[0].arguments"),
     ({"input": [user("x"), CALL_ITEM, CALL_ITEM | {"call_id": ""}]}, "input[2].call_id"),
     ({"input": [user("x"), CALL_ITEM, CALL_ITEM | {"name": "a b"}]}, "input[2].name"),
-    ({"input": [user("x"), CALL_ITEM | {"namespace": "n"}]}, "input[1].namespace"),
     ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
     ({"input": [{"type": "function_call_output", "call_id": 1, "output": "x"}]}, "input[0].call_id"),
     ({"input": [{"type": "function_call_output", "call_id": "c", "output": 1}]}, "input[0].output"),
-    ({"input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "x"}]}]}, "input[0].summary"),
-    ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "input[0].encrypted_content"),
+    ({"input": [{"type": "reasoning", "summary": [{"type": "summary_text"}]}]}, "input[0].summary[0].text"),
+    ({"input": [{"type": "reasoning", "summary": [{"type": "text"}]}]}, "input[0].summary[0].type"),
+    ({"input": [{"type": "compaction", "encrypted_content": "x"}]}, "input[0].type"),
+    ({"input": [{"type": ["message"]}]}, "input[0].type"),
+    ({"input": [{"type": "custom_tool_call", "call_id": "c", "name": "f", "input": 1}]}, "input[0].input"),
+    ({"input": [{"type": "custom_tool_call", "call_id": "c", "name": "f g", "input": ""}]}, "input[0].name"),
+    ({"input": [{"type": "shell_call", "action": {}}]}, "input[0].call_id"),
+    ({"reasoning": {"effort": "much"}}, "reasoning.effort"),
+    ({"reasoning": "high"}, "reasoning"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+    ({"tools": [{"type": "web_search"}, {"type": "function"}]}, "tools[1].name"),
+    ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
+    ({"tools": [{"type": "custom"}]}, "tools[0].name"),
+    ({"tools": [{"type": "custom", "name": "f", "format": 1}]}, "tools[0].format"),
+    ({"tools": [{"type": "custom", "name": "f", "format": {"type": "grammar", "syntax": 1}}]}, "tools[0].format"),
+    ({"tools": [{"type": ["function"], "name": "f"}]}, "tools[0].type"),
     ({"input": [{"type": "reasoning", "content": [{"type": "reasoning_text"}]}]}, "input[0].content[0].text"),
     ({"instructions": 1}, "instructions"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
@@ -447,7 +460,7 @@ WRONG = [
     ({"temperature": -1}, "temperature"),
     ({"top_logprobs": 1}, "top_logprobs"),
     ({"top_logprobs": 21, "include": [LOGPROBS]}, "top_logprobs"),
-    ({"include": ["reasoning.encrypted_content", "file_search_call.results"]}, "include[1]"),
+    ({"include": ["reasoning.encrypted_content", "x"]}, "include[1]"),
     ({"top_logprobs": 2, "include": ["reasoning.encrypted_content"]}, "top_logprobs"),
     ({"metadata": {"a": 1}}, "metadata.a"),
     ({"text": {"verbosity": "high"}}, "text.verbosity"),
@@ -463,7 +476,6 @@ WRONG = [
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": 1}}}, "text.format.schema"),
     ({"tools": 1}, "tools"),
     ({"tools": [1]}, "tools[0]"),
-    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ({"tools": [{"type": "function"}]}, "tools[0].name"),
     ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
     ({"tools": [WEATHER, WEATHER]}, "tools[1].name"),
@@ -492,6 +504,152 @@ async def test_a_form_and_a_call_that_has_to_be_made_reach_the_engine(engine, re
     assert (await respond(tools=[WEATHER], tool_choice="required")).status_code == 200
     form, call = (request.sampling_params.grammar for request in engine.requests)
     assert '"sky"' in form and "get_weather" in call
+
+
+# -- tools and items of agents ---------------------------------------------------------------------------------
+
+PATCH = {"type": "custom", "name": "apply_patch", "description": "Edits files"}
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}
+BUILT_IN = [
+    {"type": "web_search"},
+    {"type": "web_search_preview", "search_context_size": "low"},
+    {"type": "file_search", "vector_store_ids": ["v"]},
+    {"type": "code_interpreter", "container": {"type": "auto"}},
+    {"type": "image_generation"},
+    {"type": "computer_use_preview", "display_width": 1, "display_height": 1, "environment": "browser"},
+    {"type": "mcp", "server_label": "m", "server_url": "https://example.com"},
+    {"type": "local_shell"},
+    {"type": "namespace", "name": "crm", "description": "d", "tools": [TIME]},
+]
+PATCHES = {
+    "lines": ('*** Begin\n+a "b" \\ ü😀\n', None),
+    "nothing": ("", None),
+    "cut off": ("*** Beg", '{"input": "*** Beg'),
+    "another key": ('{"patch": "x"}', '{"patch": "x"}'),
+    "the key is late": ("x", '{"why": "' + "y" * 100 + '", "input": "x"}'),
+}
+
+
+def custom_call(arguments):
+    return f'<tool_call>\n{{"name": "apply_patch", "arguments": {arguments}'
+
+
+async def test_built_in_tools_are_left_out_and_named(respond, tokenizer):
+    response = await respond(tools=[*BUILT_IN[:4], WEATHER, *BUILT_IN[4:]])
+    answer = answer_of(response)
+    listed = response.headers["x-ignored-parameters"].split(", ")
+    assert listed == [f"tools[].{tool['type']}" for tool in BUILT_IN]
+    assert [tool["function"]["name"] for tool in tokenizer.chats[-1][1]] == ["get_weather"]
+    assert [tool["type"] for tool in answer["tools"]] == ["function"]
+    assert answer_of(await respond(tools=BUILT_IN))["tools"] == []
+
+
+@pytest.mark.parametrize(("text", "arguments"), PATCHES.values(), ids=PATCHES)
+async def test_a_custom_tool_is_called_with_text(respond, tokenizer, text, arguments):
+    reply = "I edit. " + custom_call(arguments or json.dumps({"input": text}) + "}\n</tool_call>")
+    body = {"tools": [WEATHER, PATCH], "input": [user("Hi")]}
+    answer = answer_of(await respond(reply, **body))
+    message, call = answer["output"]
+    assert (call["type"], call["name"], call["input"]) == ("custom_tool_call", "apply_patch", text)
+    assert answer["tools"][1] == PATCH
+    parameters = tokenizer.chats[-1][1][1]["function"]["parameters"]
+    assert (list(parameters["properties"]), parameters["required"]) == (["input"], ["input"])
+    events = events_of(await respond(reply, **body, stream=True))
+    assert without_ids(events[-1]["response"]) == without_ids(answer)
+    own = [event for event in events if event["type"].startswith("response.custom_tool_call_input.")]
+    assert "".join(event["delta"] for event in own[:-1]) == own[-1]["input"] == text
+    output = {"type": "custom_tool_call_output", "call_id": call["call_id"], "output": "done"}
+    again = await respond("Fine.", **body | {"input": [user("Hi"), message, call, output]})
+    assert "x-ignored-parameters" not in again.headers
+    _, shown, result = tokenizer.chats[-1][0]
+    assert shown["tool_calls"][0]["function"] == {"name": "apply_patch", "arguments": {"input": text}}
+    assert (result["content"], result["tool_call_id"]) == ("done", call["call_id"])
+
+
+async def test_a_custom_tools_grammar_is_told_to_the_model(respond, tokenizer):
+    response = await respond(tools=[PATCH | {"format": GRAMMAR}])
+    assert response.headers["x-ignored-parameters"] == "tools[].format"
+    text = tokenizer.chats[-1][1][0]["function"]["parameters"]["properties"]["input"]
+    assert text["description"].endswith("lark grammar:\nstart: /.+/")
+    assert "x-ignored-parameters" not in (await respond(tools=[PATCH | {"format": {"type": "text"}}])).headers
+
+
+async def test_a_custom_tool_can_be_forced(respond, engine):
+    pytest.importorskip("llguidance")
+    answer_of(await respond(tools=[WEATHER, PATCH], tool_choice={"type": "custom", "name": "apply_patch"}))
+    grammar = engine.requests[-1].sampling_params.grammar
+    assert "apply_patch" in grammar and '"input"' in grammar and "get_weather" not in grammar
+
+
+async def test_items_of_tools_that_are_not_here_are_left_out_and_named(respond, tokenizer):
+    items = [
+        user("x"),
+        {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search", "query": "q"}},
+        {"type": "mcp_list_tools", "id": "m", "server_label": "s", "tools": []},
+        {"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": "gAAA"},
+        {"role": "assistant", "content": "y"},
+    ]
+    response = await respond(input=items, include=["reasoning.encrypted_content", "web_search_call.action.sources"])
+    answer_of(response)
+    assert response.headers["x-ignored-parameters"].split(", ") == [
+        "input[].web_search_call",
+        "input[].mcp_list_tools",
+        "input[].encrypted_content",
+        "include.reasoning.encrypted_content",
+        "include.web_search_call.action.sources",
+    ]
+    assert [message["content"] for message in tokenizer.chats[-1][0]] == ["x", "y"]
+
+
+async def test_calls_that_a_client_ran_are_shown_as_calls(respond, tokenizer):
+    action, operation = {"type": "exec", "command": ["ls"]}, {"type": "delete_file", "path": "a"}
+    items = [
+        user("x"),
+        {"type": "local_shell_call", "id": "l1", "call_id": "c1", "action": action, "status": "completed"},
+        {"type": "local_shell_call_output", "id": "c1", "output": "a b"},
+        {"type": "shell_call", "call_id": "c2", "action": {"commands": ["ls"]}, "status": "completed"},
+        {"type": "shell_call_output", "call_id": "c2", "output": [{"stdout": "a", "stderr": ""}]},
+        {"type": "apply_patch_call", "call_id": "c3", "operation": operation, "status": "completed"},
+        {"type": "apply_patch_call_output", "call_id": "c3", "status": "failed"},
+        CALL_ITEM | {"namespace": "crm"},
+    ]
+    response = await respond(input=items)
+    answer_of(response)
+    assert response.headers["x-ignored-parameters"] == "input[].namespace"
+    messages = tokenizer.chats[-1][0]
+    calls = [call for message in messages for call in message.get("tool_calls", [])]
+    assert [(call["id"], call["function"]["name"], call["function"]["arguments"]) for call in calls[:3]] == [
+        ("c1", "local_shell", action),
+        ("c2", "shell", {"commands": ["ls"]}),
+        ("c3", "apply_patch", operation),
+    ]
+    results = [(message["tool_call_id"], message["content"]) for message in messages if message["role"] == "tool"]
+    assert results == [("c1", "a b"), ("c2", '[{"stdout": "a", "stderr": ""}]'), ("c3", "failed")]
+
+
+@pytest.mark.parametrize("content", [[], [{"type": "reasoning_text", "text": "Long"}]])
+async def test_a_summary_stands_for_a_thought_that_is_not_there(respond, tokenizer, content):
+    summary = [{"type": "summary_text", "text": "Short"}, {"type": "summary_text", "text": "er"}]
+    thought = {"type": "reasoning", "id": "rs", "summary": summary, "content": content}
+    response = await respond(input=[user("x"), thought, {"role": "assistant", "content": "y"}])
+    answer_of(response)
+    assert response.headers.get("x-ignored-parameters") == ("input[].summary" if content else None)
+    assert tokenizer.chats[-1][0][1] == {
+        "role": "assistant",
+        "content": "y",
+        "reasoning_content": "Long" if content else "Short\ner",
+    }
+
+
+async def test_an_effort_reaches_the_template_that_reads_one(respond, tokenizer):
+    asked = {"reasoning": {"effort": "low", "summary": "auto"}}
+    response = await respond(**asked)
+    assert answer_of(response)["reasoning"] == {"effort": "low", "summary": None}
+    assert response.headers["x-ignored-parameters"] == "reasoning.summary, reasoning.effort"
+    tokenizer.chat_template += "{{ reasoning_effort }}{{ tone }}"
+    response = await respond(**asked, chat_template_kwargs={"tone": "kind"})
+    assert response.headers["x-ignored-parameters"] == "reasoning.summary"
+    assert tokenizer.template_kwargs == {"reasoning_effort": "low", "tone": "kind"}
 
 
 # -- the official client --------------------------------------------------------------------------------------
@@ -561,3 +719,22 @@ async def test_leaving_before_the_whole_answer_is_there_aborts_it(official, engi
         await official.with_options(timeout=0.2).responses.create(model="tiny", input="Hi")
     await eventually(lambda: engine.num_aborted == 1)
     assert engine.num_open == 0
+
+
+async def test_the_clients_stream_helper_follows_calls_of_custom_tools(official, engine):
+    engine.reply = (custom_call(json.dumps({"input": "+a\nö"})) + "}\n</tool_call>").encode()
+    asked = {
+        "model": "tiny",
+        "input": "Hi",
+        "tools": [PATCH, {"type": "web_search"}],
+        "reasoning": {"effort": "medium", "summary": "auto"},
+        "include": ["reasoning.encrypted_content"],
+    }
+    whole = await official.responses.create(**asked)
+    async with official.responses.stream(**asked) as stream:
+        deltas = [event.delta async for event in stream if event.type == "response.custom_tool_call_input.delta"]
+        final = await stream.get_final_response()
+    assert "".join(deltas) == final.output[0].input == whole.output[0].input == "+a\nö"
+    assert (final.output[0].type, final.output[0].name) == ("custom_tool_call", "apply_patch")
+    again = await official.responses.create(**asked | {"input": [user("Hi"), *whole.output]})
+    assert again.status == "completed"

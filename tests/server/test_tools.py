@@ -266,6 +266,16 @@ async def test_stop_strings_end_the_answer_and_not_the_thought(
         assert response.json()["usage"]["completion_tokens"] == num_tokens
 
 
+@pytest.mark.parametrize(("tail", "thinks"), [("", True), ("<think>\n", True), ("<think>\n\n</think>\n\n", False)])
+async def test_a_forced_call_begins_with_a_thought_unless_the_prompt_has_closed_it(
+    ask, engine, prompt_ends_in, tail, thinks
+):
+    pytest.importorskip("llguidance")
+    prompt_ends_in(tail)
+    await ask(CALLS["hermes"], template="tools <tool_call> <think>", tool_choice="required")
+    assert ("thought" in engine.requests[-1].sampling_params.grammar) == thinks
+
+
 async def test_stop_strings_may_be_asked_to_end_a_thought(ask):
     reply = "<think>\na\n\nb\n</think>\n\nYes."
     options = {"template": "<think>", "tools": None, "stop": ["\n\n"], "stop_in_reasoning": True}

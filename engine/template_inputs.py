@@ -1,0 +1,59 @@
+"""What a chat template reads, found in its source without rendering it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jinja2 import TemplateSyntaxError, meta, nodes
+from jinja2.defaults import DEFAULT_NAMESPACE
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+# What transformers passes to every template, and what would change how it renders one.
+SPECIAL_TOKENS = {f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+ARGUMENTS = {"messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+ARGUMENTS |= {"chat_template", "tokenize"}
+OF_RENDERER = frozenset({"raise_exception", "strftime_now", *ARGUMENTS, *SPECIAL_TOKENS, *DEFAULT_NAMESPACE})
+
+
+@dataclass(frozen=True)
+class TemplateInputs:
+    """`settings`: variables that a request may set. `words`: the texts that the template compares them with, among
+    others. `reserved`: names that are the renderer's own."""
+
+    settings: frozenset[str]
+    words: frozenset[str]
+    reserved: frozenset[str]
+
+
+class _Generation(Extension):
+    """transformers' tag around the words of the assistant."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class has it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols])
+
+
+def template_inputs(sources: Iterable[str], reserved: Iterable[str] = ()) -> TemplateInputs:
+    """What templates read, all of them together. One that cannot be parsed reads nothing.
+
+    `reserved`: more names that a request may not set.
+    """
+    names: set[str] = set()
+    words: set[str] = set()
+    for source in sources:
+        try:
+            tree = _ENVIRONMENT.parse(source)
+        except TemplateSyntaxError:  # whoever renders it is told
+            continue
+        words |= {const.value for const in tree.find_all(nodes.Const) if isinstance(const.value, str)}
+        names |= meta.find_undeclared_variables(tree)  # which folds constants in the tree: after them
+    own = OF_RENDERER | frozenset(reserved)
+    return TemplateInputs(frozenset(names) - own, frozenset(words), own)
