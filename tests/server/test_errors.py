@@ -31,7 +31,7 @@ async def test_an_unknown_route_is_404_in_the_envelope(client, error_of, method,
     ],
 )
 async def test_an_unknown_route_names_the_one_that_was_meant(client, error_of, path, meant):
-    error = error_of(await client.get(f"http://test{path}"), 404)
+    error = error_of(await client.get(f"http://localhost{path}"), 404)
     assert error["message"] == f"no such route; did you mean {meant}? GET /openapi.json lists them all"
 
 
