@@ -1,6 +1,7 @@
-"""Measure what the prefix cache spares in chats that begin with one of a few system prompts.
+"""Measure what the prefix cache spares: chats that begin with one of a few system prompts, and pairs of prompts.
 
     python -P benchmarks/prefix_cache.py --model benchmarks/configs/dense --load-format dummy
+    python -P benchmarks/prefix_cache.py --model benchmarks/configs/dense --load-format dummy --pairs 32
 
 Conversations choose among `--systems` prompts by Zipf's law (the i-th most popular with weight i^-s) and have `--turns`
 turns: each sends all there was before, and a new message. `--users` hold one at a time, one after another. The same
@@ -10,6 +11,12 @@ tokens. Token ids are random, the engine is driven in this process, greedy.
 Told for each: time from handing a request in to its first token, and which share of the tokens that an earlier request
 or answer began with, too, was not computed again; beside it the share that would be left if hits were whole blocks of
 512 or 1,024 tokens. The last line is one JSON object.
+
+With `--pairs`, of two prompts of `--system-tokens` tokens the second parts from the first at a random place, where none
+has parted before, one at a time, each for one token. Every pair is computed twice, with states kept on the way of a
+prompt and without (`state_checkpoint_interval` 0), by turns in one engine of the server's default budget. Told: which
+share of the shared tokens the second found, the time to first token of both, and what the states cost the first, which
+is the median over the pairs of the quotient of its two times.
 """
 
 from __future__ import annotations
@@ -29,12 +36,14 @@ from typing import Any
 import numpy as np
 from leyden.configs.schema import load_settings
 from leyden.engine.core import EngineCore
+from leyden.engine.ladder import Ladder
 from leyden.engine.messages import AddRequest
 from leyden.engine.radix_tree import common_prefix
 from leyden.engine.sampling_params import SamplingParams
 from leyden.server.bench.machine import hardware, software
 
 ALIGNMENTS = (512, 1024)
+SHORTEST_SHARED = 512  # tokens that the prompts of a pair share at least
 
 
 @dataclass
@@ -63,18 +72,81 @@ class Turn:
 
 def main() -> int:
     arguments = parse_arguments()
+    report = run_pairs(arguments) if arguments.pairs else run_conversations(arguments)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report) + "\n")
+    print(json.dumps(report))
+    return 0
+
+
+def run_pairs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the second of two prompts finds of the first, with states on the way and without."""
+    core = make_core(arguments, "true", length=arguments.system_tokens + 1, budget=2048)
+    reuse, vocabulary = core.scheduler.reuse, range(core.runner.model_config.vocab_size)
+    ladders = {"on": reuse.ladder, "off": Ladder(reuse.cache.min_tokens, 0)}
+    rng = random.Random(0)
+    pairs: list[dict[str, Any]] = []
+    for i in range(arguments.pairs + 1):  # the first compiles, and fills no figure
+        shared = rng.randrange(SHORTEST_SHARED, arguments.system_tokens)
+        first, other = (rng.choices(vocabulary, k=arguments.system_tokens) for _ in range(2))
+        pair: dict[str, Any] = {"shared": shared}
+        for name in ("on", "off") if i % 2 else ("off", "on"):
+            reuse.ladder = ladders[name]
+            reuse.cache.clear()
+            times = [run_alone(core, first), run_alone(core, first[:shared] + other[shared:])]
+            pair[name] = {"first_ms": times[0][0], "second_ms": times[1][0], "found": times[1][1]}
+            pair[name]["states"] = reuse.cache.num_checkpoints_used
+        pairs.append(pair)
+    del pairs[0]
+    report = environment(arguments) | {"prompt_tokens": arguments.system_tokens, "pairs": pairs}
+    report["runs"] = {name: summary_of_pairs(pairs, name) for name in ladders}
+    report["prefill_cost"] = round(statistics.median(p["on"]["first_ms"] / p["off"]["first_ms"] for p in pairs) - 1, 4)
+    for name, result in report["runs"].items():
+        print(f"states on the way {name:3}: {result}")
+    print(f"cost of the states to the first prompt: {report['prefill_cost']:.2%}")
+    return report
+
+
+def run_alone(core: EngineCore, prompt: list[int]) -> tuple[float, int]:
+    """(milliseconds to the first token of a prompt that nothing runs beside, tokens that it found in the cache)."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    began = time.perf_counter()
+    core.add_request(AddRequest(request_id="alone", prompt_token_ids=prompt, sampling_params=params))
+    found = 0
+    while core.has_work:
+        for output in core.step():
+            found = output.num_cached_tokens or found
+    return round(1e3 * (time.perf_counter() - began), 3), found
+
+
+def summary_of_pairs(pairs: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """Of the pairs with states on the way, or without: medians, and the shares of the shared tokens that were found."""
+    shares = [pair[name]["found"] / pair["shared"] for pair in pairs]
+    return {
+        "first_ms": round(statistics.median(pair[name]["first_ms"] for pair in pairs), 2),
+        "second_ms": round(statistics.median(pair[name]["second_ms"] for pair in pairs), 2),
+        "found_share": round(statistics.mean(shares), 4),
+        "smallest_found_share": round(min(shares), 4),
+        "states_per_pair": round(statistics.mean(pair[name]["states"] for pair in pairs), 1),
+    }
+
+
+def environment(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"model": str(arguments.model), "hardware": hardware(), "software": software()}
+
+
+def run_conversations(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same conversations with the cache and without."""
+    length = arguments.system_tokens + arguments.turns * (arguments.message_tokens + arguments.answer_tokens)
     runs = {}
     for name, is_on in (("on", "true"), ("off", "false")):
-        core = make_core(arguments, is_on)
+        core = make_core(arguments, is_on, length=length, budget=max(8192, arguments.users))
         run(core, make_conversations(arguments, core, seed=1)[:2], 2)  # compile, and fill no figure
         core.scheduler.cache.clear()
         runs[name] = run(core, make_conversations(arguments, core, seed=0), arguments.users)
         del core
         gc.collect()
-    report = {
-        "model": str(arguments.model),
-        "hardware": hardware(),
-        "software": software(),
+    report = environment(arguments) | {
         "systems": arguments.systems,
         "system_tokens": arguments.system_tokens,
         "zipf": arguments.zipf,
@@ -86,10 +158,7 @@ def main() -> int:
         "runs": {name: summary(turns, seconds) for name, (turns, seconds) in runs.items()},
     }
     show(report)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report) + "\n")
-    print(json.dumps(report))
-    return 0
+    return report
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,18 +174,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=4, help="of each conversation")
     parser.add_argument("--message-tokens", type=int, default=64, help="tokens that a turn adds")
     parser.add_argument("--answer-tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--pairs", type=int, default=0, help="measure so many pairs of prompts instead")
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
     return parser.parse_args()
 
 
-def make_core(arguments: argparse.Namespace, prefix_cache: str) -> EngineCore:
-    length = arguments.system_tokens + arguments.turns * (arguments.message_tokens + arguments.answer_tokens)
+def make_core(arguments: argparse.Namespace, prefix_cache: str, *, length: int, budget: int) -> EngineCore:
     settings = {
         "model": arguments.model,
         "load_format": arguments.load_format,
         "max_num_seqs": str(arguments.users),
         "max_model_len": str(length),
-        "max_num_batched_tokens": str(max(8192, arguments.users)),
+        "max_num_batched_tokens": str(budget),
         "prefix_cache": prefix_cache,
     }
     core = EngineCore(load_settings(settings | dict(pair.split("=", 1) for pair in arguments.engine)).engine())
