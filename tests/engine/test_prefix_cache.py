@@ -110,6 +110,53 @@ def test_the_least_recently_used_state_goes_first():
     assert book.blocks.num_cached == 2, "keys and values without a state are of no use"
 
 
+def test_the_least_recently_used_blocks_go_first():
+    book = Book(blocks=3, num_checkpoints=9)
+    for text in ("aaaa", "bbbb", "cccc"):
+        book.leave(text)
+    book.cache.use(book.cache.match(tokens("aaaa")).node)
+    book.find("bbbb")  # a look is no use
+    assert book.cache.make_room(1)
+    assert [book.find(text)[0] for text in ("aaaa", "bbbb", "cccc")] == [4, 0, 4]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_texts_are_forgotten_in_the_order_of_their_last_use_by_the_block_and_by_the_state(seed):
+    """Against lists: of all texts for blocks, of those on the device and on the host for checkpoints."""
+    rng = random.Random(seed)
+    sizes = {"num_checkpoints": rng.choice([4, 9]), "num_host_checkpoints": rng.choice([0, 3])}
+    book = Book(blocks=20, **sizes)
+    every: list[str] = []
+    tiers: list[list[str]] = [[], []]
+    for i in range(200):
+        text = rng.choice(every) if every and rng.random() < 0.5 else chr(1000 + i) * rng.randint(1, 12)
+        needed = book.blocks.blocks_for(len(text))
+        if text in every:
+            node = book.cache.match(tokens(text)).node
+            if rng.random() < 0.5:
+                book.cache.use(node)
+            else:
+                book.cache.let_go(book.cache.hold(node, 1)[2])
+            for order in (every, *tiers):
+                if text in order:
+                    order.append(order.pop(order.index(text)))
+            continue
+        while sum(book.blocks.blocks_for(len(kept)) for kept in every) + needed > 20:
+            gone = every.pop(0)
+            tiers = [[kept for kept in tier if kept != gone] for tier in tiers]
+        assert book.cache.make_room(needed)
+        book.leave(text)
+        every.append(text)
+        tiers[0].append(text)
+        for tier, size in zip((0, 1), sizes.values(), strict=True):
+            if len(tiers[tier]) > size:
+                gone = tiers[tier].pop(0)
+                (every.remove if tier or not sizes["num_host_checkpoints"] else tiers[1].append)(gone)
+        assert set(book.kept(rungs=False)) == set(every)
+        on_host = {text for text, place in book.kept(rungs=False).items() if place >= sizes["num_checkpoints"]}
+        assert on_host == set(tiers[1])
+
+
 def test_a_state_on_the_way_to_another_leaves_its_keys_and_values():
     book = Book(num_checkpoints=2, block_size=4)
     book.leave("aaaa")

@@ -726,3 +726,90 @@ def test_after_a_preemption_a_prompt_goes_on_from_the_last_state_on_its_way():
         step(scheduler)
     assert prompt.num_cached_tokens == 0, "what it computed itself is no hit"
     assert prompt.num_computed_tokens >= done > 1000
+
+
+# -- what the cache spares, against lists by last use -----------------------------------------------------------------
+
+
+class Listed:
+    """The prefix cache as lists of texts by last use, where there are blocks enough: what requests that come one after
+    another compute."""
+
+    def __init__(self, num_checkpoints: int, on_host: int, min_tokens: int) -> None:
+        self.min_tokens = min_tokens
+        self.sizes = (num_checkpoints, on_host)
+        self.tiers: tuple[list[tuple], list[tuple]] = ([], [])  # (salt, *tokens), least recently used first
+
+    def request(self, prompt: list[int], salt: str | None) -> int:
+        """Tokens that are computed for the prompt and one token of an answer."""
+        text = (salt, *prompt)
+        before = self.longest(text[:-1])
+        shared = max((common(text[:-1], known) for tier in self.tiers for known in tier), default=1) - 1
+        for tier in self.tiers:
+            if before in tier:
+                tier.append(tier.pop(tier.index(before)))
+        start, stops = max(len(before) - 1, 0), []
+        for stop in (shared, len(prompt) - 1):
+            if stop > start and all(abs(stop - other) >= self.min_tokens for other in (start, *stops)):
+                stops.append(stop)
+        for stop in sorted(stops):
+            self.save(text[: 1 + stop], self.min_tokens)
+        self.save(text, min(self.min_tokens, 16))
+        return len(prompt) - start
+
+    def longest(self, text: tuple) -> tuple:
+        return max((known for tier in self.tiers for known in tier if text[: len(known)] == known), key=len, default=())
+
+    def save(self, text: tuple, min_tokens: int) -> None:
+        if len(text) - max(len(self.longest(text)), 1) < min_tokens:
+            return
+        device, host = self.tiers
+        device.append(text)
+        if len(device) > self.sizes[0]:
+            host.append(device.pop(0))
+        if len(host) > self.sizes[1]:
+            host.pop(0)
+
+
+def common(a: tuple, b: tuple) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_requests_compute_what_lists_of_states_by_last_use_do_not_hold(seed):
+    rng = random.Random(seed)
+    sizes = {"checkpoints": rng.choice([2, 5, 12]), "on_host": rng.choice([0, 3]), "min_tokens": rng.choice([1, 4, 20])}
+    scheduler = make_scheduler(blocks=5000, block_size=rng.choice([1, 4]), budget=rng.choice([7, 100]), **sizes)
+    listed = Listed(*sizes.values())
+    texts = [[1] * 60]
+    spared = 0
+    for i in range(120):
+        known = rng.choice(texts)
+        prompt = known[: rng.randint(1, len(known))] + rng.choices(range(1, 4), k=rng.choice([1, 2, 30]))
+        texts.append(prompt)
+        salt = rng.choice([None, None, "a"])
+        scheduler.add(cached(prompt, f"r{i}", i, cache_salt=salt))
+        counted = 0
+        while scheduler.has_work:
+            counted += sum(step(scheduler).num_scheduled_tokens)
+        assert counted == listed.request(prompt, salt), i
+        spared += len(prompt) - counted
+        cache = scheduler.cache
+        used = (cache.num_checkpoints_used, cache.num_host_checkpoints_used)
+        assert used == tuple(map(len, listed.tiers))
+    assert scheduler.reuse.num_cached_tokens == spared > 100
+
+
+@pytest.mark.parametrize("min_tokens", [1, 6])
+@pytest.mark.parametrize("num_steps", range(0, 16, 3))
+def test_a_third_prompt_finds_where_two_have_parted_however_far_one_was_when_the_other_came(min_tokens, num_steps):
+    scheduler = make_scheduler(blocks=400, slots=3, budget=4, checkpoints=20, min_tokens=min_tokens)
+    scheduler.add(cached([5] * 30 + [1] * 30, "first", 1))
+    for _ in range(num_steps):
+        step(scheduler)
+    scheduler.add(cached([5] * 30 + [2] * 9, "second", 2))
+    while scheduler.has_work:
+        step(scheduler)
+    third = cached([5] * 30 + [3] * 9, "third", 3)
+    run_alone(scheduler, third)
+    assert third.num_cached_tokens == 30
