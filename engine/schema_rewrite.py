@@ -100,7 +100,7 @@ class _Rewriting:
             )
         matched = {pattern: _matching(pattern, self._names) for pattern in patterns}
         lists = {pattern for pattern, names in matched.items() if names and not _takes_others(pattern, names)}
-        known = {*listed, *as_kind(list, node.get("required")), *(name for each in lists for name in matched[each])}
+        known = {*listed, *_required(node), *(name for each in lists for name in matched[each])}
         properties = dict(listed)
         for pattern, part in patterns.items():
             for name in matched[pattern]:
@@ -127,7 +127,8 @@ class _Rewriting:
         self._num_compared += 1 + sum(len(each or ()) for each in values)
         for one, other in ((first, second), (second, first)):
             for key in ("anyOf", "oneOf"):
-                if one.get(key) and all(self._are_apart(part, other, depth + 1) for part in as_kind(list, one[key])):
+                alternatives = as_kind(list, one.get(key))
+                if alternatives and all(self._are_apart(part, other, depth + 1) for part in alternatives):
                     return True
         shared = _kinds(first) & _kinds(second)
         if not shared or (None not in values and set.isdisjoint(*map(_as_keys, values))):
@@ -136,13 +137,14 @@ class _Rewriting:
 
     def _have_property_apart(self, first: dict[str, Any], second: dict[str, Any], depth: int) -> bool:
         """Some property that one of them needs."""
-        needed = dict.fromkeys([*as_kind(list, first.get("required")), *as_kind(list, second.get("required"))])
+        needed = dict.fromkeys([*_required(first), *_required(second)])
         return any(self._are_apart(_property(first, name), _property(second, name), depth + 1) for name in needed)
 
     def _resolved(self, node: Any) -> Any:
-        """Where references lead, as long as nothing stands beside them that could tell more."""
+        """Where references lead; a node with more than its reference says more than that, and stays."""
         for _ in range(MAX_FOLLOWED):
-            if not isinstance(node, dict) or not isinstance(node.get("$ref"), str):
+            is_reference = isinstance(node, dict) and node.keys() - ANNOTATIONS == {"$ref"}
+            if not is_reference or not isinstance(node["$ref"], str):
                 break
             node = target(self._root, node["$ref"])
         return node
@@ -153,13 +155,17 @@ def _names_in(schema: dict[str, Any]) -> set[str]:
     found: set[str] = set()
     for node in parts(schema):
         found.update(as_kind(dict, node.get("properties")))
-        found.update(name for name in as_kind(list, node.get("required")) if isinstance(name, str))
+        found.update(_required(node))
     return found
 
 
-def _property(node: dict[str, Any], name: Any) -> Any:
+def _required(node: dict[str, Any]) -> list[str]:
+    return [name for name in as_kind(list, node.get("required")) if isinstance(name, str)]
+
+
+def _property(node: dict[str, Any], name: str) -> Any:
     """What an object's property has to be; true where patterns of names may say more."""
-    if isinstance(name, str) and name in as_kind(dict, node.get("properties")):
+    if name in as_kind(dict, node.get("properties")):
         return node["properties"][name]
     return True if node.get("patternProperties") else node.get("additionalProperties", True)
 

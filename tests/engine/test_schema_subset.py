@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 
@@ -151,6 +152,28 @@ def test_what_is_wrong_with_a_schema_is_said_and_never_left_out():
     for told, schema in wrong.items():
         with pytest.raises(ValueError, match=told):
             supported_subset(schema)
+
+
+NONSENSE = [None, 1, "a", [], {}, [[]], [{}], [None], {"a": None}, {"a": [1]}, {"$ref": 1}, {"type": {}}, {"enum": 3}]
+KEYWORDS = ["properties", "patternProperties", "required", "propertyNames", "oneOf", "anyOf", "not", "type", "enum"]
+
+
+@pytest.mark.parametrize("keyword", [*KEYWORDS, "$ref", "additionalProperties", "format"])
+def test_nonsense_is_an_error_of_the_schema_if_anything(keyword):
+    names = {"propertyNames": {"enum": ["a"]}, "oneOf": [record({"a": INTEGER}), {"required": [[]], "anyOf": {}}]}
+    for nonsense in NONSENSE:
+        for around in ({}, names, {"patternProperties": {"^a": {}, "(": {}}, "properties": {"a": {}}}):
+            with contextlib.suppress(ValueError):
+                supported_subset(around | {keyword: nonsense})
+
+
+def test_names_held_by_a_reference_and_more_are_not_held_by_the_reference_alone():
+    names = {"$ref": "#/$defs/names", "pattern": "^a"}
+    schema = {"type": "object", "propertyNames": names, "$defs": {"names": {"enum": ["a", "b"]}}}
+    assert supported_subset(schema).left_out == ("propertyNames",)
+    del names["pattern"]
+    assert supported_subset(schema).left_out == ()
+    assert_holds(schema)
 
 
 @pytest.mark.parametrize(
