@@ -232,6 +232,7 @@ class ServerConfig(_Numbers):
     drain_seconds: float = Field(30.0, ge=0, description="time for open requests after SIGTERM")
     metrics_prefix: str = Field("leyden", pattern=r"^[a-zA-Z_]\w*$", description="'vllm' fits existing dashboards")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
+    access_log: bool = Field(False, description="a log line at info for every request")
     log_format: Literal["text", "json"] = Field("text", description="json = one object per line, for collectors")
     otlp_endpoint: str | None = Field(
         None,

@@ -21,6 +21,7 @@ from .errors import ApiError, describe, unknown_route
 from .logprobs import TokenNames
 from .metrics import ServerMetrics
 from .middleware import (
+    AccessLogMiddleware,
     AuthMiddleware,
     ConnectionLimitMiddleware,
     ErrorMiddleware,
@@ -64,6 +65,7 @@ def create_app(
         redirect_slashes=False,
         middleware=[
             Middleware(RequestIdMiddleware),
+            *([Middleware(AccessLogMiddleware)] if settings.access_log else []),
             *_cors(settings),
             *_tracing(tracer),
             Middleware(ErrorMiddleware, metrics=metrics),

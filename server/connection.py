@@ -8,6 +8,7 @@ HTTP in plain text. Bodies are bounded in `middleware`, where their reader is.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..configs.schema import ServerConfig
 from .errors import ApiError
+
+logger = logging.getLogger("leyden.server")
 
 SOCKETS_PER_REQUEST = 2  # kept alive, or refused and not gone yet
 GRACE_SECONDS = 1.0  # for a socket beyond the bound to ask, or for an idle one to be asked over
@@ -128,6 +131,7 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer without a request, and hang up."""
+        logger.debug("refused before there was a request: %d %s", error.status, error.reason)
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = error.envelope()
             headers = [

@@ -10,6 +10,7 @@ from http import HTTPStatus
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from ..engine.errors import (
     ContextLengthError,
@@ -57,6 +58,7 @@ INTERNAL_ERROR = "internal_error"
 RETRY_AFTER_SECONDS = "1"
 MAX_MESSAGE_CHARS = 1000
 MAX_PARAM_CHARS = 100
+MAX_PATH_CHARS = 200
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -143,12 +145,19 @@ def describe(error: Exception) -> ApiError:
             return ApiError(500, "an internal error; the server's log has the details", code=INTERNAL_ERROR)
 
 
-def log_failure(request_id: str, error: Exception, answer: ApiError) -> None:
-    """Log what is our fault; with a traceback only what nobody foresaw, for an engine's death hits every request."""
+def log_failure(scope: Scope, error: Exception, answer: ApiError) -> None:
+    """One line for a request that failed: our fault as an error, a refusal at debug.
+
+    Only what nobody foresaw has a traceback, for an engine's death hits every request. A refusal's message may quote
+    the request, so its reason alone is told.
+    """
+    about = {"request_id": scope["state"]["request_id"]}
     if answer.status == 500:
         trace = error if answer.code == INTERNAL_ERROR else None
-        about = {"request_id": request_id}
         logger.error("the request failed (%s): %s", answer.code, type(error).__name__, exc_info=trace, extra=about)
+    else:
+        path = scope["path"][:MAX_PATH_CHARS]
+        logger.debug("refused: %s %s: %d %s", scope["method"], path, answer.status, answer.reason, extra=about)
 
 
 def error_response(error: ApiError) -> Response:

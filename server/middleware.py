@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import logging
 import re
+import time
 import uuid
 from collections.abc import Iterable
 
@@ -18,7 +19,7 @@ from ..configs.schema import ServerConfig
 from ..engine import logs
 from ..engine.errors import ConfigError
 from .connection import slow_request, too_large_head
-from .errors import ApiError, describe, error_response, log_failure, overloaded
+from .errors import MAX_PATH_CHARS, ApiError, describe, error_response, log_failure, overloaded
 from .metrics import ServerMetrics
 from .origins import SAFE_METHODS
 from .pages import FILES, ROOT_PATH
@@ -55,6 +56,32 @@ class RequestIdMiddleware:
         await self.app(scope, receive, send_with_id)
 
 
+class AccessLogMiddleware:
+    """One line per request when it is over: client, method, path without its query, status, seconds."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status: int | str = "left"  # by its client, before there was a status
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        began = time.perf_counter()
+        try:
+            await self.app(scope, receive, note_status)
+        finally:
+            client, path = (scope["client"] or ["-"])[0], scope["path"][:MAX_PATH_CHARS]
+            logger.info("%s %s %s %s %.3f s", client, scope["method"], path, status, time.perf_counter() - began)
+
+
 class ErrorMiddleware:
     """Answer every exception in OpenAI's envelope, count it, and log those that are our fault."""
 
@@ -84,7 +111,7 @@ class ErrorMiddleware:
             if has_started:
                 raise
             answer = describe(error)
-            log_failure(scope["state"]["request_id"], error, answer)
+            log_failure(scope, error, answer)
             self.metrics.count_refusal(answer.reason)
             await error_response(answer)(scope, receive, send)
 

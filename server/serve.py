@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import uvicorn
 from fastapi import FastAPI
@@ -44,6 +44,13 @@ BACKLOG = 2048  # connections that the kernel holds before they are accepted; uv
 SPARE_FILES = 256  # that this process has open beside its clients' sockets
 
 
+class Ending(NamedTuple):
+    """How a run ends, for the shell and for the log."""
+
+    exit_code: int
+    reason: str
+
+
 def serve(settings: Settings) -> int:
     """Serve until told to stop. Returns 0 after a drain, 1 when the engine died, 128 and the signal's number when one
     came before there was anything to drain.
@@ -57,12 +64,15 @@ def serve(settings: Settings) -> int:
     try:
         check_files(settings)
         with exporting_tracer(settings.otlp_endpoint) as tracer:
-            return asyncio.run(_serve(settings, listener, tracer))
+            ending = asyncio.run(_serve(settings, listener, tracer))
     finally:
         listener.close()
+    level = logging.ERROR if ending.exit_code == 1 else logging.INFO
+    logger.log(level, "ended: %s; exit code %d", ending.reason, ending.exit_code)
+    return ending.exit_code
 
 
-async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | None) -> int:
+async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | None) -> Ending:
     interrupted = _first_signal()
     client = ProcessClient(
         settings.engine(),
@@ -76,7 +86,8 @@ async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | N
             both: set[asyncio.Future[Any]] = {starting, interrupted}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if interrupted.done():
-            return 128 + interrupted.result()
+            number = interrupted.result()
+            return Ending(128 + number, f"{signal.Signals(number).name} while the model was loaded")
         info, tokenizer, grammars = await starting
         name = settings.served_model_name or _model_name(settings.model)
         llm = AsyncLLM(client, tokenizer, max_queue_seconds=settings.max_queue_seconds)
@@ -86,10 +97,10 @@ async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | N
         needs_key, can_chat = _needs_key(settings), tokenizer.has_chat_template
         text = banner(info, name=name, address=address, needs_key=needs_key, can_chat=can_chat, config=settings)
         print(text, flush=True)
+        logger.info("ready: %s is served at %s", name, address)
         return await Service(settings, client, app).run(listener, interrupted)
     except EngineDeadError as error:
-        logger.error("the engine did not start: %s", error)
-        return 1
+        return Ending(1, f"the engine did not start: {error}")
     finally:
         starting.cancel()
         await client.close()
@@ -145,10 +156,10 @@ class Service:
         self.client = client
         self.app = app
         self.server = _Server(uvicorn_config(app, settings))
-        self._exit_code = 0
+        self._ending = Ending(0, "the HTTP server stopped")
         self._draining: asyncio.Task | None = None
 
-    async def run(self, listener: socket.socket, interrupted: asyncio.Future[int] | None = None) -> int:
+    async def run(self, listener: socket.socket, interrupted: asyncio.Future[int] | None = None) -> Ending:
         """Serve until drained, interrupted twice, or bereft of the engine. `interrupted`: a signal that may have come
         before."""
         loop = asyncio.get_running_loop()
@@ -163,37 +174,44 @@ class Service:
         finally:
             for task in watchers:
                 task.cancel()
-        return self._exit_code
+        return self._ending
 
     def _on_signal(self, name: str) -> None:
         if self._draining is not None:
             logger.warning("%s again: stopping at once", name)
             logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # every stream that is cut off would be a traceback
             self.client.end_streams("the server stopped before the answer was complete")
-            self.server.should_exit = self.server.force_exit = True
+            self.server.force_exit = True
+            self._stop(Ending(0, f"{name} for the second time"))
             return
         self.app.state.draining = True
         open_requests = len(self.server.server_state.tasks)
-        if open_requests:
-            logger.info("%s: %d open requests may finish within %g s", name, open_requests, self.settings.drain_seconds)
-        self._draining = asyncio.create_task(self._drain())
-
-    async def _drain(self) -> None:
-        """New requests are refused already; leave when the open ones are done or out of time."""
         limit = self.settings.drain_seconds
+        logger.info("draining after %s: %d open requests may finish within %g s", name, open_requests, limit)
+        self._draining = asyncio.create_task(self._drain(name))
+
+    async def _drain(self, name: str) -> None:
+        """New requests are refused already; leave when the open ones are done or out of time."""
+        limit, reason = self.settings.drain_seconds, f"{name}, and every request was finished"
         deadline = asyncio.get_running_loop().time() + limit
         # uvicorn's set of tasks has no event to wait for.
         while self.server.server_state.tasks and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         if open_requests := len(self.server.server_state.tasks):
             logger.warning("drain_seconds (%g) are over: %d requests are cut off", limit, open_requests)
+            reason = f"{name}, and {open_requests} requests were cut off"
             self.client.end_streams(f"the server stopped before the answer was complete (drain_seconds = {limit:g})")
-        self.server.should_exit = True
+        self._stop(Ending(0, reason))
 
     async def _watch_engine(self) -> None:
         reason = await self.client.wait_dead()
         logger.error("%s; stopping", reason)
-        self._exit_code = 1
+        self._stop(Ending(1, reason))
+
+    def _stop(self, ending: Ending) -> None:
+        """The first reason is the one that counts."""
+        if not self.server.should_exit:
+            self._ending = ending
         self.server.should_exit = True
 
     async def _log_throughput(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
@@ -13,6 +14,7 @@ from ..engine.messages import EngineInfo
 from .errors import overloaded
 from .logprobs import TokenNames
 from .metrics import ServerMetrics
+from .parameters import IgnoredNames
 from .parsers.formats import ChatFormat
 
 BODY_BYTES_PER_TOKEN = 8  # an id of six digits with its comma and blank; English has half as many
@@ -31,11 +33,18 @@ class ServerState:
     token_names: TokenNames
     chat_format: ChatFormat
     grammars: GrammarCompiler
+    ignored_names: IgnoredNames = field(default_factory=IgnoredNames)
 
     @classmethod
     def of(cls, request: Request) -> ServerState:
         state: ServerState = request.app.state.server
         return state
+
+    def note_ignored(self, names: Sequence[str]) -> None:
+        """Count a request of which fields were left out, and tell their names once."""
+        if names:
+            self.metrics.count_ignored()
+            self.ignored_names.tell(names)
 
 
 def max_body_bytes(settings: ServerConfig, info: EngineInfo) -> int:

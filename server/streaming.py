@@ -97,7 +97,7 @@ class EventStream(Response):
     def _fail(self, scope: Scope, error: Exception) -> bytes:
         """The status has been sent, so the error goes the way of the chunks."""
         answer = describe(error)
-        log_failure(scope["state"]["request_id"], error, answer)
+        log_failure(scope, error, answer)
         scope["app"].state.server.metrics.count_refusal(answer.reason)
         return self._encode_failure(answer)
 

@@ -200,8 +200,7 @@ def _as_typed(
         raise UnknownModelError(f"the model {shown!r} is not served here; this is {state.model_name!r}", "model")
     if isinstance(request, ChatRequest | TokenizeRequest):
         ignored += settings_of(request, state.llm.tokenizer)[1]
-    if ignored:
-        state.metrics.count_ignored()
+    state.note_ignored(ignored)
     return request, ignored
 
 

@@ -107,6 +107,5 @@ async def _name_fields(http: Request) -> dict[str, str]:
     if not await http.body():
         return {}
     ignored = list(await read_body(http))
-    if ignored:
-        ServerState.of(http).metrics.count_ignored()
+    ServerState.of(http).note_ignored(ignored)
     return ignored_header(ignored)

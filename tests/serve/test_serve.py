@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -158,6 +159,18 @@ async def test_sigterm_finishes_open_streams_refuses_new_ones_and_exits_0(serve)
     assert reasons[-1] == "length"
     assert await asyncio.to_thread(served.process.wait, 30) == 0
     assert not exists(engine)
+
+
+def test_log_has_a_line_when_the_server_is_ready_drains_and_ends(serve, capfd):
+    served = serve("--log-format", "json")
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(timeout=30) == 0
+    told = [json.loads(line)["message"] for line in capfd.readouterr().err.splitlines()]
+    assert told[-3:] == [
+        f"ready: tiny is served at {served.url}",
+        "draining after SIGTERM: 0 open requests may finish within 30 s",
+        "ended: SIGTERM, and every request was finished; exit code 0",
+    ]
 
 
 async def test_second_signal_does_not_wait(serve):
@@ -323,6 +336,7 @@ def test_json_logs_are_json_alone_in_both_processes(checkpoint, tmp_path):
     assert {"time", "level", "logger", "message"} <= set.intersection(*(set(line) for line in lines))
     assert any("generation" in line["message"] for line in lines)
     assert lines[-1]["level"] == "error"
+    assert re.fullmatch(r"ended: the engine process .* by signal 9; exit code 1", lines[-1]["message"])
     assert "secret" not in log.read_text()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from contextlib import suppress
 
 import httpx
@@ -206,6 +207,35 @@ async def test_a_client_that_does_not_read_is_hung_up_on_and_its_sequences_are_a
         assert await is_served_beside(live, engine)
         await eventually(lambda: engine.num_open == 0, seconds=GUARD_SECONDS)
         assert engine.num_aborted == 2
+
+
+async def test_a_client_that_pauses_less_than_write_timeout_gets_its_whole_answer(make_live, engine, eventually):
+    """Also when that takes longer than `write_timeout` altogether: a pause is over when the client reads on."""
+    live = make_live(write_timeout=1.0)
+    engine.info.max_model_len = 10**6
+    engine.reply = b"~" * 3000
+    async with Client(live) as client:
+        await client.send(
+            request(
+                {"prompt": "a", "max_tokens": 3000, "stream": True, "logprobs": 20},
+                head=HEAD + b"Connection: close\r\n",
+            )
+        )
+        first = await client.reader.readuntil(b"data: ")
+        [server_side] = live.server.server_state.connections
+        server_side.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+        client.writer.transport.pause_reading()
+        await eventually(lambda: server_side.flow.write_paused)
+        engine.hold_after = 0
+        reading = asyncio.create_task(client.reader.read())
+        client.writer.transport.resume_reading()
+        await eventually(lambda: not server_side.flow.write_paused)
+        await asyncio.sleep(1.2)
+        engine.hold_after = None
+        answer = first + await asyncio.wait_for(reading, GUARD_SECONDS)
+    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert answer.count(b'"text":"~"') == 3000
+    assert engine.num_aborted == 0
 
 
 async def is_served_beside(live, engine):

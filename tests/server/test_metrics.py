@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from leyden.engine.messages import EngineStats
 from prometheus_client.parser import text_string_to_metric_families
@@ -110,6 +112,19 @@ async def test_latencies_and_reasons_are_counted_per_sequence(client, complete):
     assert samples["leyden:request_queue_time_seconds_sum", ()] == 3 * 0.25
     assert samples["leyden:request_success_total", (("finished_reason", "stop"),)] == 2
     assert samples["leyden:request_success_total", (("finished_reason", "length"),)] == 1
+
+
+async def test_latencies_of_a_sequence_add_up_to_the_time_of_its_last_token(client, complete, monkeypatch):
+    """By a clock that goes on by a second whenever it is asked, which is once at the start and once per output."""
+    clock = itertools.count(100.0)
+    monkeypatch.setattr("leyden.server.metrics.time.perf_counter", lambda: next(clock))
+    num_outputs = 7
+    await complete(max_tokens=num_outputs)
+    monkeypatch.undo()
+    samples = await scrape(client)
+    assert samples["leyden:time_to_first_token_seconds_sum", ()] == 1.0
+    assert samples["leyden:inter_token_latency_seconds_sum", ()] == num_outputs - 1
+    assert samples["leyden:e2e_request_latency_seconds_sum", ()] == num_outputs
 
 
 @pytest.mark.parametrize(

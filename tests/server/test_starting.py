@@ -53,7 +53,7 @@ async def test_who_connects_at_the_end_is_served_by_what_follows(listener):
 
 
 async def _serves(*arguments):
-    return 0
+    return serve.Ending(0, "SIGTERM")
 
 
 def test_what_kubernetes_adds_is_told_in_one_line(monkeypatch, caplog):
