@@ -15,8 +15,8 @@ from ..models.backends import LINEAR_BACKENDS, LinearAttentionBackend
 from ..models.checkpoint import read_config, resolve
 from ..models.config import LightningSpec, ModelConfig
 from ..models.forward_batch import ForwardBatch
-from ..models.minimax import Cache, MiniMaxForCausalLM
-from ..models.registry import FAMILIES
+from ..models.minimax import Cache
+from ..models.registry import FAMILIES, CausalLM
 from ..models.weights import fill_with_noise, load_weights
 from .batch import BATCH_TENSORS, Arrays, Counts, batch_arrays, count_rows, make_batch, packed_size, upload
 from .block_tables import BlockTables
@@ -25,6 +25,7 @@ from .cuda_graph import SNAPSHOTS, Computed, GraphShape, StepGraphs, pad, shapes
 from .decode_rows import Answers, DecodeRows
 from .device import pick_device, pick_dtype, pick_kernels, spare_cores
 from .dummy_steps import StepLimits, checkpoint_step, smallest_steps
+from .errors import ConfigError
 from .outputs import TokenLogprobs
 from .pools import CheckpointPool, KVPool, StatePool
 from .sampler import Draw, Sampled, Sampler, SamplingBatch, send_home, token_logprobs
@@ -76,6 +77,12 @@ class ModelRunner:
         linear_backend = LINEAR_BACKENDS[config.linear_backend](self.kernels, speculative=self.max_drafts > 0)
         self.linear_backend = linear_backend.name
         self.ring_size, self.replays = linear_backend.ring_size, linear_backend.replays
+        if self.max_drafts and self.ring_size < self.max_drafts + 2:
+            raise ConfigError(
+                f"speculative_tokens = {self.max_drafts}: linear_backend {linear_backend.name} keeps {self.ring_size} "
+                f"tokens beside a state, and drafts need {self.max_drafts + 2}; set speculative_tokens to 0 or take "
+                "another linear_backend"
+            )
         with refuse_out_of_memory("the weights", "take a device with more memory, or a smaller dtype"):
             self.model = self._load(config, linear_backend, progress=progress)
         self.graphs: StepGraphs | None = None
@@ -86,9 +93,7 @@ class ModelRunner:
         if self.wants_graphs:
             self._keep_graphs(config, progress=progress)
 
-    def _load(
-        self, config: EngineConfig, linear_backend: LinearAttentionBackend, *, progress: bool
-    ) -> MiniMaxForCausalLM:
+    def _load(self, config: EngineConfig, linear_backend: LinearAttentionBackend, *, progress: bool) -> CausalLM:
         make = FAMILIES[self.model_config.architecture].module()
         model = make(self.model_config, self.kernels, linear_backend, device=self.device, dtype=self.dtype)
         if config.load_format == "dummy":

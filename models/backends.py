@@ -41,11 +41,12 @@ class LightningCall(NamedTuple):
 
 
 class LinearAttentionBackend(Protocol):
-    """Lightning attention for all rows of a batch.
+    """Lightning attention for all rows of a batch. Nothing else is asked of a backend.
 
     `name` is that of the setting. `ring_size` is C of `LinearState`, 0 for none; without a ring there are no verify
-    rows. `replays` says that decode rows leave their tokens in the ring too. `ForwardBatch` tells what waits there
-    after a step.
+    rows, and the engine refuses `speculative_tokens`. `replays` says that decode rows leave their tokens in the ring
+    too. `ForwardBatch` tells what waits there after a step: the i-th waiting token's key and value at place i, as they
+    came. The model folds them into the state by `Kernels.lightning_fold` where the next row does not read the ring.
     """
 
     name: str
@@ -53,7 +54,14 @@ class LinearAttentionBackend(Protocol):
     replays: bool
 
     def forward(self, call: LightningCall) -> Tensor:
-        """Fills and returns `call.out`."""
+        """Fills and returns `call.out`, and updates the states and rings of the batch's slots."""
+
+
+class BackendFactory(Protocol):
+    """An entry of `LINEAR_BACKENDS`: a backend's class, or a function that makes one."""
+
+    def __call__(self, kernels: Kernels, *, speculative: bool = False) -> LinearAttentionBackend:
+        """`speculative`: rows may bring drafts, which need a ring with room for `speculative_tokens` and two more."""
 
 
 class MinimaxBackend:
@@ -164,7 +172,7 @@ def _slots(batch: ForwardBatch, rows: slice) -> tuple[Tensor, Tensor]:
     return batch.state_indices[rows], batch.has_initial_state[rows]
 
 
-LINEAR_BACKENDS: dict[str, type[MinimaxBackend]] = {
+LINEAR_BACKENDS: dict[str, BackendFactory] = {
     "minimax": MinimaxBackend,
     "seg_la": SegLaBackend,
     "replay": ReplayBackend,

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import ModelConfig
+
+if TYPE_CHECKING:
+    from .registry import CausalLM
 
 SAMPLED = 1024  # items of each parameter, beside the sum of all
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.inference_mode()
-def fingerprint(config: ModelConfig, model: nn.Module) -> str:
+def fingerprint(config: ModelConfig, model: CausalLM) -> str:
     """sha256, in hex, of the config but for its stop ids, and of each parameter's name, dtype, shape, sum of all bits
     as integers, and some of its items. Reads every parameter once, on its device; needs no memory beside them."""
     named = sorted(model.named_parameters())

@@ -17,7 +17,7 @@ from ..engine.messages import EngineInfo
 if TYPE_CHECKING:
     import torch
 
-    from ..models.minimax import MiniMaxForCausalLM
+    from ..models.registry import CausalLM
 
 CONTEXTS = (1024, 8192, 32768, 131072, 1048576)
 KINDS = {  # where the kind's own name says less
@@ -155,7 +155,7 @@ def _share(
 
 def _planned(
     config: EngineConfig,
-    model: MiniMaxForCausalLM,
+    model: CausalLM,
     use: MemoryUse,
     where: str,
     *,

@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from backends import BACKENDS
 from engines import DEVICE, drain, engine_config, make_core, request
 from leyden.engine import cuda_graph
 from leyden.engine.batch import Counts
@@ -54,7 +55,7 @@ PARAMS = {
 
 @torch.inference_mode()
 @pytest.mark.parametrize("lags", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["at once", "a step behind"])
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 6])
 def test_a_padded_step_answers_as_one_without_graphs(folder, backend, num_rows, lags):
     settings = {"linear_backend": backend, "async_scheduling": lags}
@@ -107,7 +108,7 @@ def test_graphs_share_one_place_for_logits(folder):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("lags", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["at once", "a step behind"])
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_with_prompts_answers_as_one_without_graphs(folder, backend, lags):
     settings = {"linear_backend": backend, "async_scheduling": lags, "mixed_prefill_tokens": 24}
     lengths = (1, 70, 5, 64, 23, 40)  # chunks, several prompts in a step, a graph filled to the last token, and one not
@@ -129,7 +130,7 @@ def test_a_step_with_prompts_answers_as_one_without_graphs(folder, backend, lags
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_padding_of_prompts_touches_no_slot_and_no_block(folder, backend):
     core = with_graphs(folder, MIXED, linear_backend=backend)
     runner = core.runner
@@ -148,7 +149,7 @@ def test_the_padding_of_prompts_touches_no_slot_and_no_block(folder, backend):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("interval", "is_held"), [(5, True), (2, False)], ids=["in the graph", "more than it holds"])
 def test_states_on_the_way_of_a_prompt_come_from_a_graph_as_they_come_without(folder, backend, interval, is_held):
     settings = {"linear_backend": backend, "state_checkpoint_min_tokens": 2, "state_checkpoint_interval": interval}

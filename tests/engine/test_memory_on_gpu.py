@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import BACKENDS
 from engines import request
 from leyden.configs.schema import EngineConfig
 from leyden.engine.core import EngineCore
@@ -120,7 +121,7 @@ def test_every_kind_of_memory_is_measured(folder):
     assert use.graphs < 10**9 and use.workspace < 2 * 10**9 and use.other < 4 * 10**9, use
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "eager"])
 @pytest.mark.parametrize("drafts", [0, 7])
 def test_no_request_waits_for_a_compiler(folder, monkeypatch, backend, cuda_graphs, drafts):

@@ -10,6 +10,7 @@ import engines
 import numpy as np
 import pytest
 import torch
+from backends import BACKENDS
 from engines import DEVICE, answer, assert_nothing_held, computed, drain, request, sequence
 from leyden.engine.block_manager import BlockManager
 from leyden.engine.copies import Move
@@ -18,7 +19,6 @@ from leyden.engine.prefix_cache import PrefixCache
 from leyden.engine.radix_tree import common_prefix, path_to
 from tiny_models import random_prompt
 
-BACKENDS = ["minimax", "seg_la", "replay"]
 make_core = functools.partial(engines.make_core, device=DEVICE, state_checkpoint_min_tokens=1)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import engines
 import numpy as np
 import pytest
+from backends import BACKENDS
 from engines import DEVICE, answer, assert_nothing_held, computed, drain, request
 from leyden.engine import conversations, memory, session_copies, session_file, session_folder, sessions
 from leyden.engine.client import InProcessClient
@@ -26,7 +27,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import random_prompt, save_minimax
 
-BACKENDS = ["minimax", "seg_la", "replay"]
 DEADLINE = 20.0
 PROMPT = random_prompt(45, seed=1)
 MORE = random_prompt(7, seed=2)

@@ -8,6 +8,7 @@ import time
 import engines
 import pytest
 import torch
+from backends import BACKENDS
 from engines import DEVICE, answer, assert_nothing_held, drain, request
 from leyden.engine import grammar
 from leyden.engine.core import EngineCore
@@ -38,7 +39,7 @@ def computed_tokens(core: EngineCore) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
 @pytest.mark.parametrize("length", [1, 2, 17, 37])
 def test_each_choice_is_what_it_would_be_alone(tiny, backend, lags, length):

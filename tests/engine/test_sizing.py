@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from backends import BACKENDS, PlainBackend
 from engines import drain, engine_config, make_core, request
 from leyden.engine import model_runner, pools, sizing
 from leyden.engine.copies import Fold
@@ -246,7 +247,7 @@ def test_a_fold_is_compiled_at_start_and_finds_a_token_to_fold():
     assert [step.copies for step in drafted] == [[], [Fold(0, 1)]]
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_first_steps_leave_numbers(tiny, monkeypatch, backend):
     """What no step has written may be NaN, and is never read."""
     allocate, launch = ModelRunner.allocate, ModelRunner.launch
@@ -308,6 +309,29 @@ def test_graphs_are_measured_with_the_most_tokens_and_the_most_rows_of_logits(ru
 
 
 # -- what does not fit ----------------------------------------------------------------------------------------
+
+
+def test_a_backend_without_room_for_drafts_is_told_at_start(tiny, monkeypatch):
+    monkeypatch.setitem(
+        model_runner.LINEAR_BACKENDS, "seg_la", lambda kernels, *, speculative=False: PlainBackend(kernels)
+    )
+    ModelRunner(engine_config(tiny.folder, linear_backend="seg_la"), progress=False)
+    with pytest.raises(ConfigError, match=r"speculative_tokens = 7: linear_backend plain keeps 0 .* need 9"):
+        ModelRunner(engine_config(tiny.folder, linear_backend="seg_la", speculative_tokens=7), progress=False)
+
+
+@pytest.mark.parametrize("drafts", [0, 5])
+def test_an_engine_runs_on_a_backend_that_follows_the_protocol_alone(tiny, monkeypatch, drafts):
+    requests = [request(str(i), [i, 7, 8, 9] * 9, max_tokens=30) for i in range(3)]
+    expected = drain(make_core(tiny.folder), *requests)
+    monkeypatch.setitem(model_runner.LINEAR_BACKENDS, "seg_la", PlainBackend)
+    core = make_core(tiny.folder, linear_backend="seg_la", speculative_tokens=drafts)
+    assert core.info().linear_backend == "plain"
+    answers = drain(core, *requests)
+    assert {name: each.token_ids for name, each in answers.items()} == {
+        name: each.token_ids for name, each in expected.items()
+    }
+    assert (core.stats().draft_tokens_total > 0) == (drafts > 0)
 
 
 def fail(*arguments, **keywords):

@@ -11,15 +11,14 @@ import engines
 import numpy as np
 import pytest
 import torch
+from backends import BACKENDS
 from engines import DEVICE, answer, drain, request, sequence
 from leyden.engine.core import EngineCore
 from leyden.engine.llm import LLM
 from leyden.engine.sampling_params import SamplingParams
 from leyden.engine.speculation import Speculation, can_draft, num_kept
-from leyden.models.backends import LINEAR_BACKENDS
 from tiny_models import random_prompt
 
-BACKENDS = sorted(LINEAR_BACKENDS)
 make_core = functools.partial(engines.make_core, device=DEVICE, max_model_len=256)
 speculating = functools.partial(make_core, speculative_tokens=7)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import BACKENDS
 from leyden.configs.schema import EngineConfig
 from leyden.engine.core import EngineCore
 from leyden.engine.messages import AddRequest
@@ -66,7 +67,7 @@ def test_equals_transformers_token_for_token(expected, backend, chunk):
     assert got == [cut_at_stop(answer) for _, answer in expected]
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_transformers_after_preemption(expected, backend):
     longest = max(len(prompt) for prompt, _ in expected) + NUM_TOKENS
     prompts = [prompt for prompt, _ in expected] * 2
@@ -83,7 +84,7 @@ def test_equals_transformers_after_preemption(expected, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_interpreted_triton_equals_transformers(expected, backend):
     pytest.importorskip("triton")
     prompt, answer = expected[0]
@@ -100,7 +101,7 @@ def test_gpu_equals_transformers_on_the_cpu_token_for_token(expected, backend, c
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gpu_in_bfloat16_tells_nearly_the_same(expected, backend):
     """Half precision may take another word where two are nearly tied, so the bound is on the first tokens alone."""
     prompts = [prompt for prompt, _ in expected]

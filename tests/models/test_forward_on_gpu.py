@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends import BACKENDS
 from engines import build_batch, engine_config, sequence
 from leyden.engine.model_runner import ModelRunner
 from leyden.engine.scheduled_batch import ScheduledBatch
@@ -23,7 +24,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["minimax", "seg_la", "replay"])
+@pytest.fixture(params=BACKENDS)
 def runner(request, folder) -> ModelRunner:
     settings = {"device": "cuda", "linear_backend": request.param, "num_kv_blocks": 64}
     return ModelRunner(engine_config(folder, **settings), progress=False)

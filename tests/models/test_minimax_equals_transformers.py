@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from backends import BACKENDS
 from leyden.configs.schema import EngineConfig
 from leyden.engine.core import EngineCore
 from leyden.engine.messages import AddRequest
@@ -63,7 +64,7 @@ def run(core: EngineCore, prompts: dict[str, list[int]], num_tokens: int = NUM_T
     return answers
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_alone(checkpoint, backend, device):
     folder, expected = checkpoint
     core = make_core(folder, device=device, linear_backend=backend)
@@ -83,7 +84,7 @@ def test_ragged_mixed_batches_with_chunked_prompts(checkpoint, backend, chunk, d
         assert answers == {str(n): answer for n, (_, answer) in expected.items()}
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_prompt_fed_one_token_at_a_time(checkpoint, backend, device):
     folder, expected = checkpoint
     core = make_core(folder, device=device, linear_backend=backend, max_num_batched_tokens=1, max_num_seqs=1)
@@ -91,7 +92,7 @@ def test_prompt_fed_one_token_at_a_time(checkpoint, backend, device):
     assert run(core, {"x": prompt})["x"] == answer
 
 
-@pytest.mark.parametrize("backend", ["minimax", "seg_la", "replay"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_after_preemption(checkpoint, backend, device):
     folder, expected = checkpoint
     lengths = (17, 64, 65, 130)
