@@ -26,9 +26,9 @@ def held_tokenizer(tokenizer):
             tokenizer.num_held += 1
             assert tokenizer.may_end.wait(GUARD_SECONDS), "whoever should go on meanwhile did not"
 
-    def encode_held(text, add_special_tokens=True):
+    def encode_held(text, *options, **settings):
         hold(text)
-        return encode(text, add_special_tokens)
+        return encode(text, *options, **settings)
 
     encode_chat = tokenizer.encode_chat
 

@@ -425,7 +425,6 @@ CALL = "messages[1].tool_calls[0]"
         ({"messages": called(function={"name": "f", "arguments": {}})}, f"{CALL}.function.arguments"),
         ({"messages": called(function={"name": "f g", "arguments": "{}"})}, f"{CALL}.function.name"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
-        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[0].content"),
         ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "assistant", "content": "x", "reasoning": 5}]}, "messages[0].reasoning_content"),
     ],
