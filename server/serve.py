@@ -32,6 +32,7 @@ from .app import create_app
 from .connection import max_sockets, uvicorn_config
 from .describe import banner
 from .middleware import load_keys
+from .parsers.formats import ChatFormat
 from .starting import refusing
 from .trace_export import exporting_tracer
 
@@ -112,6 +113,7 @@ async def _start(client: ProcessClient, settings: Settings) -> tuple[EngineInfo,
     try:
         folder = await asyncio.to_thread(resolve, settings.model, settings.revision, weights=False)
         tokenizer = await asyncio.to_thread(Tokenizer.of, settings.engine())
+        ChatFormat.choose(settings, tokenizer)  # what contradicts the template should not cost the loading of a model
         grammars = GrammarCompiler(partial(tokenizer.for_grammars, read_config(folder).vocab_size))
         grammars.prepare()
         return await starting, tokenizer, grammars

@@ -63,6 +63,10 @@ HELD_OUT_SEED = "held out"  # of the planned stories that measure; the training'
 NUM_PARTS, NUM_WORKERS = 8, 5  # processes shuffle, vary and encode an eighth of the rows each, ahead of the training
 
 CHAT_TEMPLATE = """{{- bos_token -}}
+{%- if tools -%}<|system|>{{ 'You can call these functions:' }}
+    {%- for tool in tools %}{{ '\\n' ~ (tool.function | tojson) }}{% endfor -%}
+    {{- '\\nCall one so: <tool_call>\\n{"name": "...", "arguments": {...}}\\n</tool_call><|end|>' -}}
+{%- endif -%}
 {%- for message in messages -%}
     {%- if message.role in ['system', 'developer'] -%}<|system|>
     {%- elif message.role in ['user', 'tool'] -%}<|user|>
@@ -76,6 +80,10 @@ CHAT_TEMPLATE = """{{- bos_token -}}
             {{- part.text -}}
         {%- endfor -%}
     {%- endif -%}
+    {%- for call in message.tool_calls or [] -%}
+        {{- '<tool_call>\\n{"name": ' ~ (call.function.name | tojson) ~ ', "arguments": ' -}}
+        {{- (call.function.arguments | tojson) ~ '}\\n</tool_call>' -}}
+    {%- endfor -%}
     {{- '<|end|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}

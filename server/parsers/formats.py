@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from ...configs.schema import ServerConfig
 from ...engine.detokenizer import StopScope
+from ...engine.errors import ConfigError
 from . import kimi_calls as kimi
 from . import reasoning
 from .answer import AnswerParser
@@ -86,6 +87,9 @@ class ControlTokens(Protocol):
     @property
     def chat_template(self) -> str: ...
 
+    @property
+    def takes_tools(self) -> bool: ...
+
     def token_text(self, token_id: int) -> str: ...
 
 
@@ -128,8 +132,14 @@ class ChatFormat:
 
     @classmethod
     def choose(cls, settings: ServerConfig, tokenizer: ControlTokens) -> ChatFormat:
+        """Raises `ConfigError` for a parser of calls where the template shows no tools to the model."""
         template = tokenizer.chat_template
         name = settings.tool_call_parser
+        if name not in ("auto", "none") and not tokenizer.takes_tools:
+            raise ConfigError(
+                f"tool_call_parser is {name!r}, but the model's chat template does not use tools: leave the setting "
+                "out, or give a template that does (chat_template)"
+            )
         tools = _tools_in(template) if name == "auto" else TOOL_FORMATS.get(name)
         thinks = settings.reasoning_parser == "think"
         if settings.reasoning_parser == "auto":

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from backends import BACKENDS
-from leyden.configs.schema import EngineConfig
+from leyden.configs.schema import EngineConfig, ServerConfig
 from leyden.engine.core import EngineCore
+from leyden.engine.llm import LLM
 from leyden.engine.messages import AddRequest
 from leyden.engine.sampling_params import SamplingParams
 from leyden.engine.tokenizer import Tokenizer
 from leyden.models.checkpoint import DEMO_FOLDER
+from leyden.server.parsers.forced import forced_grammar
+from leyden.server.parsers.formats import TOOL_FORMATS, ChatFormat
+from leyden.server.tools import ToolChoice
 from tiny_models import greedy
 from transformers import MiniMaxForCausalLM
 
@@ -25,6 +31,45 @@ def expected() -> list[tuple[list[int], list[int]]]:
     model = MiniMaxForCausalLM.from_pretrained(DEMO_FOLDER, dtype=torch.float32).eval()
     prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in REQUESTS]
     return [(prompt, greedy(model, prompt, NUM_TOKENS)) for prompt in prompts]
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 8}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": WEATHER}}]
+TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+
+
+def test_template_shows_tools_and_leaves_other_conversations_alone():
+    tokenizer = Tokenizer(DEMO_FOLDER)
+
+    def render(messages, **options):
+        return tokenizer.decode(tokenizer.encode_chat(messages, **options), skip_special_tokens=False)
+
+    plain = "<|startoftext|><|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>"
+    assert render(TALK) == render(TALK, tools=[]) == plain
+    assert ChatFormat.choose(ServerConfig(), tokenizer).tools is TOOL_FORMATS["hermes"]
+    function = {"name": "weather", "arguments": {"city": "Kiel"}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+    shown = render([*TALK, call], tools=TOOLS)
+    assert json.dumps(TOOLS[0]["function"]) in shown
+    assert f"<|assistant|><tool_call>\n{json.dumps(function)}\n</tool_call><|end|>" in shown
+
+
+def test_a_forced_call_can_be_tried():
+    pytest.importorskip("llguidance")
+    llm = LLM("demo", device="cpu", max_num_seqs=1)
+    chosen = ChatFormat.choose(ServerConfig(), llm.tokenizer)
+    format_ = chosen.of_answer(with_tools=True, thought="none", max_calls=1, hides=True)
+    grammar = forced_grammar(TOOLS, ToolChoice("required"), format_)
+    params = SamplingParams(temperature=0.0, max_tokens=80, grammar=grammar)
+    [answer] = llm.generate([llm.tokenizer.encode_chat(TALK, tools=TOOLS)], params)
+    _, begin, rest = answer.text.partition("<tool_call>\n")
+    call = json.loads(rest.partition("\n</tool_call>")[0])
+    assert begin and call["name"] == "weather" and list(call["arguments"]) == ["city"]
 
 
 def answers(

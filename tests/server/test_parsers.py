@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from leyden.configs.schema import ServerConfig
+from leyden.engine.errors import ConfigError
 from leyden.server.parsers.answer import AnswerParser
 from leyden.server.parsers.deltas import CallArguments, CallBegin, Content, PlainText, Reasoning, merged
 from leyden.server.parsers.formats import TOOL_FORMATS, ChatFormat
@@ -418,6 +419,7 @@ class Templated:
 
     def __init__(self, chat_template):
         self.chat_template = chat_template
+        self.takes_tools = "tools" in chat_template
 
     def token_text(self, token_id):
         return {7: "<tool_call>", 8: "<|im_end|>"}[token_id]
@@ -444,9 +446,15 @@ def test_auto_reads_the_template(template, tools, thinks):
 
 def test_settings_beat_the_template():
     settings = ServerConfig(tool_call_parser="kimi_k2", reasoning_parser="none")
-    chosen = ChatFormat.choose(settings, Templated("<tool_call><think>"))
+    chosen = ChatFormat.choose(settings, Templated("{tools} <tool_call><think>"))
     assert (chosen.tools, chosen.thinks) == (TOOL_FORMATS["kimi_k2"], False)
     assert ChatFormat.choose(ServerConfig(tool_call_parser="none"), Templated("<tool_call>")).tools is None
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+def test_parser_of_calls_for_a_template_without_tools_is_refused_at_start(name):
+    with pytest.raises(ConfigError, match=f"tool_call_parser is '{name}', but .* does not use tools: .*chat_template"):
+        ChatFormat.choose(ServerConfig(tool_call_parser=name), Templated("plain <tool_call>"))
 
 
 def test_control_tokens_that_are_markers_are_seen_and_hidden():
