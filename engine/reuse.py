@@ -159,9 +159,7 @@ class Reuse:
         copies, self.copies = self.copies, []
         return copies
 
-    def waits(
-        self, sequence: Sequence, match: Match, running: Iterable[Sequence], scheduled: Mapping[Sequence, int]
-    ) -> bool:
+    def waits(self, sequence: Sequence, match: Match, running: Iterable[Sequence]) -> bool:
         """Whether a prompt under way will soon leave a checkpoint that spares this one at least `min_tokens`."""
         if not sequence.uses_cache or not self.cache.num_checkpoints or sequence.num_waits >= MAX_WAITS:
             return False
@@ -171,20 +169,20 @@ class Reuse:
             common = self._common(sequence, other)
             if common - match.num_cached < self.cache.min_tokens:
                 continue
-            stop = self._next_stop(other, common, other.num_computed_tokens + scheduled.get(other, 0))
+            stop = self._next_stop(other, common)
             if stop - match.num_cached >= self.cache.min_tokens:
                 if sequence.waits_for is not other:
                     sequence.waits_for = other
                     sequence.num_waits += 1
+                sequence.awaited_stop = stop
                 return True
             sequence.wanted_stops.add(common)  # the other has gone past it: this one will leave it
         return False
 
-    def _next_stop(self, other: Sequence, common: int, at: int) -> int:
-        """Where a prompt that will have `at` tokens computed is saved within what is common; 0 when nowhere."""
-        if common >= at:
-            self.add_stop(other, common)
-        return max((stop for stop in other.stops if at <= stop <= common), default=0)
+    def _next_stop(self, other: Sequence, common: int) -> int:
+        """Where a prompt under way will next be saved within what is common; 0 when nowhere."""
+        self.add_stop(other, common)
+        return max((stop for stop in other.stops if stop <= common), default=0)
 
     def _common(self, sequence: Sequence, other: Sequence) -> int:
         """Tokens that both prompts begin with, but for the last of either."""

@@ -2,17 +2,25 @@
 
 Each step, within `max_num_batched_tokens`:
 1. every running sequence that is one token behind gets it (decoding never waits for a prompt);
-2. running sequences that are further behind continue their prefill, in order;
-3. waiting sequences are admitted while a state slot, KV blocks and budget last: in order, but that of the first few the
-   one goes first of which the prefix cache holds most, and that one waits whose beginning is just being computed.
-Beside decoding rows, 2 and 3 together bring at most `mixed_prefill_tokens`, which bounds how long a token takes, and
-twice as many beside `MANY_ROWS`: a step of so many takes as much longer itself.
+2. prompts get what is left. Beside decoding rows that is at most `mixed_prefill_tokens`, which bounds how long a token
+   takes, and twice as many beside `MANY_ROWS`: a step of so many takes as much longer itself.
+
+Prompts, those under way and those that wait, are computed by priority, then by the tokens that they still need, the
+fewest first. So a short prompt has its first token after a few steps, however long the others are. In one of
+`IN_ORDER_EVERY` such steps they are computed by priority and arrival. So the earliest advances at that rate at least,
+however many short ones come.
+
+A waiting prompt is admitted when it has its turn and there are a state slot and KV blocks for all of its tokens.
+- One whose beginning is just being computed waits for the checkpoint there, and that prompt needs as many tokens as it
+  is away from the checkpoint.
+- The first is passed over by `MAX_PASSED` later ones at most, and then admitted before its turn. While there are too
+  few blocks for it, later ones are admitted only as far as they would leave it enough.
 
 Sequences with the same prompt (`n`) wait for the first of them: it stops before the prompt's last token, they copy its
 state, share its blocks, and all go on from there.
 
-Order is priority, then arrival. When blocks run out, what is only cached is forgotten; then the last in order is
-preempted: it gives back everything, and is computed again from its tokens later.
+When blocks run out, what is only cached is forgotten; then the last by priority and arrival is preempted: it gives back
+everything, is computed again from its tokens later, and is not passed over.
 """
 
 from __future__ import annotations
@@ -20,7 +28,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterator
 
 from .block_manager import BlockManager
 from .errors import ContextLengthError, QueueFullError
@@ -32,10 +39,11 @@ from .siblings import Siblings
 from .slots import SlotManager
 from .speculation import Speculation
 from .steady import Steady
+from .waiting import WaitingQueue, is_kept_waiting, is_overdue
 
-NUM_COMPARED = 8  # waiting sequences that are compared with each other by what is cached of them
+NUM_COMPARED = 8  # waiting sequences, the first ones and the shortest, that are compared by what is left to compute
 NUM_EXAMINED = 32  # of those that wait, to find as many that need not wait for another's checkpoint
-MAX_PASSED = 8  # times that a sequence is passed over
+IN_ORDER_EVERY = 4  # steps with prompts
 MANY_ROWS = 128
 
 
@@ -66,13 +74,15 @@ class Scheduler:
         self.ring_size = ring_size  # decoded tokens after which a slot's state holds them all; 0 = after each
         self.ring_capacity = ring_capacity  # tokens that may wait in a ring
         self.speculation = speculation or Speculation()
-        self.waiting: list[Sequence] = []  # kept in order
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # kept in order
         self.started: list[Sequence] = []  # by the last call of `schedule`
         self.num_preemptions = 0
         self.num_finished = 0  # aborted ones too
         self._by_id: dict[str, Sequence] = {}
         self._at_stop: list[Sequence] = []  # the last step has brought them to a stop
+        self._awaited: set[Sequence] = set()  # in this step, prompts whose next checkpoint others wait for
+        self._num_prompt_steps = 0
         self._siblings = Siblings(blocks)
         self._steady = Steady(blocks, self.cache.make_room)
 
@@ -105,7 +115,7 @@ class Scheduler:
             )
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is in the engine already"
         self._by_id[sequence.request_id] = sequence
-        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+        self.waiting.add(sequence)
         self._siblings.add(sequence)
         if sequence.leader is not None:  # without a deadline once it has started
             sequence.deadline = max(sequence.deadline, sequence.leader.deadline)
@@ -126,7 +136,7 @@ class Scheduler:
         """Forget those that have waited for their start beyond their deadlines, and return them. A preempted one has
         been started, and so has a sibling of one that was; none is forgotten while another prompt is being computed
         that is to spare it its own."""
-        late = [s for s in self.waiting if s.deadline < now and not _is_about_to_resume(s)]
+        late = [s for s in self.waiting if s.deadline < now and not is_kept_waiting(s)]
         for sequence in late:
             self.finish(sequence)
         return late
@@ -170,8 +180,7 @@ class Scheduler:
         held = self._start_siblings()
         budget = self.max_num_batched_tokens
         decoding: dict[Sequence, int] = {}
-        prefilling: dict[Sequence, int] = {}
-        behind = []
+        behind: list[Sequence] = []
         block_size = self.blocks.block_size
         for sequence in self.running.copy():
             num_new, num_computed = sequence.num_uncomputed_tokens, sequence.num_computed_tokens
@@ -190,12 +199,7 @@ class Scheduler:
                     budget -= 1
         if decoding:
             budget = min(budget, self.mixed_prefill_tokens * (2 if len(decoding) >= MANY_ROWS else 1))
-        for sequence in behind:
-            num_new = self._next_chunk(sequence, budget)
-            if num_new and self._make_room(sequence, num_new, decoding, prefilling):
-                prefilling[sequence] = num_new
-                budget -= num_new
-        self._admit(prefilling, decoding, budget)
+        prefilling = self._bring_prompts(behind, decoding, budget)
         if not prefilling and self.speculation.applies_to(len(decoding)):
             drafted = self._draft(list(decoding))
             if drafted is not None:
@@ -275,15 +279,36 @@ class Scheduler:
         self.blocks.check_integrity(self.running, self.cache.tables())
         self.cache.check_integrity()
         self.slots.check_integrity(self.running)
-        for queue, status in ((self.waiting, Status.WAITING), (self.running, Status.RUNNING)):
-            assert all(sequence.status is status for sequence in queue)
-            assert queue == sorted(queue, key=lambda s: s.order)
-        for sequence in self.waiting:
-            assert sequence.state_slot is None and not sequence.block_table
-            assert sequence.num_computed_tokens == sequence.num_pending_tokens == 0
+        self.waiting.check_integrity()
+        assert self.running == sorted(self.running, key=lambda s: s.order)
         for sequence in self.running:
+            assert sequence.status is Status.RUNNING
             assert 0 <= sequence.num_pending_tokens < max(self.ring_capacity, self.ring_size, 1)
         assert len(self._by_id) == len(self.waiting) + len(self.running)
+
+    def _bring_prompts(self, behind: list[Sequence], decoding: dict[Sequence, int], budget: int) -> dict[Sequence, int]:
+        """Share the budget among prompts, those under way and new ones. Returns the tokens that each gets; one of which
+        all but the last token was cached joins `decoding`."""
+        prompts = [sequence for sequence in behind if sequence.status is Status.RUNNING]
+        self._awaited.clear()
+        self._admit(prompts, budget)
+        prefilling: dict[Sequence, int] = {}
+        for sequence in sorted(prompts, key=self._rank):
+            num_new = self._next_chunk(sequence, budget)
+            if num_new and self._make_room(sequence, num_new, decoding, prefilling):
+                scheduled = decoding if sequence.is_decoding else prefilling
+                scheduled[sequence] = num_new
+                budget -= num_new
+        self._num_prompt_steps += bool(prefilling)
+        return prefilling
+
+    def _rank(self, sequence: Sequence, num_cached: int = 0) -> tuple[int, int, int]:
+        """The lowest is computed first. num_cached: tokens that a waiting sequence would find in the cache."""
+        num_left = sequence.num_uncomputed_tokens - num_cached
+        if sequence in self._awaited and sequence.stops:
+            num_left = sequence.stops[0] - sequence.num_computed_tokens
+        is_in_order = self._num_prompt_steps % IN_ORDER_EVERY == IN_ORDER_EVERY - 1
+        return (sequence.priority, 0 if is_in_order else num_left, sequence.arrival)
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> int:
         """Tokens to compute of a prompt: up to its next checkpoint. One that others wait for stops before its last."""
@@ -316,15 +341,25 @@ class Scheduler:
         self.started.append(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
 
-    def _admit(self, prefilling: dict[Sequence, int], decoding: dict[Sequence, int], budget: int) -> None:
+    def _admit(self, prompts: list[Sequence], budget: int) -> None:
+        """Start those of the waiting sequences that would get a share of the budget beside `prompts`, and add them
+        there."""
         if not (self.waiting and budget > 0 and self.slots.num_free):
             return
         promised = sum(self.blocks.missing(s, s.num_tokens) for s in self.running)  # to prompts under way
-        while budget > 0 and self.slots.num_free:
-            found = self._next_to_admit(prefilling)
+        shares = [(self._rank(s), self._next_chunk(s, budget)) for s in prompts]
+        blocked: Sequence | None = None  # the first, for which there are too few blocks
+        seen: dict[Sequence, Match | None] = {}
+        while self.slots.num_free:
+            found = self._next_to_admit(blocked, seen)
             if found is None:
                 return
             sequence, match, passed = found
+            rank, is_first = self._rank(sequence, match.num_cached), passed is None and blocked is None
+            if not (is_first and is_overdue(sequence)) and sum(n for other, n in shares if other < rank) >= budget:
+                return
+            if blocked is not None and not self._leaves_room(sequence, blocked):
+                return
             self.slots.take(sequence)
             # Room for the whole sequence as it is, not for one chunk, beside what others have begun: else a long prompt
             # would be fed half-way and put out again. When nobody runs no room will come of waiting: then the blocks
@@ -333,42 +368,78 @@ class Scheduler:
                 self.running or not self.reuse.resume(sequence, NOTHING)
             ):
                 self.slots.release(sequence)
-                return
+                if not is_first or sequence.was_preempted:
+                    return
+                blocked = sequence
+                continue
             self.waiting.remove(sequence)
             if passed is not None:
                 passed.num_passed += 1
-            self.reuse.plan(sequence, match, itertools.islice(self._ready(), NUM_COMPARED))
-            num_new = self._next_chunk(sequence, budget)
-            self.blocks.grow(sequence, sequence.num_computed_tokens + num_new)
-            promised += self.blocks.missing(sequence, sequence.num_tokens)
+            self.reuse.plan(sequence, match, itertools.islice(self.waiting.ready(), NUM_COMPARED))
             self._start(sequence)
-            if num_new:  # none for one whose siblings copy what was cached
-                scheduled = decoding if sequence.is_decoding else prefilling  # all but its last token was cached
-                scheduled[sequence] = num_new
-                budget -= num_new
+            del seen[sequence]
+            for other, known in seen.items():
+                if known is not None and self._waits(other, known, [sequence]):
+                    seen[other] = None
+            promised += self.blocks.missing(sequence, sequence.num_tokens)
+            prompts.append(sequence)
+            shares.append((self._rank(sequence), self._next_chunk(sequence, budget)))
 
-    def _next_to_admit(self, scheduled: dict[Sequence, int]) -> tuple[Sequence, Match, Sequence | None] | None:
-        """Of the first few that wait, the one of which most is cached, and who is passed over for it: nobody many
-        times."""
-        candidates: list[tuple[Sequence, Match]] = []
-        for sequence in itertools.islice(self._ready(), NUM_EXAMINED):
-            if candidates and (sequence.priority != candidates[0][0].priority or len(candidates) == NUM_COMPARED):
-                break
-            match = self.reuse.find(sequence)
-            if not self.reuse.waits(sequence, match, self.running, scheduled):
-                candidates.append((sequence, match))
+    def _next_to_admit(
+        self, blocked: Sequence | None, seen: dict[Sequence, Match | None]
+    ) -> tuple[Sequence, Match, Sequence | None] | None:
+        """The waiting sequence that goes next, what is cached of it, and the first one where that is passed over for
+        it. With one `blocked`, of the others of its priority. `seen`: what `_find` has said in this step."""
+        first = blocked
+        candidates: dict[Sequence, Match] = {}
+        for queue in (self.waiting.ready(), self.waiting.ready_by_length()):
+            num_found = 0
+            for sequence in itertools.islice(queue, NUM_EXAMINED):
+                if num_found == NUM_COMPARED or (first is not None and sequence.priority != first.priority):
+                    break
+                match = None if sequence is blocked else self._find(sequence, seen)
+                if match is not None:
+                    candidates[sequence] = match
+                    num_found += 1
+                    first = first or sequence
         if not candidates:
             return None
-        first = candidates[0]
-        best = max(candidates, key=lambda candidate: candidate[1].num_cached)  # the first of the best
-        if best is first or first[0].num_passed >= MAX_PASSED:
-            return *first, None
-        return *best, first[0]
+        assert first is not None
+        best = min(candidates, key=lambda s: self._rank(s, candidates[s].num_cached))
+        if blocked is not None or best is first:
+            return best, candidates[best], None
+        if is_overdue(first):
+            return first, candidates[first], None
+        return best, candidates[best], first
 
-    def _ready(self) -> Iterator[Sequence]:
-        """Those that wait and could start. One that has just fallen first gets the token that is on its way."""
-        waiting = (s for s in self.waiting if s.leader is None and s.is_ready)
-        return (s for s in waiting if not s.ends_in_unseen and not s.is_verifying)
+    def _find(self, sequence: Sequence, seen: dict[Sequence, Match | None]) -> Match | None:
+        """What is cached of a waiting sequence, or None where it waits for a prompt that is about to leave more."""
+        match = seen.get(sequence, NOTHING)
+        if sequence in seen and (match is None or match.node is None or self.cache.has_checkpoint(match.node)):
+            return match
+        if is_kept_waiting(sequence) and sequence.waits_for is not None:
+            self._awaited.add(sequence.waits_for)
+            seen[sequence] = None
+        else:
+            match = self.reuse.find(sequence)
+            seen[sequence] = None if self._waits(sequence, match, self.running) else match
+        return seen[sequence]
+
+    def _waits(self, sequence: Sequence, match: Match, running: list[Sequence]) -> bool:
+        """Whether one of `running` is about to leave a checkpoint for it. It waits for none of lower priority, which
+        may be long in coming."""
+        if not self.reuse.waits(sequence, match, (s for s in running if s.priority <= sequence.priority)):
+            return False
+        assert sequence.waits_for is not None
+        self._awaited.add(sequence.waits_for)
+        return True
+
+    def _leaves_room(self, sequence: Sequence, blocked: Sequence) -> bool:
+        """Whether all that come after `blocked`, with this one, leave the blocks that it needs: it then starts at the
+        latest when all before it have ended."""
+        after = [s for s in self.running if s.order > blocked.order]
+        needed = [self.blocks.blocks_for(s.num_tokens) for s in (sequence, blocked, *after)]
+        return sum(needed) <= self.blocks.num_blocks
 
     def _make_room(self, sequence: Sequence, num_new: int, *scheduled: dict[Sequence, int]) -> bool:
         """Give `sequence` the blocks for num_new more tokens, preempting from the end. False if it fell itself."""
@@ -391,16 +462,11 @@ class Scheduler:
         sequence.num_computed_tokens = sequence.num_pending_tokens = 0
         sequence.stops = []
         sequence.status = Status.WAITING
-        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+        sequence.was_preempted = True
+        self.waiting.add(sequence)
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.release(sequence)
         self.slots.release(sequence)
         sequence.is_counted = False
-
-
-def _is_about_to_resume(sequence: Sequence) -> bool:
-    """Whether a prompt is being computed for whose checkpoint the sequence waits."""
-    other = sequence.waits_for
-    return other is not None and other.status is Status.RUNNING and bool(other.stops)

@@ -71,8 +71,10 @@ class Sequence:
     stops: list[int] = field(default_factory=list)  # increasing; after so many tokens of the prompt it is saved
     wanted_stops: set[int] = field(default_factory=set)  # where it parts from others, known before it starts
     waits_for: Sequence | None = field(default=None, repr=False)  # whose checkpoint it waits for, before it starts
+    awaited_stop: int = 0  # the stop of that one at which the checkpoint is made
     num_waits: int = 0  # sequences it has waited for
-    num_passed: int = 0  # times that a later sequence was admitted before it, since more of it was cached
+    num_passed: int = 0  # times that a later sequence, with less to compute, was admitted before it
+    was_preempted: bool = False
     _prompt: np.ndarray | None = field(default=None, repr=False)
     bias: tuple[np.ndarray, np.ndarray] | None = field(init=False, repr=False)  # token ids int64, logit bias float32
     stop_ids: frozenset[int] = field(init=False)  # tokens that end the answer

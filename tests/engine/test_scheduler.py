@@ -6,82 +6,16 @@ import random
 
 import pytest
 from engines import sequence
-from leyden.engine.block_manager import BlockManager
 from leyden.engine.copies import Copy, Fold, Fork, Move, Restore, Save
 from leyden.engine.errors import ContextLengthError, QueueFullError
-from leyden.engine.prefix_cache import PrefixCache
 from leyden.engine.scheduled_batch import ScheduledBatch
-from leyden.engine.scheduler import MANY_ROWS, MAX_PASSED, Scheduler
+from leyden.engine.scheduler import MANY_ROWS, Scheduler
 from leyden.engine.sequence import UNSEEN, Sequence, Status
 from leyden.engine.slots import SlotManager
+from leyden.engine.waiting import MAX_PASSED
+from schedulers import Launched, deliver, launch, make_scheduler, rows, step
 
 EOS = 0
-
-
-def make_scheduler(
-    *,
-    blocks=8,
-    block_size=4,
-    slots=4,
-    budget=16,
-    mixed=None,
-    max_waiting=100,
-    ring_size=0,
-    checkpoints=0,
-    on_host=0,
-    min_tokens=1,
-    interval=0,
-) -> Scheduler:
-    manager = BlockManager(blocks, block_size)
-    return Scheduler(
-        manager,
-        SlotManager(slots),
-        cache=PrefixCache(manager, checkpoints, on_host, min_tokens),
-        checkpoint_interval=interval,
-        max_num_batched_tokens=budget,
-        mixed_prefill_tokens=mixed,
-        max_waiting=max_waiting,
-        ring_size=ring_size,
-    )
-
-
-Launched = list[tuple[Sequence, int]]  # who gets a token, and which of its answer's it is
-
-
-def launch(scheduler: Scheduler, batch: ScheduledBatch) -> Launched:
-    """What the engine does when a forward pass is under way."""
-    rows = [batch.sequences[row] for row in batch.completing_rows]
-    launched = [(each, each.num_output_tokens) for each in rows]
-    scheduler.update(batch)
-    for each, index in launched:
-        assert each.output_token_ids[index:] == [UNSEEN]
-    for each in batch.sequences:
-        assert each.num_computed_tokens <= each.num_tokens
-    return launched
-
-
-def deliver(scheduler: Scheduler, launched: Launched, drawn: dict[str, list[int]] | None = None) -> list[Sequence]:
-    """What it does when the tokens have arrived, by request; without them each is a 7. Returns who finished."""
-    done = []
-    for each, index in launched:
-        if each.status is not Status.FINISHED:
-            each.output_token_ids[index] = drawn[each.request_id][index] if drawn is not None else 7
-            if each.finish_reason(index) is not None:
-                del each.output_token_ids[index + 1 :]
-                scheduler.complete(each)
-                done.append(each)
-    return done
-
-
-def step(scheduler: Scheduler) -> ScheduledBatch:
-    batch = scheduler.schedule()
-    deliver(scheduler, launch(scheduler, batch))
-    scheduler.check_integrity()
-    return batch
-
-
-def rows(batch: ScheduledBatch) -> list[tuple[str, int]]:
-    return [(s.request_id, n) for s, n in zip(batch.sequences, batch.num_scheduled_tokens, strict=True)]
 
 
 class Device:
@@ -296,7 +230,7 @@ class Simulation:
             len(batch.sequences) - batch.num_prefills
         ), "prefill rows come first"
         in_batch = {id(s) for s in batch.sequences}
-        for running in scheduler.running:
+        for running in (s for s in scheduler.running if s not in waiting_before):
             assert id(running) in in_batch or not running.is_decoding or running in patient, (
                 "a decoding sequence missed its token"
             )
@@ -310,11 +244,11 @@ class Simulation:
             assert held <= scheduler.blocks.blocks_for(row.num_tokens), "blocks are held for nothing"
         still = {id(s) for s in scheduler.waiting}
         copied = {copy.target_slot for copy in batch.copies if isinstance(copy, Fork)}
-        admitted = [s.order for s in waiting_before if id(s) not in still and s.state_slot not in copied]
-        left_behind = [s.order for s in waiting_before if id(s) in still and s.leader is None]
+        admitted = [s.priority for s in waiting_before if id(s) not in still and s.state_slot not in copied]
+        left_behind = [s.priority for s in waiting_before if s in set(scheduler.waiting.ready())]
         assert all(s.num_passed <= MAX_PASSED for s in waiting_before)
-        is_in_order = not admitted or not left_behind or max(admitted) < min(left_behind)
-        assert self.cached or is_in_order, "somebody jumped the queue"
+        is_in_order = not admitted or not left_behind or max(admitted) <= min(left_behind)
+        assert self.cached or is_in_order, "one of lower priority jumped the queue"
 
     def check_copies(self, batch: ScheduledBatch) -> None:
         by_slot = {s.state_slot: s for s in self.scheduler.running}
