@@ -32,6 +32,7 @@ class Answer:
     finish_reason: str | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    num_cached_tokens: int | None = None
 
     def add(self, output: StepOutput) -> None:
         assert self.finish_reason is None, "an output after the last one"
@@ -42,6 +43,9 @@ class Answer:
             self.prompt_logprobs = [*(self.prompt_logprobs or []), *output.prompt_logprobs]
         self.finish_reason, self.stop_token_id = output.finish_reason, output.stop_token_id
         self.error = output.error
+        if output.num_cached_tokens is not None:
+            assert self.num_cached_tokens is None, "the cached tokens were told twice"
+            self.num_cached_tokens = output.num_cached_tokens
 
 
 def engine_config(folder: Path, **settings: Any) -> EngineConfig:
