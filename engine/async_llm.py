@@ -10,6 +10,7 @@ from .detokenizer import StopScope, TextStream
 from .messages import AddRequest
 from .outputs import RequestOutput
 from .sampling_params import SamplingParams
+from .token_ids import TokenIds
 from .tokenizer import Tokenizer
 
 
@@ -24,7 +25,7 @@ class AsyncLLM:
     async def generate(
         self,
         request_id: str,
-        prompt_token_ids: list[int],
+        prompt_token_ids: TokenIds,
         params: SamplingParams,
         priority: int = 0,
         shown_ids: frozenset[int] = frozenset(),

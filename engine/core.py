@@ -27,6 +27,7 @@ from .sequence import Sequence, Status
 from .sessions import Sessions
 from .slots import SlotManager
 from .speculation import Speculation, can_draft
+from .token_ids import TokenIds
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger("leyden.engine")
@@ -84,7 +85,8 @@ class EngineCore:
         seed = params.seed if params.seed is not None else (self.config.seed << 32) + self._arrivals
         sequence = Sequence(
             request_id=request.request_id,
-            prompt_token_ids=request.prompt_token_ids,
+            prompt_token_ids=request.prompt_token_ids.tolist(),
+            _prompt=request.prompt_token_ids.numpy,
             sampling_params=params,
             eos_token_ids=frozenset(self.runner.model_config.eos_token_ids if eos is None else eos),
             max_tokens=max_tokens,
@@ -111,7 +113,7 @@ class EngineCore:
         if request.sibling_of is None or not _shares_prompt(request, max_tokens):
             return None
         leader = self.scheduler.find_leader(request.sibling_of)
-        is_same = leader is not None and leader.prompt_token_ids == request.prompt_token_ids
+        is_same = leader is not None and request.prompt_token_ids == TokenIds(leader.prompt_token_ids)
         return leader if is_same else None
 
     def check(self, request: AddRequest) -> int:
@@ -124,11 +126,10 @@ class EngineCore:
             raise RequestError("the prompt is empty; send at least one token", "prompt")
         for name, ids in (
             ("prompt", prompt),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias or ()),
+            ("stop_token_ids", TokenIds(params.stop_token_ids)),
+            ("logit_bias", TokenIds(params.logit_bias or ())),
         ):
-            if ids and not 0 <= min(ids) <= max(ids) < vocab:
-                wrong = next(i for i in ids if not 0 <= i < vocab)
+            if (wrong := ids.first_outside(vocab)) is not None:
                 raise RequestError(f"{name} holds token id {wrong}; ids must be in [0, {vocab})", name)
         if params.grammar is not None:
             require_grammars("grammar")

@@ -18,6 +18,7 @@ from .errors import ConfigError, RequestError
 from .messages import AddRequest
 from .outputs import FinishReason, RequestOutput, TokenLogprobs, joined
 from .sampling_params import SamplingParams
+from .token_ids import TokenIds
 from .tokenizer import Tokenizer
 
 Prompt = str | list[int]
@@ -113,7 +114,7 @@ class LLM:
 
     def _run(self, requests: list[AddRequest], progress: bool) -> list[Completion]:
         use_device(self.core.runner.device)  # the thread need not be the one that made the engine
-        completions = [Completion(request.prompt_token_ids) for request in requests]
+        completions = [Completion(request.prompt_token_ids.tolist()) for request in requests]
         for request in requests:
             self.core.check(request)
         pending = deque(enumerate(requests))
@@ -134,7 +135,7 @@ class LLM:
         self._count += 1
         return AddRequest(
             request_id=f"offline-{self._count}",
-            prompt_token_ids=prompt,
+            prompt_token_ids=TokenIds(prompt),
             sampling_params=params,
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
             cache_salt=cache_salt,

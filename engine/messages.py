@@ -10,6 +10,7 @@ from .errors import SessionErrorCode
 from .memory import MemoryUse
 from .outputs import StepOutput
 from .sampling_params import SamplingParams
+from .token_ids import TokenIds, decode_token_ids, encode_token_ids
 
 SessionAction = Literal["save", "restore", "delete", "list"]
 
@@ -26,7 +27,7 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds  # of any ids
     sampling_params: SamplingParams
     priority: int = 0
     eos_token_ids: list[int] | None = None
@@ -37,6 +38,9 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     session_id: str | None = None
     num_siblings: int = 0
     sibling_of: str | None = None
+
+    def __post_init__(self) -> None:
+        self.prompt_token_ids = TokenIds(self.prompt_token_ids)
 
 
 class AbortRequest(msgspec.Struct, tag="abort"):
@@ -157,3 +161,12 @@ class EngineFailed(msgspec.Struct, tag="failed"):
 
 ToEngine = AddRequest | AbortRequest | SessionCall | Shutdown
 FromEngine = EngineInfo | StepOutputs | SessionDone | EngineFailed
+
+
+def to_engine(message: ToEngine) -> bytes:
+    return msgspec.msgpack.encode(message, enc_hook=encode_token_ids)
+
+
+def engine_decoder() -> msgspec.msgpack.Decoder[ToEngine]:
+    """Of what `to_engine` gave."""
+    return msgspec.msgpack.Decoder(ToEngine, dec_hook=decode_token_ids)

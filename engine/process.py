@@ -22,7 +22,7 @@ import zmq
 from ..configs.schema import EngineConfig
 from . import logs
 from .errors import LeydenError
-from .messages import EngineFailed, FromEngine, ToEngine
+from .messages import EngineFailed, FromEngine, ToEngine, engine_decoder
 
 logger = logging.getLogger("leyden.engine")
 
@@ -38,7 +38,7 @@ class Link:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(address)
-        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._decoder = engine_decoder()
         self._encoder = msgspec.msgpack.Encoder()
 
     def send(self, message: FromEngine) -> None:

@@ -19,7 +19,7 @@ from .client import StreamingClient
 from .errors import ConfigError, QueueTimeoutError
 from .heartbeat import BEAT_SECONDS, Heartbeat
 from .logs import LogFormat
-from .messages import EngineInfo, FromEngine, Shutdown, StepOutputs, ToEngine
+from .messages import EngineInfo, FromEngine, Shutdown, StepOutputs, ToEngine, to_engine
 
 logger = logging.getLogger("leyden.engine")
 
@@ -108,7 +108,7 @@ class ProcessClient(StreamingClient):
         return self._process.returncode is not None
 
     def _send(self, message: ToEngine) -> None:
-        self._socket.send(msgspec.msgpack.encode(message))
+        self._socket.send(to_engine(message))
 
     async def _read(self) -> None:
         """Take together what has come, so that streams that lag behind get it as one, but let them have their turn."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..engine.grammar import require as require_grammars
+from ..engine.token_ids import TokenIds
 from .errors import UnsupportedParameterError
 from .parsers import reasoning
 from .parsers.formats import AnswerFormat, ThoughtState
@@ -37,7 +38,7 @@ def _why_no_tools(state: ServerState) -> str:
     return f"{unknown}; leave them out, or set tool_call_parser at start"
 
 
-def answer_format(request: ChatRequest, state: ServerState, prompt: list[int], *, with_tools: bool) -> AnswerFormat:
+def answer_format(request: ChatRequest, state: ServerState, prompt: TokenIds, *, with_tools: bool) -> AnswerFormat:
     return state.chat_format.of_answer(
         with_tools=with_tools,
         thought=_thought_at_end(request, state, prompt),
@@ -52,7 +53,7 @@ def _takes_one_call(request: ChatRequest) -> bool:
     return not request.parallel_tool_calls or isinstance(request.tool_choice, dict)
 
 
-def _thought_at_end(request: ChatRequest, state: ServerState, prompt: list[int]) -> ThoughtState:
+def _thought_at_end(request: ChatRequest, state: ServerState, prompt: TokenIds) -> ThoughtState:
     """Whether the template, or an answer that is to be continued, leaves a thought open, or has closed it."""
     if request.continue_final_message:
         _, opening, thought = request.messages[-1]["content"].rpartition(reasoning.OPEN)

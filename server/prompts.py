@@ -2,57 +2,73 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..engine.errors import ContextLengthError, RequestError
 from ..engine.messages import EngineInfo
+from ..engine.token_ids import TokenIds
 from ..engine.tokenizer import Tokenizer
 from .errors import UnsupportedParameterError
 from .json_body import json_type
 from .off_loop import MAX_CHARS_INLINE, off_loop
-from .protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from .protocol import INT32_MAX, ChatRequest, CompletionRequest, TokenizeRequest
 from .state import ServerState
 from .template_settings import read_settings
 
+MAX_CHARS_AT_ONCE = 65_536  # of a text that waits for no other
+IDS_PER_CHAR = 8  # read in the time of tokenizing one character
+IDS_PER_CALL = 65_536
 CHARS_PER_MESSAGE = 32  # that a chat template's work on a message costs, however short
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What to continue. `text` is what `echo` shows; it is filled in only where it may be asked for."""
 
-    token_ids: list[int]
+    token_ids: TokenIds
     text: str = ""
     beginning: int = 0  # of these, tokens that come before anything the user said
 
 
 async def read_prompts(request: CompletionRequest, state: ServerState) -> list[Prompt]:
     """The prompts of a completion request, each within the vocabulary and the context."""
-    items = _as_prompt_list(request.prompt)
-    bound = state.settings.max_prompts
-    if len(items) > bound:
-        raise RequestError(
-            f"prompt must have at most {bound} entries (setting max_prompts), got {len(items)}", "prompt"
-        )
+    return await tokenizing(_num_chars(request, state), state, lambda: _read_prompts(request, state))
+
+
+def _num_chars(request: CompletionRequest, state: ServerState) -> int:
+    """What it costs to read them, for `off_loop`. Of too many none is read."""
+    value = request.prompt
+    if not isinstance(value, list):
+        return len(value) if isinstance(value, str) else 0
+    if not value or isinstance(value[0], int):
+        value = [value]
+    items = [item for item in value[: state.settings.max_prompts + 1] if isinstance(item, str | list)]
+    return sum(len(item) if isinstance(item, str) or request.echo else len(item) // IDS_PER_CHAR for item in items)
+
+
+def _read_prompts(request: CompletionRequest, state: ServerState) -> list[Prompt]:
     info = state.llm.client.info
+    items = _as_prompt_list(request.prompt, state.settings.max_prompts, info)
     for index, item in enumerate(items):
         if isinstance(item, str):
             check_num_chars(len(item), state, _where(index, items))
-        else:
-            check_token_ids(item, info, _where(index, items))
-    num_chars = sum(len(item) for item in items if isinstance(item, str) or request.echo)
-    prompts = await off_loop(num_chars, lambda: [_make_prompt(item, request, state) for item in items])
+    prompts = [_make_prompt(item, request, state) for item in items]
     for index, prompt in enumerate(prompts):
         check_prompt(prompt.token_ids, info, _where(index, items))
     return prompts
 
 
-def _make_prompt(item: str | list[int], request: CompletionRequest, state: ServerState) -> Prompt:
+def _make_prompt(item: str | TokenIds, request: CompletionRequest, state: ServerState) -> Prompt:
     tokenizer = state.llm.tokenizer
     if isinstance(item, str):
-        return Prompt(tokenizer.encode(item, request.add_special_tokens, request.parse_special), item)
-    text = tokenizer.decode(item, request.skip_special_tokens) if request.echo else ""
+        return Prompt(TokenIds(tokenizer.encode(item, request.add_special_tokens, request.parse_special)), item)
+    text = tokenizer.decode(item.tolist(), request.skip_special_tokens) if request.echo else ""
     return Prompt(item, text)
 
 
@@ -60,28 +76,43 @@ def _where(index: int, items: list[Any]) -> str:
     return "prompt" if len(items) == 1 else f"prompt[{index}]"
 
 
-def _as_prompt_list(value: Any) -> list[str | list[int]]:
-    """The four forms of `prompt` -> one list of texts and token lists."""
+def _as_prompt_list(value: Any, max_prompts: int, info: EngineInfo) -> list[str | TokenIds]:
+    """The four forms of `prompt` -> one list of texts and token ids."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
         raise _bad_prompt("an empty list" if value == [] else json_type(value), "prompt")
     if type(value[0]) is int:
-        return [_as_token_list(value, "prompt")]
+        return [_as_token_ids(value, info, "prompt")]
+    if len(value) > max_prompts:
+        raise RequestError(
+            f"prompt must have at most {max_prompts} entries (setting max_prompts), got {len(value)}", "prompt"
+        )
     first = str if isinstance(value[0], str) else list
-    items: list[str | list[int]] = []
+    items: list[str | TokenIds] = []
     for index, item in enumerate(value):
+        where = f"prompt[{index}]" if len(value) > 1 else "prompt"
         if not isinstance(item, first):
             raise _bad_prompt(json_type(item), f"prompt[{index}]")
-        items.append(_as_token_list(item, f"prompt[{index}]") if isinstance(item, list) else item)
+        items.append(_as_token_ids(item, info, where) if isinstance(item, list) else item)
     return items
 
 
-def _as_token_list(value: list[Any], where: str) -> list[int]:
-    for index, item in enumerate(value):
-        if type(item) is not int:
-            raise _bad_prompt(json_type(item), f"{where}[{index}]")
-    return value
+def _as_token_ids(value: list[Any], info: EngineInfo, where: str) -> TokenIds:
+    """Each call looks at some of the list only: it holds Python's lock until it returns."""
+    pieces = []
+    for start in range(0, len(value), IDS_PER_CALL):
+        piece = value[start : start + IDS_PER_CALL]
+        if set(map(type, piece)) != {int}:
+            index, item = next((i, item) for i, item in enumerate(piece) if type(item) is not int)
+            raise _bad_prompt(json_type(item), f"{where}[{start + index}]")
+        try:
+            pieces.append(array("i", piece).tobytes())
+        except OverflowError:
+            raise _unknown_id(next(item for item in piece if abs(item) > INT32_MAX), info, where) from None
+    ids = TokenIds(b"".join(pieces))
+    check_token_ids(ids, info, where)
+    return ids
 
 
 def _bad_prompt(found: str, where: str) -> RequestError:
@@ -118,23 +149,37 @@ async def encode_messages(
     has_objects = tools or any("tool_calls" in message for message in request.messages)
     num_chars = sum(len(text) for message in request.messages for text in message.values() if isinstance(text, str))
     check_num_chars(num_chars, state, "messages")
-    ids, beginning = await off_loop(
-        MAX_CHARS_INLINE + 1 if has_objects else num_chars + CHARS_PER_MESSAGE * len(request.messages),
-        lambda: tokenizer.encode_conversation(
+
+    def encode() -> Prompt:
+        ids, beginning = tokenizer.encode_conversation(
             request.messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=request.continue_final_message,
             tools=tools or None,
             template_kwargs=template_kwargs,
-        ),
-    )
-    return Prompt(ids, beginning=beginning)
+        )
+        return Prompt(TokenIds(ids), beginning=beginning)
+
+    cost = num_chars + CHARS_PER_MESSAGE * len(request.messages)
+    return await tokenizing(max(cost, MAX_CHARS_INLINE + 1) if has_objects else cost, state, encode)
 
 
-def check_token_ids(ids: list[int], info: EngineInfo, where: str) -> None:
-    if ids and not (min(ids) >= 0 and max(ids) < info.vocab_size):
-        bad = next(token_id for token_id in ids if not 0 <= token_id < info.vocab_size)
-        raise RequestError(f"{where} must be token ids in [0, {info.vocab_size}), got {bad}", where)
+async def tokenizing(num_chars: int, state: ServerState, work: Callable[[], T]) -> T:
+    """`off_loop`, but no more long texts at once than leave processors for everybody else, short texts among them."""
+    if num_chars <= MAX_CHARS_AT_ONCE:
+        return await off_loop(num_chars, work)
+    async with state.long_texts:
+        return await off_loop(num_chars, work)
+
+
+def check_token_ids(ids: TokenIds, info: EngineInfo, where: str) -> None:
+    """Raises `RequestError` naming the first that the model does not have."""
+    if (bad := ids.first_outside(info.vocab_size)) is not None:
+        raise _unknown_id(bad, info, where)
+
+
+def _unknown_id(token_id: int, info: EngineInfo, where: str) -> RequestError:
+    return RequestError(f"{where} must be token ids in [0, {info.vocab_size}), got {token_id}", where)
 
 
 def check_can_be_admitted(num_prompts: int, n: int, info: EngineInfo) -> None:
@@ -160,7 +205,7 @@ def check_num_chars(num_chars: int, state: ServerState, where: str) -> None:
         )
 
 
-def check_prompt(ids: list[int], info: EngineInfo, where: str) -> None:
+def check_prompt(ids: TokenIds, info: EngineInfo, where: str) -> None:
     if not ids:
         raise RequestError(f"{where} must have at least one token", where)
     if len(ids) > info.max_model_len:

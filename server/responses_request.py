@@ -12,13 +12,12 @@ from starlette.requests import Request
 from ..engine.errors import RequestError
 from ..engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from .errors import UnsupportedParameterError
-from .json_body import drop_nulls, json_type
+from .json_body import drop_nulls, json_type, of_body
 from .parameters import NEUTRAL_VALUES, refuse_unless_neutral, split_fields
 from .protocol import FUNCTION_FIELDS, INT32_MAX, ChatRequest, CompletionRequest, SamplingRequest, ToolChoiceInput
 from .responses_input import Conversation, FieldNames
 from .responses_tools import read_tool_choice, read_tools, repeated_tools
 from .responses_types import Settings
-from .state import ServerState
 from .tools import MAX_TOOLS
 from .validation import Prepared, prepare_conversation, read_body, typed
 
@@ -122,11 +121,11 @@ async def prepare_response(http: Request) -> PreparedResponse:
     foreign = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
     body = await read_body(http)
     fields, ignored = split_fields(body, ResponsesRequest.model_fields, foreign, RESPONSES_NEUTRAL_VALUES)
-    request = typed(ResponsesRequest, fields)
+    request = await of_body(http, lambda: typed(ResponsesRequest, fields))
     names = FieldNames()
-    chat_body, unknown = _as_chat(request, names)
+    chat_body, unknown = await of_body(http, lambda: _as_chat(request, names))
     try:
-        chat = await prepare_conversation(chat_body, ServerState.of(http), ignored + unknown)
+        chat = await prepare_conversation(chat_body, http, ignored + unknown)
     except RequestError as error:
         raise names.renamed(error) from None
     jobs = [replace(job, form_field=names.of(job.form_field)) for job in chat.jobs]

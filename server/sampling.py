@@ -10,6 +10,7 @@ from ..engine.detokenizer import StopScope
 from ..engine.errors import ContextLengthError, RequestError
 from ..engine.messages import EngineInfo
 from ..engine.sampling_params import SamplingParams
+from ..engine.token_ids import TokenIds
 from .answer_grammar import Form
 from .parsers.formats import AnswerFormat
 from .prompts import Prompt
@@ -27,7 +28,7 @@ class Job:
 
     index: int
     prompt_index: int
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds
     params: SamplingParams
     priority: int
     n: int  # choices of this prompt

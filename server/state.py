@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +25,8 @@ LEAST_BODY_BYTES = 2_000_000
 
 @dataclass(frozen=True)
 class ServerState:
-    """The engine, the settings and the counters behind one app. `created` is in seconds since 1970."""
+    """The engine, the settings and the counters behind one app. `created` is in seconds since 1970; `long_texts` are
+    being tokenized, on half of the processors at most."""
 
     llm: AsyncLLM
     settings: ServerConfig
@@ -34,6 +37,7 @@ class ServerState:
     chat_format: ChatFormat
     grammars: GrammarCompiler
     ignored_names: IgnoredNames = field(default_factory=IgnoredNames)
+    long_texts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(max((os.cpu_count() or 1) // 2, 1)))
 
     @classmethod
     def of(cls, request: Request) -> ServerState:

@@ -16,12 +16,12 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from ..engine.errors import RequestError
+from ..engine.token_ids import TokenIds
 from .answer_grammar import Calls, Form, make_form
 from .answers import answer_format, offered_tools
 from .errors import UnknownModelError
-from .json_body import drop_nulls, json_type, read_json
+from .json_body import drop_nulls, json_type, of_body, read_json
 from .messages import read_messages
-from .off_loop import off_loop
 from .parameters import ignored_header, refuse_unless_neutral, split_fields
 from .parsers.formats import AnswerFormat
 from .prompts import (
@@ -32,6 +32,7 @@ from .prompts import (
     encode_messages,
     read_prompts,
     settings_of,
+    tokenizing,
 )
 from .protocol import (
     ChatRequest,
@@ -72,7 +73,8 @@ class Prepared(Generic[G]):
 
 async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
     state = ServerState.of(http)
-    request, ignored = _as_typed(await read_body(http), state, CompletionRequest, ChatRequest)
+    body = await read_body(http)
+    request, ignored = await of_body(http, lambda: _as_typed(body, state, CompletionRequest, ChatRequest))
     _check_generation(request, state)
     if request.max_tokens == 0 and not request.echo:
         raise RequestError("max_tokens must be at least 1 without echo, got 0", "max_tokens")
@@ -96,14 +98,15 @@ async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
 
 
 async def prepare_chat(http: Request) -> Prepared[ChatRequest]:
-    return await prepare_conversation(await read_body(http), ServerState.of(http))
+    return await prepare_conversation(await read_body(http), http)
 
 
 async def prepare_conversation(
-    body: dict[str, Any], state: ServerState, ignored: Sequence[str] = ()
+    body: dict[str, Any], http: Request, ignored: Sequence[str] = ()
 ) -> Prepared[ChatRequest]:
     """`body` is chat's, whichever route took it, and `ignored` what that route left out already."""
-    request, ignored = _as_typed(body, state, ChatRequest, CompletionRequest, ignored)
+    state, left_out = ServerState.of(http), ignored
+    request, ignored = await of_body(http, lambda: _as_typed(body, state, ChatRequest, CompletionRequest, left_out))
     _check_generation(request, state)
     asked = _read_chat_bound(request)
     _check_logprobs("top_logprobs", request.top_logprobs, state)
@@ -147,7 +150,8 @@ def _not_held(ignored: list[str], form: Form | None) -> list[str]:
 
 async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], dict[str, str]]:
     state = ServerState.of(http)
-    request, ignored = _as_typed(await read_body(http), state, TokenizeRequest)
+    body = await read_body(http)
+    request, ignored = await of_body(http, lambda: _as_typed(body, state, TokenizeRequest))
     headers = ignored_header(ignored)
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("send exactly one of prompt and messages", "prompt")
@@ -157,17 +161,18 @@ async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], d
         if getattr(request, name) and request.messages is None:
             raise RequestError(f"{name} needs messages: a prompt has no template", name)
     if request.prompt is None:
-        return request, (await encode_messages(request, state, request.tools)).token_ids, headers
+        return request, (await encode_messages(request, state, request.tools)).token_ids.tolist(), headers
     text, add_special_tokens = request.prompt, request.add_special_tokens is not False
     encode = state.llm.tokenizer.encode
-    tokens = await off_loop(len(text), lambda: encode(text, add_special_tokens, request.parse_special))
+    tokens = await tokenizing(len(text), state, lambda: encode(text, add_special_tokens, request.parse_special))
     return request, tokens, headers
 
 
 async def prepare_detokenize(http: Request) -> tuple[DetokenizeRequest, dict[str, str]]:
     state = ServerState.of(http)
-    request, ignored = _as_typed(await read_body(http), state, DetokenizeRequest)
-    check_token_ids(request.tokens, state.llm.client.info, "tokens")
+    body = await read_body(http)
+    request, ignored = await of_body(http, lambda: _as_typed(body, state, DetokenizeRequest))
+    check_token_ids(TokenIds(request.tokens), state.llm.client.info, "tokens")
     return request, ignored_header(ignored)
 
 
@@ -261,7 +266,7 @@ def _check_generation(request: GenerationRequest, state: ServerState) -> None:
         )
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true", "stream_options")
-    check_token_ids(request.stop_token_ids, state.llm.client.info, "stop_token_ids")
+    check_token_ids(TokenIds(request.stop_token_ids), state.llm.client.info, "stop_token_ids")
 
 
 def _check_stop(stop: list[str], state: ServerState) -> None:

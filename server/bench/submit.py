@@ -7,6 +7,7 @@ import random
 from ...engine.core import EngineCore
 from ...engine.messages import AddRequest
 from ...engine.sampling_params import SamplingParams
+from ...engine.token_ids import TokenIds
 
 
 def random_requests(core: EngineCore, num_requests: int, prompt: int, answer: int, *, seed: int) -> list[AddRequest]:
@@ -17,7 +18,7 @@ def random_requests(core: EngineCore, num_requests: int, prompt: int, answer: in
     return [
         AddRequest(
             request_id=f"bench-{index}",
-            prompt_token_ids=choose.choices(vocabulary, k=prompt),
+            prompt_token_ids=TokenIds(choose.choices(vocabulary, k=prompt)),
             sampling_params=params,
         )
         for index in range(num_requests)

@@ -57,7 +57,7 @@ class ChatWriter:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.state = state
         self.request = prepared.request
-        self.prompt_token_ids = prepared.prompts[0].token_ids
+        self.prompt_token_ids = prepared.prompts[0].token_ids.tolist() if prepared.request.return_token_ids else []
         self.created = int(time.time())
         self.usage = UsageCounter(prepared.prompts, len(prepared.jobs), prepared.request.stream_options)
         self.is_begun = [False] * len(prepared.jobs)

@@ -97,7 +97,7 @@ class CompletionWriter:
         choice = CompletionChoice(job.index, text, logprobs, reason if reason in ("stop", "length") else None)
         if self.request.return_token_ids:
             choice.token_ids = output.token_ids
-            choice.prompt_token_ids = job.prompt_token_ids if is_first else UNSET
+            choice.prompt_token_ids = job.prompt_token_ids.tolist() if is_first else UNSET
         return choice
 
     def envelope(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:

@@ -551,9 +551,9 @@ def test_random_conversations_under_pressure_answer_as_without_a_cache(tiny, bac
         cached.abort_request("victim")
         answers = drain(cached, *asked)
         for i, each in enumerate(asked):
-            alone = answer(plain, each.prompt_token_ids, max_tokens=each.sampling_params.max_tokens)
+            alone = answer(plain, conversations[i], max_tokens=each.sampling_params.max_tokens)
             assert answers[f"{i}"].token_ids == alone.token_ids, (round_, i)
-            conversations[i] = (each.prompt_token_ids + alone.token_ids + random_prompt(3, seed=round_))[:100]
+            conversations[i] = (conversations[i] + alone.token_ids + random_prompt(3, seed=round_))[:100]
     assert cached.stats().prefix_cache_hits_total > 0
 
 

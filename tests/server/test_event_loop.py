@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import threading
 
 import pytest
 from leyden.engine.outputs import StepOutput
-from leyden.server import logprobs, pieces, streaming
+from leyden.server import json_body, logprobs, pieces, prompts, responses_request, streaming, validation
 from leyden.server.off_loop import CHARS_PER_SCORE, MAX_CHARS_INLINE
 
 MOST_INLINE = MAX_CHARS_INLINE // CHARS_PER_SCORE  # scores
@@ -195,3 +196,66 @@ async def test_a_large_answer_is_sent_in_pieces_between_which_others_have_their_
     assert max(size for size, _ in sizes) < 4 * pieces.MAX_BYTES_SENT
     at = [turn for _, turn in sizes[1:-1]]
     assert all(later > earlier for earlier, later in itertools.pairwise(at))
+
+
+PARTS = [{"type": "text", "text": ""}] * 4000
+LONG_BODIES = {
+    "token ids": ("/v1/completions", {"prompt": [5] * 40_000}),
+    "lists of token ids": ("/v1/completions", {"prompt": [[5] * 40_000, [6] * 40_000]}),
+    "parts": ("/v1/chat/completions", {"messages": [{"role": "user", "content": PARTS}]}),
+    "items": ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_text", "text": ""}] * 4000}]}),
+    "tokens": ("/detokenize", {"tokens": [5] * 40_000}),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), LONG_BODIES.values(), ids=LONG_BODIES)
+async def test_a_long_body_is_parsed_and_checked_off_the_event_loop_a_piece_at_a_time(
+    client, engine, tokenizer, monkeypatch, path, body
+):
+    engine.info.max_model_len = 100_000
+    threads = {}
+
+    def noted(module, name, work):
+        def wrapped(*arguments, **fields):
+            threads.setdefault(name, set()).add(threading.get_ident())
+            return work(*arguments, **fields)
+
+        monkeypatch.setattr(module, name, wrapped)
+
+    for module, name in [
+        (json_body, "parse_object"),
+        (json_body, "_integer"),
+        (validation, "_as_typed"),
+        (responses_request, "_as_chat"),
+        (prompts, "_as_token_ids"),
+    ]:
+        noted(module, name, getattr(module, name))
+    response = await client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    assert len(threads) >= 2
+    assert threading.get_ident() not in set().union(*threads.values())
+    assert ("_integer" in threads) == any(name in body for name in ("prompt", "tokens")), "it gives others their turn"
+
+
+async def test_long_texts_leave_processors_for_others(make_app, engine, tokenizer, eventually):
+    """However many there are, and short ones do not wait for them."""
+    app = make_app()
+    state, num_at_once, most = app.state.server, 0, 0
+    bound = state.long_texts._value
+    assert 1 <= bound <= max((os.cpu_count() or 1) // 2, 1)
+    may_end = threading.Event()
+
+    def work():
+        nonlocal num_at_once, most
+        num_at_once += 1
+        most = max(most, num_at_once)
+        assert may_end.wait(GUARD_SECONDS)
+        num_at_once -= 1
+
+    tasks = [asyncio.create_task(prompts.tokenizing(10**6, state, work)) for _ in range(bound + 3)]
+    await eventually(lambda: num_at_once == bound)
+    assert await prompts.tokenizing(10, state, lambda: "short") == "short"
+    assert await prompts.tokenizing(MAX_CHARS_INLINE + 1, state, lambda: "longer") == "longer"
+    may_end.set()
+    await asyncio.gather(*tasks)
+    assert most == bound
