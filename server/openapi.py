@@ -110,8 +110,8 @@ def _open(schema: dict[str, Any]) -> None:
             if "properties" in part and part.get("additionalProperties") is False:
                 _open(part)
         if name not in required and {"type": "null"} not in field.get("anyOf", ()):
-            default = {"default": field.pop("default")} if "default" in field else {}
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]} | default
+            around = {key: field.pop(key) for key in ("description", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]} | around
 
 
 def _inline(schema: dict[str, Any]) -> dict[str, Any]:

@@ -76,19 +76,33 @@ ResponsesTools = Annotated[
 
 class ResponsesRequest(SamplingRequest):
     input: InputItems
+    """A text, or the conversation as items."""
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=INT32_MAX)  # what the context has left
+    """System message before the input."""
+    max_output_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    """Longest answer, thoughts included; left out, what the context has left."""
     include: list[str] = Field([], max_length=MAX_INCLUDED)
+    """What the response shall hold beyond its default."""
     top_logprobs: int = Field(0, json_schema_extra={"minimum": 0, "maximum": MAX_LOGPROBS})
+    """Alternatives that are told for each token; include has to ask for them."""
     text: dict[str, Any] = Field({})
+    """format: text, any JSON object, or JSON that follows a schema."""
     tools: ResponsesTools = None
-    tool_choice: ToolChoiceInput = None  # auto where there are tools
+    """Functions and custom tools that the model may call; tools that OpenAI runs itself are left out and named."""
+    tool_choice: ToolChoiceInput = None
+    """auto, none, required, or the one function that has to be called; left out, auto where there are tools."""
     parallel_tool_calls: bool = True
+    """False keeps the answer to one call."""
     reasoning: dict[str, Any] = Field({})
+    """effort: how much the model should think, for templates that read it."""
     chat_template_kwargs: dict[str, Any] = Field({})
+    """Values for names that the chat template reads (vLLM)."""
     stop_in_reasoning: bool = False
+    """Stop strings count in the thought, too, and not in the answer alone."""
     metadata: dict[str, str] = Field({}, max_length=MAX_METADATA)
+    """Repeated in the response."""
     user: str | None = None
+    """Repeated in the response."""
 
     def settings(self, model_name: str, params: SamplingParams) -> Settings:
         """What the response repeats of its request."""

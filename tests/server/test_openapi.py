@@ -42,6 +42,13 @@ def document(make_app):
     return schemathesis.openapi.from_asgi("/openapi.json", make_app(allowed_hosts=["testserver"]))
 
 
+def test_every_field_of_a_body_is_described(document):
+    bodies = [document[path]["POST"].definition.raw["requestBody"]["content"] for path in TAKE_A_BODY]
+    for body in bodies:
+        fields = body["application/json"]["schema"]["properties"]
+        assert [name for name, field in fields.items() if not field.get("description")] == []
+
+
 def test_every_route_is_tried(document):
     assert {route.ok().path for route in document.get_all_operations()} == {*TAKE_A_BODY, *OTHERS}
 
