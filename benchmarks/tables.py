@@ -1,4 +1,4 @@
-"""Write the tables of the README, docs/performance.md and docs/kernels.md from the runs in `benchmarks/results`.
+"""Write the tables of the README and of pages in docs/ from the runs in `benchmarks/results`.
 
 Each has its place between two markers.
 """
@@ -95,6 +95,23 @@ def api_process_table(report: dict[str, Any]) -> str:
     lines += [
         f"| {case['step_ms']:g} ms | {case['tokens_per_s']:,} | {case['chunks_per_s']:,} "
         f"| {case['cpu_us_per_token']:.0f} µs | {100 * case['cpu_share']:.0f} % | {case['ttft_ms']:.0f} ms |"
+        for case in report["cases"]
+    ]
+    return "\n".join(lines)
+
+
+def stalls_table(report: dict[str, Any]) -> str:
+    """The longest gaps of a stream and of /health beside something large."""
+    outcome = "met" if report["is_met"] else "missed"
+    lines = [
+        f"{report['hardware']}, shared by the server, its engine and the clients. Goal, at most "
+        f"{report['goal_ms']:g} ms: {outcome} in this run.",
+        "",
+        "| beside | `/health` | a running stream | a short chat |",
+        "|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {case['case']} | {case['health_ms']:.0f} ms | {case['stream_ms']:.0f} ms | {case['short_chat_ms']:.0f} ms |"
         for case in report["cases"]
     ]
     return "\n".join(lines)
@@ -229,6 +246,7 @@ def choices_table(report: dict[str, Any]) -> str:
 
 
 README, PERFORMANCE, KERNELS = "README.md", "docs/performance.md", "docs/kernels.md"
+RELIABILITY = "docs/reliability.md"
 # A table's name -> the page it is on, how it is made, and the recorded runs that it needs.
 TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "serving-cpu": (README, serving_table, ["serving-cpu"]),
@@ -238,6 +256,7 @@ TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "prompt-lookup-h200": (README, prompt_lookup_table, ["prompt-lookup-dense-h200", "prompt-lookup-moe-h200"]),
     "sessions-h200": (README, sessions_table, ["sessions-h200"]),
     "api-process-cpu": (README, api_process_table, ["api-process-cpu"]),
+    "stalls-cpu": (RELIABILITY, stalls_table, ["stalls-cpu"]),
     "kernels-h100": (README, kernels_table, ["kernels-h100"]),
     "choices-h100": (KERNELS, choices_table, ["kernels-h100"]),
     "kernels-h200": (KERNELS, kernels_table, ["kernels-h200"]),

@@ -268,7 +268,9 @@ def check_files(settings: Settings) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """Take the port before the model is loaded: a port in use should not cost a minute."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With its protocol: asyncio asks for that before it switches the delay of small packets off (Nagle), 40 ms of each
+    # answer on a connection that is kept alive.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

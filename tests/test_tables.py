@@ -106,6 +106,12 @@ def test_a_session_is_shown_beside_computing_it(tables):
     assert "| 30.0 s | 1.00 s | 0.90 s | 0.50 s | 60x |" in text and "100,000 tokens" in text
 
 
+def test_gaps_are_shown_by_case_and_whether_the_goal_is_met(tables):
+    case = {"case": "nothing", "health_ms": 1.2, "stream_ms": 60.4, "short_chat_ms": 9.0}
+    text = tables.stalls_table({"hardware": "a machine", "goal_ms": 50.0, "is_met": False, "cases": [case]})
+    assert "| nothing | 1 ms | 60 ms | 9 ms |" in text and "at most 50 ms: missed" in text
+
+
 def test_a_table_has_a_place_if_and_only_if_its_run_is_recorded(tables, tmp_path):
     for name in ("serving-cpu", "kernels-h100"):
         (tmp_path / f"{name}.json").write_text((RESULTS / f"{name}.json").read_text())
@@ -146,7 +152,7 @@ def test_a_profile_of_something_else_is_refused(tables):
         tables.steps_table([profile("training")], CONFIG, KERNELS)
 
 
-@pytest.mark.parametrize("script", ["raw_streams", "step_table", "tables"])
+@pytest.mark.parametrize("script", ["raw_streams", "stalls", "step_table", "tables"])
 def test_a_script_says_what_it_is_and_what_it_takes(script):
     command = [sys.executable, "-P", str(ROOT / "benchmarks" / f"{script}.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

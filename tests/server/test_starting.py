@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import httpx
 import pytest
@@ -87,3 +88,18 @@ def test_keys_and_folders_are_looked_at_before_the_model_is_loaded(tmp_path, mon
     settings = Settings(port=0, **{name: wrong if isinstance(wrong, list) else tmp_path / wrong})
     with pytest.raises(ConfigError, match=f"{name}.*{words}"):
         serve.serve(settings)
+
+
+async def test_small_answers_on_a_connection_that_is_kept_are_not_held_back(listener):
+    """Nagle's algorithm would hold the second packet of each until the client has acknowledged the first: 40 ms."""
+    delays = asyncio.Queue()
+
+    async def note(reader, writer):
+        sock = writer.get_extra_info("socket")
+        delays.put_nowait(not sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async with await asyncio.start_server(note, sock=listener.dup()):
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        assert await asyncio.wait_for(delays.get(), 5) is False
+        writer.close()
