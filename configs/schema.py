@@ -210,6 +210,9 @@ class ServerConfig(_Numbers):
     max_stop_strings: int = Field(16, ge=0, le=16, description="most stop strings of a request")
     max_stop_chars: int = Field(256, ge=1, le=256, description="longest stop string")
     max_logprobs: int = Field(20, ge=0, le=20, description="most alternatives per token")
+    max_scores: int = Field(
+        1 << 22, ge=1024, description="most log-probabilities of a request: tokens x (alternatives + 1), of all choices"
+    )
     max_logit_bias: int = Field(1024, ge=0, le=1024, description="most entries of logit_bias")
     max_queue_seconds: float = Field(300.0, gt=0, description="a request that waited longer for its start gets 503")
     step_timeout: float = Field(

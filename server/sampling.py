@@ -62,9 +62,11 @@ def make_jobs(
     fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs, "grammar": form and form.grammar}
     session_id = _session_of(request, len(prompts), state.llm.client.info)
     jobs = []
+    max_scored = _fit_scores(request.n, prompts, state.settings.max_scores, logprobs, prompt_logprobs, asked)
     for prompt_index, prompt in enumerate(prompts):
         num_left = state.llm.client.info.max_model_len - len(prompt.token_ids)
-        fields["max_tokens"] = _fit_context(asked, default_max_tokens, len(prompt.token_ids), num_left)
+        max_tokens = _fit_context(asked, default_max_tokens, len(prompt.token_ids), num_left)
+        fields["max_tokens"] = max_tokens if max_scored is None else min(max_tokens, max_scored)
         params = SamplingParams(**fields, seed=request.seed)
         for j in range(request.n):
             job = Job(
@@ -132,6 +134,30 @@ def _read_logit_bias(bias: dict[str, float] | None, info: EngineInfo) -> dict[in
             )
         found[int(key)] = value
     return found
+
+
+def _fit_scores(
+    n: int,
+    prompts: list[Prompt],
+    bound: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    asked: tuple[str, int | None],
+) -> int | None:
+    """How many tokens an answer may have so that the log-probabilities of all choices, which are held until they are
+    sent, stay within `bound`; None where none are asked for. Only an explicit wish that does not fit is an error."""
+    name, value = asked
+    num_fixed = 0
+    if prompt_logprobs is not None:
+        num_fixed = n * sum(len(prompt.token_ids) for prompt in prompts) * (prompt_logprobs + 1)
+    per_token = 0 if logprobs is None else n * len(prompts) * (logprobs + 1)
+    if num_fixed + (1 if value is None else value) * per_token > bound:
+        raise RequestError(
+            f"{num_fixed} log-probabilities of prompts and {per_token} for each token of {name} exceed {bound} "
+            "(setting max_scores); ask for fewer alternatives, tokens or choices, or send less at once",
+            "logprobs",
+        )
+    return (bound - num_fixed) // per_token if per_token else None
 
 
 def _fit_context(asked: tuple[str, int | None], default: int | None, num_prompt: int, num_left: int) -> int:

@@ -368,6 +368,7 @@ CAPS = [
     ("max_stop_chars", 5, {"stop": ["aaaaa"]}, {"stop": ["aaaaaa"]}),
     ("max_logprobs", 3, {"logprobs": 3}, {"logprobs": 4}),
     ("max_logit_bias", 2, {"logit_bias": {"1": 1, "2": 1}}, {"logit_bias": {"1": 1, "2": 1, "3": 1}}),
+    ("max_scores", 1050, {"logprobs": 20, "max_tokens": 50}, {"logprobs": 20, "max_tokens": 51}),
     ("max_body_depth", 5, {"x": [[[[]]]]}, {"x": [[[[[]]]]]}),
     ("max_body_bytes", 1100, {"x": "y" * 1000}, {"x": "y" * 1200}),
     ("max_header_bytes", 1024, {}, {}),
@@ -384,6 +385,35 @@ async def test_every_cap_is_a_setting_that_its_refusal_names(make_client, settin
     message = response.json()["error"]["message"]
     assert str(bound) in message
     assert f"setting {setting}" in message
+
+
+@pytest.mark.parametrize(
+    ("body", "num_tokens"),
+    [
+        ({"max_tokens": 50}, 50),
+        ({"max_tokens": 51}, None),
+        ({"n": 2, "max_tokens": 25}, 25),
+        ({"n": 2, "max_tokens": 26}, None),
+        ({"prompt": ["a", "b"], "max_tokens": 26}, None),
+        ({"prompt": "y" * 46, "echo": True, "max_tokens": 3}, 3),
+        ({"prompt": "y" * 46, "echo": True, "max_tokens": 4}, None),
+        ({"prompt": "y" * 48, "echo": True, "max_tokens": 0}, 0),
+        ({"prompt": "y" * 50, "echo": True, "max_tokens": 0}, None),
+    ],
+)
+async def test_log_probabilities_of_a_request_are_bounded_over_prompts_and_choices(
+    make_client, engine, body, num_tokens
+):
+    response = await make_client(max_scores=1050).post("/v1/completions", json={"prompt": "a", "logprobs": 20, **body})
+    assert response.status_code == (400 if num_tokens is None else 200), response.text
+    assert {request.sampling_params.max_tokens for request in engine.requests} == {num_tokens} - {None}
+
+
+@pytest.mark.parametrize(("n", "num_tokens"), [(1, 50), (2, 25)])
+async def test_a_chat_without_a_length_is_as_long_as_its_log_probabilities_may_be(make_client, engine, n, num_tokens):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "n": n, "logprobs": True, "top_logprobs": 20}
+    assert (await make_client(max_scores=1050).post("/v1/chat/completions", json=body)).status_code == 200
+    assert {request.sampling_params.max_tokens for request in engine.requests} == {num_tokens}
 
 
 @pytest.mark.parametrize(("context", "bound"), [(128, 2_000_000), (300_000, 2_400_000)])
