@@ -19,7 +19,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
     """Log-probabilities at one position, from one float32 log-softmax of the raw logits.
 
     `top` holds the most likely tokens in descending order, and the chosen token too when it is not among them. It is
-    kept as `PAIR`s one behind the other: twenty take a fifth of the memory of tuples, and are decoded by one copy.
+    kept as `PAIR`s one behind the other: twenty take a ninth of the memory of tuples, and are decoded by one copy.
     """
 
     token_id: int
