@@ -137,7 +137,8 @@ class StreamingClient(ABC):
         self._calls: dict[str, asyncio.Future[SessionDone]] = {}
         self._ready: asyncio.Future[EngineInfo]
         self._death: asyncio.Future[str]
-        self._is_closing = False
+        self._is_closing = self._is_closed = False
+        self._closing = asyncio.Lock()
         self._end: str | None = None  # why nothing more is served, while the engine lives
 
     @property
@@ -206,10 +207,12 @@ class StreamingClient(ABC):
         self._fail_streams(reason, StoppingError)
 
     async def close(self) -> None:
-        if not self._is_closing:
-            self._is_closing = True
-            await self._stop()
-            self._fail_streams("the server is shutting down")
+        self._is_closing = True
+        async with self._closing:  # a second call returns when all is closed, too: its caller may end the event loop
+            if not self._is_closed:
+                await self._stop()
+                self._fail_streams("the server is shutting down")
+                self._is_closed = True
 
     def _receive(self, message: FromEngine) -> None:
         match message:

@@ -137,6 +137,8 @@ class ProcessClient(StreamingClient):
         tick = min(BEAT_SECONDS, self._heartbeat.step_timeout / 4)
         while not self._heartbeat.has_stopped:
             await asyncio.sleep(tick)
+            if self._death.done():
+                return
             self._heartbeat.tick(tick)
             if self._heartbeat.is_silent:
                 self._refuse_late()

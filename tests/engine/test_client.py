@@ -278,6 +278,50 @@ async def test_closing_while_streams_are_open_ends_them(tiny):
         await stream
 
 
+async def test_second_close_returns_when_the_first_is_done():
+    """It used to return at once. A server whose tokenizer was broken then left before its engine's folder was gone."""
+    gate, stopped = asyncio.Event(), []
+
+    class Slow(InProcessClient):
+        async def _stop(self) -> None:
+            await gate.wait()
+            stopped.append(True)
+
+    client = Slow(EngineConfig())
+    closing = [asyncio.create_task(client.close()) for _ in range(2)]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not any(task.done() for task in closing)
+    gate.set()
+    await asyncio.gather(*closing)
+    assert stopped == [True]
+
+
+async def test_close_after_a_close_that_was_cancelled_stops_the_engine():
+    stops = []
+
+    class Slow(InProcessClient):
+        async def _stop(self) -> None:
+            stops.append("begun")
+            await asyncio.sleep(0)
+            stops.append("done")
+
+    client = Slow(EngineConfig())
+    first = asyncio.create_task(client.close())
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    await client.close()
+    assert stops == ["begun", "begun", "done"]
+
+
+async def test_heartbeat_of_a_dead_engine_is_not_watched():
+    client = ProcessClient(EngineConfig(), step_timeout=0.01)
+    client._death = asyncio.get_running_loop().create_future()
+    client._death.set_result("killed")
+    await asyncio.wait_for(client._watch_heartbeat(), DEADLINE)  # and no attempt to kill its process
+
+
 @pytest.mark.parametrize(("kind", "delay"), [(InProcessClient, 0), (ProcessClient, 0), (ProcessClient, 0.3)])
 async def test_start_that_is_cancelled_leaves_nothing_and_nothing_complains(tiny, kind, delay):
     complaints = []
