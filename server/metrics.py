@@ -41,7 +41,7 @@ class ServerMetrics:
         finished = self._counter("request_success", "Sequences ended, by reason.", "finished_reason")
         self._finished = {reason: finished.labels(model_name, reason) for reason in FINISHED_REASONS}
         self._refused = self._counter("request_refused", "Requests answered with an error, by reason.", "reason")
-        self._ignored = self._counter("request_ignored_parameters", "Requests with undocumented fields.")
+        self._ignored = self._counter("request_ignored_parameters", "Requests of which fields were left out.")
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         full = f"{self._prefix}:{name}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -16,7 +15,7 @@ from ..engine.messages import EngineInfo
 from .errors import overloaded
 from .logprobs import TokenNames
 from .metrics import ServerMetrics
-from .parameters import IgnoredNames
+from .parameters import IgnoredNames, ignored_header
 from .parsers.formats import ChatFormat
 
 BODY_BYTES_PER_TOKEN = 8  # an id of six digits with its comma and blank; English has half as many
@@ -44,11 +43,12 @@ class ServerState:
         state: ServerState = request.app.state.server
         return state
 
-    def note_ignored(self, names: Sequence[str]) -> None:
-        """Count a request of which fields were left out, and tell their names once."""
+    def tell_ignored(self, names: list[str]) -> dict[str, str]:
+        """The header that names the fields left out of a request, which is counted; the log tells each name once."""
         if names:
             self.metrics.count_ignored()
             self.ignored_names.tell(names)
+        return ignored_header(names)
 
 
 def max_body_bytes(settings: ServerConfig, info: EngineInfo) -> int:

@@ -22,7 +22,7 @@ from .answers import answer_format, offered_tools
 from .errors import UnknownModelError
 from .json_body import drop_nulls, json_type, of_body, read_json
 from .messages import read_messages
-from .parameters import ignored_header, refuse_unless_neutral, split_fields
+from .parameters import refuse_unless_neutral, split_fields
 from .parsers.formats import AnswerFormat
 from .prompts import (
     Prompt,
@@ -65,10 +65,6 @@ class Prepared(Generic[G]):
     jobs: list[Job]
     ignored: list[str]  # names of fields left out
     answer: AnswerFormat = field(default_factory=AnswerFormat)  # how chat reads what comes
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return ignored_header(self.ignored)
 
 
 async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
@@ -152,7 +148,7 @@ async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], d
     state = ServerState.of(http)
     body = await read_body(http)
     request, ignored = await of_body(http, lambda: _as_typed(body, state, TokenizeRequest))
-    headers = ignored_header(ignored)
+    headers = state.tell_ignored(ignored)
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("send exactly one of prompt and messages", "prompt")
     if request.tools and request.messages is None:
@@ -173,7 +169,7 @@ async def prepare_detokenize(http: Request) -> tuple[DetokenizeRequest, dict[str
     body = await read_body(http)
     request, ignored = await of_body(http, lambda: _as_typed(body, state, DetokenizeRequest))
     check_token_ids(TokenIds(request.tokens), state.llm.client.info, "tokens")
-    return request, ignored_header(ignored)
+    return request, state.tell_ignored(ignored)
 
 
 async def read_body(http: Request) -> dict[str, Any]:
@@ -205,7 +201,6 @@ def _as_typed(
         raise UnknownModelError(f"the model {shown!r} is not served here; this is {state.model_name!r}", "model")
     if isinstance(request, ChatRequest | TokenizeRequest):
         ignored += settings_of(request, state.llm.tokenizer)[1]
-    state.note_ignored(ignored)
     return request, ignored
 
 

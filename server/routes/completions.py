@@ -38,11 +38,12 @@ async def create_completion(http: Request) -> Response:
     refuse_unless_ready(http)
     prepared = await prepare_completion(http)
     writer = CompletionWriter(ServerState.of(http), prepared)
+    headers = writer.state.tell_ignored(prepared.ignored)
     events = traced(http, prepared, writer.id, generate(writer.state, prepared.jobs, writer.id))
     if not prepared.request.stream:
         outputs = await unless_disconnected(http.receive, collect(events))
-        return await off_loop(num_chars(outputs), lambda: PiecedResponse(writer.whole(outputs), prepared.headers))
-    return EventStream(events, writer.render, writer.render_end, prepared.headers)
+        return await off_loop(num_chars(outputs), lambda: PiecedResponse(writer.whole(outputs), headers))
+    return EventStream(events, writer.render, writer.render_end, headers)
 
 
 class CompletionWriter:

@@ -28,9 +28,11 @@ async def create_response(http: Request) -> Response:
     refuse_unless_ready(http)
     prepared = await prepare_response(http)
     request, chat = prepared.request, prepared.chat
-    writer = ResponseWriter(ServerState.of(http), request, chat)
-    events = traced(http, chat, writer.id, generate(ServerState.of(http), chat.jobs, writer.id))
+    state = ServerState.of(http)
+    writer = ResponseWriter(state, request, chat)
+    headers = state.tell_ignored(chat.ignored)
+    events = traced(http, chat, writer.id, generate(state, chat.jobs, writer.id))
     if not request.stream:
         whole = await unless_disconnected(http.receive, writer.whole(events))
-        return await off_loop(writer.num_chars, lambda: json_response(whole, chat.headers))
-    return NamedEventStream(events, writer.render, writer.render_failure, chat.headers)
+        return await off_loop(writer.num_chars, lambda: json_response(whole, headers))
+    return NamedEventStream(events, writer.render, writer.render_failure, headers)

@@ -14,7 +14,6 @@ from starlette.responses import Response
 
 from ...engine.messages import SessionAction, SessionDone
 from ..openapi import WITH_BODY, documented
-from ..parameters import ignored_header
 from ..responses import json_response
 from ..state import ServerState, refuse_unless_ready
 from ..validation import read_body
@@ -106,6 +105,4 @@ async def _name_fields(http: Request) -> dict[str, str]:
     """These routes take no body: whatever fields one has are named in a header. Raises `RequestError`."""
     if not await http.body():
         return {}
-    ignored = list(await read_body(http))
-    ServerState.of(http).note_ignored(ignored)
-    return ignored_header(ignored)
+    return ServerState.of(http).tell_ignored(list(await read_body(http)))

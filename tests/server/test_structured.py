@@ -278,9 +278,19 @@ async def test_a_strict_schema_is_kept_as_a_whole_or_refused(engine, asking, err
 
 
 @pytest.mark.parametrize("place", STRICT_PLACES)
-async def test_a_strict_schema_that_is_kept_is_named_nowhere(asking, place):
+async def test_a_strict_schema_that_is_kept_is_named_nowhere(asking, place, caplog):
     answer = await asking(place, SCHEMA, strict=True)
     assert answer.status_code == 200 and "x-ignored-parameters" not in answer.headers
+    assert "left out" not in caplog.text
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_the_log_names_what_the_header_names(asking, place, caplog):
+    answer = await asking(place, {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}})
+    named = answer.headers["x-ignored-parameters"]
+    assert named.endswith("properties.a.uniqueItems")
+    told = [record.args[0] for record in caplog.records if "left out" in record.msg]
+    assert told == [re.sub(r"[0-9]+", "", named)]
 
 
 WRONG = {"type": "object", "properties": {"a": {"type": "thing"}}}
