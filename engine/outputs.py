@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -93,15 +93,16 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     @property
     def num_scores(self) -> int:
         """Log-probabilities that it holds, alternatives included."""
+        if self.logprobs is None and self.prompt_logprobs is None:  # nearly always; asked for every output
+            return 0
         scored = [entries for entries in (self.prompt_logprobs, self.logprobs) if entries]
         return sum(len(entries) * (1 + entries[-1].num_top if entries[-1] else 1) for entries in scored)
 
-    def cut(self, num_tokens: int) -> Iterator[RequestOutput]:
+    def cut(self, num_tokens: int) -> list[RequestOutput]:
         """The same in several outputs, none with log-probabilities of more than `num_tokens` tokens."""
         scores, entries = self.prompt_logprobs or [], self.logprobs or []
         if len(scores) + len(entries) <= num_tokens:
-            yield self
-            return
+            return [self]
         parts = [self._part(prompt_logprobs=scores[i : i + num_tokens]) for i in range(0, len(scores), num_tokens)]
         for start in range(0, len(self.token_ids), num_tokens):
             end = start + num_tokens
@@ -115,7 +116,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
         if not self.token_ids:
             last.text, last.pieces = self.text, self.pieces
         last.finish_reason, last.stop_reason, last.error = self.finish_reason, self.stop_reason, self.error
-        yield from parts
+        return parts
 
     def _part(self, **fields: Any) -> RequestOutput:
         num_before = self.num_output_tokens - len(self.token_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -151,9 +151,9 @@ async def collect(events: Events) -> list[Event]:
     return [merged[index] for index in sorted(merged)]
 
 
-def num_chars(events: Iterable[Event]) -> int:
-    """What it costs to write them, for `off_loop`: text hardly anything, log-probabilities much."""
-    return sum(len(output.text) // CHARS_PER_TEXT + output.num_scores * CHARS_PER_SCORE for _, output in events)
+def num_chars(output: RequestOutput) -> int:
+    """What it costs to write it, for `off_loop`: text hardly anything, log-probabilities much."""
+    return len(output.text) // CHARS_PER_TEXT + output.num_scores * CHARS_PER_SCORE
 
 
 async def cancel_all(*tasks: asyncio.Task[Any]) -> None:

@@ -74,7 +74,7 @@ class ResponseWriter:
         async with aclosing(events) as closing:
             async for job, output in closing:
                 for part in output.cut(TOKENS_AT_ONCE):
-                    await off_loop(generation.num_chars([(job, part)]), partial(self._take_in, (job, part)))
+                    await off_loop(generation.num_chars(part), partial(self._take_in, (job, part)))
         return self.response
 
     def _take_in(self, event: generation.Event) -> None:
@@ -83,7 +83,7 @@ class ResponseWriter:
 
     def render(self, event: generation.Event) -> Iterator[Event]:
         """The events of one output, which the last one follows with the answer as a whole."""
-        self.num_chars += generation.num_chars([event])
+        self.num_chars += generation.num_chars(event[1])
         yield from self._numbered(self._events(event[1]))
 
     def render_failure(self, error: ApiError) -> Iterator[Event]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
+from functools import partial
 
 import msgspec
 from starlette.requests import ClientDisconnect
@@ -83,16 +84,16 @@ class EventStream(Response):
         """An event's chunks. Many log-probabilities, as a long prompt has or what has piled up, go a few at a time."""
         job, output = event
         for part in output.cut(TOKENS_PER_EVENT):
-            frames = await self._frames_of((job, part))
+            frames = await off_loop(self._num_chars((job, part)), partial(self._frames, (job, part)))
             if frames or not line.is_open:
                 await line.write(frames)
 
-    async def _frames_of(self, event: Event) -> bytes:
-        return await off_loop(self._num_chars(event), lambda: self._encode(self._render(event)))
+    def _frames(self, event: Event) -> bytes:
+        return self._encode(self._render(event))
 
     def _num_chars(self, event: Event) -> int:
         """What it costs to write its chunks."""
-        return num_chars([event])
+        return num_chars(event[1])
 
     def _fail(self, scope: Scope, error: Exception) -> bytes:
         """The status has been sent, so the error goes the way of the chunks."""

@@ -47,7 +47,8 @@ async def create_chat_completion(http: Request) -> Response:
     events = traced(http, prepared, writer.id, generate(writer.state, prepared.jobs, writer.id))
     if not prepared.request.stream:
         outputs = await unless_disconnected(http.receive, collect(events))
-        return await off_loop(num_chars(outputs), lambda: PiecedResponse(writer.whole(outputs), headers))
+        cost = sum(num_chars(output) for _, output in outputs)
+        return await off_loop(cost, lambda: PiecedResponse(writer.whole(outputs), headers))
     return EventStream(events, writer.render, writer.render_end, headers)
 
 

@@ -374,7 +374,7 @@ def test_an_output_in_parts_is_the_output(num_scored, pieces, has_logprobs, size
     )
     if not pieces:
         whole.logprobs = None
-    parts = list(whole.cut(size))
+    parts = whole.cut(size)
     assert parts == [whole] or all(len(p.prompt_logprobs or []) + len(p.logprobs or []) <= size for p in parts)
     assert [p.num_output_tokens for p in parts] == [
         20 - sum(len(later.token_ids) for later in parts[i + 1 :]) for i in range(len(parts))
