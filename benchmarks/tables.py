@@ -138,6 +138,40 @@ def prefix_cache_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def pairs_table(report: dict[str, Any]) -> str:
+    """The second of two prompts that part in the middle, with states on the way of the first and without."""
+    on, off = report["runs"]["on"], report["runs"]["off"]
+    lines = [
+        f"Model {report['model']}, {report['hardware']}; {versions(report['software'])}. {len(report['pairs'])} pairs of "
+        f"prompts of {report['prompt_tokens']:,} tokens that part where none has parted before. The states cost the "
+        f"first prompt {report['prefill_cost']:.1%}, the median over the pairs.",
+        "",
+        "| | of the shared tokens found, mean | least | first token of the second prompt, median |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, run in (("with states on the way", on), ("without", off)):
+        found = f"{run['found_share']:.0%} | {run['smallest_found_share']:.0%}"
+        lines.append(f"| {name} | {found} | {run['second_ms']:.0f} ms |")
+    return "\n".join(lines)
+
+
+def responsiveness_table(report: dict[str, Any]) -> str:
+    """What waits while a long prompt is computed."""
+    steps = report["steps_of_the_long_prompt_after_its_abort"]
+    return "\n".join(
+        [
+            f"{report['device']}, the dense model at default settings; a prompt of {report['tokens']:,} tokens is computed, "
+            "a prompt of 16 comes, and then the long one's client leaves.",
+            "",
+            "| most steps on their way | first token of the short prompt | chunks of the long one before it "
+            "| steps of the long one after its abort |",
+            "|---:|---:|---:|---:|",
+            f"| {report['most_steps_launched_and_not_complete']} | {1e3 * report['short_first_token_s']:.0f} ms "
+            f"| {report['long_chunks_before_it']} | {steps} |",
+        ]
+    )
+
+
 def prompt_lookup_table(dense: dict[str, Any], moe: dict[str, Any]) -> str:
     """Tokens per second of one stream, with drafts and without."""
     lines = [
@@ -247,12 +281,15 @@ def choices_table(report: dict[str, Any]) -> str:
 
 README, PERFORMANCE, KERNELS = "README.md", "docs/performance.md", "docs/kernels.md"
 RELIABILITY = "docs/reliability.md"
+OFFLINE = ("serving-dense-h200", "serving-moe-h200", "serving-dense-bf16-h200", "serving-moe-bf16-h200")
 # A table's name -> the page it is on, how it is made, and the recorded runs that it needs.
 TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "serving-cpu": (README, serving_table, ["serving-cpu"]),
-    "serving-offline-h200": (README, offline_table, ["vllm-0.23-h200", "serving-dense-h200", "serving-moe-h200"]),
+    "serving-offline-h200": (README, offline_table, ["vllm-0.23-h200", *OFFLINE]),
     "serving-http-h200": (README, serving_table, ["serving-http-h200"]),
     "prefix-cache-h200": (README, prefix_cache_table, ["prefix-cache-dense-h200"]),
+    "prefix-cache-pairs-h200": (README, pairs_table, ["prefix-cache-pairs-dense-h200"]),
+    "responsiveness-h200": (PERFORMANCE, responsiveness_table, ["responsiveness-h200"]),
     "prompt-lookup-h200": (README, prompt_lookup_table, ["prompt-lookup-dense-h200", "prompt-lookup-moe-h200"]),
     "sessions-h200": (README, sessions_table, ["sessions-h200"]),
     "api-process-cpu": (README, api_process_table, ["api-process-cpu"]),
