@@ -142,8 +142,8 @@ def pairs_table(report: dict[str, Any]) -> str:
     """The second of two prompts that part in the middle, with states on the way of the first and without."""
     on, off = report["runs"]["on"], report["runs"]["off"]
     lines = [
-        f"Model {report['model']}, {report['hardware']}; {versions(report['software'])}. {len(report['pairs'])} pairs of "
-        f"prompts of {report['prompt_tokens']:,} tokens that part where none has parted before. The states cost the "
+        f"Model {report['model']}, {report['hardware']}; {versions(report['software'])}. {len(report['pairs'])} pairs "
+        f"of prompts of {report['prompt_tokens']:,} tokens that part where none has parted before. The states cost the "
         f"first prompt {report['prefill_cost']:.1%}, the median over the pairs.",
         "",
         "| | of the shared tokens found, mean | least | first token of the second prompt, median |",
@@ -160,8 +160,8 @@ def responsiveness_table(report: dict[str, Any]) -> str:
     steps = report["steps_of_the_long_prompt_after_its_abort"]
     return "\n".join(
         [
-            f"{report['device']}, the dense model at default settings; a prompt of {report['tokens']:,} tokens is computed, "
-            "a prompt of 16 comes, and then the long one's client leaves.",
+            f"{report['device']}, the dense model at default settings; a prompt of {report['tokens']:,} tokens is "
+            "computed, a prompt of 16 comes, and then the long one's client leaves.",
             "",
             "| most steps on their way | first token of the short prompt | chunks of the long one before it "
             "| steps of the long one after its abort |",
