@@ -70,8 +70,9 @@ async def make_form(
 
 async def _compiled(compiler: GrammarCompiler, write: Callable[[], Form]) -> Form:
     form = await asyncio.wrap_future(compiler.run(write))
+    compiling = asyncio.wrap_future(compiler.compile(form.grammar).compiling)
     try:
-        await asyncio.wrap_future(compiler.compile(form.grammar).compiling)
+        await asyncio.shield(compiling)  # requests with an equal grammar share it: one that ends cancels it for none
     except (ValueError, CheckpointError) as error:
         raise RequestError(f"{form.field} cannot be used: {error}", form.field) from None
     return form

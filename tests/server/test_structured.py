@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
+from concurrent.futures import Future
 from typing import Literal
 
 import msgspec
@@ -20,7 +22,10 @@ from leyden.engine.schema_rewrite import byte_vocabulary
 from leyden.engine.tokenizer import Tokenizer
 from leyden.models.checkpoint import resolve
 from leyden.server import answer_grammar
+from leyden.server.answer_grammar import make_form
 from leyden.server.app import create_app
+from leyden.server.parsers.formats import AnswerFormat
+from leyden.server.structured import Asked
 from pydantic import BaseModel
 from schemas import SCHEMAS
 from tiny_models import byte_tokenizer
@@ -417,3 +422,16 @@ async def test_a_schema_that_leaves_too_much_open_is_refused_at_the_door(engine,
     error = error_of(await complete(response_format=asked), 400)
     assert error["param"] == "response_format.json_schema.schema" and str(MAX_OPEN_PROPERTIES) in error["message"]
     assert not engine.requests
+
+
+async def test_a_request_that_is_cancelled_takes_no_grammar_from_others_with_an_equal_one(monkeypatch, eventually):
+    shared, asking = Future(), []
+    compiler = grammar.GrammarCompiler(byte_vocabulary)
+    monkeypatch.setattr(compiler, "compile", lambda text: asking.append(text) or grammar.Grammar(shared))
+    asked = Asked("response_format", "json", SCHEMA)
+    forms = [asyncio.create_task(make_form(asked, None, AnswerFormat(), compiler)) for _ in range(2)]
+    await eventually(lambda: len(asking) == 2)
+    forms[0].cancel()
+    await asyncio.gather(forms[0], return_exceptions=True)
+    shared.set_result(None)
+    assert (await forms[1]).grammar == asking[1]
