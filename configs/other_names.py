@@ -38,8 +38,8 @@ ANSWERS = {
     "enable_chunked_prefill": "prompts are always computed in chunks; {max_num_batched_tokens} is their bound",
     "enforce_eager": "CUDA graphs are off with {no_cuda_graphs}",
     "disable_cuda_graph": "CUDA graphs are off with {no_cuda_graphs}",
-    "scheduling_policy": "requests are always taken by priority, then by arrival",
-    "schedule_policy": "requests are always taken by priority, then by arrival",
+    "scheduling_policy": "prompts go by their request's priority, then the shortest first",
+    "schedule_policy": "prompts go by their request's priority, then the shortest first",
     "enable_auto_tool_choice": "tool calls are on already where the chat template has tools; {tool_call_parser} is "
     "their format",
     "enable_reasoning": "reasoning is on already where the chat template has it; {reasoning_parser} is its format",

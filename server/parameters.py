@@ -33,7 +33,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory", "in-memory"),
-    "reasoning_effort": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "verbosity": ("medium",),
@@ -42,7 +41,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
     "early_stopping": (False,),
     "ec_transfer_params": (),
@@ -93,6 +91,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 # Served on the other route only -> the values that ask for nothing on this one.
 FOREIGN_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
+    "chat_template_kwargs": ({},),
     "echo": (False,),
     "parallel_tool_calls": (True, False),
     "parse_special": (False,),
@@ -101,6 +100,7 @@ FOREIGN_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "continue_final_message": (False,),
     "add_generation_prompt": (True, False),
+    "reasoning_effort": (),
     "stop_in_reasoning": (True, False),  # a completion is one text
 }
 

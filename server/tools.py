@@ -95,7 +95,7 @@ def _read_function(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], l
     unknown = [name for name in entry if name not in ("type", "function")]
     unknown += [f"function.{name}" for name in given if name not in ("name", "description", "parameters", "strict")]
     if require_type(given.get("strict", False), bool, f"{where}.function.strict"):
-        unknown.append(STRICT)  # unless a grammar holds the arguments to their schema, which `structured` knows
+        unknown.append(STRICT)  # unless a grammar holds the arguments to their schema, which `answer_grammar` knows
     return function, unknown
 
 

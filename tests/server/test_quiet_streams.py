@@ -25,6 +25,12 @@ def impatient(monkeypatch):
     monkeypatch.setattr(EventStream, "ping_seconds", 0.01)
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """However slow the machine is."""
+    monkeypatch.setattr(EventStream, "patience", GUARD_SECONDS)
+
+
 class Reader:
     """One stream over a socket, line by line as httpx cuts it, read by the rules of server-sent events."""
 
@@ -103,7 +109,7 @@ async def test_an_error_after_the_headers_is_an_event_and_is_counted(
     assert counted in app.state.server.metrics.exposition().decode()
 
 
-async def test_stream_with_tokens_has_no_comments(make_app):
+async def test_stream_with_tokens_has_no_comments(make_app, patient):
     stream = Caller(make_app(), {"prompt": "a", "stream": True})
     await stream.ended()
     assert PING not in b"".join(message.get("body", b"") for message in stream.messages)
@@ -138,7 +144,7 @@ def test_the_official_client_skips_comments(make_live, engine, impatient):
 
 
 @pytest.mark.parametrize("path", BODIES)
-async def test_no_frame_holds_a_character_that_readers_take_for_an_end_of_line(make_live, engine, path):
+async def test_no_frame_holds_a_character_that_readers_take_for_an_end_of_line(make_live, engine, patient, path):
     text = "a\u2028b\u2029c\x85d"
     engine.reply = text.encode()
     stream = Reader(make_live(), path)
