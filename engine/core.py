@@ -6,13 +6,11 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 import torch
 
 from ..configs.schema import EngineConfig
-from ..models.checkpoint import read_config, resolve
 from .block_manager import BlockManager
 from .collector import Collector, prompt_scores
 from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, RequestError
@@ -274,12 +272,7 @@ class EngineCore:
 
 def grammar_compiler(config: EngineConfig) -> GrammarCompiler:
     """For the tokenizer of the model, which need not be loaded by then."""
-
-    def load() -> Any:
-        folder = resolve(config.model, config.revision, weights=False)
-        return Tokenizer.of(config).for_grammars(read_config(folder).vocab_size)
-
-    return GrammarCompiler(load)
+    return GrammarCompiler(lambda: Tokenizer.of(config).for_grammars())
 
 
 def _end_queueing(started: list[Sequence], now: float) -> None:

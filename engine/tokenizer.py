@@ -58,6 +58,7 @@ class Tokenizer:
         self._neighbours = _encode(self._as_text, "a", False)
         self.max_token_chars = max(map(len, self._with_control.get_vocab(with_added_tokens=True)), default=1)
         self.vocab_size = int(self._with_control.get_vocab_size(with_added_tokens=True))
+        self.model_vocab_size = config.vocab_size  # the model's logits: not fewer than `vocab_size`, often more
         self.bos_token_id: int | None = self._hf.bos_token_id
         own_eos = () if self._hf.eos_token_id is None else (self._hf.eos_token_id,)
         self.eos_token_ids = frozenset(own_eos) | frozenset(config.eos_token_ids)
@@ -68,15 +69,14 @@ class Tokenizer:
         """The one that the settings name. Raises `CheckpointError`, also for ids that the model does not have."""
         folder = resolve(config.model, config.revision, weights=False)
         made = cls(folder, config.tokenizer, config.chat_template)
-        bound = read_config(folder).vocab_size
-        if config.tokenizer is not None and made.vocab_size > bound:
+        if config.tokenizer is not None and made.vocab_size > made.model_vocab_size:
             raise CheckpointError(
-                f"the tokenizer in {config.tokenizer} has {made.vocab_size} tokens, the model {bound}; "
+                f"the tokenizer in {config.tokenizer} has {made.vocab_size} tokens, the model {made.model_vocab_size}; "
                 "give the tokenizer of this model by --tokenizer, or leave it out"
             )
         return made
 
-    def for_grammars(self, vocab_size: int) -> Any:
+    def for_grammars(self) -> Any:
         """The vocabulary as llguidance wants it, of as many ids as the model has logits. Takes a while.
 
         Raises `CheckpointError` when no answer can be constrained with it.
@@ -88,7 +88,7 @@ class Tokenizer:
         if not ends:
             raise CheckpointError("this checkpoint has no token that could end an answer (eos_token_id in config.json)")
         try:
-            return from_tokenizer(self._hf, n_vocab=vocab_size, eos_token=ends)
+            return from_tokenizer(self._hf, n_vocab=self.model_vocab_size, eos_token=ends)
         except ValueError as error:
             raise CheckpointError(f"this checkpoint's tokenizer does not suit llguidance: {error}") from error
 

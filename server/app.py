@@ -87,7 +87,7 @@ def create_app(
         created=int(time.time()),
         token_names=TokenNames(llm.tokenizer),
         chat_format=ChatFormat.choose(settings, llm.tokenizer),
-        grammars=grammars or GrammarCompiler(lambda: llm.tokenizer.for_grammars(llm.client.info.vocab_size)),
+        grammars=grammars or GrammarCompiler(llm.tokenizer.for_grammars),
     )
     for module in MODULES:
         app.include_router(module.router)

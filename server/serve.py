@@ -11,7 +11,6 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +26,6 @@ from ..engine.grammar import GrammarCompiler
 from ..engine.messages import EngineInfo, EngineStats
 from ..engine.process_client import ProcessClient
 from ..engine.tokenizer import Tokenizer
-from ..models.checkpoint import read_config, resolve
 from .app import create_app
 from .connection import max_sockets, uvicorn_config
 from .describe import banner
@@ -93,7 +91,6 @@ async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | N
         name = settings.served_model_name or _model_name(settings.model)
         llm = AsyncLLM(client, tokenizer, max_queue_seconds=settings.max_queue_seconds)
         app = create_app(llm, settings, model_name=name, tracer=tracer, grammars=grammars)
-        grammars.wait()
         address = _address(*listener.getsockname()[:2])
         needs_key, can_chat = _needs_key(settings), tokenizer.has_chat_template
         text = banner(info, name=name, address=address, needs_key=needs_key, can_chat=can_chat, config=settings)
@@ -111,12 +108,13 @@ async def _start(client: ProcessClient, settings: Settings) -> tuple[EngineInfo,
     """Both sides take seconds: the engine imports and loads while this process reads the tokenizer."""
     starting = asyncio.create_task(client.start())
     try:
-        folder = await asyncio.to_thread(resolve, settings.model, settings.revision, weights=False)
         tokenizer = await asyncio.to_thread(Tokenizer.of, settings.engine())
         ChatFormat.choose(settings, tokenizer)  # what contradicts the template should not cost the loading of a model
-        grammars = GrammarCompiler(partial(tokenizer.for_grammars, read_config(folder).vocab_size))
+        grammars = GrammarCompiler(tokenizer.for_grammars)
         grammars.prepare()
-        return await starting, tokenizer, grammars
+        info = await starting
+        await asyncio.to_thread(grammars.wait)
+        return info, tokenizer, grammars
     finally:
         starting.cancel()
 

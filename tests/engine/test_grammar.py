@@ -40,7 +40,7 @@ def llm() -> LLM:
 @pytest.fixture(scope="module")
 def vocabulary(llm):
     """As llguidance wants it."""
-    return llm.tokenizer.for_grammars(llm.core.runner.model_config.vocab_size)
+    return llm.tokenizer.for_grammars()
 
 
 def generate(llm: LLM, grammar: str, n: int = 4, **params):

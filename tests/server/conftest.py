@@ -60,7 +60,7 @@ class FakeTokenizer:
         encoded = (ids[piece] if parse_special and piece in ids else list(piece.encode()) for piece in pieces)
         return [BOS] * add_special_tokens + [token_id for piece in encoded for token_id in piece]
 
-    def for_grammars(self, vocab_size):
+    def for_grammars(self):
         from llguidance.hf import from_tokenizer
 
         return from_tokenizer(byte_tokenizer(), n_vocab=512, eos_token=0)
