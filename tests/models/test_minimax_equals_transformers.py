@@ -147,7 +147,7 @@ def test_interpreted_triton_kernels(tmp_path, backend, heads, layer_types):
     alone = make_core(tmp_path, max_num_seqs=1, **settings)
     assert run(alone, prompts, num_tokens=3) == expected
     mixed = make_core(
-        tmp_path, max_num_seqs=3, max_num_batched_tokens=10, block_size=4, num_kv_blocks=4, max_model_len=16, **settings
+        tmp_path, max_num_seqs=3, max_num_batched_tokens=10, block_size=4, num_kv_blocks=5, max_model_len=16, **settings
     )
     assert run(mixed, prompts, num_tokens=3) == expected
     assert mixed.stats().preemptions_total > 0
