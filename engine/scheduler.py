@@ -2,22 +2,14 @@
 
 Each step, within `max_num_batched_tokens`:
 1. every running sequence that is one token behind gets it (decoding never waits for a prompt);
-2. prompts get what is left. Beside decoding rows that is at most `mixed_prefill_tokens`, which bounds how long a token
-   takes, and twice as many beside `MANY_ROWS`: a step of so many takes as much longer itself.
+2. prompts under way and prompts that wait share what is left. Beside decoding rows that is at most
+   `mixed_prefill_tokens`, which bounds how long a token takes, and twice as many beside `MANY_ROWS`: a step of so many
+   takes as much longer itself.
 
-Prompts, those under way and those that wait, are computed by priority, then by the tokens that they still need, the
-fewest first. So a short prompt has its first token after a few steps, however long the others are. In one of
-`IN_ORDER_EVERY` such steps they are computed by priority and arrival. So the earliest advances at that rate at least,
-however many short ones come.
+Which prompt comes first is said in `prompt_order.py`, and which waiting one starts in `admission.py`.
 
-A waiting prompt is admitted when it has its turn and there are a state slot and KV blocks for all of its tokens.
-- One whose beginning is just being computed waits for the checkpoint there, and that prompt needs as many tokens as it
-  is away from the checkpoint.
-- The first is passed over by `MAX_PASSED` later ones at most, and then admitted before its turn. While there are too
-  few blocks for it, later ones are admitted only as far as they would leave it enough.
-
-Sequences with the same prompt (`n`) wait for the first of them: it stops before the prompt's last token, they copy its
-state, share its blocks, and all go on from there.
+Sequences with the same prompt (`n`) wait for the first of them. It stops before the prompt's last token; the others
+copy its state and share its blocks, and all go on from there.
 
 When blocks run out, what is only cached is forgotten; then the last by priority and arrival is preempted: it gives back
 everything, is computed again from its tokens later, and is not passed over.
@@ -26,24 +18,22 @@ everything, is computed again from its tokens later, and is not passed over.
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
 
+from .admission import Admission
 from .block_manager import BlockManager
 from .errors import ContextLengthError, QueueFullError
-from .prefix_cache import Match, PrefixCache
-from .reuse import NOTHING, Reuse
+from .prefix_cache import PrefixCache
+from .prompt_order import PromptOrder
+from .reuse import Reuse
 from .scheduled_batch import ScheduledBatch
 from .sequence import UNSEEN, Sequence, Status
 from .siblings import Siblings
 from .slots import SlotManager
 from .speculation import Speculation
 from .steady import Steady
-from .waiting import WaitingQueue, is_kept_waiting, is_overdue
+from .waiting import WaitingQueue, is_kept_waiting
 
-NUM_COMPARED = 8  # waiting sequences, the first ones and the shortest, that are compared by what is left to compute
-NUM_EXAMINED = 32  # of those that wait, to find as many that need not wait for another's checkpoint
-IN_ORDER_EVERY = 4  # steps with prompts
 MANY_ROWS = 128
 
 
@@ -81,9 +71,9 @@ class Scheduler:
         self.num_finished = 0  # aborted ones too
         self._by_id: dict[str, Sequence] = {}
         self._at_stop: list[Sequence] = []  # the last step has brought them to a stop
-        self._awaited: set[Sequence] = set()  # in this step, prompts whose next checkpoint others wait for
-        self._num_prompt_steps = 0
         self._siblings = Siblings(blocks)
+        self._order = PromptOrder(self._siblings)
+        self._admission = Admission(self.waiting, self.running, slots, self.reuse, self._order, self._start)
         self._steady = Steady(blocks, self.cache.make_room)
 
     def __contains__(self, request_id: str) -> bool:
@@ -290,34 +280,17 @@ class Scheduler:
         """Share the budget among prompts, those under way and new ones. Returns the tokens that each gets; one of which
         all but the last token was cached joins `decoding`."""
         prompts = [sequence for sequence in behind if sequence.status is Status.RUNNING]
-        self._awaited.clear()
-        self._admit(prompts, budget)
+        self._order.begin_step()
+        self._admission.admit(prompts, budget)
         prefilling: dict[Sequence, int] = {}
-        for sequence in sorted(prompts, key=self._rank):
-            num_new = self._next_chunk(sequence, budget)
+        for sequence in sorted(prompts, key=self._order.rank):
+            num_new = self._order.next_chunk(sequence, budget)
             if num_new and self._make_room(sequence, num_new, decoding, prefilling):
                 scheduled = decoding if sequence.is_decoding else prefilling
                 scheduled[sequence] = num_new
                 budget -= num_new
-        self._num_prompt_steps += bool(prefilling)
+        self._order.end_step(has_prompts=bool(prefilling))
         return prefilling
-
-    def _rank(self, sequence: Sequence, num_cached: int = 0) -> tuple[int, int, int]:
-        """The lowest is computed first. num_cached: tokens that a waiting sequence would find in the cache."""
-        num_left = sequence.num_uncomputed_tokens - num_cached
-        if sequence in self._awaited and sequence.stops:
-            num_left = sequence.stops[0] - sequence.num_computed_tokens
-        is_in_order = self._num_prompt_steps % IN_ORDER_EVERY == IN_ORDER_EVERY - 1
-        return (sequence.priority, 0 if is_in_order else num_left, sequence.arrival)
-
-    def _next_chunk(self, sequence: Sequence, budget: int) -> int:
-        """Tokens to compute of a prompt: up to its next checkpoint. One that others wait for stops before its last."""
-        num_new = sequence.num_uncomputed_tokens
-        if sequence in self._siblings:
-            num_new -= 1
-        if sequence.stops:
-            num_new = min(num_new, sequence.stops[0] - sequence.num_computed_tokens)
-        return min(num_new, budget)
 
     def _start_siblings(self) -> set[Sequence]:
         """Start the siblings of those that have reached their prompt's last token, as far as there is room: one that
@@ -340,106 +313,6 @@ class Scheduler:
             started.deadline = math.inf
         self.started.append(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
-
-    def _admit(self, prompts: list[Sequence], budget: int) -> None:
-        """Start those of the waiting sequences that would get a share of the budget beside `prompts`, and add them
-        there."""
-        if not (self.waiting and budget > 0 and self.slots.num_free):
-            return
-        promised = sum(self.blocks.missing(s, s.num_tokens) for s in self.running)  # to prompts under way
-        shares = [(self._rank(s), self._next_chunk(s, budget)) for s in prompts]
-        blocked: Sequence | None = None  # the first, for which there are too few blocks
-        seen: dict[Sequence, Match | None] = {}
-        while self.slots.num_free:
-            found = self._next_to_admit(blocked, seen)
-            if found is None:
-                return
-            sequence, match, passed = found
-            rank, is_first = self._rank(sequence, match.num_cached), passed is None and blocked is None
-            if not (is_first and is_overdue(sequence)) and sum(n for other, n in shares if other < rank) >= budget:
-                return
-            if blocked is not None and not self._leaves_room(sequence, blocked):
-                return
-            self.slots.take(sequence)
-            # Room for the whole sequence as it is, not for one chunk, beside what others have begun: else a long prompt
-            # would be fed half-way and put out again. When nobody runs no room will come of waiting: then the blocks
-            # that it could begin with are in its way.
-            if not self.reuse.resume(sequence, match, promised) and (
-                self.running or not self.reuse.resume(sequence, NOTHING)
-            ):
-                self.slots.release(sequence)
-                if not is_first or sequence.was_preempted:
-                    return
-                blocked = sequence
-                continue
-            self.waiting.remove(sequence)
-            if passed is not None:
-                passed.num_passed += 1
-            self.reuse.plan(sequence, match, itertools.islice(self.waiting.ready(), NUM_COMPARED))
-            self._start(sequence)
-            del seen[sequence]
-            for other, known in seen.items():
-                if known is not None and self._waits(other, known, [sequence]):
-                    seen[other] = None
-            promised += self.blocks.missing(sequence, sequence.num_tokens)
-            prompts.append(sequence)
-            shares.append((self._rank(sequence), self._next_chunk(sequence, budget)))
-
-    def _next_to_admit(
-        self, blocked: Sequence | None, seen: dict[Sequence, Match | None]
-    ) -> tuple[Sequence, Match, Sequence | None] | None:
-        """The waiting sequence that goes next, what is cached of it, and the first one where that is passed over for
-        it. With one `blocked`, of the others of its priority. `seen`: what `_find` has said in this step."""
-        first = blocked
-        candidates: dict[Sequence, Match] = {}
-        for queue in (self.waiting.ready(), self.waiting.ready_by_length()):
-            num_found = 0
-            for sequence in itertools.islice(queue, NUM_EXAMINED):
-                if num_found == NUM_COMPARED or (first is not None and sequence.priority != first.priority):
-                    break
-                match = None if sequence is blocked else self._find(sequence, seen)
-                if match is not None:
-                    candidates[sequence] = match
-                    num_found += 1
-                    first = first or sequence
-        if not candidates:
-            return None
-        assert first is not None
-        best = min(candidates, key=lambda s: self._rank(s, candidates[s].num_cached))
-        if blocked is not None or best is first:
-            return best, candidates[best], None
-        if is_overdue(first):
-            return first, candidates[first], None
-        return best, candidates[best], first
-
-    def _find(self, sequence: Sequence, seen: dict[Sequence, Match | None]) -> Match | None:
-        """What is cached of a waiting sequence, or None where it waits for a prompt that is about to leave more."""
-        match = seen.get(sequence, NOTHING)
-        if sequence in seen and (match is None or match.node is None or self.cache.has_checkpoint(match.node)):
-            return match
-        if is_kept_waiting(sequence) and sequence.waits_for is not None:
-            self._awaited.add(sequence.waits_for)
-            seen[sequence] = None
-        else:
-            match = self.reuse.find(sequence)
-            seen[sequence] = None if self._waits(sequence, match, self.running) else match
-        return seen[sequence]
-
-    def _waits(self, sequence: Sequence, match: Match, running: list[Sequence]) -> bool:
-        """Whether one of `running` is about to leave a checkpoint for it. It waits for none of lower priority, which
-        may be long in coming."""
-        if not self.reuse.waits(sequence, match, (s for s in running if s.priority <= sequence.priority)):
-            return False
-        assert sequence.waits_for is not None
-        self._awaited.add(sequence.waits_for)
-        return True
-
-    def _leaves_room(self, sequence: Sequence, blocked: Sequence) -> bool:
-        """Whether all that come after `blocked`, with this one, leave the blocks that it needs: it then starts at the
-        latest when all before it have ended."""
-        after = [s for s in self.running if s.order > blocked.order]
-        needed = [self.blocks.blocks_for(s.num_tokens) for s in (sequence, blocked, *after)]
-        return sum(needed) <= self.blocks.num_blocks
 
     def _make_room(self, sequence: Sequence, num_new: int, *scheduled: dict[Sequence, int]) -> bool:
         """Give `sequence` the blocks for num_new more tokens, preempting from the end. False if it fell itself."""

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 from engines import sequence
-from leyden.engine.scheduler import IN_ORDER_EVERY, Scheduler
+from leyden.engine.prompt_order import IN_ORDER_EVERY
+from leyden.engine.scheduler import Scheduler
 from leyden.engine.sequence import Sequence, Status
 from leyden.engine.waiting import MAX_PASSED
 from schedulers import deliver, launch, make_scheduler, rows, step
