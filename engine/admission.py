@@ -62,13 +62,15 @@ class Admission:
         self._saving = [s for s in self._running if s.stops]
         if not (self._waiting and budget > 0 and self._slots.num_free):
             return
-        shares = [(self._order.rank(s), self._order.next_chunk(s, budget)) for s in prompts]
+        shares: list[tuple[tuple[int, int, int], int]] = []
         promised = sum(self._blocks.missing(s, s.num_tokens) for s in self._running)  # to prompts under way
         blocked: Sequence | None = None  # the first of the queue, where there are too few blocks for it
         while self._slots.num_free:
             candidate = self._next(blocked)
             if candidate is None:
                 return
+            if not shares:  # not before `_next`, by which a prompt under way may stop sooner
+                shares = [(self._order.rank(s), self._order.next_chunk(s, budget)) for s in prompts]
             sequence, is_first = candidate.sequence, candidate.passed is None and blocked is None
             rank = self._order.rank(sequence, candidate.match.num_cached)
             if not (is_first and is_overdue(sequence)) and sum(n for other, n in shares if other < rank) >= budget:
@@ -116,7 +118,8 @@ class Admission:
         for queue in (self._waiting.ready(), self._waiting.ready_by_length()):
             num_found = 0
             for sequence in itertools.islice(queue, NUM_EXAMINED):
-                if num_found == NUM_COMPARED or (first is not None and sequence.priority != first.priority):
+                # One of higher priority than the first waits for a checkpoint: else it would be the first.
+                if num_found == NUM_COMPARED or (first is not None and sequence.priority > first.priority):
                     break
                 match = None if sequence is blocked else self._find(sequence)
                 if match is not None:

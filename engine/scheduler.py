@@ -311,6 +311,7 @@ class Scheduler:
         sequence.status = Status.RUNNING
         for started in (sequence, *sequence.siblings):
             started.deadline = math.inf
+        sequence.waits_for = None  # else each would keep the one before it alive, and that one its own
         self.started.append(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
 

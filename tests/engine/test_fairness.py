@@ -185,6 +185,18 @@ def test_a_short_prompt_is_seen_behind_many_long_ones():
     assert steps_to_first_token(scheduler, sequence(3, request_id="short", arrival=1000)) <= 1 + TURN
 
 
+def test_a_short_prompt_is_seen_behind_many_long_ones_while_an_urgent_one_waits_for_another():
+    scheduler = roomy(checkpoints=8, budget=64, min_tokens=8)
+    urgent = {"uses_cache": True, "priority": -1, "max_tokens": 1}
+    scheduler.add(sequence([5] * 100 + [6] * 1000, request_id="under way", arrival=1, **urgent))
+    step(scheduler)
+    scheduler.add(sequence([5] * 100 + [7] * 4, request_id="waits", arrival=2, **urgent))
+    for i in range(20):
+        scheduler.add(long_one(f"long {i}", arrival=10 + i, length=5000))
+    scheduler.add(sequence(3, request_id="short", arrival=99, max_tokens=1))
+    assert rows(step(scheduler))[:2] == [("under way", 36), ("short", 3)]
+
+
 def test_who_shares_a_beginning_with_a_long_prompt_waits_for_no_more_than_that():
     scheduler = roomy(checkpoints=8, budget=16, min_tokens=8)
     long = sequence([5] * 48 + [6] * 20_000, request_id="long", arrival=1, max_tokens=1, uses_cache=True)

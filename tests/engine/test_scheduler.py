@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
@@ -593,6 +594,26 @@ def test_who_waits_for_one_that_is_aborted_goes_on_alone():
     assert rows(step(scheduler)) == [("second", 8)]
     while scheduler.has_work:
         step(scheduler)
+
+
+def test_a_sequence_does_not_keep_those_alive_that_it_has_waited_for():
+    """Each of a long row of prompts waits for the one before it, which has waited itself."""
+    scheduler = make_scheduler(blocks=200, slots=20, budget=8, checkpoints=8)
+    before = num_alive()
+    for number in range(20):
+        last = cached(list(range(10 + 10 * number)), f"r{number}", number, max_tokens=9)
+        scheduler.add(last)
+        while last.status is Status.WAITING:
+            step(scheduler)
+        assert last.num_waits == (number > 0)
+    while scheduler.has_work or step(scheduler).sequences:
+        step(scheduler)
+    assert num_alive() - before == 1, "the last, which the test has"
+
+
+def num_alive() -> int:
+    gc.collect()
+    return sum(type(each) is Sequence for each in gc.get_objects())
 
 
 # -- states on the way of a prompt ------------------------------------------------------------------------------------
