@@ -197,7 +197,7 @@ async def test_a_body_that_nobody_wants_is_not_read_for_ever(make_live):
 
 
 async def test_a_client_that_does_not_read_is_hung_up_on_and_its_sequences_are_aborted(make_live, engine, eventually):
-    live = make_live(write_timeout=0.3)
+    live = make_live(write_timeout=0.3, max_scores=10**9)
     engine.info.max_model_len = 10**8
     engine.reply = b"~" * 10**7
     async with Client(live) as client:
