@@ -218,7 +218,7 @@ class ServerConfig(_Numbers):
     step_timeout: float = Field(
         300.0,
         ge=3,
-        description="seconds that one engine step may take; after that the engine hangs, and the server ends",
+        description="seconds that one engine step may take; a longer one counts as a hang, and the server ends",
     )
     max_connections: int = Field(
         default_factory=_more_than_can_wait,

@@ -80,7 +80,7 @@ class EngineClient(Protocol):
 
 
 class Stream:
-    """One sequence's outputs on their way to its reader, who pulls at its own pace.
+    """One sequence's outputs on their way to its reader, which pulls at its own pace.
 
     Outputs that have piled up are one: a reader that falls behind gets fewer and longer ones, and what waits here is
     never more than the ids (and log-probabilities) of one answer. Nothing waits for company: the first goes at once.
@@ -236,7 +236,7 @@ class StreamingClient(ABC):
                 self._die(message.message, is_user_error=message.is_user_error)
 
     def _die(self, reason: str, *, is_user_error: bool = False) -> None:
-        """The engine is gone: everyone who waits for it is told."""
+        """The engine is gone: every stream and call that waits for it fails."""
         if self._is_closing or self._death.done():
             return
         self._death.set_result(reason)

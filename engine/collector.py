@@ -55,8 +55,8 @@ class Collector:
         return outputs
 
     def _take_kept(self, sequence: Sequence, tokens: list[int], logprobs: TokenLogprobs | None) -> StepOutput:
-        """Take tokens until the sequence ends or there are no more. logprobs: of the first; who asks for them has no
-        other."""
+        """Take tokens until the sequence ends or there are no more. logprobs: of the first token; a sequence that
+        asks for them has no drafts."""
         whole: StepOutput | None = None
         for token_id in tokens:
             self._scheduler.keep_verified(sequence)

@@ -105,8 +105,8 @@ def make_matcher(grammar: str, tokenizer: Any) -> Any:
 
 
 def _cause(error: str) -> str:
-    """llguidance's error in one line, without its listing of the grammar and the places there: who asked for a schema
-    or a pattern has written no grammar. Of wrong syntax, which is in who wrote one, the place remains."""
+    """llguidance's error in one line, without its listing of the grammar and places in that listing: after a schema or
+    a pattern the client has not seen the grammar. Wrong syntax keeps its place: only a client's own grammar has any."""
     told = error[: listed.start()] if (listed := LISTED.search(error)) else error
     told = re.sub(r"^at \d+\(\d+\): ", "", told)
     told = re.sub(r"^(\d+)\((\d+)\): ", r"line \1, column \2: ", told)
@@ -125,12 +125,12 @@ def _check_explosive(grammar: str) -> None:
 
 
 class Grammar:
-    """That of one sequence, after the tokens that `accept` has been told. Others may share what is compiled."""
+    """The grammar of one sequence, after the tokens given to `accept`. Sequences may share the compiled grammar."""
 
     def __init__(self, compiling: Future[Any]) -> None:
         self.compiling = compiling
         self._slow_seconds = 0.0
-        self.is_ready = False  # until whoever asked has seen that it is sound
+        self.is_ready = False  # until the engine has seen that it compiled
 
     @property
     def is_compiled(self) -> bool:
@@ -159,7 +159,7 @@ class Grammar:
         return bool(self._timed(self._matcher.consume_token, token_id))
 
     def _timed(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """The limits bound a grammar's work for one token, but many slow tokens would still delay everybody's."""
+        """The limits bound a grammar's work for one token, but many slow tokens would still delay every sequence."""
         started = time.perf_counter()
         result = work(*arguments)
         self._slow_seconds += max(0.0, time.perf_counter() - started - QUICK_SECONDS)
@@ -172,8 +172,8 @@ class Grammar:
 
 
 class GrammarCompiler:
-    """Compiles, one after another, aside. `load` gives the tokenizer (`Tokenizer.for_grammars`): when the first grammar
-    comes, or when asked to `prepare`."""
+    """Compiles grammars in a thread of its own, one after another. `load` returns the tokenizer
+    (`Tokenizer.for_grammars`); it is called for the first grammar, or by `prepare`."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load = load
@@ -182,7 +182,7 @@ class GrammarCompiler:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
     def compile(self, grammar: str) -> Grammar:
-        """Compiled once for all who ask for the same, among the last `MAX_KEPT` grammars."""
+        """Equal grammars are compiled once, as long as they are among the last `MAX_KEPT`."""
         compiling = self._kept.pop(grammar, None)
         if compiling is None or (compiling.done() and compiling.exception() is not None):
             compiling = self._thread.submit(lambda: make_matcher(grammar, self._tokenizer))
@@ -197,12 +197,12 @@ class GrammarCompiler:
 
     def prepare(self) -> None:
         """Begin to load the tokenizer, for a process that serves: with 200,000 tokens it holds Python's lock for a
-        second, in which nobody else should want it."""
+        second, in which no request should wait for it."""
         if is_available():
             self._prepared = self._thread.submit(lambda: self._tokenizer)
 
     def wait(self) -> None:
-        """Until what `prepare` began is done."""
+        """Wait until `prepare` is done, if it was called."""
         if self._prepared is not None:
             with contextlib.suppress(CheckpointError):  # then each request that brings a grammar is told
                 self._prepared.result()

@@ -1,4 +1,4 @@
-"""Whether the engine goes on, told from its messages alone."""
+"""Tell from an engine's messages alone whether it goes on."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     for its start as long as it takes. `num_siblings` more requests will follow at once that have the same prompt and
     name this one as `sibling_of`: the prompt is then computed once. `prefix_cache` False = it takes nothing from the
     prefix cache and leaves nothing there; `cache_salt` = it shares only with requests of the same salt; `beginning` =
-    so many of the prompt's first tokens are likely to be those of other prompts, too. `session_id` = where its answer
+    length in tokens of the part that other prompts probably share, 0 if unknown. `session_id` = where its answer
     ends is known by that id, and can be saved.
     """
 

@@ -30,7 +30,7 @@ class ProcessClient(StreamingClient):
     STOP_SECONDS = 5.0
     READS_PER_TURN = 16
     BYTES_PER_TURN = 1 << 18
-    # What Python is to run, the socket's address, its parent's id and how to log being added to it.
+    # Python's arguments, before the socket's address, the parent's id and the settings of the log.
     # -P: the working directory must not shadow packages (a folder "kernels" would).
     ENGINE: tuple[str, ...] = ("-P", "-m", "leyden.engine.process")
 
@@ -123,7 +123,7 @@ class ProcessClient(StreamingClient):
                     if num_bytes > self.BYTES_PER_TURN:
                         break
                 await asyncio.sleep(0)
-        except Exception as error:  # nobody would be told anything any more
+        except Exception as error:  # without a reader no stream would ever end
             logger.exception("reading from the engine failed")
             self._die(f"the engine process (pid {self._process.pid}) cannot be understood: {error}")
 

@@ -37,7 +37,7 @@ def rewrite(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Rewriting:
-    """That of one schema."""
+    """The rewriting of one schema."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root

@@ -62,7 +62,7 @@ def _subset_of(text: str) -> Subset:
 
 
 class _Keeping:
-    """That of one schema."""
+    """The search for the supported keywords of one schema."""
 
     def __init__(self, *, only_core: bool = False) -> None:
         self._only_core = only_core

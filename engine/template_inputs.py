@@ -1,4 +1,4 @@
-"""What a chat template reads, found in its source without rendering it."""
+"""Find the variables that a chat template reads, from its source, without rendering it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ OF_RENDERER = frozenset({"raise_exception", "strftime_now", *ARGUMENTS, *SPECIAL
 
 @dataclass(frozen=True)
 class TemplateInputs:
-    """`settings`: variables that a request may set. `words`: the texts that the template compares them with, among
-    others. `reserved`: names that are the renderer's own."""
+    """`settings`: variables that a caller may set. `words`: all string constants of the template, among them those
+    that it compares settings with. `reserved`: the renderer's own names."""
 
     settings: frozenset[str]
     words: frozenset[str]
@@ -42,16 +42,16 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontro
 
 
 def template_inputs(sources: Iterable[str], reserved: Iterable[str] = ()) -> TemplateInputs:
-    """What templates read, all of them together. One that cannot be parsed reads nothing.
+    """The inputs of several templates together. A template that cannot be parsed has none.
 
-    `reserved`: more names that a request may not set.
+    `reserved`: more names that a caller may not set.
     """
     names: set[str] = set()
     words: set[str] = set()
     for source in sources:
         try:
             tree = _ENVIRONMENT.parse(source)
-        except TemplateSyntaxError:  # whoever renders it is told
+        except TemplateSyntaxError:  # rendering it raises the error
             continue
         words |= {const.value for const in tree.find_all(nodes.Const) if isinstance(const.value, str)}
         names |= meta.find_undeclared_variables(tree)  # which folds constants in the tree: after them

@@ -12,7 +12,7 @@ from .errors import RequestError
 
 
 class TokenIds(Sequence[int]):
-    """Ids [N] int32 that nobody changes. Four bytes each, made once, and sent between processes as they lie in memory.
+    """Ids [N] int32, never changed. Four bytes each, made once, and sent between processes as they lie in memory.
 
     Compares equal to a list of the same ids; a slice is a list. Raises `RequestError` for an id beyond int32.
     """

@@ -343,7 +343,7 @@ def _start_of_any(tokens: list[str]) -> re.Pattern[str]:
 
 
 def _marker() -> str:
-    """A string that no request holds: nobody can guess it. Digits: no filter of a template changes or escapes them."""
+    """A random string of digits. No client can guess it, so no request holds it. Templates change no digits."""
     return f"{secrets.randbelow(10**30):030d}"
 
 

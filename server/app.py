@@ -50,7 +50,7 @@ def create_app(
     grammars: GrammarCompiler | None = None,
 ) -> FastAPI:
     """Routes and layers around `llm`, whose client knows its `info` already. With a `tracer` requests make spans.
-    `grammars`: for who has it prepared.
+    `grammars`: a compiler whose tokenizer is already being prepared; None makes one that prepares it on first use.
 
     `app.state.draining` may be set to True at any time: from then on new work and /health get 503. Raises `ConfigError`
     when the API keys cannot be read.

@@ -71,7 +71,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) <= max_sockets(self._settings):
             self._await_head(self._settings.read_timeout)
-        else:  # it may still ask, and be told that we are overloaded; but at once, and nobody may sit idle meanwhile
+        else:  # it may send a request, at once, and gets 503; the longest idle connection makes room
             self._await_head(GRACE_SECONDS)
             self._evict_longest_idle()
 
@@ -89,7 +89,7 @@ class Connection(H11Protocol):
             self._set_deadline(None)
 
     def on_response_complete(self) -> None:
-        """What is unread, and a body that nobody wants, may take a while longer, but not for ever."""
+        """Bound the time for the unread rest of the answer, and for a body that no handler reads."""
         self.idle_since = self.loop.time()
         self._set_deadline(self._settings.idle_timeout + self._settings.write_timeout, self.transport.abort)
         super().on_response_complete()

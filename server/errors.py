@@ -148,8 +148,8 @@ def describe(error: Exception) -> ApiError:
 def log_failure(scope: Scope, error: Exception, answer: ApiError) -> None:
     """One line for a request that failed: our fault as an error, a refusal at debug.
 
-    Only what nobody foresaw has a traceback, for an engine's death hits every request. A refusal's message may quote
-    the request, so its reason alone is told.
+    Only an internal error has a traceback, because an engine's death hits every request. A refusal's message may quote
+    the request, so the line has its reason alone.
     """
     about = {"request_id": scope["state"]["request_id"]}
     if answer.status == 500:

@@ -26,7 +26,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def read_messages(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """Messages with string contents and parsed calls, and the names of the fields nobody documents.
+    """Messages with string contents and parsed calls, and the names of the undocumented fields.
 
     Raises `RequestError`.
     """

@@ -104,7 +104,7 @@ class ErrorMiddleware:
             await self.app(scope, receive, watch_start)
         except ClientDisconnect:
             logger.debug("the client left")
-        except asyncio.CancelledError:  # uvicorn leaves, and waits no longer for whoever does not send or does not read
+        except asyncio.CancelledError:  # uvicorn stops, and waits no longer for clients that neither send nor read
             if not has_started:
                 await error_response(overloaded("the server stopped before it could answer"))(scope, receive, send)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Work as long as a client likes, in a thread when it is long, so that the event loop serves everybody meanwhile."""
+"""Work whose length a client decides. If long, it runs in a thread, and the event loop serves others meanwhile."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def _error(status: int) -> dict[str, Any]:
 
 
 def _body_schema(model: type[RequestModel]) -> dict[str, Any]:
-    """null is the default of every field, and a field that nobody documents is taken and left out."""
+    """null is the default of every field, and an undocumented field is taken and left out."""
     schema = _inline(model.model_json_schema())
     _open(schema)
     return schema

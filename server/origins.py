@@ -1,4 +1,4 @@
-"""Which names of this server and which web pages it answers.
+"""Refuse requests under foreign names of this server, and writes of foreign web pages.
 
 Without a key, any page that a user of this machine opens could use the server through the user's browser: by a write
 whose answer it cannot read, or under a name of its own that it points to this machine (DNS rebinding). A page can forge
@@ -112,7 +112,7 @@ def _name_of(host: str) -> str:
 
 
 def _is_local(name: str) -> bool:
-    """Whether `name` cannot lead away from this machine, and nobody else can point it here."""
+    """Whether `name` leads to this machine wherever it is asked for: no foreign DNS server can answer for it."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:

@@ -1,7 +1,7 @@
-"""Which body fields are served, which are refused by name, and which nobody knows.
+"""Which body fields are served, which are refused by name, and which are left out.
 
 A field that OpenAI, vLLM or SGLang documents and that is not implemented here is refused, unless its value asks for
-nothing. A field that nobody documents (routers add such) is left out and reported in a response header.
+nothing. An undocumented field (routers add some) is left out and named in a response header.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .errors import UnsupportedParameterError
 
 logger = logging.getLogger("leyden.server")
 
-# Say who asks; they change no answer.
+# These identify the client or the conversation; they change no answer.
 ANNOTATIONS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "session_id"})
 
 # Documented elsewhere, not implemented here -> the values that ask for nothing. null always does.
@@ -119,7 +119,7 @@ def split_fields(
     foreign: Iterable[str] = (),
     neutral_values: Mapping[str, tuple[Any, ...]] = NEUTRAL_VALUES,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Body fields without nulls -> (the served ones, the names that nobody documents).
+    """Body fields without nulls -> (the served ones, the names of undocumented ones).
 
     `foreign` are the fields that another route serves. Raises `UnsupportedParameterError` naming the first field that
     is documented, not served here, and asks for something.

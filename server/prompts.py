@@ -165,7 +165,7 @@ async def encode_messages(
 
 
 async def tokenizing(num_chars: int, state: ServerState, work: Callable[[], T]) -> T:
-    """`off_loop`, but no more long texts at once than leave processors for everybody else, short texts among them."""
+    """`off_loop`, with a bound on the long texts at once: processors are left for other work, short texts among it."""
     if num_chars <= MAX_CHARS_AT_ONCE:
         return await off_loop(num_chars, work)
     async with state.long_texts:

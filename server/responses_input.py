@@ -82,7 +82,7 @@ class Conversation:
 
     def __init__(self, names: FieldNames) -> None:
         self.messages: list[dict[str, Any]] = []
-        self.unknown: dict[str, None] = {}  # names of fields nobody documents, in order
+        self.unknown: dict[str, None] = {}  # names of undocumented fields, in order
         self._names = names
 
     def add_text(self, role: str, text: str, where: str) -> None:

@@ -148,13 +148,13 @@ async def prepare_response(http: Request) -> PreparedResponse:
 
 
 def _renamed(ignored: str, names: FieldNames) -> str:
-    """The field that the client sent; a name that nobody documents stays as it is, whatever it begins with."""
+    """The client's name of a field that was left out under chat's. Names that the client sent stay as they are."""
     is_ours = ignored.startswith(("response_format.", "tools[", "reasoning_effort"))
     return names.of(ignored).replace("tools[].function.", "tools[].") if is_ours else ignored
 
 
 def _as_chat(request: ResponsesRequest, names: FieldNames) -> tuple[dict[str, Any], list[str]]:
-    """The body of a chat request, and the names of the fields nobody documents. Raises `RequestError`."""
+    """The body of a chat request, and the names of the undocumented fields. Raises `RequestError`."""
     shared = request.model_fields_set & ChatRequest.model_fields.keys()
     body = {name: getattr(request, name) for name in sorted(shared)}
     conversation = Conversation(names)
@@ -200,7 +200,7 @@ def _read_reasoning(settings: dict[str, Any]) -> tuple[Any, list[str]]:
 
 
 def _read_format(text: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
-    """Chat's `response_format`, and the names of the fields nobody documents."""
+    """Chat's `response_format`, and the names of the undocumented fields."""
     unknown = []
     for name, value in drop_nulls(text).items():
         if name == "verbosity":

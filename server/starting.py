@@ -1,4 +1,4 @@
-"""What the port answers before there is a server behind it: 503 to everything, so that whoever asks knows to wait."""
+"""What the port answers before there is a server behind it: 503 to everything, which tells clients to wait."""
 
 from __future__ import annotations
 

@@ -98,10 +98,10 @@ async def prepare_chat(http: Request) -> Prepared[ChatRequest]:
 
 
 async def prepare_conversation(
-    body: dict[str, Any], http: Request, ignored: Sequence[str] = ()
+    body: dict[str, Any], http: Request, left_out: Sequence[str] = ()
 ) -> Prepared[ChatRequest]:
-    """`body` is chat's, whichever route took it, and `ignored` what that route left out already."""
-    state, left_out = ServerState.of(http), ignored
+    """`body` is chat's, whichever route took it; `left_out` names the fields that this route left out of it."""
+    state = ServerState.of(http)
     request, ignored = await of_body(http, lambda: _as_typed(body, state, ChatRequest, CompletionRequest, left_out))
     _check_generation(request, state)
     asked = _read_chat_bound(request)
@@ -213,7 +213,7 @@ def typed(model: type[R], fields: dict[str, Any]) -> R:
 
 
 def _clean_stream_options(fields: dict[str, Any]) -> list[str]:
-    """Replace stream_options by its served part; return what nobody documents."""
+    """Replace stream_options by its served part; return the names of undocumented options."""
     options = fields["stream_options"]
     if not isinstance(options, dict):
         raise RequestError(f"stream_options must be an object, got {json_type(options)}", "stream_options")

@@ -12,8 +12,7 @@ from .reasoning import Thinking
 class AnswerParser:
     """Deltas of a parser, without control tokens in the content and without calls from `max_calls` on.
 
-    A parser has to see control tokens that are markers; a reader who asked for none shall not see those that marked
-    nothing.
+    `hidden`: control tokens that the parser has to see as text. Those that are no markers are removed from content.
     """
 
     def __init__(self, parser: Parser, *, hidden: tuple[str, ...] = (), max_calls: int | None = None) -> None:

@@ -15,7 +15,7 @@ from . import reading
 
 router = APIRouter()
 
-PRIVATE_FACTS = {"model_path"}  # where files lie on the server is nobody's business
+PRIVATE_FACTS = {"model_path"}  # clients are not told where files lie on the server
 
 
 @reading(router, "/load", **documented(Load))
@@ -56,6 +56,6 @@ async def server_info(http: Request) -> Response:
 
 @reading(router, "/get_model_info", **documented(ModelInfo))
 async def model_info(http: Request) -> Response:
-    """SGLang's shape, for its router. The paths are the served name: where files lie is nobody's business."""
+    """SGLang's shape, for its router. The paths are the served name: clients are not told where files lie."""
     state = ServerState.of(http)
     return json_response(ModelInfo(state.model_name, state.model_name, state.model_name))
