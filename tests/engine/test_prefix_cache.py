@@ -220,6 +220,24 @@ def test_what_is_held_is_given_to_nobody():
     assert book.blocks.num_free == 4 and book.leave("cccc") == (0, [])
 
 
+def test_what_was_held_is_what_was_used_last():
+    book = Book(num_checkpoints=2)
+    book.leave("aaaa")
+    book.leave("bbbb")
+    book.cache.let_go(book.cache.hold(book.cache.match(tokens("aaaa")).node, 1)[2])
+    book.leave("cccc")
+    assert set(book.kept(rungs=False)) == {"aaaa", "cccc"}
+
+
+def test_a_rung_where_an_adopted_text_ends_becomes_a_checkpoint_like_others():
+    book = Book(num_checkpoints=4)
+    hold, _ = book.cache.take(1, 1)
+    book.leave_rungs("abcd", (4, 0))
+    book.cache.adopt(hold, tokens("abcd"), [4])
+    assert set(book.kept(rungs=False)) == {"abcd"} and not book.kept(rungs=True)
+    book.check()
+
+
 def test_what_was_taken_comes_into_the_tree_where_nothing_is():
     book = Book(num_checkpoints=4)
     book.leave("the cat")

@@ -9,6 +9,7 @@ import pytest
 from engines import sequence
 from leyden.engine.copies import Copy, Fold, Fork, Move, Restore, Save
 from leyden.engine.errors import ContextLengthError, QueueFullError
+from leyden.engine.ladder import Ladder
 from leyden.engine.scheduled_batch import ScheduledBatch
 from leyden.engine.scheduler import MANY_ROWS, Scheduler
 from leyden.engine.sequence import UNSEEN, Sequence, Status
@@ -585,6 +586,17 @@ def test_who_shares_a_beginning_with_a_prompt_under_way_waits_for_it_and_nobody_
     assert started["other"] < started["second"], "it has nothing to wait for"
 
 
+def test_a_prompt_is_seen_behind_many_that_wait_for_another():
+    scheduler = make_scheduler(blocks=400, slots=40, budget=24, checkpoints=8)
+    scheduler.add(cached([5] * 60 + [1], "under way", 0))
+    step(scheduler)
+    for number in range(1, 25):
+        scheduler.add(cached([5] * 60 + [1 + number], f"r{number}", number))
+    scheduler.add(cached([4] * 90, "other", 99))
+    assert rows(step(scheduler)) == [("under way", 24)]
+    assert rows(step(scheduler)) == [("under way", 12), ("other", 12)]
+
+
 def test_who_waits_for_one_that_is_aborted_goes_on_alone():
     scheduler = make_scheduler(blocks=60, slots=4, budget=8, checkpoints=8)
     scheduler.add(cached([5] * 20 + [1, 2, 3], "first", 1))
@@ -653,6 +665,38 @@ def test_a_second_prompt_finds_three_quarters_of_what_it_shares_wherever_it_part
         assert 3 / 4 * shared <= second.num_cached_tokens <= shared, (pair, length, shared)
         queried = scheduler.reuse.num_queried_tokens, scheduler.reuse.num_cached_tokens
         assert queried == (length + second.num_prompt_tokens, second.num_cached_tokens)
+
+
+@pytest.mark.parametrize("budget", [7, 2048])
+def test_a_prompt_passes_each_rung_of_its_ladder_once_and_none_where_it_is_saved_anyway(budget):
+    rungs = [at for at, _ in Ladder(4, 30).between(0, 500)]
+    for length in {rung + more for rung in rungs[2:6] for more in range(4)}:
+        scheduler = long_scheduler(budget=budget, min_tokens=4, interval=30)
+        prompt = cached(list(range(length)), "prompt", 1, max_tokens=100)
+        scheduler.add(prompt)
+        passed = []
+        for _ in range(length // budget + 40):
+            batch = scheduler.schedule()
+            passed += [batch.sequences[each.row].num_computed_tokens + each.num_tokens for each in batch.snapshots]
+            deliver(scheduler, launch(scheduler, batch))
+        assert prompt.num_output_tokens > 30
+        assert sorted(passed) == [at for at in rungs if at < length - 1], "its last token but one is a stop"
+
+
+def test_where_places_are_scarce_the_rungs_that_stay_longest_get_them():
+    """An eighth of the places are for rungs, however many other checkpoints there are; without rungs none are."""
+    for interval, num_places in ((100, 8), (0, 0)):
+        scheduler = long_scheduler(checkpoints=64, budget=4000, min_tokens=8, interval=interval)
+        cache = scheduler.cache
+        for i in range(70):
+            run_alone(scheduler, cached([i] * 12, f"short {i}", i))
+        assert cache.num_checkpoints_used == 64 - num_places
+        for start in (1000, 5000):
+            run_alone(scheduler, cached(list(range(start, start + 2000)), f"long {start}", start))
+            ladder = sorted(Ladder(8, interval).between(0, 1998), key=lambda rung: -rung[1])
+            found = [(node.tokens[-1] + 1 - start, node.rung) for node in cache.tree.nodes if node.rung is not None]
+            assert sorted(found) == sorted(ladder[:num_places])
+            assert cache.num_checkpoints_used == 64
 
 
 def test_who_shares_nothing_by_salt_or_wish_finds_no_state_on_the_way_and_leaves_none():
