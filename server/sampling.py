@@ -151,11 +151,14 @@ def _fit_scores(
     if prompt_logprobs is not None:
         num_fixed = n * sum(len(prompt.token_ids) for prompt in prompts) * (prompt_logprobs + 1)
     per_token = 0 if logprobs is None else n * len(prompts) * (logprobs + 1)
-    if num_fixed + (1 if value is None else value) * per_token > bound:
+    total = num_fixed + (1 if value is None else value) * per_token
+    if total > bound:
+        fits_when_shorter = value is not None and num_fixed + per_token <= bound
         raise RequestError(
-            f"{num_fixed} log-probabilities of prompts and {per_token} for each token of {name} exceed {bound} "
-            "(setting max_scores); ask for fewer alternatives, tokens or choices, or send less at once",
-            "logprobs",
+            f"{'the request' if value is None else f'{name} {value}'} asks for {total} log-probabilities, those of "
+            f"alternatives, prompts and all choices included; at most {bound} are taken (setting max_scores). Ask for "
+            "fewer alternatives, tokens or choices, or send less at once",
+            name if fits_when_shorter else "logprobs",
         )
     return (bound - num_fixed) // per_token if per_token else None
 

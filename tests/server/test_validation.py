@@ -361,6 +361,8 @@ async def test_obfuscation_can_be_declined_but_not_had(complete, error_of):
     assert error_of(response, 400)["param"] == "stream_options.include_obfuscation"
 
 
+CHAT_SCORES = {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 20}
+RESPONSE_SCORES = {"input": "Hi", "include": ["message.output_text.logprobs"], "top_logprobs": 20}
 CAPS = [
     ("max_n", 2, {"n": 2}, {"n": 3}),
     ("max_prompts", 2, {"prompt": ["a"] * 2}, {"prompt": ["a"] * 3}),
@@ -409,9 +411,26 @@ async def test_log_probabilities_of_a_request_are_bounded_over_prompts_and_choic
     assert {request.sampling_params.max_tokens for request in engine.requests} == {num_tokens} - {None}
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/completions", {"prompt": "a", "logprobs": 20, "max_tokens": 60}, "max_tokens"),
+        ("/v1/completions", {"prompt": "y" * 50, "logprobs": 20, "max_tokens": 0, "echo": True}, "logprobs"),
+        ("/v1/chat/completions", CHAT_SCORES | {"max_completion_tokens": 60}, "max_completion_tokens"),
+        ("/v1/responses", RESPONSE_SCORES | {"max_output_tokens": 60}, "max_output_tokens"),
+    ],
+)
+async def test_a_refusal_of_too_many_log_probabilities_names_a_field_that_was_sent(
+    make_client, error_of, path, body, field
+):
+    error = error_of(await make_client(max_scores=1030).post(path, json=body), 400)
+    assert error["param"] == field
+    assert field == "logprobs" or f"{field} 60 asks for 1260 log-probabilities" in error["message"]
+
+
 @pytest.mark.parametrize(("n", "num_tokens"), [(1, 50), (2, 25)])
 async def test_a_chat_without_a_length_is_as_long_as_its_log_probabilities_may_be(make_client, engine, n, num_tokens):
-    body = {"messages": [{"role": "user", "content": "Hi"}], "n": n, "logprobs": True, "top_logprobs": 20}
+    body = CHAT_SCORES | {"n": n}
     assert (await make_client(max_scores=1050).post("/v1/chat/completions", json=body)).status_code == 200
     assert {request.sampling_params.max_tokens for request in engine.requests} == {num_tokens}
 
