@@ -113,10 +113,12 @@ def _name_of(host: str) -> str:
 
 def _is_local(name: str) -> bool:
     """Whether `name` leads to this machine wherever it is asked for: no foreign DNS server can answer for it."""
+    if name in LOCAL_NAMES or name.endswith(".localhost"):
+        return True
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
-        return name in LOCAL_NAMES or name.endswith(".localhost")
+        return False
 
 
 def _shown(text: str) -> str:
