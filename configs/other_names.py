@@ -27,6 +27,8 @@ RENAMED = {
     "uvicorn_log_level": "log_level",
     "otlp_traces_endpoint": "otlp_endpoint",
     "timeout_keep_alive": "idle_timeout",
+    "allowed_origins": "cors_origins",
+    "tokenizer_path": "tokenizer",
 }
 
 # Another engine's setting -> the answer, where it is another one than a name. `{...}` is a setting of ours, spelled as
@@ -47,10 +49,12 @@ ANSWERS = {
     "disable_log_stats": "the lines are off when {stats_interval} is 0",
     "disable_log_requests": "prompts are never logged",
     "trust_remote_code": "no code of a checkpoint is ever run, so there is nothing to trust",
-    "tensor_parallel_size": "a model runs on one device; several are not implemented",
-    "tp_size": "a model runs on one device; several are not implemented",
-    "pipeline_parallel_size": "a model runs on one device; several are not implemented",
-    "data_parallel_size": "start a server for each GPU, and a router before them",
+    **dict.fromkeys(
+        ("tensor_parallel_size", "tp_size", "tp", "pipeline_parallel_size", "pp_size", "pp", "ep_size", "ep"),
+        "a model runs on one device; several are not implemented",
+    ),
+    **dict.fromkeys(("data_parallel_size", "dp_size", "dp"), "start a server for each GPU, and a router before them"),
+    **dict.fromkeys(("enable_lora", "lora_modules", "lora_paths"), "adapters are not implemented; merge them first"),
     "quantization": "quantised weights are not implemented; {dtype} is the weights' type",
     "kv_cache_dtype": "keys and values have the dtype of the weights; {dtype} is the setting",
     "speculative_config": "drafts come from the text itself; {speculative_tokens} is how many",
@@ -65,7 +69,7 @@ ANSWERS = {
 def hint_for(name: str, *, as_flags: bool = False) -> str | None:
     """The hint for a setting that only another engine has, or None. `name` is spelled with underscores or as a flag;
     `as_flags` spells Leyden's settings as flags, as the command line does."""
-    key = name.removeprefix("--").replace("-", "_")
+    key = name.lstrip("-").replace("-", "_")
     if key in RENAMED:
         return f"the setting is {_spelled(RENAMED[key], as_flags)} here"
     text = ANSWERS.get(key)

@@ -174,6 +174,21 @@ def test_another_engines_name_for_a_setting_is_answered_by_ours(tmp_path):
     refused("CUDA graphs are off with cuda_graphs: false", environ={"LEYDEN_ENFORCE_EAGER": "1"})
 
 
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("-tp", "on one device"),
+        ("--tp", "on one device"),
+        ("--pp-size", "on one device"),
+        ("--dp", "a server for each GPU"),
+        ("--allowed-origins", "the setting is --cors-origins here"),
+        ("--lora-modules", "adapters are not implemented"),
+    ],
+)
+def test_short_names_of_other_engines_flags_are_known_too(flag, told):
+    assert told in (other_names.hint_for(flag, as_flags=True) or "")
+
+
 def test_hints_for_other_engines_name_settings_that_exist():
     spelled = {name for text in other_names.ANSWERS.values() for name in re.findall(r"\{(\w+)\}", text)}
     named = set(other_names.RENAMED.values()) | {name.removeprefix("no_") for name in spelled}

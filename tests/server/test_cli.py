@@ -20,6 +20,7 @@ from leyden.server.cli import main
         (["serve", "--no-enable-prefix-caching"], "the prefix cache is off with --no-prefix-cache"),
         (["serve", "--max-num-batched-token", "9"], "did you mean --max-num-batched-tokens?"),
         (["serve", "--tool-parser=x", "--enforce-eager"], "--tool-parser: did you mean --tool-call-parser?; --enforce"),
+        (["serve", "--model-path", "demo"], "the model comes without a flag: leyden serve MODEL"),
         (["serve", "--port"], "expected one argument"),
         (["bench", "htp"], "did you mean http?"),
         (["bench", "http", "--concurency", "3"], "did you mean --concurrency?"),
