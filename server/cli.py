@@ -53,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
     def _hint(self, flag: str) -> str | None:
         """What to write for a flag that is not there."""
-        if flag == "--model" and self._get_positional_actions():
+        if flag in ("--model", "--model-path") and self._get_positional_actions():
             return f"the model comes without a flag: {self.prog} MODEL"
         if told := hint_for(flag, as_flags=True):
             return told
