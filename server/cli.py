@@ -182,7 +182,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         answers = llm.generate(arguments.prompts, params)
     for prompt, answer in zip(arguments.prompts, answers, strict=True):
         print(for_stdout(answer.text if arguments.chat else prompt + answer.text))
-    return 0
+    return int(any(answer.finish_reason == "error" for answer in answers))
 
 
 def _chat(arguments: argparse.Namespace) -> int:

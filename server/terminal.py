@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -66,6 +67,9 @@ def _converse(http: httpx.Client, settings: dict[str, Any], system: str | None) 
             continue
         if text == "/reset":
             messages = list(opening)
+            continue
+        if re.fullmatch(r"/\w+", text):
+            print(f"{text} is no command; /help lists those there are")
             continue
         turn = [*messages, {"role": "user", "content": text}]
         try:

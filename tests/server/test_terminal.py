@@ -99,6 +99,13 @@ def test_help_lists_the_commands_and_is_no_message(make_live, chat_with, tokeniz
     assert conversations(tokenizer) == [["one"]]
 
 
+def test_a_command_that_is_none_is_told_and_is_no_message_while_a_path_is_one(make_live, chat_with, tokenizer, capsys):
+    assert chat_with(make_live().url, ["/exit", "/etc/hosts", "/clear"]) == 0
+    told = capsys.readouterr().out
+    assert "/exit is no command; /help" in told and "/clear is no command" in told
+    assert conversations(tokenizer) == [["/etc/hosts"]]
+
+
 def serving(make_live, *events, name="other"):
     """The url of a server that answers a chat with these events."""
 
@@ -170,12 +177,24 @@ def test_generate_steers_no_terminal_and_leaves_a_pipe_as_it_is(monkeypatch, cap
         def __init__(self, **_): ...
 
         def generate(self, prompts, params):
-            return [SimpleNamespace(text=STEERING)]
+            return [SimpleNamespace(text=STEERING, finish_reason="stop")]
 
     monkeypatch.setattr("leyden.engine.llm.LLM", Model)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     assert main(["generate", "Hi"]) == 0
     assert ("\x1b" in capsys.readouterr().out) != is_terminal
+
+
+@pytest.mark.parametrize(("reason", "code"), [("error", 1), ("length", 0)])
+def test_generate_fails_where_an_answer_has_failed(monkeypatch, reason, code):
+    class Model:
+        def __init__(self, **_): ...
+
+        def generate(self, prompts, params):
+            return [SimpleNamespace(text="", finish_reason=why) for why in ("stop", reason)]
+
+    monkeypatch.setattr("leyden.engine.llm.LLM", Model)
+    assert main(["generate", "One", "Two"]) == code
 
 
 def test_a_server_of_another_kind_is_told_so(make_live, chat_with, capsys):
