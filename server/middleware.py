@@ -223,6 +223,8 @@ def load_keys(settings: ServerConfig) -> list[str]:
         keys += _read_keys(settings)
     if any(not key.strip() for key in keys):
         raise ConfigError("api_key must not be empty: set a key, or leave the setting out to serve everyone")
+    if any(len(key.split()) > 1 for key in keys):
+        raise ConfigError("api_key must hold no blank: a key file has keys alone, one per line, and no remarks")
     return [key.strip() for key in keys]
 
 

@@ -127,6 +127,14 @@ def test_an_empty_key_stops_the_start(make_app):
         make_app(api_key=[""])
 
 
+@pytest.mark.parametrize("content", ["# keys of team a\nfirst\n", "first second\n", "first\tremark\n"])
+def test_a_line_of_a_key_file_that_is_no_single_word_stops_the_start(make_app, tmp_path, content):
+    path = tmp_path / "keys"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="no blank"):
+        make_app(api_key_file=path)
+
+
 async def test_without_keys_everyone_is_served(client):
     assert (await client.get("/v1/models")).status_code == 200
 
