@@ -271,6 +271,8 @@ class ServerConfig(_Numbers):
         for origin in value:
             if not re.fullmatch(r"\*|[A-Za-z][\w+.-]*://[^/\s*]+", origin):
                 raise ValueError(f"{origin!r} is no origin; write scheme://host or scheme://host:port, without a path")
+            if re.fullmatch(r"http://.*:80|https://.*:443", origin, re.IGNORECASE):
+                raise ValueError(f"{origin!r} has its scheme's own port, which browsers leave out; leave it out, too")
         return [origin.lower() for origin in value]
 
 

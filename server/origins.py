@@ -92,14 +92,18 @@ class CorsMiddleware(CORSMiddleware):
             allow_methods=CORS_METHODS,
             allow_headers=[ANY],
             expose_headers=EXPOSED_HEADERS,
+            allow_private_network=True,  # browsers ask where a public page calls a server on this machine
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:
         answer = super().preflight_response(request_headers)
         if answer.status_code == 200:
             return answer
-        asked = f"{request_headers['access-control-request-method']} from {request_headers['origin']}"
-        message = f"cross-origin {_shown(asked)} is not allowed (setting cors_origins)"
+        method, origin = request_headers["access-control-request-method"], request_headers["origin"]
+        if self.is_allowed_origin(origin):
+            message = f"pages of other origins may send {', '.join(CORS_METHODS)}, not {_shown(method)}"
+        else:
+            message = f"cross-origin {_shown(f'{method} from {origin}')} is not allowed (setting cors_origins)"
         refusal = error_response(ApiError(403, message, code="origin_not_allowed"))
         refusal.headers["Vary"] = answer.headers.get("vary", "Origin")
         return refusal

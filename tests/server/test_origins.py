@@ -138,6 +138,17 @@ async def test_preflight_of_a_named_origin_is_answered_without_a_key(ask, error_
     assert "access-control-allow-origin" not in refused.headers
 
 
+async def test_preflight_says_that_this_machine_may_be_reached_and_which_methods_there_are(ask, error_of):
+    settings = {"cors_origins": [PAGE]}
+    private = PREFLIGHT | {"access_control_request_private_network": "true"}
+    answer = await ask("/v1/chat/completions", settings, method="OPTIONS", origin=PAGE, **private)
+    assert (answer.status_code, answer.headers["access-control-allow-private-network"]) == (200, "true")
+    error_of(await ask("/v1/chat/completions", settings, method="OPTIONS", origin=EVIL, **private), 403)
+    put = PREFLIGHT | {"access_control_request_method": "PUT"}
+    refused = await ask("/v1/chat/completions", settings, method="OPTIONS", origin=PAGE, **put)
+    assert "not PUT" in error_of(refused, 403)["message"] and "cors_origins" not in refused.text
+
+
 @pytest.mark.parametrize("settings", [{"cors_origins": [PAGE]}, {"cors_origins": ["*"]}], ids=str)
 async def test_answers_errors_and_streams_may_be_read_by_a_named_origin(make_client, settings):
     client = make_client(**settings, api_key=["k"])
@@ -168,6 +179,8 @@ async def test_cors_is_off_by_default(ask, error_of):
         ("cors_origins", "https://chat.example/", "without a path"),
         ("cors_origins", "chat.example", "scheme://host"),
         ("cors_origins", "https://*.example", "scheme://host"),
+        ("cors_origins", "HTTPS://chat.example:443", "leave it out"),
+        ("cors_origins", "http://chat.example:80", "leave it out"),
         ("allowed_hosts", "https://chat.example", "without scheme"),
         ("allowed_hosts", "chat.example:8000", "without scheme, port"),
     ],
