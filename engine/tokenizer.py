@@ -179,7 +179,10 @@ class Tokenizer:
     ) -> tuple[str, str]:
         """(the text, with a marker wherever it is to be cut; the marker)."""
         if not self.has_chat_template:
-            raise RequestError("this model has no chat template; use /v1/completions", "messages")
+            raise RequestError(
+                "this model has no chat template; give one (setting chat_template), or prompts instead of messages",
+                "messages",
+            )
         if tools and not self.takes_tools:
             raise RequestError("this model's chat template does not use tools; leave them out", "tools")
         for name in template_kwargs:

@@ -132,7 +132,10 @@ async def encode_messages(
     `tools.read_tools`."""
     tokenizer = state.llm.tokenizer
     if not tokenizer.has_chat_template:
-        raise RequestError("this checkpoint has no chat template; use /v1/completions", "messages")
+        raise RequestError(
+            "this checkpoint has no chat template; use /v1/completions, or start the server with --chat-template FILE",
+            "messages",
+        )
     if request.continue_final_message and request.add_generation_prompt:
         raise RequestError(
             "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"

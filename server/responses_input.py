@@ -174,7 +174,9 @@ class Conversation:
     def _add_output(self, item: dict[str, Any], where: str) -> None:
         self._check_fields(item, ("call_id", "output", "name"), where)
         kind = item["type"]
-        call_id = item.get("id") if kind == "local_shell_call_output" else item.get("call_id")
+        call_id = item.get("call_id")
+        if call_id is None and kind == "local_shell_call_output":  # it has only an id in OpenAI's document
+            call_id = item.get("id")
         if call_id is None:
             raise RequestError(f"{where}.call_id is required", f"{where}.call_id")
         output = item.get("output", item.get("status") if kind == "apply_patch_call_output" else None)

@@ -88,7 +88,7 @@ class ResponsesRequest(SamplingRequest):
     text: dict[str, Any] = Field({})
     """format: text, any JSON object, or JSON that follows a schema."""
     tools: ResponsesTools = None
-    """Functions and custom tools that the model may call; tools that OpenAI runs itself are left out and named."""
+    """Functions and custom tools that the model may call; tools of other types are left out and named."""
     tool_choice: ToolChoiceInput = None
     """auto, none, required, or the one function that has to be called; left out, auto where there are tools."""
     parallel_tool_calls: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..engine.errors import RequestError
+from .errors import UnsupportedParameterError
 from .json_body import drop_nulls, json_type, require_type
 from .parameters import refuse_unless_neutral
 from .parsers.custom_input import NAME as INPUT
@@ -28,7 +29,7 @@ def read_tools(tools: Any, names: FieldNames) -> tuple[Any, list[str]]:
     for index, entry in enumerate(tools):
         where = f"tools[{index}]"
         kind = entry.get("type") if isinstance(entry, dict) else None
-        if isinstance(kind, str) and kind not in SERVED_TYPES:  # a tool that OpenAI's servers run
+        if isinstance(kind, str) and kind not in SERVED_TYPES:  # one of OpenAI's own
             left_out[f"tools[].{kind}"] = None
             continue
         names.note(f"tools[{len(served)}]", where)
@@ -51,8 +52,12 @@ def repeated_tools(tools: Any) -> list[dict[str, Any]]:
 def read_tool_choice(value: Any) -> Any:
     """Chat's choice. Raises `RequestError`."""
     if isinstance(value, dict):
-        kind = "function" if value.get("type") == "custom" else value.get("type")
-        return {"type": kind, "function": {name: entry for name, entry in value.items() if name != "type"}}
+        if value.get("type") not in SERVED_TYPES:
+            shown = repr(value.get("type"))[:80]
+            raise UnsupportedParameterError(
+                f"tool_choice.type must be 'function' or 'custom', got {shown}", "tool_choice.type"
+            )
+        return {"type": "function", "function": {name: entry for name, entry in value.items() if name != "type"}}
     if value not in (None, "none", "auto", "required"):
         shown = repr(value)[:80] if isinstance(value, str) else json_type(value)
         allowed = 'none, auto, required or {"type": "function", "name": ...}'

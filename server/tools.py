@@ -69,7 +69,7 @@ def read_tool_choice(value: Any, tools: list[dict[str, Any]]) -> ToolChoice:
         allowed = 'none, auto, required or {"type": "function", "function": {"name": ...}}'
         raise RequestError(f"tool_choice must be {allowed}, got {shown}", "tool_choice")
     if value == "required" and not tools:
-        raise RequestError("tool_choice 'required' needs tools", "tool_choice")
+        raise RequestError("tool_choice 'required' needs a function among the tools", "tool_choice")
     return ToolChoice(value if tools else "none")
 
 

@@ -327,7 +327,7 @@ def test_user_cannot_bring_a_template_or_change_how_it_is_applied(tokenizer):
 def test_without_a_template_chat_is_a_request_error(tiny, tmp_path):
     tokenizer = make(tiny, tmp_path, template=None)
     assert not tokenizer.has_chat_template
-    with pytest.raises(RequestError, match="no chat template"):
+    with pytest.raises(RequestError, match="no chat template; give one"):
         tokenizer.encode_chat([{"role": "user", "content": "hi"}])
 
 

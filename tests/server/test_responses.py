@@ -497,6 +497,12 @@ async def test_an_error_names_the_field_that_the_client_sent(respond, error_of, 
         assert chats not in error["message"]
 
 
+@pytest.mark.parametrize("kind", ["web_search", "allowed_tools"])
+async def test_a_choice_of_another_type_names_both_types_that_are_served(respond, error_of, kind):
+    error = error_of(await respond(tools=[WEATHER], tool_choice={"type": kind}), 400)
+    assert error["message"].startswith(f"tool_choice.type must be 'function' or 'custom', got '{kind}'")
+
+
 async def test_a_form_and_a_call_that_has_to_be_made_reach_the_engine(engine, respond):
     schema = {"type": "object", "properties": {"sky": {"type": "string"}}, "additionalProperties": False}
     form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
@@ -607,6 +613,7 @@ async def test_calls_that_a_client_ran_are_shown_as_calls(respond, tokenizer):
         user("x"),
         {"type": "local_shell_call", "id": "l1", "call_id": "c1", "action": action, "status": "completed"},
         {"type": "local_shell_call_output", "id": "c1", "output": "a b"},
+        {"type": "local_shell_call_output", "id": "o1", "call_id": "c1", "output": "c"},
         {"type": "shell_call", "call_id": "c2", "action": {"commands": ["ls"]}, "status": "completed"},
         {"type": "shell_call_output", "call_id": "c2", "output": [{"stdout": "a", "stderr": ""}]},
         {"type": "apply_patch_call", "call_id": "c3", "operation": operation, "status": "completed"},
@@ -624,7 +631,7 @@ async def test_calls_that_a_client_ran_are_shown_as_calls(respond, tokenizer):
         ("c3", "apply_patch", operation),
     ]
     results = [(message["tool_call_id"], message["content"]) for message in messages if message["role"] == "tool"]
-    assert results == [("c1", "a b"), ("c2", '[{"stdout": "a", "stderr": ""}]'), ("c3", "failed")]
+    assert results == [("c1", "a b"), ("c1", "c"), ("c2", '[{"stdout": "a", "stderr": ""}]'), ("c3", "failed")]
 
 
 @pytest.mark.parametrize("content", [[], [{"type": "reasoning_text", "text": "Long"}]])
