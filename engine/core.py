@@ -172,8 +172,8 @@ class EngineCore:
             scored = prompt_scores(launched)
             self.scheduler.update(batch)
             self._stats.steps_total += 1
-        elif (self._compiling or self.sessions.is_busy) and self._in_flight is None:
-            time.sleep(IDLE_SECONDS)  # nothing else to do: leave the processor to other threads
+        elif self.has_work and self._in_flight is None:  # for a grammar, siblings or a session
+            time.sleep(IDLE_SECONDS)  # leave the processor to other threads
         if self._is_async:
             launched, self._in_flight = self._in_flight, launched
         waiting = time.perf_counter()

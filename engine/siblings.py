@@ -10,7 +10,7 @@ from .block_manager import BlockManager
 from .copies import Fork
 from .sequence import Sequence
 
-PATIENCE = 2000  # steps that a sequence waits for siblings that were announced: they are on their way
+PATIENCE = 2000  # steps, two seconds where nothing else runs, that a sequence waits for siblings that were announced
 
 
 class Siblings:

@@ -107,8 +107,10 @@ def test_one_that_is_aborted_leaves_the_others_alone(tiny, gone, steps):
     assert_nothing_held(core)
 
 
-def test_an_announced_sibling_that_never_comes_is_waited_for_a_while(tiny):
+def test_an_announced_sibling_that_never_comes_is_waited_for_a_while(tiny, monkeypatch):
     core = make_core(tiny.folder)
+    pauses: list[float] = []
+    monkeypatch.setattr("leyden.engine.core.time.sleep", pauses.append)
     alone = answer(core, PROMPT, temperature=1.0, max_tokens=12, seed=0)
     core.add_request(choices()[0])
     steps, ids = 0, []
@@ -116,6 +118,7 @@ def test_an_announced_sibling_that_never_comes_is_waited_for_a_while(tiny):
         ids += [token for output in core.step() for token in output.token_ids]
         steps += 1
     assert ids == alone.token_ids and PATIENCE < steps < PATIENCE + 20
+    assert len(pauses) >= PATIENCE - 1, "a processor that has nothing to do is left to those who send siblings"
 
 
 @pytest.mark.parametrize("params", [{"prompt_logprobs": 2}, {"max_tokens": 0}, {"max_tokens": 0, "prompt_logprobs": 0}])
