@@ -164,6 +164,17 @@ def test_one_that_waits_for_blocks_keeps_none_waiting_for_which_it_has_no_use():
     assert scheduler.num_preemptions == 0
 
 
+def test_beside_one_that_waits_for_blocks_none_of_lower_priority_starts():
+    scheduler = roomy(blocks=100, block_size=64, budget=8192)
+    scheduler.add(sequence([0] * 64 * 60, request_id="running", arrival=1, max_tokens=50, ignore_eos=True))
+    step(scheduler)
+    scheduler.add(long_one("first", arrival=2, length=64 * 60))
+    scheduler.add(sequence(9, request_id="lower", arrival=3, priority=1))
+    scheduler.add(sequence(99, request_id="same", arrival=4))
+    step(scheduler)
+    assert [s.request_id for s in scheduler.running] == ["running", "same"]
+
+
 def test_later_ones_never_hold_the_blocks_that_the_first_waits_for():
     """Short prompts with long answers would always fill more than what the first leaves."""
     scheduler = roomy(blocks=100, block_size=64, budget=512, slots=64, max_waiting=10_000)

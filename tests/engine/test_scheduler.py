@@ -10,6 +10,7 @@ from engines import sequence
 from leyden.engine.copies import Copy, Fold, Fork, Move, Restore, Save
 from leyden.engine.errors import ContextLengthError, QueueFullError
 from leyden.engine.ladder import Ladder
+from leyden.engine.reuse import MAX_WAITS
 from leyden.engine.scheduled_batch import ScheduledBatch
 from leyden.engine.scheduler import MANY_ROWS, Scheduler
 from leyden.engine.sequence import UNSEEN, Sequence, Status
@@ -445,6 +446,18 @@ def test_preemption_takes_the_last_in_order_frees_all_it_holds_and_recomputes_it
     assert second.status is Status.FINISHED and second.output_token_ids == [7, 7, 7]
 
 
+def test_one_that_falls_for_a_prompt_leaves_the_step_that_it_was_chosen_for():
+    """A later decoding row, which is chosen first, has grown into the blocks that an earlier long prompt needs."""
+    scheduler = make_scheduler(blocks=11, block_size=4, budget=8, mixed=4)
+    scheduler.add(sequence(40, request_id="long", arrival=1, max_tokens=4))
+    scheduler.add(sequence(3, request_id="later", arrival=2, max_tokens=30, ignore_eos=True))
+    while not scheduler.num_preemptions:
+        before = rows(step(scheduler))
+    assert before == [("long", 4)] and [s.request_id for s in scheduler.waiting] == ["later"]
+    while scheduler.has_work:
+        step(scheduler)
+
+
 def test_preempted_sequence_keeps_its_place_before_later_arrivals():
     scheduler = make_scheduler(blocks=4, block_size=2, slots=2, budget=16)
     for arrival, name in enumerate(("first", "second")):
@@ -584,6 +597,17 @@ def test_who_shares_a_beginning_with_a_prompt_under_way_waits_for_it_and_nobody_
     assert counts == {"first": 23, "second": 3, "other": 6}
     started = {name: next(i for i, batch in enumerate(seen) if name in dict(batch)) for name in counts}
     assert started["other"] < started["second"], "it has nothing to wait for"
+
+
+def test_a_sequence_waits_for_four_others_at_most():
+    scheduler = make_scheduler(blocks=400, slots=40, budget=24, checkpoints=8)
+    each = [cached([5] * 60 + [number], f"r{number}", number) for number in range(10)]
+    for waiting in each:
+        scheduler.add(waiting)
+    for number in range(9):
+        step(scheduler)
+        assert each[number].status is Status.RUNNING and each[-1].num_waits == min(number + 1, MAX_WAITS)
+        scheduler.abort(f"r{number}")
 
 
 def test_a_prompt_is_seen_behind_many_that_wait_for_another():
