@@ -7,8 +7,10 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import msgspec
 import zmq
@@ -22,6 +24,20 @@ from .logs import LogFormat
 from .messages import EngineInfo, FromEngine, Shutdown, StepOutputs, ToEngine, to_engine
 
 logger = logging.getLogger("leyden.engine")
+
+
+@contextlib.contextmanager
+def _ctrl_c_withheld() -> Iterator[None]:
+    """Block SIGINT in this thread, and so in a process that is started meanwhile, from its first instruction on.
+
+    Ctrl-C reaches the whole group, and would end the engine by a traceback while it still imports. Here a SIGINT waits
+    until the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class ProcessClient(StreamingClient):
@@ -69,10 +85,11 @@ class ProcessClient(StreamingClient):
             self._socket.bind(address)
         except zmq.ZMQError as error:  # above all a path longer than the system allows a socket
             raise ConfigError(f"cannot open a socket in {self._folder}: {error}; set TMPDIR to a short path") from None
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, *self.ENGINE, address, str(os.getpid()), *self._logging),
-            stdin=asyncio.subprocess.PIPE,
-        )
+        with _ctrl_c_withheld():
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, *self.ENGINE, address, str(os.getpid()), *self._logging),
+                stdin=asyncio.subprocess.PIPE,
+            )
         assert self._process.stdin is not None
         self._process.stdin.write(self.config.model_dump_json().encode())
         self._process.stdin.close()

@@ -201,6 +201,18 @@ async def test_queue_bound_holds_while_the_engine_is_silent(tiny):
         await eventually(lambda: client.stats.num_running + client.stats.num_waiting == 0)
 
 
+async def test_ctrl_c_does_not_reach_an_engine_that_still_imports(tiny, monkeypatch, tmp_path):
+    seen, before = tmp_path / "blocked", signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    asks = f"import signal; open({str(seen)!r}, 'w').write(str(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    monkeypatch.setattr(ProcessClient, "ENGINE", ("-c", asks))
+    client = ProcessClient(engine_config(tiny.folder))
+    with pytest.raises(EngineDeadError):
+        await client.start()
+    await client.close()
+    assert "SIGINT" in seen.read_text()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
 async def test_an_engine_that_cannot_be_understood_is_dead(tiny, monkeypatch):
     """Another version, say: its first message is none of ours."""
     speaks = "import sys, zmq; s = zmq.Context().socket(zmq.PAIR); s.connect(sys.argv[1]); s.send(b'hello'); input()"
