@@ -177,7 +177,9 @@ class ServerConfig(_Numbers):
 
     host: str = Field("127.0.0.1", description="address to bind; 0.0.0.0 = all interfaces")
     port: int = Field(8000, ge=0, le=65535, description="0 = any free port")
-    served_model_name: str | None = Field(None, description="name in the API; default: the model's folder name")
+    served_model_name: str | None = Field(
+        None, min_length=1, description="name in the API; default: the model's folder name"
+    )
     api_key: list[str] = Field(default_factory=list, description="keys that may call; prefer api_key_file")
     api_key_file: Path | None = Field(None, description="file with one key per line")
     allowed_hosts: list[str] = Field(
@@ -255,6 +257,13 @@ class ServerConfig(_Numbers):
     def _a_text_holds_a_key(cls, value: Any) -> Any:
         if isinstance(value, str) and not _as_list(value):
             raise ValueError("holds no key; set one, or unset it to serve everyone")
+        return value
+
+    @field_validator("host")
+    @classmethod
+    def _an_empty_host_does_not_open_every_interface(cls, value: str) -> str:
+        if not value.strip():  # sockets take it for all of them
+            raise ValueError("is no address; write 127.0.0.1 for this machine alone, or 0.0.0.0 for all interfaces")
         return value
 
     @field_validator("allowed_hosts")

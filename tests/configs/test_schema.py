@@ -94,6 +94,18 @@ def test_no_key_in_the_environment_or_in_a_text_is_refused_and_never_an_open_doo
     assert load({"api_key": ["k"]}, environ={"LEYDEN_API_KEY": text}).api_key == ["k"]
 
 
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_host_is_refused_for_sockets_take_it_for_all_interfaces(tmp_path, text):
+    refused("host = ", "environment", "127.0.0.1", "0.0.0.0 for all", environ={"LEYDEN_HOST": text})
+    refused("host = ", "command line", "127.0.0.1", flags={"host": text})
+    refused("host = ", "settings.yaml", text=f"host: '{text}'", folder=tmp_path)
+
+
+def test_an_empty_name_in_the_api_is_refused_and_the_folders_name_is_taken_back_by_the_environment():
+    refused("served_model_name = ''", flags={"served_model_name": ""})
+    assert load_settings({}, None, {"LEYDEN_SERVED_MODEL_NAME": ""}).served_model_name is None
+
+
 def test_an_empty_name_of_a_key_file_is_refused_and_null_takes_one_back(tmp_path):
     refused("LEYDEN_API_KEY_FILE", "is empty", "unset it", environ={"LEYDEN_API_KEY_FILE": ""})
     environ = {"LEYDEN_API_KEY_FILE": "null"}
