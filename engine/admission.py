@@ -22,6 +22,7 @@ from .waiting import WaitingQueue, is_kept_waiting, is_overdue
 
 NUM_COMPARED = 8  # waiting sequences, the first ones and the shortest, that are compared by what is left to compute
 NUM_EXAMINED = 32  # of those that wait, to find as many that need not wait for another's checkpoint
+MAX_MATCHES = 256  # that are remembered, of sequences that may have gone
 
 
 class _Candidate(NamedTuple):
@@ -53,6 +54,8 @@ class Admission:
         self._cache, self._blocks = reuse.cache, reuse.blocks
         self._order = order
         self._start = start
+        self._matches: dict[Sequence, Match] = {}  # what is cached of some that wait, as of `_num_given`
+        self._num_given = 0
         self._found: dict[Sequence, Match | None] = {}  # in this step, by `_find`
         self._saving: list[Sequence] = []  # in this step, running prompts that will leave checkpoints
 
@@ -106,6 +109,7 @@ class Admission:
         self._start(sequence)
         self._saving.append(sequence)
         del self._found[sequence]
+        self._matches.pop(sequence, None)
         for other, found in self._found.items():
             if found is not None and self._waits(other, found, [sequence]):
                 self._found[other] = None
@@ -139,15 +143,29 @@ class Admission:
     def _find(self, sequence: Sequence) -> Match | None:
         """What is cached of a waiting sequence, or None where it waits for a prompt that is about to leave more."""
         match = self._found.get(sequence, NOTHING)
-        if sequence in self._found and (match is None or match.node is None or self._cache.has_checkpoint(match.node)):
+        if sequence in self._found and (match is None or self._is_there(match)):
             return match
         if is_kept_waiting(sequence) and sequence.waits_for is not None:
             self._order.note_awaited(sequence.waits_for)
             self._found[sequence] = None
         else:
-            match = self._reuse.find(sequence)
+            match = self._match(sequence)
             self._found[sequence] = None if self._waits(sequence, match, self._saving) else match
         return self._found[sequence]
+
+    def _match(self, sequence: Sequence) -> Match:
+        """What is cached of a waiting sequence. It is looked up again only where that may have changed: those that wait
+        for blocks are asked in every step."""
+        if self._num_given != self._cache.num_given or len(self._matches) > MAX_MATCHES:
+            self._matches.clear()
+            self._num_given = self._cache.num_given
+        match = self._matches.get(sequence)
+        if match is None or not self._is_there(match):
+            match = self._matches[sequence] = self._reuse.find(sequence)
+        return match
+
+    def _is_there(self, match: Match) -> bool:
+        return match.node is None or self._cache.has_checkpoint(match.node)
 
     def _waits(self, sequence: Sequence, match: Match, running: list[Sequence]) -> bool:
         """Whether one of `running` is about to leave a checkpoint for the sequence. It waits for none of lower

@@ -73,6 +73,7 @@ class PrefixCache:
         self._with_checkpoint: tuple[OrderedDict[Node, int], ...] = (OrderedDict(), OrderedDict())
         self._rungs: tuple[OrderedDict[Node, int], ...] = tuple(OrderedDict() for _ in range(MAX_LEVEL + 1))
         self._step = 0  # counts those that made rungs
+        self.num_given = 0  # times that a node got a checkpoint: as long as it stays, `match` finds nothing better
 
     @property
     def num_checkpoints_used(self) -> int:
@@ -323,6 +324,7 @@ class PrefixCache:
         """The node has this checkpoint, and had none there."""
         node.checkpoint = checkpoint
         self._queue(node)[node] = self._step
+        self.num_given += 1
 
     def _touch(self, node: Node) -> None:
         """The node, which has a checkpoint, is the one used last."""

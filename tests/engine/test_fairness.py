@@ -164,6 +164,28 @@ def test_one_that_waits_for_blocks_keeps_none_waiting_for_which_it_has_no_use():
     assert scheduler.num_preemptions == 0
 
 
+def test_those_that_wait_for_blocks_are_looked_up_when_the_cache_has_more(monkeypatch):
+    scheduler = roomy(blocks=100, block_size=64, budget=8192, checkpoints=8)
+    looked_up, match = [], scheduler.cache.match
+    monkeypatch.setattr(scheduler.cache, "match", lambda *known: looked_up.append(known) or match(*known))
+    for number, num_tokens in enumerate((50, 90)):
+        prompt = [number] * 64 * 30
+        scheduler.add(sequence(prompt, request_id=f"r{number}", arrival=number, max_tokens=num_tokens, uses_cache=True))
+    step(scheduler)
+    step(scheduler)  # their prompts' checkpoints are made
+    for number in range(20):
+        prompt = [1] * 64 * 30 + [number] * 64 * 45
+        scheduler.add(sequence(prompt, request_id=f"w{number}", arrival=9 + number, uses_cache=True))
+    counts = []
+    while len(scheduler.running) == 2:
+        looked_up.clear()
+        step(scheduler)
+        counts.append(len(looked_up))
+    assert counts[0] > 5 and len(counts) > 30 and not any(counts[1:-2])
+    step(scheduler)
+    assert scheduler.running[-1].num_cached_tokens == 64 * 30 - 1
+
+
 def test_beside_one_that_waits_for_blocks_none_of_lower_priority_starts():
     scheduler = roomy(blocks=100, block_size=64, budget=8192)
     scheduler.add(sequence([0] * 64 * 60, request_id="running", arrival=1, max_tokens=50, ignore_eos=True))
