@@ -38,7 +38,7 @@ class EngineCore:
     """Scheduler and model runner, and the bookkeeping between them."""
 
     def __init__(self, config: EngineConfig, *, progress: bool = True, grammars: GrammarCompiler | None = None) -> None:
-        """`grammars`: that of `grammar_compiler`, for who wants it prepared meanwhile."""
+        """`grammars`: the result of `grammar_compiler(config)`, so that its tokenizer loads while the model does."""
         self.config = config
         self.runner = ModelRunner(config, progress=progress)
         plan = self.runner.plan

@@ -1,7 +1,7 @@
 """CUDA graphs of whole steps: one launch instead of hundreds.
 
 A graph is bound to shapes and addresses, so there is one for each of a few shapes, over static inputs; a step takes the
-smallest that holds it. What a step leaves of the shape is padding: rows of slot -1, for which the kernels write zeros,
+smallest that holds it. The rows that a step does not use are padding with slot -1, for which the kernels write zeros,
 and nothing into the pools. Steps of decoding rows alone have graphs of many sizes. Those with prompts have fewer, up to
 as many tokens as take the device no longer than the host takes to launch kernel by kernel.
 """

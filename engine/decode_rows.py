@@ -28,7 +28,7 @@ class Answers:
         self._tokens = [sequence.output_token_ids for sequence in sequences]
         self._stop_ids = frozenset().union(*{sequence.stop_ids for sequence in sequences})
         first = len(self._tokens[0])
-        # The first row's token with which somebody reaches the last that he may have.
+        # Index, in the first row's answer, of the first token with which some row may reach its max_tokens.
         self.end = first + min([s.max_tokens - 1 - len(s.output_token_ids) for s in sequences])
 
     def take(self, indices: list[int], tokens: list[int]) -> list[StepOutput] | None:

@@ -59,7 +59,7 @@ class LaunchedStep:
 
 class ModelRunner:
     """The model on its device, which becomes the current one of the thread that makes the runner. Another thread calls
-    `use_device` before it launches a step. `config` is read once; nothing is changed afterwards but the pools."""
+    `use_device` before it launches a step. `config` is read once."""
 
     def __init__(self, config: EngineConfig, *, progress: bool = True) -> None:
         self.folder = resolve(config.model, config.revision)

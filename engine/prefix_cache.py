@@ -37,7 +37,7 @@ class Match(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Hold:
-    """Blocks and checkpoints that nobody else takes or writes to until they are let go, in the tree or not."""
+    """Blocks and checkpoints, in the tree or not, that are given to no one else and not written to until `let_go`."""
 
     blocks: list[int]
     checkpoints: list[int]

@@ -1,7 +1,7 @@
 """A radix tree over token ids, whose nodes hold the KV blocks of their tokens.
 
 A node stands for the tokens from the root to its end and holds the blocks of its own part of them. Prompts are compared
-token by token; there are no hashes to collide. A node is there for its checkpoint or because several go on from it.
+token by token; there are no hashes to collide. A node exists only if it has a checkpoint or at least two children.
 """
 
 from __future__ import annotations

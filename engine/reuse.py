@@ -155,7 +155,7 @@ class Reuse:
             sequence.num_pending_tokens = 0
 
     def take_copies(self) -> list[Copy]:
-        """What has been noted so far, for who makes it now."""
+        """Return the copies that are noted and forget them. The caller must make them before the next step."""
         copies, self.copies = self.copies, []
         return copies
 

@@ -162,7 +162,7 @@ class Scheduler:
         return batch
 
     def _schedule_anew(self) -> ScheduledBatch:
-        """Ask every sequence."""
+        """Build a step by a look at every running sequence: the slow path."""
         for sequence in self._at_stop:
             if sequence.status is Status.RUNNING:
                 self.reuse.save_at_stop(sequence)

@@ -14,7 +14,7 @@ PATIENCE = 2000  # steps, two seconds where nothing else runs, that a sequence w
 
 
 class Siblings:
-    """Who leads, and whom they wait for."""
+    """The sequences that lead others, and the siblings that they wait for."""
 
     def __init__(self, blocks: BlockManager) -> None:
         self._blocks = blocks
@@ -68,7 +68,7 @@ class Siblings:
         return Fork(leader.state_slot, sibling.state_slot, partial)
 
     def disband(self, leader: Sequence) -> None:
-        """From here on everybody goes his own way."""
+        """End the wait: each sequence goes on by itself, a sibling that has not started computes the prompt."""
         self._leaders.pop(leader, None)
         for sibling in leader.siblings:
             sibling.leader = None

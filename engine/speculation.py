@@ -2,8 +2,8 @@
 
 A step in which some sequence brings drafts is made of *verify rows* alone: each the last token of a sequence, and its
 drafts after it. The device draws a token after each of them, with the very number that it would have used without
-drafts. Those drafts are kept that are what was drawn, and the first token that was drawn otherwise; so a text, greedy
-or sampled, does not depend on drafts, nor does its distribution.
+drafts. Drafts are kept up to the first that differs from the drawn token, and that drawn token is kept, too. So a text,
+greedy or sampled, does not depend on drafts, nor does its distribution.
 
 What to draft depends on tokens that the host has seen, so such a step is not launched ahead of the one before it. A
 sequence whose text does not repeat proposes nothing, and steps are launched ahead as ever.

@@ -33,7 +33,8 @@ class Staging:
 
 
 class StagingPool:
-    """Those of one shape. Whoever has read his tokens gives them back, so there are as many as steps in flight."""
+    """Reusable `Staging` buffers of one graph shape. One is given back once its step's tokens are read, so there are at
+    most as many as steps in flight."""
 
     def __init__(self, num_bytes: int, num_rows: int, device: torch.device) -> None:
         self._shape = (num_bytes, num_rows, device)

@@ -23,8 +23,8 @@ class Advance(NamedTuple):
 
 
 class Steady:
-    """`follow` each batch that was scheduled otherwise, then `advance` as long as that gives something. Gives the
-    blocks that rows need on the way, of those that `make_room` finds."""
+    """Call `follow` after every step that is scheduled otherwise, then `advance` until it returns None. `advance` also
+    gives rows the blocks that they enter, out of those that `make_room` frees."""
 
     def __init__(self, blocks: BlockManager, make_room: Callable[[int], bool]) -> None:
         self._blocks = blocks
