@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from leyden.benchmarks.long_context import argument_parser, write_config
 from leyden.configs.schema import EngineConfig
 from leyden.engine.core import EngineCore
 from leyden.engine.loop import run_loop
@@ -32,23 +33,13 @@ from leyden.engine.model_runner import LaunchedStep
 from leyden.engine.sampling_params import SamplingParams
 from leyden.engine.scheduled_batch import ScheduledBatch
 
-CONFIG = Path(__file__).parent / "configs" / "dense"
-SMALL = {
-    "hidden_size": 256,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "rotary_dim": 32,
-    "intermediate_size": 512,
-}
 SHORT_TOKENS = 16
 
 
 def main() -> int:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="leyden-") as folder:
-        write_config(arguments, Path(folder))
+        write_config(arguments, Path(folder), arguments.tokens + SHORT_TOKENS)
         config = EngineConfig(
             model=folder, load_format="dummy", device=arguments.device, max_model_len=arguments.tokens + SHORT_TOKENS
         )
@@ -60,26 +51,12 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="folder with a config.json")
-    parser.add_argument(
-        "--small", action="store_true", help="keep its layers' order, but make it small enough for a CPU"
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=131_072, help="length of the long prompt")
     parser.add_argument(
         "--short-after", type=float, default=0.065, help="seconds from the long prompt to the short one"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args()
-
-
-def write_config(arguments: argparse.Namespace, folder: Path) -> None:
-    """The config with a context that is long enough."""
-    fields = json.loads((arguments.config / "config.json").read_text())
-    if arguments.small:
-        fields |= SMALL | {"attn_type_list": fields["attn_type_list"][: SMALL["num_hidden_layers"]]}
-    fields["max_position_embeddings"] = max(fields["max_position_embeddings"], arguments.tokens + SHORT_TOKENS)
-    (folder / "config.json").write_text(json.dumps(fields))
 
 
 def prompt_of(core: EngineCore, length: int) -> list[int]:

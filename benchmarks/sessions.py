@@ -23,21 +23,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from leyden.benchmarks.long_context import argument_parser, write_config
 from leyden.configs.schema import EngineConfig
 from leyden.engine.core import EngineCore
 from leyden.engine.messages import AddRequest, SessionAction, SessionCall, SessionDone
 from leyden.engine.sampling_params import SamplingParams
 
-CONFIG = Path(__file__).parent / "configs" / "dense"
-SMALL = {
-    "hidden_size": 256,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "rotary_dim": 32,
-    "intermediate_size": 512,
-}
 ANSWER_TOKENS = 8
 TURN_TOKENS = 16
 ID = "measured"
@@ -46,34 +37,20 @@ ID = "measured"
 def main() -> int:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="leyden-", dir=arguments.folder) as folder:
-        model = write_config(arguments, Path(folder) / "model")
+        model = Path(folder) / "model"
+        model.mkdir()
+        write_config(arguments, model, context(arguments))
         report = measure(arguments, model, Path(folder) / "sessions")
     print(json.dumps(report))
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="folder with a config.json")
-    parser.add_argument(
-        "--small", action="store_true", help="keep its layers' order, but make it small enough for a CPU"
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=100_000, help="length of the conversation")
     parser.add_argument("--rounds", type=int, default=3, help="times to restore from the page cache")
     parser.add_argument("--folder", type=Path, default=None, help="where the session's file is put for a while")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args()
-
-
-def write_config(arguments: argparse.Namespace, folder: Path) -> Path:
-    """The config with a context that is long enough."""
-    fields = json.loads((arguments.config / "config.json").read_text())
-    if arguments.small:
-        fields |= SMALL | {"attn_type_list": fields["attn_type_list"][: SMALL["num_hidden_layers"]]}
-    fields["max_position_embeddings"] = max(fields["max_position_embeddings"], context(arguments))
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(fields))
-    return folder
 
 
 def context(arguments: argparse.Namespace) -> int:
