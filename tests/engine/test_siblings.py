@@ -118,7 +118,7 @@ def test_an_announced_sibling_that_never_comes_is_waited_for_a_while(tiny, monke
         ids += [token for output in core.step() for token in output.token_ids]
         steps += 1
     assert ids == alone.token_ids and PATIENCE < steps < PATIENCE + 20
-    assert len(pauses) >= PATIENCE - 1, "a processor that has nothing to do is left to those who send siblings"
+    assert len(pauses) >= PATIENCE - 2, "a processor that has nothing to do is left to those who send siblings"
 
 
 @pytest.mark.parametrize("params", [{"prompt_logprobs": 2}, {"max_tokens": 0}, {"max_tokens": 0, "prompt_logprobs": 0}])
