@@ -294,7 +294,6 @@ TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "sessions-h200": (README, sessions_table, ["sessions-h200"]),
     "api-process-cpu": (README, api_process_table, ["api-process-cpu"]),
     "stalls-cpu": (RELIABILITY, stalls_table, ["stalls-cpu"]),
-    "stalls-16-cores": (RELIABILITY, stalls_table, ["stalls-16-cores"]),
     "kernels-h100": (README, kernels_table, ["kernels-h100"]),
     "choices-h100": (KERNELS, choices_table, ["kernels-h100"]),
     "kernels-h200": (KERNELS, kernels_table, ["kernels-h200"]),
