@@ -55,7 +55,7 @@ format: install  ## rewrite the sources as ruff likes them
 	$(BIN)/ruff format .
 
 bench: install  ## measure a served model on this machine
-	$(BIN)/python -P benchmarks/serving.py $(or $(ARGS),http)
+	$(BIN)/leyden bench $(or $(ARGS),http)
 
 clean:  ## remove what was made
 	rm -rf $(VENV) .venv-clients build dist profile *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,16 +25,16 @@ from typing import Any
 
 from leyden.configs.schema import Settings
 from leyden.engine.async_llm import AsyncLLM
-from leyden.engine.loop import run_loop
-from leyden.engine.memory import MemoryUse
+from leyden.engine.boundary.loop import run_loop
+from leyden.engine.boundary.process import connect
+from leyden.engine.boundary.process_client import ProcessClient
+from leyden.engine.memory.plan import MemoryUse
 from leyden.engine.messages import AddRequest, EngineInfo, EngineStats, SessionDone
 from leyden.engine.outputs import StepOutput
-from leyden.engine.process import connect
-from leyden.engine.process_client import ProcessClient
-from leyden.engine.tokenizer import Tokenizer
-from leyden.models.checkpoint import resolve
-from leyden.server.app import create_app
-from leyden.server.serve import Service, bind
+from leyden.engine.text.tokenizer import Tokenizer
+from leyden.models.loading.checkpoint import resolve
+from leyden.server.commands.serve import Service, bind
+from leyden.server.http.app import create_app
 
 TEXT = "Once upon a time there was a river that ran from the mountains to the sea, past mills and inns. " * 8
 

@@ -18,10 +18,10 @@ import sys
 import time
 from multiprocessing.connection import Connection
 
-from leyden.server.bench.flags import Span
-from leyden.server.bench.load import Load, Workload
-from leyden.server.bench.target import Target
-from leyden.server.bench.workers import Share, Workers
+from leyden.benchmarks.load.flags import Span
+from leyden.benchmarks.load.load import Load, Workload
+from leyden.benchmarks.load.target import Target
+from leyden.benchmarks.load.workers import Share, Workers
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 END = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from leyden.engine.device import pick_device
+from leyden.engine.startup.device import pick_device
 from leyden.kernels import load
-from leyden.models.backends import LINEAR_BACKENDS
-from leyden.models.checkpoint import read_config
-from leyden.models.minimax import MiniMaxForCausalLM
-from leyden.models.registry import FAMILIES
-from leyden.models.weights import INDEX_FILE, load_weights
+from leyden.models.decoder import MiniMaxForCausalLM
+from leyden.models.families.registry import FAMILIES
+from leyden.models.loading.checkpoint import read_config
+from leyden.models.loading.weights import INDEX_FILE, load_weights
+from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
 from safetensors.torch import save_file
 
 NOISE_ITEMS = 1 << 24

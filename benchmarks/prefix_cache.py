@@ -34,13 +34,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from leyden.benchmarks.load.machine import hardware, software
 from leyden.configs.schema import load_settings
 from leyden.engine.core import EngineCore
-from leyden.engine.ladder import Ladder
 from leyden.engine.messages import AddRequest
-from leyden.engine.radix_tree import common_prefix
+from leyden.engine.prefix.ladder import Ladder
+from leyden.engine.prefix.radix_tree import common_prefix
 from leyden.engine.sampling_params import SamplingParams
-from leyden.server.bench.machine import hardware, software
 
 ALIGNMENTS = (512, 1024)
 SHORTEST_SHARED = 512  # tokens that the prompts of a pair share at least

@@ -26,18 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from leyden.benchmarks.load.machine import hardware, software
 from leyden.configs.schema import load_settings
 from leyden.engine.core import EngineCore
 from leyden.engine.messages import AddRequest
 from leyden.engine.sampling_params import SamplingParams
-from leyden.engine.tokenizer import Tokenizer
-from leyden.models.checkpoint import resolve
+from leyden.engine.text.tokenizer import Tokenizer
+from leyden.models.decoder import Cache, MiniMaxForCausalLM
 from leyden.models.forward_batch import ForwardBatch
-from leyden.models.minimax import Cache, MiniMaxForCausalLM
-from leyden.server.bench.machine import hardware, software
+from leyden.models.loading.checkpoint import resolve
 from torch import Tensor
 
-SOURCE = Path(__file__).resolve().parent.parent / "engine" / "scheduler.py"
+SOURCE = Path(__file__).resolve().parent.parent / "engine" / "scheduling" / "scheduler.py"
 RAISED = 1e4  # by which the scripted token's logit exceeds all others
 MAX_LENGTH = 16384
 script = torch.zeros(0, dtype=torch.int64)  # [MAX_LENGTH] on the device: the token at each position

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from leyden.benchmarks.long_context import argument_parser, write_config
 from leyden.configs.schema import EngineConfig
+from leyden.engine.boundary.loop import run_loop
 from leyden.engine.core import EngineCore
-from leyden.engine.loop import run_loop
+from leyden.engine.execution.runner import LaunchedStep
 from leyden.engine.messages import AbortRequest, AddRequest, FromEngine, Shutdown, StepOutputs, ToEngine
-from leyden.engine.model_runner import LaunchedStep
 from leyden.engine.sampling_params import SamplingParams
-from leyden.engine.scheduled_batch import ScheduledBatch
+from leyden.engine.scheduling.step import ScheduledBatch
 
 SHORT_TOKENS = 16
 

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from leyden.models.checkpoint import resolve
+from leyden.models.loading.checkpoint import resolve
 
 GOAL_MS = 50.0
 CONTEXT = 1 << 20
@@ -232,7 +232,7 @@ def served(folder: Path, arguments: list[str]) -> Iterator[int]:
     """A server's port."""
     own = ["--load-format", "dummy", "--port", "0", "--stats-interval", "0", "--log-level", "warning"]
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(folder), *own, *arguments],
+        [sys.executable, "-P", "-m", "leyden.server.commands.cli", "serve", str(folder), *own, *arguments],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},

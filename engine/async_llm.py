@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from .client import EngineClient
-from .detokenizer import StopScope, TextStream
+from .boundary.client import EngineClient
 from .messages import AddRequest
 from .outputs import RequestOutput
 from .sampling_params import SamplingParams
-from .token_ids import TokenIds
-from .tokenizer import Tokenizer
+from .text.detokenizer import StopScope, TextStream
+from .text.token_ids import TokenIds
+from .text.tokenizer import Tokenizer
 
 
 class AsyncLLM:

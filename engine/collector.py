@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
+from .execution.runner import LaunchedStep
 from .messages import EngineStats
-from .model_runner import LaunchedStep
 from .outputs import StepOutput, TokenLogprobs
-from .scheduler import Scheduler
+from .scheduling.scheduler import Scheduler
+from .scheduling.speculation import num_kept
 from .sequence import Sequence, Status
-from .speculation import num_kept
 
 logger = logging.getLogger("leyden.engine")
 

@@ -11,22 +11,22 @@ import msgspec
 import torch
 
 from ..configs.schema import EngineConfig
-from .block_manager import BlockManager
 from .collector import Collector, prompt_scores
 from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, RequestError
-from .grammar import Grammar, GrammarCompiler
-from .grammar import require as require_grammars
+from .execution.runner import LaunchedStep, ModelRunner
+from .memory.blocks import BlockManager
+from .memory.slots import SlotManager
 from .messages import AddRequest, EngineInfo, EngineStats
-from .model_runner import LaunchedStep, ModelRunner
 from .outputs import ErrorCode, StepOutput
-from .prefix_cache import PrefixCache
-from .scheduler import Scheduler
+from .prefix.cache import PrefixCache
+from .scheduling.scheduler import Scheduler
+from .scheduling.speculation import Speculation, can_draft
 from .sequence import Sequence, Status
-from .sessions import Sessions
-from .slots import SlotManager
-from .speculation import Speculation, can_draft
-from .token_ids import TokenIds
-from .tokenizer import Tokenizer
+from .sessions.calls import Sessions
+from .text.grammar import Grammar, GrammarCompiler
+from .text.grammar import require as require_grammars
+from .text.token_ids import TokenIds
+from .text.tokenizer import Tokenizer
 
 logger = logging.getLogger("leyden.engine")
 

@@ -13,13 +13,13 @@ from tqdm import tqdm
 from ..configs.schema import EngineConfig, what_was_meant
 from ..kernels import use_device
 from .core import EngineCore
-from .detokenizer import TextStream
 from .errors import ConfigError, RequestError
 from .messages import AddRequest
 from .outputs import FinishReason, RequestOutput, TokenLogprobs, joined
 from .sampling_params import SamplingParams
-from .token_ids import TokenIds
-from .tokenizer import Tokenizer
+from .text.detokenizer import TextStream
+from .text.token_ids import TokenIds
+from .text.tokenizer import Tokenizer
 
 Prompt = str | list[int]
 NO_LIMIT = 1 << 20  # tokens

@@ -7,10 +7,10 @@ from typing import Literal
 import msgspec
 
 from .errors import SessionErrorCode
-from .memory import MemoryUse
+from .memory.plan import MemoryUse
 from .outputs import StepOutput
 from .sampling_params import SamplingParams
-from .token_ids import TokenIds, decode_token_ids, encode_token_ids
+from .text.token_ids import TokenIds, decode_token_ids, encode_token_ids
 
 SessionAction = Literal["save", "restore", "delete", "list"]
 

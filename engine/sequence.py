@@ -14,8 +14,8 @@ from .outputs import FinishReason
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from .drafts import NgramProposer
-    from .grammar import Grammar
+    from .scheduling.ngrams import NgramProposer
+    from .text.grammar import Grammar
 
 # The place of a token that the device has drawn, or is about to, and the host has not seen.
 UNSEEN = -1

@@ -5,9 +5,14 @@ See `Kernels` for the contracts.
 
 from __future__ import annotations
 
-from .activation import silu_, silu_and_mul
 from .attention.decode import decode as attention_decode
 from .attention.prefill import prefill as attention_prefill
+from .attention.rope import rope_and_store_kv
+from .dense.activation import silu_, silu_and_mul
+from .dense.linear import linear
+from .dense.norm import add_rms_norm, gated_rms_norm, rms_norm
+from .experts.products import moe
+from .experts.routing import route
 from .lightning.decode import decode as lightning_decode
 from .lightning.minimax import prefill as lightning_prefill
 from .lightning.replay import fold as lightning_fold
@@ -15,11 +20,6 @@ from .lightning.replay import replay_decode as lightning_replay
 from .lightning.seg_la import segments as lightning_segments
 from .lightning.snapshot import snapshot as lightning_snapshot
 from .lightning.verify import verify as lightning_verify
-from .linear import linear
-from .moe import moe
-from .norm import add_rms_norm, gated_rms_norm, rms_norm
-from .rope import rope_and_store_kv
-from .routing import route
 from .sampling import sample
 
 __all__ = [

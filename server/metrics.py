@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Summa
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from ..engine.client import EngineClient
+from ..engine.boundary.client import EngineClient
 from ..engine.outputs import RequestOutput
 
 # Seconds. A token takes milliseconds, a queued long prompt may take minutes.

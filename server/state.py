@@ -10,12 +10,12 @@ from starlette.requests import Request
 
 from ..configs.schema import ServerConfig
 from ..engine.async_llm import AsyncLLM
-from ..engine.grammar import GrammarCompiler
 from ..engine.messages import EngineInfo
+from ..engine.text.grammar import GrammarCompiler
+from .answers.logprobs import TokenNames
+from .door.fields import IgnoredNames, ignored_header
 from .errors import overloaded
-from .logprobs import TokenNames
 from .metrics import ServerMetrics
-from .parameters import IgnoredNames, ignored_header
 from .parsers.formats import ChatFormat
 
 BODY_BYTES_PER_TOKEN = 8  # an id of six digits with its comma and blank; English has half as many

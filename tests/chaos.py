@@ -82,7 +82,18 @@ class Server:
         self.is_up = asyncio.Event()
 
     async def start(self) -> None:
-        command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", "demo", "--port", "0", *LIMITS, *TIMES]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "leyden.server.commands.cli",
+            "serve",
+            "demo",
+            "--port",
+            "0",
+            *LIMITS,
+            *TIMES,
+        ]
         env = os.environ | {"PYTHONUNBUFFERED": "1"}
         self.process = await asyncio.create_subprocess_exec(
             *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, env=env

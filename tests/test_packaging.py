@@ -16,6 +16,7 @@ import pytest
 from tiny_models import save_minimax
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("configs", "kernels", "models", "engine", "server", "benchmarks/load")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -51,11 +52,7 @@ def test_transformers_works_with_the_repository_root_on_the_path(tmp_path):
 
 
 def test_every_package_is_listed():
-    folders = {
-        path.parent
-        for layer in ("configs", "kernels", "models", "engine", "server")
-        for path in (ROOT / layer).rglob("__init__.py")
-    }
+    folders = {path.parent for layer in FOLDERS for path in (ROOT / layer).rglob("__init__.py")}
     packages = {"leyden"} | {"leyden." + ".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert packages == set(PYPROJECT["tool"]["setuptools"]["packages"])
 
@@ -71,7 +68,7 @@ def test_changelog_and_version_are_in_step():
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy of the tree, so that nothing of the build stays in it."""
     source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "tests", "benchmarks", "tools")
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "tests", "tools", "results")
     shutil.copytree(ROOT, source, ignore=ignored)
     code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
     return out / run(code, cwd=source).splitlines()[-1]
@@ -79,7 +76,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_wheel_holds_every_module_preset_and_the_embedded_model(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for layer in ("configs", "kernels", "models", "engine", "server"):
+    for layer in FOLDERS:
         expected = {f"leyden/{path.relative_to(ROOT)}" for path in (ROOT / layer).rglob("*.py")}
         assert expected <= names, sorted(expected - names)
     for pattern in ("configs/*.yaml", "models/demo/*", "server/static/*"):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from leyden.benchmarks.kernel_cases import base
 from leyden.benchmarks.kernel_cases.base import Bound, Implementation, Work, normal
-from leyden.models.backends import LINEAR_BACKENDS, LightningCall, LinearState
 from leyden.models.forward_batch import ForwardBatch
+from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS, LightningCall, LinearState
 from torch import Tensor
 
 HEAD_DIM = 128

@@ -10,8 +10,8 @@ import json
 import re
 from typing import Any
 
-from ...engine.grammar import json_rule
-from ..tools import ToolChoice
+from ...engine.text.grammar import json_rule
+from ..door.tools import ToolChoice
 from . import reasoning
 from .formats import NUMBER, AnswerFormat
 

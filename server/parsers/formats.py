@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from ...configs.schema import ServerConfig
-from ...engine.detokenizer import StopScope
 from ...engine.errors import ConfigError
+from ...engine.text.detokenizer import StopScope
 from . import kimi_calls as kimi
 from . import reasoning
 from .answer import AnswerParser

@@ -12,14 +12,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...engine.outputs import RequestOutput
-from ..chat_messages import chunk_delta, finish_reason, read_deltas, whole_message
-from ..generation import Event, collect, generate, num_chars, traced, unless_disconnected
-from ..logprobs import chat_logprobs, splice_chat_logprobs
+from ..answers.chat import chunk_delta, finish_reason, read_deltas, whole_message
+from ..answers.generation import Event, collect, generate, num_chars, traced, unless_disconnected
+from ..answers.logprobs import chat_logprobs, splice_chat_logprobs
+from ..answers.pieces import PiecedResponse, Splicer
+from ..answers.streaming import EventStream
+from ..answers.usage import UsageCounter
+from ..door.jobs import Job
+from ..door.validation import Prepared, prepare_chat
 from ..off_loop import off_loop
-from ..openapi import GENERATING, documented
-from ..pieces import PiecedResponse, Splicer
-from ..protocol import ChatRequest
-from ..responses import (
+from ..state import ServerState, refuse_unless_ready
+from ..wire.answers import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -28,11 +31,8 @@ from ..responses import (
     ChatLogprobs,
     Usage,
 )
-from ..sampling import Job
-from ..state import ServerState, refuse_unless_ready
-from ..streaming import EventStream
-from ..usage import UsageCounter
-from ..validation import Prepared, prepare_chat
+from ..wire.document import GENERATING, documented
+from ..wire.requests import ChatRequest
 
 router = APIRouter()
 

@@ -12,22 +12,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...engine.outputs import TokenLogprobs
-from ..generation import Event, collect, generate, num_chars, traced, unless_disconnected
-from ..logprobs import CompletionLogprobsWriter, splice_completion_logprobs
+from ..answers.generation import Event, collect, generate, num_chars, traced, unless_disconnected
+from ..answers.logprobs import CompletionLogprobsWriter, splice_completion_logprobs
+from ..answers.pieces import PiecedResponse, Splicer
+from ..answers.streaming import EventStream
+from ..answers.usage import UsageCounter
+from ..door.validation import Prepared, prepare_completion
 from ..off_loop import off_loop
-from ..openapi import GENERATING, documented
-from ..pieces import PiecedResponse, Splicer
-from ..protocol import CompletionRequest
-from ..responses import (
+from ..state import ServerState, refuse_unless_ready
+from ..wire.answers import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     Usage,
 )
-from ..state import ServerState, refuse_unless_ready
-from ..streaming import EventStream
-from ..usage import UsageCounter
-from ..validation import Prepared, prepare_completion
+from ..wire.document import GENERATING, documented
+from ..wire.requests import CompletionRequest
 
 router = APIRouter()
 

@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ... import __version__
-from ..openapi import documented
-from ..responses import Health, Version, json_response
 from ..state import ServerState, refuse_unless_ready
+from ..wire.answers import Health, Version, json_response
+from ..wire.document import documented
 from . import reading
 
 router = APIRouter()

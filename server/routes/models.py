@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..errors import UnknownModelError
-from ..openapi import documented
-from ..responses import ModelCard, ModelList, json_response
 from ..state import ServerState
+from ..wire.answers import ModelCard, ModelList, json_response
+from ..wire.document import documented
 from . import reading
 
 router = APIRouter()

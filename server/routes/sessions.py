@@ -13,10 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...engine.messages import SessionAction, SessionDone
-from ..openapi import WITH_BODY, documented
-from ..responses import json_response
+from ..door.validation import read_body
 from ..state import ServerState, refuse_unless_ready
-from ..validation import read_body
+from ..wire.answers import json_response
+from ..wire.document import WITH_BODY, documented
 from . import reading
 
 router = APIRouter()

@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ... import __version__
-from ..openapi import documented
-from ..responses import Load, ModelInfo, ServerInfo, json_response
 from ..state import ServerState, max_body_bytes
+from ..wire.answers import Load, ModelInfo, ServerInfo, json_response
+from ..wire.document import documented
 from . import reading
 
 router = APIRouter()

@@ -6,12 +6,12 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..door.validation import prepare_detokenize, prepare_tokenize
 from ..off_loop import off_loop
-from ..openapi import documented
-from ..protocol import DetokenizeRequest, TokenizeRequest
-from ..responses import Detokenized, Tokenized, json_response
 from ..state import ServerState
-from ..validation import prepare_detokenize, prepare_tokenize
+from ..wire.answers import Detokenized, Tokenized, json_response
+from ..wire.document import documented
+from ..wire.requests import DetokenizeRequest, TokenizeRequest
 
 router = APIRouter()
 

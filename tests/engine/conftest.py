@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from engines import DEVICE
-from leyden.engine import cuda_graph
-from leyden.engine.tokenizer import Tokenizer
+from leyden.engine.execution import graphs as cuda_graph
+from leyden.engine.text.tokenizer import Tokenizer
 from tiny_models import save_minimax, sentencepiece_tokenizer
 
 

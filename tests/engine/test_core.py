@@ -11,12 +11,12 @@ import pytest
 import torch
 from engines import Answer, answer, assert_nothing_held, drain, make_core, request
 from leyden.engine import collector
+from leyden.engine.boundary.loop import run_loop
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ConfigError, ContextLengthError, QueueFullError, RequestError
-from leyden.engine.loop import run_loop
 from leyden.engine.messages import AbortRequest, Shutdown, StepOutputs, ToEngine
 from leyden.engine.sequence import Status
-from leyden.models.backends import LINEAR_BACKENDS
+from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
 from tiny_models import VOCAB, greedy, random_prompt
 
 PROMPT = random_prompt(40, seed=3)

@@ -12,8 +12,8 @@ from leyden.configs.schema import EngineConfig
 from leyden.engine import core as core_module
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ContextLengthError, QueueFullError
-from leyden.engine.memory import MemoryPlan
-from leyden.engine.scheduled_batch import ScheduledBatch
+from leyden.engine.memory.plan import MemoryPlan
+from leyden.engine.scheduling.step import ScheduledBatch
 
 VOCAB, EOS = 100, 0
 ABORT_RATE, BAD_LOGITS_RATE = 0.02, 0.001

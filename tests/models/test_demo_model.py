@@ -12,11 +12,11 @@ from leyden.engine.core import EngineCore
 from leyden.engine.llm import LLM
 from leyden.engine.messages import AddRequest
 from leyden.engine.sampling_params import SamplingParams
-from leyden.engine.tokenizer import Tokenizer
-from leyden.models.checkpoint import DEMO_FOLDER
+from leyden.engine.text.tokenizer import Tokenizer
+from leyden.models.loading.checkpoint import DEMO_FOLDER
+from leyden.server.door.tools import ToolChoice
 from leyden.server.parsers.forced import forced_grammar
 from leyden.server.parsers.formats import TOOL_FORMATS, ChatFormat
-from leyden.server.tools import ToolChoice
 from tiny_models import greedy
 from transformers import MiniMaxForCausalLM
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from backends import BACKENDS
 from engines import build_batch, engine_config, sequence
-from leyden.engine.model_runner import ModelRunner
-from leyden.engine.scheduled_batch import ScheduledBatch
+from leyden.engine.execution.runner import ModelRunner
+from leyden.engine.scheduling.step import ScheduledBatch
 from leyden.models.forward_batch import ForwardBatch
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 from torch import Tensor

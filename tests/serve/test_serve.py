@@ -233,7 +233,7 @@ def test_a_body_that_is_still_to_come_when_the_drain_is_over_is_answered_too(ser
 def test_health_is_503_while_the_model_loads(checkpoint):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(checkpoint), "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "leyden.server.commands.cli", "serve", str(checkpoint), "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     seen = []
     deadline = time.monotonic() + 60
@@ -249,7 +249,7 @@ def test_health_is_503_while_the_model_loads(checkpoint):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_while_the_model_loads_leaves_nothing_behind(checkpoint, number):
-    command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(checkpoint), "--port", "0"]
+    command = [sys.executable, "-P", "-m", "leyden.server.commands.cli", "serve", str(checkpoint), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     time.sleep(1.5)
     os.killpg(process.pid, number)
@@ -283,7 +283,7 @@ def test_settings_reach_the_engine_from_yaml_environment_and_flags(serve, tmp_pa
     ids=["flag", "choice", "bound", "model", "file", "command"],
 )
 def test_wrong_command_line_exits_2_and_names_what_is_wrong(arguments, words):
-    command = [sys.executable, "-P", "-m", "leyden.server.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "leyden.server.commands.cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     for word in words:
@@ -296,7 +296,17 @@ def test_memory_that_is_not_there_exits_2_and_names_the_settings(checkpoint, tmp
     config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 1 << 27}
     (folder / "config.json").write_text(json.dumps(config))
     settings = ["--cpu-memory-gb", "1e9", "--max-num-seqs", "2048", "--block-size", "1024", "--port", "0"]
-    command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(folder), "--device", "cpu", *settings]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "leyden.server.commands.cli",
+        "serve",
+        str(folder),
+        "--device",
+        "cpu",
+        *settings,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     for word in ("out of memory", "max_num_seqs", "cpu_memory_gb"):
@@ -307,7 +317,7 @@ def test_memory_that_is_not_there_exits_2_and_names_the_settings(checkpoint, tmp
 def test_a_reader_that_has_gone_leaves_no_traceback():
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-P", "-m", "leyden.server.cli", "info", "demo"]
+    command = [sys.executable, "-P", "-m", "leyden.server.commands.cli", "info", "demo"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
@@ -315,14 +325,14 @@ def test_a_reader_that_has_gone_leaves_no_traceback():
 
 def test_port_in_use_is_said_before_the_model_is_loaded(shared, checkpoint):
     port = shared.url.rsplit(":", 1)[1]
-    command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(checkpoint), "--port", port]
+    command = [sys.executable, "-P", "-m", "leyden.server.commands.cli", "serve", str(checkpoint), "--port", port]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"127.0.0.1:{port}" in done.stderr
 
 
 def test_json_logs_are_json_alone_in_both_processes(checkpoint, tmp_path):
-    command = [sys.executable, "-P", "-m", "leyden.server.cli", "serve", str(checkpoint), "--port", "0"]
+    command = [sys.executable, "-P", "-m", "leyden.server.commands.cli", "serve", str(checkpoint), "--port", "0"]
     log = tmp_path / "log"
     settings = ["--log-format", "json", "--log-level", "debug", "--stats-interval", "0.1"]
     with log.open("w") as stderr:

@@ -14,12 +14,12 @@ import uvicorn
 from leyden.configs.schema import ServerConfig
 from leyden.engine.async_llm import AsyncLLM
 from leyden.engine.errors import EngineDeadError, QueueFullError, RequestError
-from leyden.engine.memory import MemoryUse
+from leyden.engine.memory.plan import MemoryUse
 from leyden.engine.messages import EngineInfo, EngineStats, SessionDone
 from leyden.engine.outputs import StepOutput, TokenLogprobs
-from leyden.engine.template_inputs import template_inputs
-from leyden.server.app import create_app
-from leyden.server.connection import uvicorn_config
+from leyden.engine.text.template_inputs import template_inputs
+from leyden.server.http.app import create_app
+from leyden.server.http.connection import uvicorn_config
 from tiny_models import byte_tokenizer
 
 BOS, EOS, USER, ASSISTANT, SYSTEM, TOOL = range(256, 262)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from leyden.kernels import Kernels
-from leyden.models.backends import LINEAR_BACKENDS, LightningCall, LinearAttentionBackend
+from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS, LightningCall, LinearAttentionBackend
 from torch import Tensor
 
 BACKENDS = [name for name in LINEAR_BACKENDS if name != "auto"]  # `auto` is one of the others

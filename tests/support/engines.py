@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from leyden.configs.schema import EngineConfig
-from leyden.engine.batch import batch_arrays, count_rows, make_batch, upload
-from leyden.engine.block_tables import BlockTables
 from leyden.engine.core import EngineCore
+from leyden.engine.execution.block_tables import BlockTables
+from leyden.engine.execution.step_input import batch_arrays, count_rows, make_batch, upload
 from leyden.engine.messages import AddRequest
 from leyden.engine.outputs import StepOutput, TokenLogprobs
 from leyden.engine.sampling_params import SamplingParams
-from leyden.engine.scheduled_batch import ScheduledBatch
+from leyden.engine.scheduling.step import ScheduledBatch
 from leyden.engine.sequence import Sequence
 from leyden.models.forward_batch import ForwardBatch
 

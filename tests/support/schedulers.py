@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from leyden.engine.block_manager import BlockManager
-from leyden.engine.prefix_cache import PrefixCache
-from leyden.engine.scheduled_batch import ScheduledBatch
-from leyden.engine.scheduler import Scheduler
+from leyden.engine.memory.blocks import BlockManager
+from leyden.engine.memory.slots import SlotManager
+from leyden.engine.prefix.cache import PrefixCache
+from leyden.engine.scheduling.scheduler import Scheduler
+from leyden.engine.scheduling.step import ScheduledBatch
 from leyden.engine.sequence import UNSEEN, Sequence, Status
-from leyden.engine.slots import SlotManager
 
 
 def make_scheduler(

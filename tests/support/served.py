@@ -46,7 +46,7 @@ class Served:
 
 def launch(*arguments: str, env: dict[str, str] | None = None) -> Served:
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "leyden.server.cli", "serve", *arguments, "--port", "0"],
+        [sys.executable, "-P", "-m", "leyden.server.commands.cli", "serve", *arguments, "--port", "0"],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""} | (env or {}),

@@ -1,0 +1,59 @@
+"""The block tables of all running sequences, on the device, where they stay from step to step.
+
+A table grows at its end alone, until its sequence gives everything back. So a step sends the cells that are new since
+the sequence's last step, however long its table is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..sequence import Sequence
+from .step_input import Arrays
+
+
+class BlockTables:
+    """table [num_slots, width] int32: row i names the KV blocks of the sequence in slot i, in their order.
+
+    Cells past the end of a sequence's table hold what a former owner of the slot left: no kernel reads them.
+    """
+
+    CELL_BYTES = 4
+
+    @classmethod
+    def bytes_per_slot(cls, max_model_len: int, block_size: int) -> int:
+        return cls.CELL_BYTES * -(-max_model_len // block_size)
+
+    def __init__(self, num_slots: int, width: int, device: torch.device) -> None:
+        self.table = torch.zeros(num_slots, width, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.table.nbytes
+
+    def new_cells(self, sequences: list[Sequence]) -> Arrays:
+        """`cells` [N] int64, flat places in the table, and `blocks` [N] int32, their contents: all that these
+        sequences' rows lack. They count as sent: the caller must `write` them before the next kernel reads the table.
+        """
+        width = self.table.shape[1]
+        cells, blocks = [np.empty(0, dtype=np.int64)], []
+        for sequence in sequences:
+            first, end = sequence.num_sent_blocks, len(sequence.block_table)
+            if first < end:
+                assert sequence.state_slot is not None
+                row = sequence.state_slot * width
+                cells.append(np.arange(row + first, row + end))
+                blocks.append(sequence.block_table[first:])
+                sequence.num_sent_blocks = end
+        return {"cells": np.concatenate(cells), "blocks": np.frombuffer(b"".join(blocks), dtype=np.int32)}
+
+    def write(self, cells: Tensor, blocks: Tensor) -> None:
+        """Put blocks [N] int32 at flat places [N] int64. A place that comes twice must get the same block."""
+        if len(cells):
+            self.table.view(-1).scatter_(0, cells, blocks)
+
+    def of(self, sequences: list[Sequence]) -> Tensor:
+        """[num_slots, M] int32, a view of as many columns as the longest of these sequences' tables has."""
+        return self.table[:, : max(len(sequence.block_table) for sequence in sequences)]

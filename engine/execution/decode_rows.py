@@ -1,0 +1,143 @@
+"""What a graph of decode rows reads, kept on the host from one step to the next.
+
+A step that follows from the one before differs by a few additions. It asks its sequences nothing but the blocks of
+those that begin one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..outputs import StepOutput
+from ..scheduling.continuation import Advance
+from ..scheduling.step import ScheduledBatch
+from ..sequence import UNSEEN, Sequence
+from .graphs import CELL_DTYPES, DRAW_DTYPES, ROW_DTYPES, TOKEN_DTYPES, StepGraphs
+from .sampling_rows import SamplingRows, draws
+from .step_input import Arrays, batch_arrays, unpack
+
+STEPS_AHEAD = 16  # for which random numbers are made at once
+FIELDS = (*TOKEN_DTYPES, *ROW_DTYPES, *DRAW_DTYPES)
+
+
+class Answers:
+    """Where the tokens of some rows go whose answers have begun, in steps in which nobody ends."""
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self._request_ids = [sequence.request_id for sequence in sequences]
+        self._tokens = [sequence.output_token_ids for sequence in sequences]
+        self._stop_ids = frozenset().union(*{sequence.stop_ids for sequence in sequences})
+        first = len(self._tokens[0])
+        # Index, in the first row's answer, of the first token with which some row may reach its max_tokens.
+        self.end = first + min([s.max_tokens - 1 - len(s.output_token_ids) for s in sequences])
+
+    def take(self, indices: list[int], tokens: list[int]) -> list[StepOutput] | None:
+        """Put the tokens in their places and say what is new; None, and nothing is done, where one is not good or may
+        be the last of its answer."""
+        if min(tokens) < 0 or not self._stop_ids.isdisjoint(tokens):
+            return None
+        for answer, index, token_id in zip(self._tokens, indices, tokens, strict=True):
+            answer[index] = token_id
+        return [
+            StepOutput(request_id=request_id, token_ids=[token_id])
+            for request_id, token_id in zip(self._request_ids, tokens, strict=True)
+        ]
+
+
+class DecodeRows:
+    """Rows that want nothing but `Sampler.draw`, in a shape that holds them.
+
+    sequences: the batch's own list, whose blocks the device has. packed: the shape's inputs, laid out as by `pad`.
+    brings_cells: whether these hold blocks that rows begin in this step.
+    """
+
+    def __init__(
+        self, graphs: StepGraphs, scheduled: ScheduledBatch, wanted: SamplingRows, block_size: int, ring_size: int
+    ) -> None:
+        arrays = batch_arrays(scheduled, block_size)
+        self._graphs = graphs
+        self._block_size = block_size
+        self._next_pending = np.roll(np.arange(max(1, ring_size), dtype=np.int32), -1)
+        self._seeds = wanted.seeds
+        self.sequences = scheduled.sequences
+        self._indices = np.array([len(sequence.output_token_ids) for sequence in self.sequences])
+        self._answers: Answers | None = None  # from the second step on: a first token asks for more
+        self.brings_cells = False
+        self._is_drawn = wanted.is_drawn
+        self._ahead, self._num_used = self._draw_ahead(), 1
+        self._lay_out(arrays | wanted.constant | {"uniform": self._ahead[0]})
+
+    @property
+    def indices(self) -> list[int]:
+        """Which token of its answer each row gets."""
+        return self._indices.tolist()
+
+    @property
+    def answers(self) -> Answers | None:
+        """Where this step's tokens go; None where some row is to be looked at, whatever it gets."""
+        is_enough = self._answers is not None and self._indices[0] < self._answers.end
+        return self._answers if is_enough else None
+
+    def advance(self, advance: Advance) -> None:
+        """Go on to the step that follows."""
+        if advance.kept is not None:
+            self._keep(advance)
+        self._indices += 1
+        if self._answers is None:
+            self._answers = Answers(self.sequences)
+        assert self._indices[0] == len(self.sequences[0].output_token_ids), "the step before was not launched"
+        own = self._own
+        own["input_ids"].fill(UNSEEN)  # the last token of the slot, which the device knows
+        for name in ("positions", "slot_mapping", "context_lens"):
+            own[name] += 1
+        own["num_pending"][:] = self._next_pending[own["num_pending"]]
+        if self._is_drawn:
+            if self._num_used == STEPS_AHEAD:
+                self._ahead, self._num_used = self._draw_ahead(), 0
+            own["uniform"][:] = self._ahead[self._num_used]
+            self._num_used += 1
+        self._turn(advance.turned)
+
+    def _turn(self, rows: list[int]) -> None:
+        """These rows' tokens begin a block."""
+        self.brings_cells = False
+        if not rows:
+            return
+        size, turned = self._block_size, [self.sequences[row] for row in rows]
+        self._own["slot_mapping"][rows] = [s.block_table[s.num_computed_tokens // size] * size for s in turned]
+        new = self._graphs.tables.new_cells(turned)
+        num_new = len(new["cells"])
+        self.brings_cells = num_new > 0
+        if num_new:
+            for name, place in self._cells.items():
+                place[:num_new] = new[name]
+                place[num_new:] = new[name][0]  # the first once more, for want of others
+
+    def _keep(self, advance: Advance) -> None:
+        """Go on with some of the rows, in the shape that is enough for them."""
+        kept = advance.kept
+        own = {name: array[kept] for name, array in self._own.items()}
+        self.sequences = advance.rows
+        self._indices, self._answers = self._indices[kept], None
+        self._seeds, self._ahead = self._seeds[kept], self._ahead[:, kept]
+        self._lay_out(own)
+
+    def _draw_ahead(self) -> np.ndarray:
+        """[STEPS_AHEAD, B] float32, uniform numbers of this step and of those after it; zeros where all are greedy."""
+        if not self._is_drawn:
+            return np.zeros((STEPS_AHEAD, len(self.sequences)), dtype=np.float32)
+        return draws(self._seeds, self._indices + np.arange(STEPS_AHEAD)[:, None])
+
+    def _lay_out(self, own: Arrays) -> None:
+        """Put the rows' arrays at their places in the smallest shape that holds them."""
+        num_rows = len(self.sequences)
+        shape = self._graphs.shape_of_decodes(num_rows)
+        assert shape is not None, f"no graph holds {num_rows} rows"
+        self.shape = shape
+        padding = self._graphs.padding[self.shape]
+        self.packed = padding.packed.copy()
+        places = unpack(padding.arrays, self.packed)
+        self._own = {name: places[name][:num_rows] for name in FIELDS}
+        for name, place in self._own.items():
+            place[:] = own[name]
+        self._cells = {name: places[name] for name in CELL_DTYPES}

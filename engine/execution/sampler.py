@@ -1,0 +1,240 @@
+"""From logits to tokens, on the device. Every row is treated alone, so a text never depends on its neighbours.
+
+What a step needs of its sequences is gathered on the host into plain arrays (`sampling_rows`), and travels with the
+batch; what comes back is `Sampled`, whose copy to the host is already under way when the next step is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels import Kernels
+from ..outputs import PAIR, TokenLogprobs
+from ..sequence import Sequence
+from .sampling_rows import SamplingRows
+from .step_input import Arrays, Upload
+
+
+class Draw(NamedTuple):
+    """How N rows are drawn from their logits, on the device. Arguments of `Kernels.sample`."""
+
+    temperature: Tensor  # [N] float32, 0 = greedy
+    top_k: Tensor  # [N] int32, 0 = off
+    top_p: Tensor  # [N] float32
+    min_p: Tensor  # [N] float32
+    uniform: Tensor  # [N] float32 in [0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """What the N rows to sample ask for, on the device. An index into a table of rows x vocabulary is flat."""
+
+    draw: Draw
+    slots: Tensor  # [N] int32, state slots
+    bias_at: Tensor  # [M] int64 in [N, V]: logit bias, and -inf for what min_tokens forbids
+    bias: Tensor  # [M] float32
+    penalised_rows: Tensor  # [P] int64 in [N]
+    penalised_slots: Tensor  # [P] int64
+    repetition: Tensor  # [P] float32
+    presence: Tensor  # [P] float32
+    frequency: Tensor  # [P] float32
+    fresh_slots: Tensor  # [Q] int64, those of P whose tokens have not been counted in this slot
+    prompt_at: Tensor  # [..] int64 in [slots, V], tokens of their prompts
+    answer_at: Tensor  # [..] int64 in [slots, V], tokens of their answers so far
+    logprob_rows: Tensor  # [R] int64 in [N]
+    mask_rows: Tensor  # [G] int64 in [N], those that a grammar constrains
+    mask: Tensor  # [G, ceil(V / 32)] int32, a bit for each token that may come
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Tensor] | Upload) -> SamplingBatch:
+        """From the tensors of `Sampler.arrays`, by name."""
+        draw = Draw(*(arrays[name] for name in Draw._fields))
+        return cls(draw, **{name: arrays[name] for name in cls.__slots__ if name != "draw"})
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What was drawn, on its way to the host: `tokens` [N] int32, -1 where the logits were NaN or inf."""
+
+    tokens: Tensor
+    logprobs: tuple[Tensor, Tensor, Tensor] | None  # of R rows: chosen [R], best values [R, W], their ids [R, W]
+    num_top: list[int | None]  # per row, alternatives wanted; None = no log-probabilities at all
+    event: torch.cuda.Event | None
+
+    def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """The tokens (-1 = bad logits) and log-probabilities of the rows, once they are on the host."""
+        if self.event is not None:
+            self.event.synchronize()
+        tokens = self.tokens.tolist()
+        entries: list[TokenLogprobs | None] = [None] * len(tokens)
+        rows = [i for i, num in enumerate(self.num_top) if num is not None]
+        if self.logprobs is not None:
+            wanted = [self.num_top[i] or 0 for i in rows]
+            found = _entries([tokens[i] for i in rows], *self.logprobs, wanted)
+            for i, entry in zip(rows, found, strict=True):
+                entries[i] = entry
+        return tokens, entries
+
+
+class Sampler:
+    """`arrays`, then `sample`, once per step.
+
+    Holds what must not leave the device between steps: each slot's last token, and how often each token occurred.
+
+    counts [num_slots, V] int32: twice the times in the answer, plus 1 if in the prompt; of sequences with penalties.
+    """
+
+    def __init__(self, kernels: Kernels, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self.kernels = kernels
+        self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)  # [-1]: of padding rows
+        self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
+        self._rows = SamplingRows([], [])
+
+    @property
+    def nbytes(self) -> int:
+        return self.counts.nbytes + self.last_tokens.nbytes
+
+    @staticmethod
+    def bytes_per_slot(vocab_size: int) -> int:
+        return 4 * vocab_size + 4
+
+    @classmethod
+    def bytes_for(cls, num_slots: int, vocab_size: int) -> int:
+        """`nbytes` of such a sampler: that of its slots, and a place for padding rows."""
+        return num_slots * cls.bytes_per_slot(vocab_size) + 4
+
+    def rows(self, sequences: list[Sequence]) -> SamplingRows:
+        """What these sequences ask for in their slots."""
+        slots = [sequence.state_slot for sequence in sequences]
+        if self._rows.sequences != sequences or self._rows.slots != slots:  # most steps have the rows of the last
+            self._rows = SamplingRows(sequences, slots)
+        return self._rows
+
+    def arrays(self, sequences: list[Sequence], indices: list[int]) -> Arrays:
+        """The fields of `SamplingBatch` for these sequences, one row each, in numpy. indices: which token of its answer
+        each row gets. Those with penalties count as counted from here on."""
+        return self.rows(sequences).arrays(self.counts.shape[1], indices)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rows of the last `arrays` want nothing but `draw`: no bias, penalty or log-probabilities."""
+        return self._rows.is_plain
+
+    def draw(self, logits: Tensor, draw: Draw, slots: Tensor) -> Tensor:
+        """Tokens [N] int32 of rows of logits [N, V], -1 where these are NaN or inf; noted as their slots' last."""
+        tokens = self.kernels.sample(logits, *draw)
+        self.last_tokens[slots] = tokens.clamp(min=0)
+        return tokens
+
+    def draw_nothing(self) -> Sampled:
+        """No tokens, which are on the host once the device has computed all that was launched before."""
+        return send_home(self.last_tokens[:0])
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
+        """Draw the next token of each row. logits: [N, V], not changed.
+
+        The order is that of vLLM: logit bias, min_tokens, penalties, grammars, then temperature, min-p, top-k, top-p.
+        Log-probabilities are of the raw logits.
+        """
+        adjusted = self._adjust(logits, batch)
+        tokens = self.draw(adjusted, batch.draw, batch.slots)
+        chosen = tokens.clamp(min=0).long()
+        if batch.penalised_rows.shape[0]:
+            at = batch.penalised_slots * self.counts.shape[1] + chosen[batch.penalised_rows]
+            self.counts.view(-1).scatter_add_(0, at, torch.full_like(at, 2, dtype=torch.int32))
+        logprobs = None
+        num_top = self._rows.num_top
+        if batch.logprob_rows.shape[0]:
+            width = max(num or 0 for num in num_top)
+            logprobs = _logprobs(logits[batch.logprob_rows].float(), chosen[batch.logprob_rows], width)
+        return send_home(tokens, logprobs, num_top)
+
+    def _adjust(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """Logits after everything that looks at a sequence's own tokens; `logits` itself when no row asks for it."""
+        if not (batch.bias_at.shape[0] or batch.penalised_rows.shape[0] or batch.mask_rows.shape[0]):
+            return logits
+        adjusted = logits.to(torch.float32, copy=True)
+        adjusted.view(-1).scatter_add_(0, batch.bias_at, batch.bias)
+        if batch.penalised_rows.shape[0]:
+            self._count_anew(batch)
+            adjusted[batch.penalised_rows] = self._penalise(adjusted[batch.penalised_rows], batch)
+        if batch.mask_rows.shape[0]:
+            allowed = _unpack(batch.mask, adjusted.shape[1])
+            adjusted[batch.mask_rows] = adjusted[batch.mask_rows].masked_fill_(~allowed, float("-inf"))
+        return adjusted
+
+    def _count_anew(self, batch: SamplingBatch) -> None:
+        flat = self.counts.view(-1)
+        self.counts.index_fill_(0, batch.fresh_slots, 0)
+        flat.scatter_(0, batch.prompt_at, 1)
+        flat.scatter_add_(0, batch.answer_at, torch.full_like(batch.answer_at, 2, dtype=torch.int32))
+
+    def _penalise(self, x: Tensor, batch: SamplingBatch) -> Tensor:
+        """Repetition (Keskar et al. 2019) looks at prompt and answer, presence and frequency at the answer alone."""
+        counts = self.counts[batch.penalised_slots]
+        repetition = batch.repetition[:, None]
+        x = torch.where(counts > 0, torch.where(x > 0, x / repetition, x * repetition), x)
+        times = counts >> 1
+        penalty = batch.presence[:, None] + batch.frequency[:, None] * times
+        return x - torch.where(times > 0, penalty, 0.0)
+
+
+def _unpack(mask: Tensor, size: int) -> Tensor:
+    """[G, W] int32 -> its bits as bool [G, size], the lowest of each word first."""
+    bits = torch.arange(32, dtype=torch.int32, device=mask.device)
+    return ((mask[:, :, None] >> bits) & 1).bool().flatten(1)[:, :size]
+
+
+def token_logprobs(raw: Tensor, token_ids: Tensor, num_top: list[int]) -> list[TokenLogprobs]:
+    """Log-probabilities of chosen tokens, and the most likely ones beside them; waits for the device.
+
+    raw: [N, vocab] float32 logits; token_ids: [N]; num_top: alternatives wanted per row.
+    """
+    return _entries(token_ids.tolist(), *_logprobs(raw, token_ids, max(num_top, default=0)), num_top)
+
+
+def _logprobs(raw: Tensor, token_ids: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(those of token_ids [N], the `width` largest [N, W], their ids [N, W]); raw: [N, vocab] float32 logits."""
+    table = raw.log_softmax(dim=-1)
+    values, indices = table.topk(min(width, raw.shape[-1]), dim=-1)
+    return table.gather(1, token_ids[:, None]).squeeze(1), values, indices
+
+
+def _entries(
+    token_ids: list[int], chosen: Tensor, values: Tensor, indices: Tensor, num_top: list[int]
+) -> list[TokenLogprobs]:
+    """One float per token: the entry of `top` for the chosen token is the very number in `logprob`."""
+    pairs = np.empty(tuple(values.shape), dtype=[("token_id", "<i4"), ("logprob", "<f4")])
+    pairs["token_id"], pairs["logprob"] = indices.cpu().numpy(), values.cpu().numpy()
+    is_chosen = pairs["token_id"] == np.array(token_ids, dtype=np.int32)[:, None]
+    is_shown = (is_chosen & (np.arange(values.shape[1]) < np.array(num_top)[:, None])).any(axis=1).tolist()
+    entries = []
+    for i, (token_id, logprob, count) in enumerate(zip(token_ids, chosen.tolist(), num_top, strict=True)):
+        top = pairs[i, :count].tobytes()
+        entries.append(TokenLogprobs(token_id, logprob, top if is_shown[i] else top + PAIR.pack(token_id, logprob)))
+    return entries
+
+
+def send_home(
+    tokens: Tensor, logprobs: tuple[Tensor, Tensor, Tensor] | None = None, num_top: list[int | None] | None = None
+) -> Sampled:
+    """Start the copies to the host, into pinned memory, behind an event. num_top None: only tokens are wanted."""
+    num_top = [None] * tokens.shape[0] if num_top is None else num_top
+    if tokens.device.type != "cuda":
+        return Sampled(tokens, logprobs, num_top, None)
+
+    def home(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+    tokens = home(tokens)
+    if logprobs is not None:
+        logprobs = (home(logprobs[0]), home(logprobs[1]), home(logprobs[2]))
+    event = torch.cuda.Event()
+    event.record()
+    return Sampled(tokens, logprobs, num_top, event)

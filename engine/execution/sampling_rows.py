@@ -1,0 +1,118 @@
+"""What a step's rows ask of the sampler, gathered on the host."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..sampling_params import SamplingParams
+from ..sequence import UNSEEN, Sequence
+from .step_input import Arrays
+
+_MASK64 = (1 << 64) - 1
+_BELOW_ONE = np.float32(1 - 2**-24)
+_NO_INTS = np.empty(0, dtype=np.int64)
+
+
+class SamplingRows:
+    """The sequences of a step in their slots. Made anew when they change; from step to step only `arrays` is."""
+
+    def __init__(self, sequences: list[Sequence], slots: list[int | None]) -> None:
+        self.sequences = sequences
+        self.slots = slots
+        params = [sequence.sampling_params for sequence in sequences]
+        self.num_top = [p.logprobs for p in params]  # per row, alternatives wanted; None = no log-probabilities at all
+        self.seeds = np.array([sequence.seed & _MASK64 for sequence in sequences], dtype=np.uint64)
+        self.is_drawn = any(not p.is_greedy for p in params)
+        self._biased = [(row, s.bias) for row, s in enumerate(sequences) if s.bias is not None]
+        self._unended = [row for row, p in enumerate(params) if p.min_tokens]
+        self._bias_arrays: Arrays | None = None  # of `_biased` alone, the same in every step
+        self._penalised = [row for row, p in enumerate(params) if p.is_penalised]
+        self._constrained = [row for row, sequence in enumerate(sequences) if sequence.grammar is not None]
+        wants_logprobs = any(num is not None for num in self.num_top)
+        self.is_plain = not (self._biased or self._unended or self._penalised or self._constrained or wants_logprobs)
+        self.constant = self._constant_arrays(params)
+
+    def arrays(self, vocab_size: int, indices: list[int]) -> Arrays:
+        """The fields of `SamplingBatch`. indices: which token of its answer each row gets. Sequences with penalties
+        count as counted from here on."""
+        numbers = np.zeros(len(self.sequences), dtype=np.float32)
+        if self.is_drawn:
+            numbers = draws(self.seeds, np.array(indices))
+        parts = (self._bias(vocab_size), self._tokens_to_count(vocab_size), self._masks(vocab_size))
+        return {"uniform": numbers, **self.constant, **parts[0], **parts[1], **parts[2]}
+
+    def _constant_arrays(self, params: list[SamplingParams]) -> Arrays:
+        penalised = [params[row] for row in self._penalised]
+        # Far below 1e-6 the division would overflow; every such temperature is greedy but for exact ties.
+        temperatures = [p.temperature and max(p.temperature, 1e-6) for p in params]
+        return {
+            "slots": np.array(self.slots, dtype=np.int32),
+            "temperature": np.array(temperatures, dtype=np.float32),
+            "top_k": np.array([max(p.top_k, 0) for p in params], dtype=np.int32),
+            "top_p": np.array([p.top_p for p in params], dtype=np.float32),
+            "min_p": np.array([p.min_p for p in params], dtype=np.float32),
+            "logprob_rows": np.array([row for row, num in enumerate(self.num_top) if num is not None], dtype=np.int64),
+            "penalised_rows": np.array(self._penalised, dtype=np.int64),
+            "penalised_slots": np.array([self.slots[row] for row in self._penalised], dtype=np.int64),
+            "repetition": np.array([p.repetition_penalty for p in penalised], dtype=np.float32),
+            "presence": np.array([p.presence_penalty for p in penalised], dtype=np.float32),
+            "frequency": np.array([p.frequency_penalty for p in penalised], dtype=np.float32),
+        }
+
+    def _bias(self, vocab_size: int) -> Arrays:
+        """What is added to logits: the rows' bias, and -inf for the stop ids that `min_tokens` forbids for now."""
+        if self._bias_arrays is None:
+            at = [_NO_INTS, *(row * vocab_size + ids for row, (ids, _) in self._biased)]
+            values = [np.empty(0, dtype=np.float32), *(values for _, (_, values) in self._biased)]
+            self._bias_arrays = {"bias_at": np.concatenate(at), "bias": np.concatenate(values)}
+        waiting = [(row, self.sequences[row]) for row in self._unended]
+        waiting = [(row, s) for row, s in waiting if s.num_output_tokens < s.sampling_params.min_tokens]
+        forbidden = [row * vocab_size + token for row, s in waiting for token in s.stop_ids]
+        if not forbidden:
+            return self._bias_arrays
+        never = np.full(len(forbidden), -np.inf, dtype=np.float32)
+        return {
+            "bias_at": np.concatenate([self._bias_arrays["bias_at"], forbidden]),
+            "bias": np.concatenate([self._bias_arrays["bias"], never]),
+        }
+
+    def _masks(self, vocab_size: int) -> Arrays:
+        """Which tokens the grammars allow, a bit each; computed while the device is busy with the step before."""
+        mask = np.zeros((len(self._constrained), -(-vocab_size // 32)), dtype=np.int32)
+        for bits, row in zip(mask, self._constrained, strict=True):
+            grammar = self.sequences[row].grammar
+            assert grammar is not None
+            grammar.fill(bits)
+        return {"mask_rows": np.array(self._constrained, dtype=np.int64), "mask": mask}
+
+    def _tokens_to_count(self, vocab_size: int) -> Arrays:
+        """The tokens so far of those whose slot the sampler has not counted."""
+        fresh, prompts, answers = [], [_NO_INTS], [_NO_INTS]
+        for row in self._penalised:
+            sequence, slot = self.sequences[row], self.slots[row]
+            if not sequence.is_counted:
+                assert slot is not None and UNSEEN not in sequence.output_token_ids
+                fresh.append(slot)
+                prompts.append(np.array(sequence.prompt_token_ids, dtype=np.int64) + slot * vocab_size)
+                answers.append(np.array(sequence.output_token_ids, dtype=np.int64) + slot * vocab_size)
+                sequence.is_counted = True
+        return {
+            "fresh_slots": np.array(fresh, dtype=np.int64),
+            "prompt_at": np.concatenate(prompts),
+            "answer_at": np.concatenate(answers),
+        }
+
+
+def draws(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """`uniform` as float32, below 1 still."""
+    return np.minimum(uniform(seeds, positions).astype(np.float32), _BELOW_ONE)
+
+
+def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """[.., N] float64 in [0, 1), each a function of its seed [N] (uint64) and position [.., N]: splitmix64 (Steele et
+    al. 2014)."""
+    z = seeds * np.uint64(0xD1342543DE82EF95)
+    z = z + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53

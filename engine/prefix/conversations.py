@@ -1,0 +1,46 @@
+"""Which place of the prefix cache each session id stands for. Nothing is kept there because of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from .cache import PrefixCache
+from .radix_tree import Node
+
+MAX_KNOWN = 4096  # ids; of more the longest unused is forgotten
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The end of its latest answer, None when the cache has forgotten it, and the salt of its tree."""
+
+    node: Node | None
+    salt: str | None
+
+
+class Conversations:
+    """Session ids, least recently used first."""
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self.cache = cache
+        self._known: OrderedDict[str, tuple[weakref.ref[Node] | None, str | None]] = OrderedDict()
+
+    def note(self, session_id: str, node: Node | None, salt: str | None) -> None:
+        """From here on the id stands for the node."""
+        self._known[session_id] = (None if node is None else weakref.ref(node), salt)
+        self._known.move_to_end(session_id)
+        if len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
+
+    def find(self, session_id: str) -> Conversation | None:
+        if session_id not in self._known:
+            return None
+        self._known.move_to_end(session_id)
+        found, salt = self._known[session_id]
+        node = None if found is None else found()
+        return Conversation(node if node is not None and self.cache.has_checkpoint(node) else None, salt)
+
+    def forget(self, session_id: str) -> None:
+        self._known.pop(session_id, None)

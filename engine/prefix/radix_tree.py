@@ -1,0 +1,166 @@
+"""A radix tree over token ids, whose nodes hold the KV blocks of their tokens.
+
+A node stands for the tokens from the root to its end and holds the blocks of its own part of them. Prompts are compared
+token by token; there are no hashes to collide. A node exists only if it has a checkpoint or at least two children.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..memory.blocks import BlockManager
+
+Tokens = np.ndarray  # [N] int32
+
+
+@dataclass(eq=False, repr=False, slots=True, weakref_slot=True)
+class Node:
+    """The tokens from the root up to `end`; those after the parent's end are its own."""
+
+    parent: Node | None
+    tokens: Tokens  # its own
+    end: int
+    blocks: list[int]  # from the block of its first own token to that of its last
+    checkpoint: int | None = None  # where the states after `end` tokens are
+    rung: int | None = None  # the level of a checkpoint that was made on the way of a prompt; None = of any other
+    children: dict[int, Node] = field(default_factory=dict)  # by the first of their own tokens
+
+    @property
+    def start(self) -> int:
+        return self.end - len(self.tokens)
+
+
+class RadixTree:
+    """A root per salt: what has different salts shares nothing."""
+
+    def __init__(self, blocks: BlockManager) -> None:
+        self.blocks = blocks
+        self.nodes: OrderedDict[Node, None] = OrderedDict()  # all but the roots, least recently used first
+        self._roots: dict[str | None, Node] = {}  # by salt
+        self._salts: dict[Node, str | None] = {}  # by root
+
+    def walk(self, tokens: Tokens, salt: str | None) -> tuple[Node | None, int, Node | None]:
+        """(the deepest node whose tokens all agree, how many tokens agree, the child that agrees with some more)."""
+        node, at = self._roots.get(salt), 0
+        while node is not None and at < len(tokens):
+            child = node.children.get(int(tokens[at]))
+            if child is None:
+                break
+            same = common_prefix(child.tokens, tokens[at:])
+            at += same
+            if same < len(child.tokens):
+                return node, at, child
+            node = child
+        return node, at, None
+
+    def node_at(self, tokens: Tokens, table: list[int], salt: str | None) -> Node:
+        """The node that ends with the last token, made if need be: its keys and values are in the blocks of `table`."""
+        node, at, child = self.walk(tokens, salt)
+        if node is None:
+            node = self._roots[salt] = Node(None, np.empty(0, dtype=np.int32), 0, [])
+            self._salts[node] = salt
+        if child is not None:
+            node = self._split(child, at)
+        return self._add(node, tokens, table) if at < len(tokens) else node
+
+    def touch(self, node: Node) -> None:
+        """The node is the one used last."""
+        self.nodes.move_to_end(node)
+
+    def leaves(self) -> Iterator[Node]:
+        """Nodes that nobody goes on from, least recently used first."""
+        return (node for node in self.nodes if not node.children)
+
+    def tidy(self, node: Node) -> None:
+        """Remove a node without a checkpoint when it is a leaf; join it with its child when it has only one."""
+        parent = node.parent
+        if node.checkpoint is not None or len(node.children) > 1:
+            return
+        if parent is None:
+            if not node.children:
+                del self._roots[self._salts.pop(node)]
+            return
+        del self.nodes[node]
+        if node.children:
+            (child,) = node.children.values()
+            self._join(node, child, parent)
+            return
+        self.blocks.let_go(node.blocks)
+        del parent.children[int(node.tokens[0])]
+        self.tidy(parent)
+
+    def check_integrity(self) -> None:
+        """The tree is whole and has no node of no use. Raises AssertionError."""
+        assert {salt: root for root, salt in self._salts.items()} == self._roots, "roots lost"
+        found = [node for root in self._roots.values() for node in _below(root)]
+        assert set(found) == set(self.nodes) and len(found) == len(self.nodes), "nodes lost"
+        for node in found:
+            parent, size = node.parent, self.blocks.block_size
+            assert parent is not None and parent.end == node.start < node.end
+            assert parent.children[int(node.tokens[0])] is node
+            assert len(node.blocks) == self.blocks.blocks_for(node.end) - node.start // size
+            assert node.checkpoint is not None or len(node.children) > 1, "a node of no use"
+
+    def _split(self, child: Node, end: int) -> Node:
+        """A new node at `end`, between the child and its parent."""
+        size, parent = self.blocks.block_size, child.parent
+        assert parent is not None
+        first = child.start // size
+        own = child.blocks[: self.blocks.blocks_for(end) - first]
+        rest = child.blocks[end // size - first :]
+        node = Node(parent, child.tokens[: end - child.start], end, own)
+        if end % size:
+            self.blocks.hold(own[-1:])  # both have it
+        parent.children[int(node.tokens[0])] = node
+        child.parent, child.tokens, child.blocks = node, child.tokens[end - child.start :], rest
+        node.children[int(child.tokens[0])] = child
+        self.nodes[node] = None
+        return node
+
+    def _add(self, parent: Node, tokens: Tokens, table: list[int]) -> Node:
+        """A new leaf for the tokens after the parent's end."""
+        end = len(tokens)
+        blocks = table[parent.end // self.blocks.block_size : self.blocks.blocks_for(end)]
+        self.blocks.hold(blocks)
+        node = Node(parent, tokens[parent.end :].copy(), end, blocks)
+        parent.children[int(node.tokens[0])] = node
+        self.nodes[node] = None
+        return node
+
+    def _join(self, node: Node, child: Node, parent: Node) -> None:
+        """The child takes over what was the node's."""
+        kept = child.start // self.blocks.block_size - node.start // self.blocks.block_size
+        self.blocks.let_go(node.blocks[kept:])  # the child has its own of the block between them
+        child.blocks = node.blocks[:kept] + child.blocks
+        child.tokens = np.concatenate([node.tokens, child.tokens])
+        child.parent = parent
+        parent.children[int(child.tokens[0])] = child
+
+
+def common_prefix(a: Tokens, b: Tokens) -> int:
+    """How many leading tokens of both are the same."""
+    size = min(len(a), len(b))
+    different = a[:size] != b[:size]
+    first = int(different.argmax()) if size else 0
+    return first if size and different[first] else size
+
+
+def path_to(node: Node) -> list[Node]:
+    """The nodes from below the root down to this one."""
+    path = []
+    while node.parent is not None:
+        path.append(node)
+        node = node.parent
+    return path[::-1]
+
+
+def _below(node: Node) -> Iterator[Node]:
+    stack = list(node.children.values())
+    while stack:
+        found = stack.pop()
+        yield found
+        stack += found.children.values()

@@ -1,0 +1,192 @@
+"""What sequences take from the prefix cache and leave in it, and who waits for whom.
+
+A prompt is computed in chunks that end where a checkpoint is worth while: where it parts from another prompt, or is
+told that it is likely to; and before its last token, which every sequence has to feed to get its first one. On the way
+it leaves rungs (`engine/prefix/ladder.py`), which cut no chunk. An answer that is complete leaves a checkpoint at its
+end, where the next turn of a conversation begins.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping
+
+from ..memory.operations import Copy, Fold, Restore, Save, Snapshot
+from ..sequence import Sequence
+from .cache import Match, PrefixCache
+from .conversations import Conversations
+from .ladder import Ladder
+from .radix_tree import common_prefix
+
+NOTHING = Match(None, 0)
+ANSWER_TOKENS = 16  # that an answer's end must spare: it costs no step, and is where the next turn goes on
+SHARE_OF_RUNGS = 8  # one place of so many is for rungs alone
+MAX_WAITS = 4  # sequences that one waits for in its life, one after another
+
+
+class Reuse:
+    """The cache as the scheduler sees it. `copies`: what is to be done before the next step."""
+
+    def __init__(self, cache: PrefixCache, interval: int) -> None:
+        self.cache = cache
+        self.blocks = cache.blocks
+        self.ladder = Ladder(cache.min_tokens, interval)
+        cache.num_for_rungs = cache.num_checkpoints // SHARE_OF_RUNGS if interval else 0
+        self.copies: list[Copy] = []
+        self.conversations = Conversations(cache)
+        self.num_queried_tokens = 0
+        self.num_cached_tokens = 0
+
+    def find(self, sequence: Sequence) -> Match:
+        """What is known of the sequence's tokens but for the last, which has to be fed in any case."""
+        if not sequence.uses_cache or not self.cache.num_checkpoints:
+            return NOTHING
+        return self.cache.match(sequence.known_tokens(sequence.num_tokens - 1), sequence.cache_salt)
+
+    def missing(self, sequence: Sequence, match: Match) -> int:
+        """Blocks that the sequence needs for its tokens beyond those that it would share."""
+        return self.blocks.blocks_for(sequence.num_tokens) - match.num_cached // self.blocks.block_size
+
+    def resume(self, sequence: Sequence, match: Match, promised: int = 0) -> bool:
+        """Give the sequence, which has a slot, what the match found, and blocks up to its first chunk at least. False,
+        and nothing has changed, when there is no room for all of its tokens beside blocks `promised` to others."""
+        size = self.blocks.block_size
+        table = self.cache.use(match.node) if match.node is not None else []
+        self.blocks.share(sequence, table[: match.num_cached // size])
+        if not self.cache.make_room(self.missing(sequence, match) + promised, match.node):
+            self.blocks.release(sequence)
+            return False
+        if match.node is not None:
+            self._restore(sequence, match, table)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = match.num_cached
+            if sequence.uses_cache:
+                self.num_queried_tokens += sequence.num_prompt_tokens
+                self.num_cached_tokens += match.num_cached
+        return True
+
+    def _restore(self, sequence: Sequence, match: Match, table: list[int]) -> None:
+        node = match.node
+        assert node is not None and node.checkpoint is not None and sequence.state_slot is not None
+        partial = []
+        if node.end % self.blocks.block_size:  # the sequence goes on in a copy of the last block
+            self.blocks.grow(sequence, node.end)
+            partial = [(table[-1], sequence.block_table[-1])]
+        self.copies.append(Restore(node.checkpoint, sequence.state_slot, partial))
+        sequence.num_computed_tokens = node.end
+
+    def plan(self, sequence: Sequence, match: Match, others: Iterable[Sequence]) -> None:
+        """Choose the stops of the sequence's prompt: where it will be saved. `others` wait, and may share its start."""
+        sequence.stops = []
+        last = sequence.num_prompt_tokens - 1
+        if not sequence.uses_cache or not self.cache.num_checkpoints:
+            return
+        for stop in sequence.wanted_stops:  # first those that more than one is likely to hit
+            self.add_stop(sequence, stop)
+        self.add_stop(sequence, match.num_shared)
+        for other in others:
+            self.add_stop(sequence, self._common(sequence, other))
+        self.add_stop(sequence, last)
+
+    def add_stop(self, sequence: Sequence, stop: int) -> bool:
+        """Let the sequence be saved after `stop` tokens, too, if that is far enough from where it is and will be."""
+        near = [sequence.num_computed_tokens, *sequence.stops]
+        is_ahead = sequence.num_computed_tokens < stop < sequence.num_prompt_tokens
+        if not is_ahead or min(abs(stop - other) for other in near) < self.cache.min_tokens:
+            return False
+        bisect.insort(sequence.stops, stop)
+        return True
+
+    def save_at_stop(self, sequence: Sequence) -> None:
+        """Save a sequence that has come to a stop, or past one."""
+        if sequence.num_computed_tokens in sequence.stops:
+            self._save(sequence)
+        sequence.stops = [stop for stop in sequence.stops if stop > sequence.num_computed_tokens]
+
+    def leave_rungs(self, prefilling: Mapping[Sequence, int]) -> list[Snapshot]:
+        """Keep states that the prompts of the coming step's first rows pass, where the cache has room. `prefilling`:
+        the tokens of each row, which have their blocks. Nothing may look for a match between this and the step."""
+        passed = []
+        for row, (sequence, num_new) in enumerate(prefilling.items()):
+            if sequence.uses_cache and self.cache.num_checkpoints:
+                start = sequence.num_computed_tokens
+                end = min(start + num_new, sequence.num_prompt_tokens - 2)  # before the last token there is a stop
+                passed += [(level, row, sequence, at) for at, level in self.ladder.between(start, end)]
+        if not passed:
+            return []
+        self.cache.next_step()
+        snapshots = []
+        passed.sort(key=lambda rung: -rung[0])  # where room is scarce, those that are forgotten last
+        for level, row, sequence, at in passed:
+            table = sequence.block_table[: self.blocks.blocks_for(at)].tolist()
+            checkpoint = self.cache.insert_rung(sequence.known_tokens(at), table, sequence.cache_salt, level)
+            if checkpoint is not None:
+                snapshots.append(Snapshot(row, at - sequence.num_computed_tokens, checkpoint))
+        return snapshots
+
+    def save_answer(self, sequence: Sequence) -> None:
+        """Save a sequence that is complete, with its answer; one of a session however little that spares."""
+        if not sequence.uses_cache or sequence.state_slot is None:
+            return
+        if sequence.session_id is None:
+            self._save(sequence, min(self.cache.min_tokens, ANSWER_TOKENS))
+            return
+        self._save(sequence, min_tokens=1)
+        tokens = sequence.known_tokens(sequence.num_computed_tokens)
+        node = self.cache.match(tokens, sequence.cache_salt).node
+        is_whole = node is not None and node.end == len(tokens)
+        self.conversations.note(sequence.session_id, node if is_whole else None, sequence.cache_salt)
+
+    def _save(self, sequence: Sequence, min_tokens: int | None = None) -> None:
+        assert sequence.state_slot is not None
+        tokens = sequence.known_tokens(sequence.num_computed_tokens)
+        table = sequence.block_table.tolist()
+        checkpoint, moves = self.cache.insert(tokens, table, sequence.cache_salt, min_tokens)
+        self.copies += moves
+        if checkpoint is not None:
+            self.fold(sequence)
+            self.copies.append(Save(sequence.state_slot, checkpoint))
+
+    def fold(self, sequence: Sequence) -> None:
+        """Let nothing wait in the ring of the sequence's slot."""
+        if sequence.num_pending_tokens:
+            assert sequence.state_slot is not None
+            self.copies.append(Fold(sequence.state_slot, sequence.num_pending_tokens))
+            sequence.num_pending_tokens = 0
+
+    def take_copies(self) -> list[Copy]:
+        """Return the copies that are noted and forget them. The caller must make them before the next step."""
+        copies, self.copies = self.copies, []
+        return copies
+
+    def waits(self, sequence: Sequence, match: Match, running: Iterable[Sequence]) -> bool:
+        """Whether a prompt under way will soon leave a checkpoint that spares this one at least `min_tokens`."""
+        if not sequence.uses_cache or not self.cache.num_checkpoints or sequence.num_waits >= MAX_WAITS:
+            return False
+        for other in running:
+            if not other.stops or other.cache_salt != sequence.cache_salt:
+                continue
+            common = self._common(sequence, other)
+            if common - match.num_cached < self.cache.min_tokens:
+                continue
+            stop = self._next_stop(other, common)
+            if stop - match.num_cached >= self.cache.min_tokens:
+                if sequence.waits_for is not other:
+                    sequence.waits_for = other
+                    sequence.num_waits += 1
+                sequence.awaited_stop = stop
+                return True
+            sequence.wanted_stops.add(common)  # the other has gone past it: this one will leave it
+        return False
+
+    def _next_stop(self, other: Sequence, common: int) -> int:
+        """Where a prompt under way will next be saved within what is common; 0 when nowhere."""
+        self.add_stop(other, common)
+        return max((stop for stop in other.stops if stop <= common), default=0)
+
+    def _common(self, sequence: Sequence, other: Sequence) -> int:
+        """Tokens that both prompts begin with, but for the last of either."""
+        size = min(sequence.num_prompt_tokens, other.num_prompt_tokens) - 1
+        if not other.uses_cache or sequence.cache_salt != other.cache_salt:
+            return 0
+        return common_prefix(sequence.known_tokens(size), other.known_tokens(size))

@@ -1,0 +1,346 @@
+"""The whole scheduling policy, without tensors.
+
+Each step, within `max_num_batched_tokens`:
+1. every running sequence that is one token behind gets it (decoding never waits for a prompt);
+2. prompts under way and prompts that wait share what is left. Beside decoding rows that is at most
+   `mixed_prefill_tokens`, which bounds how long a token takes, and twice as many beside `MANY_ROWS`: a step of so many
+   takes as much longer itself.
+
+Which prompt comes first is said in `prompt_order.py`, and which waiting one starts in `admission.py`.
+
+Sequences with the same prompt (`n`) wait for the first of them. It stops before the prompt's last token; the others
+copy its state and share its blocks, and all go on from there.
+
+When blocks run out, what is only cached is forgotten; then the last by priority and arrival is preempted: it gives back
+everything, is computed again from its tokens later, and is not passed over.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+
+from ..errors import ContextLengthError, QueueFullError
+from ..memory.blocks import BlockManager
+from ..memory.slots import SlotManager
+from ..prefix.cache import PrefixCache
+from ..prefix.reuse import Reuse
+from ..sequence import UNSEEN, Sequence, Status
+from .admission import Admission
+from .continuation import Steady
+from .prompt_order import PromptOrder
+from .siblings import Siblings
+from .speculation import Speculation
+from .step import ScheduledBatch
+from .waiting import WaitingQueue, is_kept_waiting
+
+MANY_ROWS = 128
+
+
+class Scheduler:
+    """Owns the queues and, through them, every block and slot that is not free."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        slots: SlotManager,
+        *,
+        max_num_batched_tokens: int,
+        max_waiting: int,
+        mixed_prefill_tokens: int | None = None,
+        ring_size: int = 0,
+        cache: PrefixCache | None = None,
+        checkpoint_interval: int = 1 << 20,
+        speculation: Speculation | None = None,
+        ring_capacity: int = 0,
+    ) -> None:
+        self.blocks = blocks
+        self.cache = PrefixCache(blocks, 0) if cache is None else cache
+        self.reuse = Reuse(self.cache, checkpoint_interval)
+        self.slots = slots
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.mixed_prefill_tokens = max_num_batched_tokens if mixed_prefill_tokens is None else mixed_prefill_tokens
+        self.max_waiting = max_waiting
+        self.ring_size = ring_size  # decoded tokens after which a slot's state holds them all; 0 = after each
+        self.ring_capacity = ring_capacity  # tokens that may wait in a ring
+        self.speculation = speculation or Speculation()
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # kept in order
+        self.started: list[Sequence] = []  # by the last call of `schedule`
+        self.num_preemptions = 0
+        self.num_finished = 0  # aborted ones too
+        self._by_id: dict[str, Sequence] = {}
+        self._at_stop: list[Sequence] = []  # the last step has brought them to a stop
+        self._siblings = Siblings(blocks)
+        self._order = PromptOrder(self._siblings)
+        self._admission = Admission(self.waiting, self.running, slots, self.reuse, self._order, self._start)
+        self._steady = Steady(blocks, self.cache.make_room)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._by_id
+
+    def find_leader(self, request_id: str) -> Sequence | None:
+        """The sequence whose computed tokens a sibling may still come to copy, or None."""
+        sequence = self._by_id.get(request_id)
+        return sequence if sequence is not None and sequence in self._siblings else None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises `QueueFullError`, or `ContextLengthError` when it could never fit the cache."""
+        if len(self.waiting) >= self.max_waiting + self.slots.num_free:  # who finds a slot at once does not queue
+            raise QueueFullError(
+                f"{len(self.waiting)} requests are waiting already (max_waiting = {self.max_waiting}); try again later"
+            )
+        capacity = self.blocks.num_blocks * self.blocks.block_size
+        # The last sampled token is never fed back, so it needs no room.
+        needed = sequence.num_prompt_tokens + max(sequence.max_tokens - 1, 0)
+        if needed > capacity:
+            raise ContextLengthError(
+                f"prompt ({sequence.num_prompt_tokens} tokens) and max_tokens ({sequence.max_tokens}) need "
+                f"{needed} tokens of KV cache, which holds {capacity}; shorten the request",
+                "max_tokens",
+            )
+        assert sequence.request_id not in self._by_id, f"{sequence.request_id} is in the engine already"
+        self._by_id[sequence.request_id] = sequence
+        self.waiting.add(sequence)
+        self._siblings.add(sequence)
+        if sequence.leader is not None:  # without a deadline once it has started
+            sequence.deadline = max(sequence.deadline, sequence.leader.deadline)
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a sequence and free what it holds, but for what a session is to keep: its answer may be as long as its
+        client wants it. False when it is not here (it may just have finished)."""
+        sequence = self._by_id.get(request_id)
+        if sequence is None:
+            return False
+        if sequence.session_id is not None and sequence.output_token_ids:
+            self.complete(sequence)
+        else:
+            self.finish(sequence)
+        return True
+
+    def expire(self, now: float) -> list[Sequence]:
+        """Forget those that have waited for their start beyond their deadlines, and return them. A preempted one has
+        been started, and so has a sibling of one that was; none is forgotten while another prompt is being computed
+        that is to spare it its own."""
+        late = [s for s in self.waiting if s.deadline < now and not is_kept_waiting(s)]
+        for sequence in late:
+            self.finish(sequence)
+        return late
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, from wherever it is."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._release(sequence)
+            self._steady.leave(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        self.num_finished += 1
+        del self._by_id[sequence.request_id]
+        self._siblings.remove(sequence)
+
+    def complete(self, sequence: Sequence) -> None:
+        """Take a sequence out that has its whole answer, which stays in the prefix cache."""
+        self.reuse.save_answer(sequence)
+        self.finish(sequence)
+
+    def schedule(self) -> ScheduledBatch:
+        """Choose the next step's rows and give them the blocks and slots they need."""
+        self.started = []
+        nobody_joins = not self.waiting or not self.slots.num_free
+        if nobody_joins and not self.speculation.applies_to(len(self.running)):
+            advance = self._steady.advance()
+            if advance is not None:
+                return ScheduledBatch(advance.rows, [1] * len(advance.rows), 0, self.reuse.take_copies(), advance)
+        batch = self._schedule_anew()
+        self._steady.follow(batch.sequences, batch.num_prefills, self.running)
+        return batch
+
+    def _schedule_anew(self) -> ScheduledBatch:
+        """Build a step by a look at every running sequence: the slow path."""
+        for sequence in self._at_stop:
+            if sequence.status is Status.RUNNING:
+                self.reuse.save_at_stop(sequence)
+        self._at_stop = []
+        held = self._start_siblings()
+        budget = self.max_num_batched_tokens
+        decoding: dict[Sequence, int] = {}
+        behind: list[Sequence] = []
+        block_size = self.blocks.block_size
+        for sequence in self.running.copy():
+            num_new, num_computed = sequence.num_uncomputed_tokens, sequence.num_computed_tokens
+            if (
+                sequence.is_verifying
+                or (held and sequence in held)
+                or (sequence.grammar is not None and sequence.waits_for_its_token)
+            ):
+                continue
+            if num_new > 1 or num_computed == 0:
+                behind.append(sequence)
+            elif num_new and budget:
+                has_room = num_computed < len(sequence.block_table) * block_size  # nearly always
+                if has_room or self._make_room(sequence, 1, decoding):
+                    decoding[sequence] = 1
+                    budget -= 1
+        if decoding:
+            budget = min(budget, self.mixed_prefill_tokens * (2 if len(decoding) >= MANY_ROWS else 1))
+        prefilling = self._bring_prompts(behind, decoding, budget)
+        if not prefilling and self.speculation.applies_to(len(decoding)):
+            drafted = self._draft(list(decoding))
+            if drafted is not None:
+                return drafted
+        if not self.ring_size:
+            for sequence in decoding:
+                self.reuse.fold(sequence)  # which only those with drafts left in a ring
+        rows = [*prefilling, *decoding]
+        snapshots = self.reuse.leave_rungs(prefilling)
+        copies = self.reuse.take_copies() if rows else []  # what is to be saved stays where it is until the next step
+        counts = [*prefilling.values(), *decoding.values()]
+        return ScheduledBatch(rows, counts, len(prefilling), copies, snapshots=snapshots)
+
+    def _draft(self, rows: list[Sequence]) -> ScheduledBatch | None:
+        """A step of these decoding rows with drafts, an empty one where these depend on tokens that are on their way,
+        or None when nobody has drafts."""
+        budget = self.max_num_batched_tokens - len(rows)
+        if not budget:
+            return None
+        if self.speculation.waits(rows):
+            return ScheduledBatch([], [], 0)
+        if any(row.ends_in_unseen for row in rows):
+            return None
+        for row in rows:
+            row.drafts = self._fitting(row, self.speculation.drafts(row)[:budget])
+            budget -= len(row.drafts)
+        if not any(row.drafts for row in rows):
+            return None
+        for row in rows:  # a place stays free, for a step without drafts
+            if row.num_pending_tokens + 1 + len(row.drafts) >= self.ring_capacity:
+                self.reuse.fold(row)
+        counts = [1 + len(row.drafts) for row in rows]
+        return ScheduledBatch(rows, counts, len(rows), self.reuse.take_copies(), num_drafted=len(rows))
+
+    def _fitting(self, sequence: Sequence, drafts: list[int]) -> list[int]:
+        """As many of the drafts as there are blocks for without putting anybody out."""
+        total = sequence.num_computed_tokens + 1 + len(drafts)
+        if self.cache.make_room(self.blocks.missing(sequence, total)):
+            self.blocks.grow(sequence, total)
+        return drafts[: len(sequence.block_table) * self.blocks.block_size - sequence.num_computed_tokens - 1]
+
+    def update(self, batch: ScheduledBatch) -> None:
+        """Note that the batch is being computed: what it completes ends in `UNSEEN` until its tokens arrive. Of drafts
+        nothing is known before."""
+        if batch.num_drafted:
+            for sequence in batch.sequences:
+                sequence.is_verifying = True
+            return
+        num_prefills, last_in_ring = batch.num_prefills, self.ring_size - 1
+        for row in batch.completing_prefills:
+            if batch.sequences[row].max_tokens > 0:
+                batch.sequences[row].output_token_ids.append(UNSEEN)
+        for sequence, num_new in zip(batch.sequences[:num_prefills], batch.num_scheduled_tokens, strict=False):
+            sequence.num_computed_tokens += num_new
+            sequence.num_pending_tokens = 0
+            if sequence.stops and sequence.num_computed_tokens >= sequence.stops[0]:
+                self._at_stop.append(sequence)
+        for sequence in batch.sequences[num_prefills:]:  # many, and each completes
+            sequence.output_token_ids.append(UNSEEN)
+            sequence.num_computed_tokens += 1
+            pending = sequence.num_pending_tokens
+            sequence.num_pending_tokens = pending + 1 if pending < last_in_ring else 0
+
+    def verified(self, sequence: Sequence) -> None:
+        """Note that a step with the sequence's drafts has come back."""
+        sequence.is_verifying, sequence.drafts = False, []
+
+    def keep_verified(self, sequence: Sequence) -> None:
+        """One more token of such a step is the sequence's. One that has fallen since has given it back."""
+        sequence.output_token_ids.append(UNSEEN)
+        if sequence.status is Status.RUNNING:
+            sequence.num_computed_tokens += 1
+            sequence.num_pending_tokens += 1
+
+    def check_integrity(self) -> None:
+        """Ownership is whole and the queues are in order. Raises AssertionError."""
+        self.blocks.check_integrity(self.running, self.cache.tables())
+        self.cache.check_integrity()
+        self.slots.check_integrity(self.running)
+        self.waiting.check_integrity()
+        assert self.running == sorted(self.running, key=lambda s: s.order)
+        for sequence in self.running:
+            assert sequence.status is Status.RUNNING
+            assert 0 <= sequence.num_pending_tokens < max(self.ring_capacity, self.ring_size, 1)
+        assert len(self._by_id) == len(self.waiting) + len(self.running)
+
+    def _bring_prompts(self, behind: list[Sequence], decoding: dict[Sequence, int], budget: int) -> dict[Sequence, int]:
+        """Share the budget among prompts, those under way and new ones. Returns the tokens that each gets; one of which
+        all but the last token was cached joins `decoding`."""
+        prompts = [sequence for sequence in behind if sequence.status is Status.RUNNING]
+        self._order.begin_step()
+        self._admission.admit(prompts, budget)
+        prefilling: dict[Sequence, int] = {}
+        for sequence in sorted(prompts, key=self._order.rank):
+            num_new = self._order.next_chunk(sequence, budget)
+            if num_new and self._make_room(sequence, num_new, decoding, prefilling):
+                scheduled = decoding if sequence.is_decoding else prefilling
+                scheduled[sequence] = num_new
+                budget -= num_new
+        self._order.end_step(has_prompts=bool(prefilling))
+        return prefilling
+
+    def _start_siblings(self) -> set[Sequence]:
+        """Start the siblings of those that have reached their prompt's last token, as far as there is room: one that
+        finds none computes for itself. Returns those that wait for siblings to arrive."""
+        done, held = self._siblings.arrived()
+        for leader in done:
+            num_own = self._siblings.num_own_blocks(leader)
+            for sibling in leader.siblings:
+                if sibling.is_ready and self.slots.num_free and self.cache.make_room(num_own):
+                    self.waiting.remove(sibling)
+                    self.slots.take(sibling)
+                    self.reuse.copies.append(self._siblings.take_over(sibling, leader))
+                    self._start(sibling)
+            self._siblings.disband(leader)
+        return held
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.status = Status.RUNNING
+        for started in (sequence, *sequence.siblings):
+            started.deadline = math.inf
+        sequence.waits_for = None  # else each would keep the one before it alive, and that one its own
+        self.started.append(sequence)
+        bisect.insort(self.running, sequence, key=lambda s: s.order)
+
+    def _make_room(self, sequence: Sequence, num_new: int, *scheduled: dict[Sequence, int]) -> bool:
+        """Give `sequence` the blocks for num_new more tokens, preempting from the end. False if it fell itself."""
+        total = sequence.num_computed_tokens + num_new
+        if sequence.status is not Status.RUNNING:  # preempted for one before it
+            return False
+        while not self.cache.make_room(self.blocks.missing(sequence, total)):
+            victim = self.running[-1]
+            self._preempt(victim)
+            for rows in scheduled:
+                rows.pop(victim, None)
+            if victim is sequence:
+                return False
+        self.blocks.grow(sequence, total)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_computed_tokens = sequence.num_pending_tokens = 0
+        sequence.stops = []
+        sequence.status = Status.WAITING
+        sequence.was_preempted = True
+        self.waiting.add(sequence)
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence)
+        self.slots.release(sequence)
+        sequence.is_counted = False

@@ -1,0 +1,59 @@
+"""Where the model runs: what the settings `device`, `dtype`, `kernels` and `num_threads` come to on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+
+from ...kernels import KernelName, default_for
+from ...models.specs import ModelConfig
+from ..errors import ConfigError
+
+
+def spare_cores() -> int:
+    """All cores but one: a step waits for its slowest thread, so a core that HTTP uses too costs more than it gives."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - 1)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a setting; `auto` is CUDA where there is one. Raises `ConfigError`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda:0" if name == "cuda" else name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device = {name}: this machine has {count} CUDA devices; use cpu or auto")
+    return device
+
+
+def pick_kernels(name: Literal["auto", "torch", "triton"], device: torch.device) -> KernelName:
+    """Which implementation runs on the device. Raises `ConfigError` for Triton where nothing compiles it."""
+    if name == "auto":
+        return default_for(device)
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise ConfigError("kernels = triton: the package triton is not installed; use torch or auto")
+    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "kernels = triton does not compile for a CPU; use torch or auto (TRITON_INTERPRET=1 interprets, to debug)"
+        )
+    return name
+
+
+def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's own dtype on CUDA, and float32 on a CPU, where half precision is slow.
+
+    Raises `ConfigError`.
+    """
+    if name == "auto":
+        name = (config.dtype or "bfloat16") if device.type == "cuda" else "float32"
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"the checkpoint's dtype {name!r} is not supported; set dtype to float32, bfloat16 or float16"
+        )
+    return dtype

@@ -1,0 +1,172 @@
+"""Steps that belong to no request. Run at start, they compile what serving will meet and show what memory it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..memory.operations import Copy, Fold, Restore, Save, Snapshot
+from ..sampling_params import MAX_LOGPROBS, SamplingParams
+from ..scheduling.step import ScheduledBatch
+from ..sequence import Sequence
+
+# Asks for everything that costs the sampler memory.
+DEMANDING = SamplingParams(
+    temperature=1.0,
+    top_p=0.9,
+    repetition_penalty=1.1,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    logit_bias={0: 1.0},
+    logprobs=MAX_LOGPROBS,
+)
+SCORED = SamplingParams(prompt_logprobs=MAX_LOGPROBS)
+PLAIN = SamplingParams(temperature=1.0, top_p=0.9)  # who asks for more brings no drafts
+SCORED_TOKENS = 65  # of a prompt that asks for log-probabilities: more are computed in parts of 64
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What a step may hold at most. Every slot has an equal run of blocks; rows that need more share them, because
+    what they hold is of no use."""
+
+    num_slots: int
+    num_blocks: int
+    block_size: int
+    max_len: int  # tokens of one sequence
+    max_tokens: int  # tokens of one step
+    max_drafts: int = 0  # of one row
+    max_drafted: int = 0  # rows of a step with drafts
+
+    @property
+    def even_length(self) -> int:
+        """Tokens of each prompt when every slot gets one in the same step."""
+        return max(1, min(self.max_len, self.max_tokens // self.num_slots))
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the largest chunk of one prompt."""
+        return min(self.max_len, self.max_tokens, self.num_blocks * self.block_size)
+
+    @property
+    def most_drafted(self) -> int:
+        """Rows of the largest step with drafts; 0 = there is none. The step must have a token left for a draft, and the
+        context one before it and one after."""
+        most = min(self.max_drafted, self.num_slots, self.max_tokens - 1)
+        return most if self.max_drafts and self.max_len > 2 else 0
+
+
+def smallest_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
+    """A prompt of two tokens, a decode step after it, and two with drafts: what runs at all, runs."""
+    yield _prompts(limits, [min(2, limits.max_len)])
+    if limits.max_len > 1:
+        yield _decodes(limits, 1)
+    if limits.most_drafted:
+        yield _verifies(limits, 1)
+        yield dataclasses.replace(_verifies(limits, 1), copies=[Fold(0, 1)])  # a token of the one before was right
+
+
+def checkpoint_step(limits: StepLimits, num_pending: int) -> ScheduledBatch:
+    """A slot is saved and restored, as the prefix cache does, before a prompt of one token, which is saved too."""
+    folds = [Fold(0, num_pending)] if num_pending else []
+    copies: list[Copy] = [*folds, Save(0, 0), Restore(0, 0, [(0, 0)])]
+    return ScheduledBatch([_sequence(limits, 0, 1)], [1], 1, copies, snapshots=[Snapshot(0, 1, 0)])
+
+
+def serving_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
+    """A step of every kind that serving meets, so that no request waits for a compiler, and the largest of each:
+
+    - a prompt in every slot, together as large as a step may be (many short rows), with a snapshot that nothing keeps;
+    - one prompt of 1, 2, 3, 4, 5, 8, 9, ... tokens up to the largest chunk: where a kernel takes another tile, or
+      cuts its work in two, a power of two is the last of a kind or the first;
+    - a short prompt that wants its own log-probabilities beside a long one (uneven rows);
+    - half of the slots decoding beside a prompt that takes the rest of the budget (mixed);
+    - 1, 2, 4, ... decoding rows up to every slot, with short tables and with one as wide as the context (split keys);
+    - 1, 2, 4, ... rows with as many drafts as a step may have: each token has logits.
+    """
+    prompts = _prompts(limits, [limits.even_length] * min(limits.num_slots, limits.max_tokens))
+    yield dataclasses.replace(prompts, snapshots=[Snapshot(0, 1, -1)])
+    for length in _both_sides(limits.longest_prompt):
+        yield _prompts(limits, [length])
+    short = min(SCORED_TOKENS, limits.longest_prompt)
+    rest = min(limits.max_tokens - short, limits.longest_prompt)
+    yield _prompts(limits, [short, rest] if limits.num_slots > 1 and rest else [short], scored=True)
+    if limits.max_len == 1:
+        return
+    if limits.num_slots > 1:
+        yield _mixed(limits, limits.num_slots // 2)
+    for count in doubling(min(limits.num_slots, limits.max_tokens)):
+        yield _decodes(limits, count)
+        yield _decodes(limits, count, wide=True)
+    for count in doubling(limits.most_drafted):
+        yield _verifies(limits, count)
+
+
+def _prompts(limits: StepLimits, lengths: list[int], *, scored: bool = False) -> ScheduledBatch:
+    params = [SCORED if scored and slot == 0 else DEMANDING for slot in range(len(lengths))]
+    rows = [_sequence(limits, slot, length, params[slot]) for slot, length in enumerate(lengths)]
+    return ScheduledBatch(rows, lengths, len(rows))
+
+
+def _decodes(limits: StepLimits, count: int, *, wide: bool = False) -> ScheduledBatch:
+    rows = [_decoding(limits, slot) for slot in range(count)]
+    if wide:
+        rows[0].block_table.extend([0] * (-(-limits.max_len // limits.block_size) - len(rows[0].block_table)))
+    return ScheduledBatch(rows, [1] * count, 0)
+
+
+def _mixed(limits: StepLimits, num_decodes: int) -> ScheduledBatch:
+    num_decodes = min(num_decodes, limits.max_tokens - 1)
+    length = min(limits.max_tokens - num_decodes, limits.longest_prompt)
+    rows = [_sequence(limits, 0, length), *(_decoding(limits, slot) for slot in range(1, num_decodes + 1))]
+    return ScheduledBatch(rows, [length] + [1] * num_decodes, 1)
+
+
+def _verifies(limits: StepLimits, count: int) -> ScheduledBatch:
+    """Rows with drafts, shared out as the scheduler does. Of several the first has none, but asks for everything: then
+    the logits of all are gone through once more."""
+    rows, left = [], limits.max_tokens - count
+    for slot in range(count):
+        is_demanding = count > 1 and slot == 0
+        num_drafts = 0 if is_demanding else min(limits.max_drafts, limits.max_len - 2, left)
+        rows.append(_decoding(limits, slot, num_drafts, DEMANDING if is_demanding else PLAIN))
+        left -= num_drafts
+    return ScheduledBatch(rows, [1 + len(row.drafts) for row in rows], count, num_drafted=count)
+
+
+def _decoding(limits: StepLimits, slot: int, num_drafts: int = 0, params: SamplingParams = DEMANDING) -> Sequence:
+    """A sequence whose prompt was computed in its slot, at its first own token, with drafts after it."""
+    length = min(limits.even_length, limits.max_len - 1 - num_drafts)
+    sequence = _sequence(limits, slot, length, params, extra=1 + num_drafts)
+    sequence.num_computed_tokens = length
+    sequence.output_token_ids.append(0)
+    sequence.drafts = [0] * num_drafts
+    return sequence
+
+
+def _sequence(
+    limits: StepLimits, slot: int, length: int, params: SamplingParams = DEMANDING, *, extra: int = 0
+) -> Sequence:
+    """A prompt of `length` tokens in its slot, and blocks for `extra` more."""
+    first = slot * (limits.num_blocks // limits.num_slots)
+    num_blocks = -(-(length + extra) // limits.block_size)
+    return Sequence(
+        request_id=f"dummy-{slot}",
+        prompt_token_ids=[0] * length,
+        sampling_params=params,
+        block_table=array("i", [(first + i) % limits.num_blocks for i in range(num_blocks)]),
+        state_slot=slot,
+    )
+
+
+def doubling(last: int) -> list[int]:
+    """1, 2, 4, ... and `last`; nothing for 0."""
+    return [*(1 << i for i in range(last.bit_length()) if 1 << i < last), last] if last else []
+
+
+def _both_sides(last: int) -> list[int]:
+    """1, 2, 3, 4, 5, 8, 9, ... and `last`: each power of two, and one more."""
+    powers = [1 << i for i in range(last.bit_length())]
+    return sorted({min(length, last) for power in powers for length in (power, power + 1)} | {last})

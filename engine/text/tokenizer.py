@@ -1,0 +1,365 @@
+"""Text to token ids and back, by the checkpoint's own tokenizer and chat template.
+
+What a user types never becomes a control token, unless the caller asks for it: the string `<|end|>` in a prompt or a
+message is encoded as text. Control tokens come from the chat template, or as token ids.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import re
+import secrets
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+from ...configs.schema import EngineConfig
+from ...models.loading.checkpoint import GENERATION_FILE, read_config, read_generation_config, resolve
+from ..errors import CheckpointError, RequestError
+from ..sampling_params import SamplingParams
+from .template_inputs import TemplateInputs, template_inputs
+from .tokenizer_files import load_tokenizer
+
+logger = logging.getLogger("leyden.engine")
+
+MANY_IDS = 1024
+MAX_CHANGED = 4  # tokens with which a text may begin otherwise where another text stands before it
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class Tokenizer:
+    """A fast Hugging Face tokenizer with its chat template. Thread-safe; no code of the checkpoint is run."""
+
+    def __init__(self, folder: Path, tokenizer: Path | None = None, chat_template: Path | None = None) -> None:
+        """Of the checkpoint in `folder`. `tokenizer`: another folder, whose tokenizer and template are taken;
+        `chat_template`: a file that is taken for the template.
+
+        Raises `CheckpointError` when there is no tokenizer that works without code of its own, or a broken template.
+        """
+        config = read_config(folder)
+        from tokenizers import Tokenizer as Backend
+
+        self._hf: Any = load_tokenizer(tokenizer or folder, chat_template)
+        source = self._hf.backend_tokenizer.to_str()
+        self._with_control: Any = Backend.from_str(source)
+        self._as_text: Any = Backend.from_str(source)
+        self._as_text.encode_special_tokens = True
+        special = {i: token.content for i, token in self._hf.added_tokens_decoder.items() if token.special}
+        controls, self.control_ids = list(special.values()), frozenset(special)
+        self._control_start = _start_of_any(controls)
+        self._control_prefixes = {token[:n] for token in controls for n in range(1, len(token))}
+        self._max_prefix = max(map(len, self._control_prefixes), default=0)
+        self._decode_one = cache(self._decode)  # never more entries than twice the vocabulary
+        self._decode_inside = cache(self._decode_behind)  # never more entries than the vocabulary
+        self._neighbours = _encode(self._as_text, "a", False)
+        self.max_token_chars = max(map(len, self._with_control.get_vocab(with_added_tokens=True)), default=1)
+        self.vocab_size = int(self._with_control.get_vocab_size(with_added_tokens=True))
+        self.model_vocab_size = config.vocab_size  # the model's logits: not fewer than `vocab_size`, often more
+        self.bos_token_id: int | None = self._hf.bos_token_id
+        own_eos = () if self._hf.eos_token_id is None else (self._hf.eos_token_id,)
+        self.eos_token_ids = frozenset(own_eos) | frozenset(config.eos_token_ids)
+        self.default_sampling = _default_sampling(folder)
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Tokenizer:
+        """The one that the settings name. Raises `CheckpointError`, also for ids that the model does not have."""
+        folder = resolve(config.model, config.revision, weights=False)
+        made = cls(folder, config.tokenizer, config.chat_template)
+        if config.tokenizer is not None and made.vocab_size > made.model_vocab_size:
+            raise CheckpointError(
+                f"the tokenizer in {config.tokenizer} has {made.vocab_size} tokens, the model {made.model_vocab_size}; "
+                "give the tokenizer of this model by --tokenizer, or leave it out"
+            )
+        return made
+
+    def for_grammars(self) -> Any:
+        """The vocabulary as llguidance wants it, of as many ids as the model has logits. Takes a while.
+
+        Raises `CheckpointError` when no answer can be constrained with it.
+        """
+        from llguidance.hf import from_tokenizer
+
+        # Where none ends a text, any that is not shown.
+        ends = sorted(self.eos_token_ids) or sorted(self.control_ids)[:1]
+        if not ends:
+            raise CheckpointError("this checkpoint has no token that could end an answer (eos_token_id in config.json)")
+        try:
+            return from_tokenizer(self._hf, n_vocab=self.model_vocab_size, eos_token=ends)
+        except ValueError as error:
+            raise CheckpointError(f"this checkpoint's tokenizer does not suit llguidance: {error}") from error
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._hf.chat_template)
+
+    @property
+    def chat_template(self) -> str:
+        """The text of the template, or of all of them where there are several."""
+        template = self._hf.chat_template or ""
+        return "\n".join(template.values()) if isinstance(template, dict) else str(template)
+
+    @cached_property
+    def template_inputs(self) -> TemplateInputs:
+        """What the template reads, or all of them where there are several."""
+        template = self._hf.chat_template or ""
+        sources = template.values() if isinstance(template, dict) else [template]
+        arguments = inspect.signature(self._hf.apply_chat_template).parameters
+        return template_inputs(sources, [*arguments, *self._hf.special_tokens_map])
+
+    @property
+    def takes_tools(self) -> bool:
+        """The chat template has a place for them."""
+        return "tools" in self.chat_template
+
+    def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of text. `add_special_tokens` adds what the checkpoint puts around a prompt (often a bos);
+        `parse_special` takes a control token that the text spells for the token: not for what strangers write."""
+        return _encode(self._with_control if parse_special else self._as_text, text, add_special_tokens)
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, rendered by the checkpoint's template in transformers' immutable sandbox.
+
+        Raises `RequestError` when there is no template, it refuses the messages, or it has no place for `tools`.
+        """
+        text, marker = self._render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            template_kwargs=template_kwargs or {},
+        )
+        return self._encode_rendered(text, marker)
+
+    def encode_conversation(self, messages: list[dict[str, Any]], **settings: Any) -> tuple[list[int], int]:
+        """`encode_chat`, and how many of the first tokens come before the last message's text, where nothing has been
+        answered yet: a system prompt and tools, with which other conversations are likely to begin, too; else 0."""
+        defaults: dict[str, Any] = {"add_generation_prompt": True, "continue_final_message": False, "tools": None}
+        text, marker = self._render(messages, **{**defaults, "template_kwargs": {}, **settings})
+        ids = self._encode_rendered(text, marker)
+        said = self._defuse(messages[-1].get("content"), marker)
+        has_answers = any(message.get("role") == "assistant" for message in messages)
+        at = text.rfind(said) if said and isinstance(said, str) and not has_answers else -1
+        return ids, self._num_beginning(ids, text, at, marker) if at > 0 else 0
+
+    def _num_beginning(self, ids: list[int], text: str, at: int, marker: str) -> int:
+        """How many of `ids`, the tokens of rendered text, come before its character `at`; one less, because the last
+        one may be another where another text follows. 0 where that cannot be told.
+
+        Only the shorter side of `at` is tokenized again. Nothing is remembered, so that no caller waits for another.
+        """
+        if 2 * at <= len(text):
+            return max(len(self._encode_rendered(text[:at], marker)) - 1, 0)
+        rest = self._encode_rendered(text[at:], marker)
+        start = len(ids) - len(rest)
+        for num_changed in range(MAX_CHANGED + 1):
+            if ids[start + num_changed :] == rest[num_changed:]:
+                return max(start - num_changed - 1, 0)
+        return 0
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        tools: list[dict[str, Any]] | None,
+        template_kwargs: dict[str, Any],
+    ) -> tuple[str, str]:
+        """(the text, with a marker wherever it is to be cut; the marker)."""
+        if not self.has_chat_template:
+            raise RequestError(
+                "this model has no chat template; give one (setting chat_template), or prompts instead of messages",
+                "messages",
+            )
+        if tools and not self.takes_tools:
+            raise RequestError("this model's chat template does not use tools; leave them out", "tools")
+        for name in template_kwargs:
+            if name in self.template_inputs.reserved:
+                raise RequestError(f"{name!r} is not an argument of the chat template", "chat_template_kwargs")
+        marker = _marker()
+        defused = self._defuse(messages, marker)
+        if self._wants_parts:
+            defused = [_with_parts(message) for message in defused]
+        defused = [self._with_fitting_arguments(message) for message in defused]
+        try:
+            text = self._hf.apply_chat_template(
+                defused,
+                tools=self._defuse(tools, marker),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **self._defuse(template_kwargs, marker),
+            )
+        except TemplateError as error:  # what a template raises on purpose, too
+            raise RequestError(f"the chat template refused the messages: {error}", "messages") from error
+        except Exception as error:  # a template is a program, and may stumble over anything
+            logger.exception("the chat template failed")
+            raise RequestError("the chat template failed on these messages", "messages") from error
+        return text, marker
+
+    def _encode_rendered(self, text: str, marker: str) -> list[int]:
+        """Token ids of what `_render` gave, cut where a user's text spelled a control token: neither half is one."""
+        ids: list[int] = []
+        for piece in text.split(marker):
+            ids += _encode(self._with_control, piece, False)
+        return ids
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Some templates read content as [{"type": "text", "text": ...}] alone and render a plain string as nothing."""
+        probe = {"role": "user", "content": "probe"}
+        return "probe" not in self._probe(probe) and "probe" in self._probe(_with_parts(probe))
+
+    def _with_fitting_arguments(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with the arguments of its calls in a form that the template takes: objects, or text."""
+        calls = message.get("tool_calls")
+        if not calls:
+            return message
+        functions = [call["function"] for call in calls]
+        fitting = [function | {"arguments": self._fit(function["arguments"])} for function in functions]
+        pairs = zip(calls, fitting, strict=True)
+        return message | {"tool_calls": [call | {"function": function} for call, function in pairs]}
+
+    def _fit(self, arguments: dict[str, Any] | str) -> dict[str, Any] | str:
+        if isinstance(arguments, str):
+            return {"arguments": arguments} if self._wants_arguments == "objects" else arguments
+        return json.dumps(arguments, ensure_ascii=False) if self._wants_arguments == "text" else arguments
+
+    @cached_property
+    def _wants_arguments(self) -> Literal["objects", "text", "either"]:
+        """Some templates refuse arguments that are text, others print them as they are and want JSON text."""
+        text = '{"probe": "value"}'
+        as_text, as_object = self._probe(*_call(text)), self._probe(*_call(json.loads(text)))
+        if "probe" in as_object and "'probe'" not in as_object:  # nor as Python writes it
+            return "either" if "probe" in as_text else "objects"
+        return "text" if text in as_text else "either"
+
+    def _probe(self, *messages: dict[str, Any]) -> str:
+        try:
+            return str(self._hf.apply_chat_template(list(messages), tokenize=False))
+        except Exception:  # it wants something else in a conversation; a real one will say what
+            return ""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Bytes that form no character come out as U+FFFD."""
+        if len(ids) == 1:  # remembered: a stream asks for every token alone, too
+            return self._decode_one(ids[0], skip_special_tokens)
+        if len(ids) > MANY_IDS:  # in a batch of one, which holds Python's lock no longer than it must
+            return str(self._with_control.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
+        return str(self._with_control.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def _decode(self, token_id: int, skip_special_tokens: bool) -> str:
+        return str(self._with_control.decode([token_id], skip_special_tokens=skip_special_tokens))
+
+    def _decode_behind(self, token_id: int) -> str:
+        text, before = (self.decode(ids, False) for ids in ([*self._neighbours, token_id], self._neighbours))
+        return text[len(before) :] if text.startswith(before) else self._decode_one(token_id, False)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, control tokens included: in the middle of a text, since the first token of a text may
+        lose its blank."""
+        return self._decode_one(token_id, False) if token_id in self.control_ids else self._decode_inside(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, also where they are part of a character."""
+        text = self.token_text(token_id)
+        if "�" not in text:
+            return text.encode()
+        piece = self._with_control.id_to_token(token_id) or ""
+        if fallback := _BYTE_FALLBACK.fullmatch(piece):  # first: it is of GPT-2's characters, too
+            return bytes([int(fallback[1], 16)])
+        if all(char in _BYTE_OF_CHAR for char in piece):
+            return bytes(_BYTE_OF_CHAR[char] for char in piece)
+        return text.encode()
+
+    def _defuse(self, value: Any, marker: str) -> Any:
+        """Put the marker inside every control token that a user's text spells, anywhere in a message, and after what
+        could become one together with the text that the template puts next."""
+        if isinstance(value, str):
+            value = self._control_start.sub(lambda found: found[0] + marker, value)
+            return value + marker if self._ends_in_control_prefix(value) else value
+        if isinstance(value, dict):
+            return {self._defuse(key, marker): self._defuse(entry, marker) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [self._defuse(entry, marker) for entry in value]
+        return value
+
+    def _ends_in_control_prefix(self, text: str) -> bool:
+        # Words are spared: templates compare them ("user", "text"), and control tokens hardly begin with a letter.
+        ends = (text[-n:] for n in range(1, self._max_prefix + 1))
+        return any(end in self._control_prefixes and not end[0].isalnum() for end in ends)
+
+
+def _default_sampling(folder: Path) -> dict[str, float | int]:
+    """What generation_config.json says of sampling. Raises `CheckpointError` for values that no request may have."""
+    generation = read_generation_config(folder)
+    if generation.get("do_sample") is False:
+        return {}
+    given = {name: generation[name] for name in _SAMPLING_FIELDS if generation.get(name) is not None}
+    try:
+        SamplingParams(**given)
+    except RequestError as error:
+        raise CheckpointError(f"{folder / GENERATION_FILE}: {error}") from None
+    return given
+
+
+def _encode(backend: Any, text: str, add_special_tokens: bool) -> list[int]:
+    """In a batch of one: `encode` would hold Python's lock all the while, and stop every other thread."""
+    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
+
+
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _call(arguments: Any) -> list[dict[str, Any]]:
+    """A conversation with a call of these arguments."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [{"role": "user", "content": "u"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def _start_of_any(tokens: list[str]) -> re.Pattern[str]:
+    """Matches the first character of every occurrence, overlapping ones too.
+
+    Each branch begins with a plain character: `re` then skips to the next one of these, a hundred times as fast, which
+    matters because a search holds Python's lock to its end.
+    """
+    rests: dict[str, list[str]] = {}
+    for token in sorted(filter(None, tokens)):
+        rests.setdefault(token[0], []).append(re.escape(token[1:]))
+    branches = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()]
+    return re.compile("|".join(branches) or r"(?!)")
+
+
+def _marker() -> str:
+    """A random string of digits. No client can guess it, so no request holds it. Templates change no digits."""
+    return f"{secrets.randbelow(10**30):030d}"
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: character -> byte."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_level_alphabet()
+_BYTE_FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")  # SentencePiece's token of one byte

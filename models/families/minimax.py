@@ -1,0 +1,233 @@
+"""MiniMax-Text-01 and M1, in both spellings of config.json, as one normal form.
+
+The original (`MiniMaxText01ForCausalLM`, `MiniMaxM1ForCausalLM`) says attn_type_list and layernorm_*_alpha; Hugging
+Face's own class (`MiniMaxForCausalLM`) says layer_types and *_alpha_factor. They differ in three numbers besides: the
+slopes of a number of heads that is no power of two, a 1e-5 in the layer factor, and whether `postnorm` is a choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import CheckpointError
+from ..specs import (
+    Fields,
+    LayerSpec,
+    LightningSpec,
+    MlpSpec,
+    ModelConfig,
+    Residual,
+    SoftmaxSpec,
+    token_ids,
+)
+
+# What a config.json that leaves a field out means: the defaults of both reference codes' classes.
+DEFAULT_KV_HEADS = 8
+DEFAULT_EXPERTS = 8
+DEFAULT_TOP_K = 2
+DEFAULT_ROPE_THETA = 1e6
+DEFAULT_EOS = 2  # of Hugging Face's class alone
+
+# The norm over all heads' outputs is built without an eps in both reference codes, so it is the class default,
+# whatever rms_norm_eps says.
+INNER_NORM_EPS = 1e-6
+
+
+def parse_hf(config: Mapping[str, Any], architecture: str) -> ModelConfig:
+    """`MiniMaxForCausalLM`. Raises `CheckpointError`."""
+    config = {"eos_token_id": DEFAULT_EOS} | dict(config)
+    fields = Fields(config)
+    num_layers = fields.positive("num_hidden_layers")
+    kinds = config.get("layer_types") or ["linear_attention" if i % 2 else "full_attention" for i in range(num_layers)]
+    layers = []
+    for i, kind in enumerate(_checked_kinds(kinds, num_layers, "layer_types", "linear_attention", "full_attention")):
+        slopes = tuple(
+            b * hf_layer_factor(i, num_layers) for b in geometric_slopes(fields.positive("num_attention_heads"))
+        )
+        prefix = "linear_attn" if kind == "linear_attention" else "full_attn"
+        layers.append(
+            LayerSpec(
+                mixer=_lightning(fields, slopes) if kind == "linear_attention" else _softmax(fields),
+                mlp=MlpSpec(
+                    width=fields.positive("intermediate_size"),
+                    num_experts=fields.positive(_experts_field(fields), DEFAULT_EXPERTS),
+                    top_k=fields.positive("num_experts_per_tok", DEFAULT_TOP_K),
+                    router=True,
+                ),
+                mixer_residual=_residual(fields, f"{prefix}_alpha_factor", f"{prefix}_beta_factor"),
+                mlp_residual=_residual(fields, "mlp_alpha_factor", "mlp_beta_factor"),
+            )
+        )
+    return _model(fields, config, layers, postnorm=True, architecture=architecture)
+
+
+def parse_original(config: Mapping[str, Any], architecture: str) -> ModelConfig:
+    """`MiniMaxText01ForCausalLM` and `MiniMaxM1ForCausalLM`. Raises `CheckpointError`."""
+    fields = Fields(config)
+    num_layers = fields.positive("num_hidden_layers")
+    name = "attn_type_list" if fields.has("attn_type_list") else "decoder_attention_types"
+    if not fields.has(name):
+        raise CheckpointError("config.json: attn_type_list is missing (0 = lightning, 1 = softmax, one per layer)")
+    kinds = _checked_kinds(config[name], num_layers, name, 0, 1)
+    num_experts = fields.integers(_experts_field(fields), num_layers, DEFAULT_EXPERTS)
+    shared = fields.integers("shared_intermediate_size", num_layers, 0)
+    fields.must_be("shared_moe_mode", "sigmoid", *(("softmax",) if not any(shared) else ()))
+    layers = []
+    for i, kind in enumerate(kinds):
+        slopes = tuple(b * layer_factor(i, num_layers) for b in alibi_slopes(fields.positive("num_attention_heads")))
+        prefix = "layernorm_linear_attention" if kind == 0 else "layernorm_full_attention"
+        layers.append(
+            LayerSpec(
+                mixer=_lightning(fields, slopes) if kind == 0 else _softmax(fields),
+                mlp=MlpSpec(
+                    width=fields.positive("intermediate_size"),
+                    num_experts=num_experts[i],
+                    top_k=fields.positive("num_experts_per_tok", DEFAULT_TOP_K) if num_experts[i] > 1 else 1,
+                    router=num_experts[i] > 1,
+                    shared_width=shared[i],
+                ),
+                mixer_residual=_residual(fields, f"{prefix}_alpha", f"{prefix}_beta"),
+                mlp_residual=_residual(fields, "layernorm_mlp_alpha", "layernorm_mlp_beta"),
+            )
+        )
+    postnorm = fields.flag("postnorm", False)
+    return _model(fields, config, layers, postnorm=postnorm, architecture=architecture)
+
+
+def geometric_slopes(num_heads: int) -> list[float]:
+    """2^{-8 (h+1) / H} for any H: what Hugging Face's MiniMax uses."""
+    return [2.0 ** (-8.0 * (h + 1) / num_heads) for h in range(num_heads)]
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """ALiBi (Press et al. 2022): geometric for a power of two, otherwise two interleaved geometric lists."""
+    if num_heads & (num_heads - 1) == 0:
+        return geometric_slopes(num_heads)
+    lower = 1 << (num_heads.bit_length() - 1)
+    return geometric_slopes(lower) + geometric_slopes(2 * lower)[0::2][: num_heads - lower]
+
+
+def layer_factor(i: int, num_layers: int) -> float:
+    """How much layer i of all L layers (not of the lightning ones alone) forgets: 1 - i/(L-1) + 1e-5."""
+    return 1.0 - i / (num_layers - 1) + 1e-5 if num_layers > 1 else 1.0 + 1e-5
+
+
+def hf_layer_factor(i: int, num_layers: int) -> float:
+    """Hugging Face's spelling, with the 1e-5 inside the division too."""
+    return 1.0 - i / (num_layers - 1 + 1e-5) + 1e-5
+
+
+def _checked_kinds(kinds: Any, num_layers: int, name: str, *allowed: Any) -> list[Any]:
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise CheckpointError(f"config.json: {name} must list {num_layers} layers, got {kinds!r}")
+    for kind in kinds:
+        if kind not in allowed:
+            raise CheckpointError(f"config.json: {name} may hold {' and '.join(map(repr, allowed))}, got {kind!r}")
+    return kinds
+
+
+def _lightning(fields: Fields, slopes: tuple[float, ...]) -> LightningSpec:
+    return LightningSpec(
+        num_heads=fields.positive("num_attention_heads"),
+        head_dim=_head_dim(fields),
+        slopes=slopes,
+        scale=1.0,
+        norm_eps=INNER_NORM_EPS,
+    )
+
+
+def _softmax(fields: Fields) -> SoftmaxSpec:
+    num_heads, head_dim = fields.positive("num_attention_heads"), _head_dim(fields)
+    num_kv_heads = fields.positive(
+        "num_key_value_heads", num_heads if fields.is_null("num_key_value_heads") else DEFAULT_KV_HEADS
+    )
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})"
+        )
+    rope = _rope(fields)
+    partial = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    rotary_dim = fields.positive("rotary_dim", int(head_dim * partial))
+    if rotary_dim > head_dim or rotary_dim % 2:
+        raise CheckpointError(
+            f"config.json: rotary_dim must be even and at most head_dim ({head_dim}), got {rotary_dim}"
+        )
+    return SoftmaxSpec(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        rope_theta=rope.number("rope_theta", fields.number("rope_theta", DEFAULT_ROPE_THETA)),
+    )
+
+
+def _rope(fields: Fields) -> Fields:
+    """rope_parameters, or their older name, which counts where both are given. They may say that nothing is scaled."""
+    name = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"
+    rope = fields.section(name)
+    kinds = {rope.text("rope_type"), rope.text("type")} - {None}
+    if name == "rope_scaling" and kinds != {"default"}:
+        fields.must_be(name, {"rope_type": "default"})
+    rope.must_be("rope_type", "default")
+    return rope
+
+
+def _experts_field(fields: Fields) -> str:
+    """transformers takes num_experts for another name of num_local_experts."""
+    if not fields.has("num_experts"):
+        return "num_local_experts"
+    if fields.has("num_local_experts"):
+        fields.must_be_same("num_experts", "num_local_experts")
+    return "num_experts"
+
+
+def _head_dim(fields: Fields) -> int:
+    if fields.has("head_dim"):
+        return fields.positive("head_dim")
+    return fields.positive("hidden_size") // fields.positive("num_attention_heads")
+
+
+def _residual(fields: Fields, alpha: str, beta: str) -> Residual:
+    return Residual(alpha=fields.number(alpha, 1.0), beta=fields.number(beta, 1.0))
+
+
+def _dtype(fields: Fields) -> str | None:
+    """Of the weights; "auto" says as little as nothing."""
+    name = fields.text("dtype") or fields.text("torch_dtype")
+    return None if name == "auto" else name
+
+
+def _model(
+    fields: Fields, config: Mapping[str, Any], layers: list[LayerSpec], *, postnorm: bool, architecture: str
+) -> ModelConfig:
+    for name, allowed in (
+        ("hidden_act", ("silu", "swish")),
+        ("sliding_window", ()),
+        ("quantization_config", ()),
+    ):
+        fields.must_be(name, *allowed)
+    if not any(isinstance(layer.mixer, LightningSpec) for layer in layers):
+        raise CheckpointError("config.json: no lightning layer; Leyden serves hybrid linear-attention models")
+    for layer in layers:
+        if layer.mlp.top_k > layer.mlp.num_experts:
+            raise CheckpointError(
+                f"config.json: num_experts_per_tok ({layer.mlp.top_k}) exceeds "
+                f"num_local_experts ({layer.mlp.num_experts})"
+            )
+    eps = fields.number("rms_norm_eps", 1e-5)
+    if not math.isfinite(eps) or eps <= 0:
+        raise CheckpointError(f"config.json: rms_norm_eps must be positive, got {eps}")
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=fields.positive("vocab_size"),
+        hidden_size=fields.positive("hidden_size"),
+        layers=tuple(layers),
+        rms_norm_eps=eps,
+        postnorm=postnorm,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        max_model_len=fields.positive("max_position_embeddings"),
+        eos_token_ids=token_ids(config.get("eos_token_id")),
+        dtype=_dtype(fields),
+    )

@@ -1,0 +1,77 @@
+"""Mixture of experts with a softmax router, and the shared expert that some checkpoints mix in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import Kernels
+from ..loading.weights import Target
+from ..specs import MlpSpec
+from .projection import DenseMlp, Projection, parameter
+
+
+class SparseMoe(nn.Module):
+    """p = softmax(router x) over all experts; the top k, renormalised, weigh down(silu(gate x) * up x)."""
+
+    def __init__(
+        self, hidden_size: int, spec: MlpSpec, kernels: Kernels, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.top_k = spec.top_k
+        self.num_experts = spec.num_experts
+        self.width = spec.width
+        # float32: which experts a token takes is a comparison, and rounding flips near ties.
+        self.router = Projection(hidden_size, {"gate": spec.num_experts}, kernels, device=device, dtype=torch.float32)
+        self.gate_up = parameter(spec.num_experts, 2 * spec.width, hidden_size, device=device, dtype=dtype)
+        self.down = parameter(spec.num_experts, hidden_size, spec.width, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, d] -> [T, d]."""
+        weights, experts = self.kernels.route(self.router(x.float()), self.top_k)
+        return self.kernels.moe(x, self.gate_up, self.down, weights, experts)
+
+    def targets(self, prefix: str) -> Iterator[Target]:
+        """Per-expert names, and the fused ones ([E, 2F, d] gate rows first, [E, d, F]) that cover them."""
+        yield from self.router.targets(prefix)
+        for e in range(self.num_experts):
+            yield Target(f"{prefix}experts.{e}.gate_proj.weight", self.gate_up[e, : self.width])
+            yield Target(f"{prefix}experts.{e}.up_proj.weight", self.gate_up[e, self.width :])
+            yield Target(f"{prefix}experts.{e}.down_proj.weight", self.down[e])
+        yield Target(f"{prefix}experts.gate_up_proj", self.gate_up, self._pieces(prefix, "gate_proj", "up_proj"))
+        yield Target(f"{prefix}experts.down_proj", self.down, self._pieces(prefix, "down_proj"))
+
+    def _pieces(self, prefix: str, *names: str) -> tuple[str, ...]:
+        return tuple(f"{prefix}experts.{e}.{name}.weight" for e in range(self.num_experts) for name in names)
+
+
+class SharedExpertMlp(nn.Module):
+    """c = sigmoid(coefficient x); (1 - c) * mlp(x) + c * shared(x)."""
+
+    def __init__(
+        self,
+        mlp: SparseMoe | DenseMlp,
+        hidden_size: int,
+        width: int,
+        kernels: Kernels,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.shared = DenseMlp(hidden_size, width, kernels, device=device, dtype=dtype)
+        self.coefficient = Projection(hidden_size, {"coefficient": 1}, kernels, device=device, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, d] -> [T, d]."""
+        c = torch.sigmoid(self.coefficient(x.float())).to(x.dtype)
+        return torch.lerp(self.mlp(x), self.shared(x), c)
+
+    def targets(self, layer: str) -> Iterator[Target]:
+        yield from self.mlp.targets(f"{layer}mlp.")
+        yield from self.shared.targets(f"{layer}shared_mlp.")
+        yield from self.coefficient.targets(layer)

@@ -1,0 +1,52 @@
+"""What tells two models apart: the normal form of the config, and the bits of every parameter as they were loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..specs import ModelConfig
+
+if TYPE_CHECKING:
+    from ..families.registry import CausalLM
+
+SAMPLED = 1024  # items of each parameter, beside the sum of all
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.inference_mode()
+def fingerprint(config: ModelConfig, model: CausalLM) -> str:
+    """sha256, in hex, of the config but for its stop ids, and of each parameter's name, dtype, shape, sum of all bits
+    as integers, and some of its items. Reads every parameter once, on its device; needs no memory beside them."""
+    named = sorted(model.named_parameters())
+    digest = hashlib.sha256(repr(replace(config, eos_token_ids=())).encode())
+    sums = torch.stack([_sum(parameter) for _, parameter in named]).cpu().numpy()
+    samples = [_sample(parameter) for _, parameter in named]
+    joined = torch.cat(samples).cpu().numpy()
+    ends = [0, *torch.tensor([len(sample) for sample in samples]).cumsum(0).tolist()]
+    for (name, parameter), total, (start, end) in zip(named, sums, pairwise(ends), strict=True):
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)} {total}".encode())
+        digest.update(joined[start:end].tobytes())
+    return digest.hexdigest()
+
+
+def _bits(parameter: Tensor) -> Tensor:
+    """[N] integers."""
+    return parameter.detach().reshape(-1).view(INTEGERS[parameter.dtype.itemsize])
+
+
+def _sum(parameter: Tensor) -> Tensor:
+    """Modulo 2^64. Eight bytes at a time where they divide it, so that nothing has to be widened before."""
+    bits = _bits(parameter)
+    return bits.view(torch.int64).sum() if parameter.nbytes % 8 == 0 else bits.sum(dtype=torch.int64)
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """[N] int64, evenly spread."""
+    bits = _bits(parameter)
+    return bits[:: max(1, len(bits) // SAMPLED)].to(torch.int64)

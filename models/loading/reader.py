@@ -1,0 +1,204 @@
+"""Bytes of safetensors files -> tensors on a device, as fast as the disk gives them.
+
+A few threads each read a piece of a tensor into a staging buffer of their own and send it to its place, so that reading
+and sending overlap between them. The buffers are all the host memory it takes, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...kernels import use_device
+from ..errors import CheckpointError
+from .checkpoint import refuse_pointer
+
+NUM_READERS = 8
+BUFFER_BYTES = 16 << 20  # per reader, a multiple of every item's size; large enough for the cost of a call to vanish
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file: `offset` is the byte where its row-major data begins."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one reader moves at a time: items of `dtype` from byte `offset` of a file to a part of a parameter."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    part: Tensor
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of a file. Reads none of their data.
+
+    Raises `CheckpointError` for a malformed file. It is the library that judges: an accepted header has sizes that fit
+    dtypes and shapes, and tensors that lie end to end from the header to the end of the file. So their order gives the
+    offsets, which the library does not.
+    """
+    try:
+        refuse_pointer(path)
+        end = path.stat().st_size
+        with safe_open(path, framework="pt") as file:
+            names = file.offset_keys()
+            described = [(name, file.get_slice(name)) for name in names]
+            tensors = [(name, entry.get_dtype(), tuple(entry.get_shape())) for name, entry in described]
+    except (SafetensorError, OSError) as error:
+        cut = "; it ends too early, perhaps by an incomplete download: fetch it again" if _is_cut_off(path) else ""
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}{cut}") from None
+    found = []
+    for name, code, shape in reversed(tensors):
+        if code not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is {code}; quantised weights are not supported, "
+                "use float32, bfloat16 or float16"
+            )
+        end -= math.prod(shape) * DTYPES[code].itemsize
+        found.append(StoredTensor(path, name, DTYPES[code], shape, end))
+    return found[::-1]
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a file that could not be read is the beginning of a longer one: its header says where it should end."""
+    malformed = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+    with contextlib.suppress(OSError, *malformed), path.open("rb") as file:
+        size = path.stat().st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size <= 8 or (file.read(1) == b"{" and size < 8 + length):
+            return True
+        file.seek(8)
+        header: dict[str, Any] = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+        ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        return bool(size < 8 + length + max(ends))
+    return False
+
+
+def fill(pairs: list[tuple[StoredTensor, Tensor]], device: torch.device, advance: Callable[[int], object]) -> None:
+    """Copy every stored tensor into the view of equal shape beside it, which lies on `device`, converting its dtype
+    there. `advance` is told of bytes that have arrived. Raises `CheckpointError` when a file cannot be read."""
+    stream = None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # whatever else was to happen to that memory
+        stream = torch.cuda.Stream(device)
+    free: SimpleQueue[_Staging] = SimpleQueue()
+    for _ in range(NUM_READERS):
+        free.put(_Staging(stream))
+
+    def move(piece: Piece) -> int:
+        staging = free.get()
+        try:
+            return staging.move(piece)
+        finally:
+            free.put(staging)
+
+    with ThreadPoolExecutor(NUM_READERS, "weights", use_device, (device,)) as readers:
+        for num_bytes in readers.map(move, _pieces(pairs)):  # an error cancels what has not begun
+            advance(num_bytes)
+
+
+class _Staging:
+    """A buffer between a file and the device; on CUDA it is pinned, and `stream` carries the copies."""
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
+        self.buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=stream is not None)
+        self.arrived = torch.cuda.Event(blocking=True) if stream is not None else None
+
+    @torch.inference_mode()  # of this thread: the caller may have made the tensors in it
+    def move(self, piece: Piece) -> int:
+        """Read, send, and wait until the buffer may be used again; host memory of the right dtype takes the bytes at
+        once. Returns their number."""
+        part = piece.part
+        num_bytes = part.numel() * piece.dtype.itemsize
+        if part.device.type == "cpu" and part.dtype == piece.dtype and part.is_contiguous():
+            flat = part.as_strided((part.numel(),), (1,))  # a lone item may have any stride
+            read(piece.path, piece.offset, flat.view(torch.uint8))
+            return num_bytes
+        read(piece.path, piece.offset, self.buffer[:num_bytes])
+        items = self.buffer[:num_bytes].view(piece.dtype).view(part.shape)
+        with torch.cuda.stream(self.stream):
+            part.copy_(items, non_blocking=True)
+            if self.arrived is not None:
+                self.arrived.record()
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return num_bytes
+
+
+def read(path: Path, offset: int, into: Tensor) -> None:
+    """Fill a tensor of bytes from the file. Other threads run meanwhile."""
+    buffer = into.numpy().data
+    try:
+        with path.open("rb", buffering=0) as file:
+            while buffer:
+                count = os.preadv(file.fileno(), [buffer], offset)
+                if count == 0:
+                    raise CheckpointError(f"{path} ends before byte {offset + len(buffer)}: it is being changed")
+                buffer, offset = buffer[count:], offset + count
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _pieces(pairs: list[tuple[StoredTensor, Tensor]]) -> Iterator[Piece]:
+    """Pieces that fit a buffer, in the order of the files."""
+    for stored, view in sorted(pairs, key=lambda pair: (pair[0].path, pair[0].offset)):
+        offset = stored.offset
+        for part in _parts(view, BUFFER_BYTES // stored.dtype.itemsize):
+            yield Piece(stored.path, offset, stored.dtype, part)
+            offset += part.numel() * stored.dtype.itemsize
+
+
+def _parts(view: Tensor, limit: int) -> Iterator[Tensor]:
+    """The view cut into parts of at most `limit` items, in row-major order."""
+    if view.numel() <= limit:
+        yield view
+        return
+    if view.is_contiguous():
+        view = view.view(-1)
+    rows = limit // view[0].numel()
+    if rows:
+        yield from view.split(rows)
+    else:
+        for row in view:
+            yield from _parts(row, limit)

@@ -1,0 +1,170 @@
+"""Runs the choices of one request side by side, and stops them all when the client leaves or one of them fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
+
+from ...engine.errors import QueueFullError, QueueTimeoutError, RequestError
+from ...engine.outputs import RequestOutput
+from ..door.jobs import Job
+from ..errors import ApiError
+from ..metrics import SequenceTimer
+from ..off_loop import CHARS_PER_SCORE, CHARS_PER_TEXT
+from ..state import ServerState
+
+if TYPE_CHECKING:
+    from ..door.validation import Prepared
+    from ..http.tracing import RequestTrace
+
+T = TypeVar("T")
+Event = tuple[Job, RequestOutput]
+Events = AsyncGenerator[Event, None]
+
+# Outputs per choice that may wait for a slow reader here before its choices stop pulling from the engine.
+QUEUE_PER_CHOICE = 2
+
+
+def generate(state: ServerState, jobs: list[Job], answer_id: str) -> Events:
+    """Outputs of all jobs as they come; those that a choice gets before they are asked for come as one. Closing this
+    aborts whatever still runs.
+
+    All or nothing: as soon as one choice fails, for instance because the queue is full, the rest is aborted and the
+    error is raised, even ahead of outputs that came before it.
+    """
+    return _run_job(state, jobs[0], answer_id) if len(jobs) == 1 else _run_side_by_side(state, jobs, answer_id)
+
+
+def traced(http: Request, prepared: Prepared[Any], answer_id: str, events: Events) -> Events:
+    """The same events, seen by the request's trace when traces are asked for."""
+    trace: RequestTrace | None = http.scope["state"].get("trace")
+    if trace is None:
+        return events
+    return trace.watch(prepared.request, prepared.jobs, ServerState.of(http).model_name, answer_id, events)
+
+
+async def _run_side_by_side(state: ServerState, jobs: list[Job], answer_id: str) -> Events:
+    queue: asyncio.Queue[Event | None] = asyncio.Queue(maxsize=QUEUE_PER_CHOICE * len(jobs))
+    failures: list[Exception] = []
+
+    async def feed(job: Job) -> None:
+        try:
+            async with aclosing(_run_job(state, job, answer_id)) as outputs:
+                async for event in outputs:
+                    await queue.put(event)
+        except Exception as error:
+            failures.append(error)
+        await queue.put(None)
+
+    tasks = [asyncio.create_task(feed(job)) for job in jobs]
+    num_running = len(tasks)
+    try:
+        while num_running:
+            item = await queue.get()
+            if failures:
+                raise failures[0]
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        await cancel_all(*tasks)
+
+
+async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
+    timer = SequenceTimer(state.metrics)
+    request_id = f"{answer_id}-{job.index}"
+    is_first = job.index == job.first_index
+    outputs = state.llm.generate(
+        request_id,
+        job.prompt_token_ids,
+        job.params,
+        job.priority,
+        job.shown_ids,
+        prefix_cache=job.prefix_cache,
+        cache_salt=job.cache_salt,
+        beginning=job.beginning,
+        num_siblings=job.n - 1 if is_first else 0,
+        sibling_of=None if is_first else f"{answer_id}-{job.first_index}",
+        session_id=job.session_id,
+        stop_scope=job.stop_scope(),
+    )
+    reason: str | None = "abort"  # unless its last output comes
+    try:
+        async with aclosing(outputs) as closing:  # type: ignore[type-var]
+            async for output in closing:
+                timer.observe(output)
+                _raise_if_failed(output)
+                yield job, output
+    except (RequestError, QueueFullError, QueueTimeoutError) as error:  # it never began
+        reason = None
+        if getattr(error, "param", None) == "grammar":  # the engine's word for it
+            raise RequestError(f"{job.form_field} cannot be used: {error}", job.form_field) from None
+        raise
+    except Exception:
+        reason = "error"
+        raise
+    finally:
+        timer.close(reason)
+
+
+def _raise_if_failed(output: RequestOutput) -> None:
+    """Only "stop" and "length" are shown as finish reasons; the others are errors to a client."""
+    if output.finish_reason == "error":
+        raise ApiError(500, output.error or "the engine failed on this request", code="generation_failed")
+    if output.finish_reason == "abort":
+        raise ApiError(500, "the engine aborted this request", code="generation_aborted")
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; `ClientDisconnect`, with `work` cancelled, when the client leaves before it is there."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        await cancel_all(working, leaving)
+
+
+async def collect(events: Events) -> list[Event]:
+    """All outputs of each job as one, in the order of the jobs' indices."""
+    merged: dict[int, Event] = {}
+    texts: dict[int, list[str]] = {}
+    async for event in events:
+        index, output = event[0].index, event[1]
+        texts.setdefault(index, []).append(output.text)
+        if index in merged:
+            merged[index][1].extend(output)
+        else:
+            merged[index] = event
+    for index, (_, output) in merged.items():
+        output.text = "".join(texts[index])
+    return [merged[index] for index in sorted(merged)]
+
+
+def num_chars(output: RequestOutput) -> int:
+    """What it costs to write it, for `off_loop`: text hardly anything, log-probabilities much."""
+    return len(output.text) // CHARS_PER_TEXT + output.num_scores * CHARS_PER_SCORE
+
+
+async def cancel_all(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel and wait, so that whatever the tasks held is given back when this returns."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,130 @@
+"""Log-probabilities in the two shapes of the API. The same float is used wherever a token's number is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from ...engine.outputs import TokenLogprobs
+from ...engine.text.tokenizer import Tokenizer
+from ..wire.answers import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
+from .pieces import Splicer, joined, joined_entries
+
+TOKENS_AT_ONCE = 64  # whose log-probabilities are written by one call
+LOWEST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's stand-in
+HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+E = TypeVar("E")
+
+
+class TokenNames:
+    """Token id -> how logprobs show it, remembered. Part of a character is shown as its bytes, as OpenAI does."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._names: dict[int, str] = {}  # never more entries than the vocabulary
+        self._bytes: dict[int, list[int]] = {}  # likewise
+
+    def __getitem__(self, token_id: int) -> str:
+        name = self._names.get(token_id)
+        if name is None:
+            name = self._names[token_id] = self._make(token_id)
+        return name
+
+    def _make(self, token_id: int) -> str:
+        text = self._tokenizer.token_text(token_id)
+        if HALF_CHARACTER not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._tokenizer.token_bytes(token_id))
+
+    def at_start(self, token_id: int) -> str:
+        """The name of a text's first token, where a decoder may drop a blank."""
+        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return self[token_id] if HALF_CHARACTER in text else text
+
+    def raw(self, token_id: int) -> list[int]:
+        """Its bytes. The list is shared: it is not to be changed."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = list(self._tokenizer.token_bytes(token_id))
+        return found
+
+
+class CompletionLogprobsWriter:
+    """The logprobs of one choice, piece by piece; `text_offset` keeps running from 0.
+
+    An offset counts the characters of the tokens before it as they are shown, as vLLM does: it is an index into the
+    joined `tokens`, which is the text itself unless a token is a control token or part of a character.
+    """
+
+    def __init__(self, names: TokenNames) -> None:
+        self._names = names
+        self._offset = 0
+
+    def write(self, entries: Sequence[TokenLogprobs | None], first_token_id: int | None = None) -> CompletionLogprobs:
+        """`entries` in order; None stands for the first token of a prompt, whose id is `first_token_id`."""
+        out = CompletionLogprobs([], [], [], [])
+        for entry in entries:
+            token_id = first_token_id if entry is None else entry.token_id
+            assert token_id is not None, "an entry without logprobs needs the id of the prompt's first token"
+            token = self._names.at_start(token_id) if entry is None else self._names[token_id]
+            out.tokens.append(token)
+            out.token_logprobs.append(None if entry is None else _finite(entry.logprob))
+            out.top_logprobs.append(None if entry is None else self._top(entry))
+            out.text_offset.append(self._offset)
+            self._offset += len(token)
+        return out
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        """Most likely first; of two tokens that look alike, the likelier keeps the key."""
+        top: dict[str, float] = {}
+        for token_id, logprob in entry.top or [(entry.token_id, entry.logprob)]:
+            top.setdefault(self._names[token_id], _finite(logprob))
+        return top
+
+
+def splice_completion_logprobs(
+    splicer: Splicer,
+    writer: CompletionLogprobsWriter,
+    entries: Sequence[TokenLogprobs | None],
+    first_token_id: int | None,
+) -> CompletionLogprobs:
+    """The stand-in for what `writer` makes of the entries, a few at a time."""
+    if not entries:
+        return writer.write(entries)
+    stand_in = CompletionLogprobs([splicer.secret], [], [], [])
+    splicer.add(stand_in, joined(writer.write(part, first_token_id) for part in batched(entries)))
+    return stand_in
+
+
+def splice_chat_logprobs(
+    splicer: Splicer, entries: Sequence[TokenLogprobs], num_top: int, names: TokenNames
+) -> ChatLogprobs:
+    """The stand-in for `chat_logprobs` of the entries, made of a few at a time."""
+    if not entries:
+        return ChatLogprobs([])
+    stand_in = ChatTokenLogprob(splicer.secret, 0.0, [], [])
+    splicer.add(stand_in, joined_entries(chat_logprobs(part, num_top, names).content for part in batched(entries)))
+    return ChatLogprobs([stand_in])
+
+
+def batched(entries: Sequence[E]) -> Iterator[Sequence[E]]:
+    return (entries[i : i + TOKENS_AT_ONCE] for i in range(0, len(entries), TOKENS_AT_ONCE))
+
+
+def chat_logprobs(entries: Sequence[TokenLogprobs], num_top: int, names: TokenNames) -> ChatLogprobs:
+    """OpenAI's chat shape: exactly the `num_top` most likely tokens, with their bytes."""
+    return ChatLogprobs([_chat_entry(entry, num_top, names) for entry in entries])
+
+
+def _chat_entry(entry: TokenLogprobs, num_top: int, names: TokenNames) -> ChatTokenLogprob:
+    return ChatTokenLogprob(
+        names[entry.token_id],
+        _finite(entry.logprob),
+        names.raw(entry.token_id),
+        [TopLogprob(names[i], _finite(logprob), names.raw(i)) for i, logprob in entry.top[:num_top]],
+    )
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

@@ -1,0 +1,46 @@
+"""What an answer has cost so far: `usage`, of a whole answer and of the chunks of a streamed one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import UNSET, UnsetType
+
+from ...engine.outputs import RequestOutput
+from ..door.jobs import Job
+from ..door.prompts import Prompt
+from ..wire.answers import PromptTokensDetails, Usage
+from ..wire.requests import StreamOptions
+
+
+class UsageCounter:
+    """Tokens of one request, as its outputs come. Each prompt counts once, however many choices continue it; what the
+    first of them found in the prefix cache the others copied from it."""
+
+    def __init__(self, prompts: Sequence[Prompt], num_choices: int, options: StreamOptions | None) -> None:
+        self._num_prompt_tokens = [len(prompt.token_ids) for prompt in prompts]
+        self._num_cached_tokens = [0] * len(prompts)
+        self._num_output_tokens = [0] * num_choices
+        self._options = options
+
+    def observe(self, job: Job, output: RequestOutput) -> None:
+        self._num_output_tokens[job.index] = output.num_output_tokens
+        if job.index == job.first_index and output.num_cached_tokens is not None:
+            self._num_cached_tokens[job.prompt_index] = output.num_cached_tokens
+
+    def total(self) -> Usage:
+        return _usage(sum(self._num_prompt_tokens), sum(self._num_cached_tokens), sum(self._num_output_tokens))
+
+    def of_chunk(self, job: Job, num_output_tokens: int) -> Usage | UnsetType | None:
+        """`usage` of a chunk that is not the last: of its choice so far, or null when the last one will have it, or
+        left out."""
+        options = self._options
+        if options is not None and options.continuous_usage_stats:
+            prompt = job.prompt_index
+            return _usage(self._num_prompt_tokens[prompt], self._num_cached_tokens[prompt], num_output_tokens)
+        return None if options is not None and options.include_usage else UNSET
+
+
+def _usage(num_prompt_tokens: int, num_cached_tokens: int, num_output_tokens: int) -> Usage:
+    total = num_prompt_tokens + num_output_tokens
+    return Usage(num_prompt_tokens, num_output_tokens, total, PromptTokensDetails(num_cached_tokens))

@@ -1,0 +1,151 @@
+"""The grammar of an answer that has to be something: of a form, calls of tools, or one of both.
+
+A thought comes first, where the model thinks: the grammar begins after it. Of a JSON schema that is not strict what can
+be kept is kept, and the rest is named to the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ...engine.errors import CheckpointError, RequestError
+from ...engine.text.grammar import GrammarCompiler, choice_rule, json_rule, regex_rule, require
+from ...engine.text.schema_subset import supported_subset
+from ..errors import UnsupportedParameterError
+from ..parsers.forced import after_thought, forced_grammar
+from ..parsers.formats import AnswerFormat
+from .structured import ANY_OBJECT, Asked
+from .tools import ToolChoice
+
+MAX_SHOWN_PATHS = 5
+MAX_PARAMETERS_CHARS = 1 << 20  # of all tools whose arguments are held to a schema, as JSON
+_RULES: dict[str, Callable[[Any], str]] = {"regex": regex_rule, "choice": choice_rule}
+
+
+class Form(NamedTuple):
+    """What an answer has to be, and the field of the request that says so.
+
+    `left_out` names what is not held: keywords of schemas, or all parameters of a tool.
+    """
+
+    field: str
+    grammar: str
+    left_out: tuple[str, ...] = ()
+    holds_calls: bool = False
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The tools that an answer may call. `strict` names those whose arguments have to follow all of their schema."""
+
+    tools: list[dict[str, Any]]
+    choice: ToolChoice
+    strict: frozenset[str]
+
+    @property
+    def are_required(self) -> bool:
+        return self.choice.mode == "required"
+
+
+async def make_form(
+    asked: Asked | None, calls: Calls | None, answer: AnswerFormat, compiler: GrammarCompiler
+) -> Form | None:
+    """The form, whose grammar compiles, or None where the answer is free.
+
+    Where calls are required the answer is calls. Where they are allowed beside a form that is asked for, it is calls or
+    that form. Schemas are read and grammars compiled in the thread of `compiler`. Raises `RequestError`.
+    """
+    if asked is None and (calls is None or not calls.are_required):
+        return None
+    require("tools" if asked is None else asked.field)
+    form = None
+    if asked is not None:
+        form = await _compiled(compiler, lambda: _asked_form(asked, calls, answer))
+    return form if calls is None else await _compiled(compiler, lambda: _calling_form(asked, calls, answer))
+
+
+async def _compiled(compiler: GrammarCompiler, write: Callable[[], Form]) -> Form:
+    form = await asyncio.wrap_future(compiler.run(write))
+    compiling = asyncio.wrap_future(compiler.compile(form.grammar).compiling)
+    try:
+        await asyncio.shield(compiling)  # requests with an equal grammar share it: one that ends cancels it for none
+    except (ValueError, CheckpointError) as error:
+        raise RequestError(f"{form.field} cannot be used: {error}", form.field) from None
+    return form
+
+
+def _asked_form(asked: Asked, calls: Calls | None, answer: AnswerFormat) -> Form:
+    if asked.kind != "grammar":
+        rule, left_out = _rule(asked)
+        return Form(asked.field, after_thought(rule, answer), left_out)
+    if answer.thinks:
+        message = f"{asked.field}: a model that thinks first takes no grammar; send json"
+        raise UnsupportedParameterError(message, asked.field)
+    if calls is not None:
+        message = f"{asked.field}: beside tools no grammar is taken; send json, or tool_choice 'none'"
+        raise UnsupportedParameterError(message, asked.field)
+    return Form(asked.field, asked.value)
+
+
+def _calling_form(asked: Asked | None, calls: Calls, answer: AnswerFormat) -> Form:
+    tools, left_out = _held_tools(calls)
+    if asked is None or calls.are_required:
+        return Form("tools", forced_grammar(tools, calls.choice, answer), left_out, holds_calls=True)
+    rule, of_form = _rule(asked)
+    grammar = forced_grammar(tools, calls.choice, answer, otherwise=rule)
+    return Form("tools", grammar, of_form + left_out, holds_calls=True)
+
+
+def _rule(asked: Asked) -> tuple[str, tuple[str, ...]]:
+    """The right side of a rule, and what it does not hold."""
+    try:
+        if asked.kind != "json":
+            return _RULES[asked.kind](asked.value), ()
+        schema, left_out = supported_subset(asked.value)
+    except ValueError as error:
+        raise RequestError(f"{asked.field} cannot be used: {error}", asked.field) from None
+    if asked.is_strict:
+        _refuse_unless_whole(asked.field, left_out)
+    return json_rule(schema), tuple(f"{asked.field}.{path}" for path in left_out)
+
+
+def _held_tools(calls: Calls) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """The tools with parameters that a grammar can hold: any object for a schema that cannot be used at all."""
+    tools, left_out, num_chars = [], [], 0
+    for index, tool in enumerate(calls.tools):
+        function, where = tool["function"], f"tools[{index}].function.parameters"
+        if calls.choice.name not in (None, function["name"]):
+            continue
+        num_chars += len(json.dumps(function["parameters"]))
+        if num_chars > MAX_PARAMETERS_CHARS:
+            message = f"the parameters of all tools must have at most {MAX_PARAMETERS_CHARS} characters as JSON"
+            raise RequestError(f"{where}: {message}; send fewer tools, or tool_choice 'auto' without a form", where)
+        is_strict = function["name"] in calls.strict
+        try:
+            schema, paths = supported_subset(function["parameters"])
+        except ValueError as error:
+            if is_strict:
+                raise RequestError(f"{where} cannot be used: {error}", where) from None
+            schema, paths = ANY_OBJECT, ("",)
+        if is_strict:
+            _refuse_unless_whole(where, paths)
+        left_out += [f"{where}.{path}".rstrip(".") for path in paths]
+        tools.append(tool | {"function": function | {"parameters": schema}})
+    return tools, tuple(left_out)
+
+
+def _refuse_unless_whole(where: str, left_out: tuple[str, ...]) -> None:
+    if not left_out:
+        return
+    first, *others = left_out[:MAX_SHOWN_PATHS]
+    field = f"{where}.{first}"
+    more = f" (nor to {', '.join(others)})" if others else ""
+    raise UnsupportedParameterError(
+        f"{field}: an answer cannot be held to this keyword{more}, as strict asks; leave it out of the schema, or send "
+        "strict: false, with which the rest is kept",
+        field,
+    )

@@ -1,0 +1,62 @@
+"""How the answers to a chat request are read, and what its tools ask of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...engine.text.grammar import require as require_grammars
+from ...engine.text.token_ids import TokenIds
+from ..errors import UnsupportedParameterError
+from ..parsers import reasoning
+from ..parsers.formats import AnswerFormat, ThoughtState
+from ..state import ServerState
+from ..wire.requests import ChatRequest
+from .tools import read_tool_choice
+
+TAIL_TOKENS = 32  # enough for an opening marker and white space, whatever the tokenizer
+
+
+def offered_tools(request: ChatRequest, state: ServerState) -> list[dict[str, Any]]:
+    """The tools that the model gets to see: none where it must not call one. Raises `RequestError`."""
+    choice = read_tool_choice(request.tool_choice, request.tools or [])
+    if choice.mode == "none" or request.tools is None:
+        return []
+    if state.chat_format.tools is None:
+        raise UnsupportedParameterError(f"tools are not supported with this model: {_why_no_tools(state)}", "tools")
+    if choice.mode == "required":
+        require_grammars("tool_choice")
+    tools: list[dict[str, Any]] = request.tools
+    return tools
+
+
+def _why_no_tools(state: ServerState) -> str:
+    if not state.llm.tokenizer.takes_tools:  # then no parser would help
+        return "its chat template does not use them; leave them out"
+    if state.settings.tool_call_parser == "none":
+        return "tool_call_parser is none; leave them out, or start with another one"
+    unknown = "its chat template shows no format of calls that is known here"
+    return f"{unknown}; leave them out, or set tool_call_parser at start"
+
+
+def answer_format(request: ChatRequest, state: ServerState, prompt: TokenIds, *, with_tools: bool) -> AnswerFormat:
+    return state.chat_format.of_answer(
+        with_tools=with_tools,
+        thought=_thought_at_end(request, state, prompt),
+        max_calls=1 if _takes_one_call(request) else None,
+        hides=request.skip_special_tokens,
+        stops_in_thought=request.stop_in_reasoning,
+    )
+
+
+def _takes_one_call(request: ChatRequest) -> bool:
+    """A named function is called once, as with OpenAI."""
+    return not request.parallel_tool_calls or isinstance(request.tool_choice, dict)
+
+
+def _thought_at_end(request: ChatRequest, state: ServerState, prompt: TokenIds) -> ThoughtState:
+    """Whether the template, or an answer that is to be continued, leaves a thought open, or has closed it."""
+    if request.continue_final_message:
+        _, opening, thought = request.messages[-1]["content"].rpartition(reasoning.OPEN)
+        return "none" if not opening else "over" if reasoning.CLOSE in thought else "open"
+    tail = state.llm.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False).rstrip()
+    return "open" if tail.endswith(reasoning.OPEN) else "over" if tail.endswith(reasoning.CLOSE) else "none"

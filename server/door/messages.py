@@ -1,0 +1,119 @@
+"""Chat messages: any JSON -> the plain dicts that a chat template reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...engine.errors import RequestError
+from ..errors import UnsupportedParameterError
+from .body import drop_nulls, json_type
+from .fields import refuse_unless_neutral
+from .tools import read_calls
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096
+PART_SEPARATOR = "\n"  # vLLM joins text parts so
+
+TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content")
+SYNONYMS = {"reasoning": "reasoning_content"}  # vLLM's newer word; templates know the older one
+# A client that sends an earlier answer back sends these along.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "function_call": (),
+    "audio": (),
+    "annotations": ([],),
+}
+
+
+def read_messages(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages with string contents and parsed calls, and the names of the undocumented fields.
+
+    Raises `RequestError`.
+    """
+    if not isinstance(value, list):
+        raise RequestError(f"messages must be a list of objects, got {json_type(value)}", "messages")
+    if not 0 < len(value) <= MAX_MESSAGES:
+        raise RequestError(f"messages must have 1 to {MAX_MESSAGES} entries, got {len(value)}", "messages")
+    messages: list[dict[str, Any]] = []
+    unknown: dict[str, None] = {}
+    for index, entry in enumerate(value):
+        where = f"messages[{index}]"
+        if not isinstance(entry, dict):
+            raise RequestError(f"{where} must be an object, got {json_type(entry)}", where)
+        message, names = _read_message(drop_nulls(entry), where)
+        messages.append(message)
+        unknown.update(dict.fromkeys(f"messages[].{name}" for name in names))
+    return messages, list(unknown)
+
+
+def _read_message(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    role, calls = _read_role(entry, where), _read_calls(entry, where)
+    content = _read_answer(entry, where) if role == "assistant" else _read_content(entry, where)
+    message: dict[str, Any] = {"role": role, "content": content}
+    if calls:  # some templates ask whether the key is there
+        message["tool_calls"] = calls
+    unknown = []
+    for name, value in entry.items():
+        name = SYNONYMS.get(name, name)
+        if name in NEUTRAL_VALUES:
+            refuse_unless_neutral(f"{where}.{name}", value, NEUTRAL_VALUES[name])
+        elif name in TEXT_FIELDS:
+            message[name] = _require_text(value, f"{where}.{name}")
+        elif name not in ("role", "content", "tool_calls") and not (name == "refusal" and role == "assistant"):
+            unknown.append(name)
+    return message, unknown
+
+
+def _read_calls(entry: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    calls, where = entry.get("tool_calls", []), f"{where}.tool_calls"
+    if calls and entry.get("role") != "assistant":
+        raise RequestError(f"{where} may only be in a message of the assistant", where)
+    return read_calls(calls, where)
+
+
+def _read_role(entry: dict[str, Any], where: str) -> str:
+    role = entry.get("role")
+    if role not in ROLES:
+        shown = repr(role)[:80] if isinstance(role, str) else json_type(role)
+        raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, got {shown}", f"{where}.role")
+    # OpenAI's newer word for the same thing; templates know the older one.
+    return "system" if role == "developer" else str(role)
+
+
+def _read_answer(entry: dict[str, Any], where: str) -> str:
+    """An assistant's content, which may be missing beside calls, or null as some clients store it. A refusal is text
+    that it said, in a field of its own or as a part."""
+    said = _read_content({"content": "", **entry}, where)
+    refusal = _require_text(entry.get("refusal", ""), f"{where}.refusal")
+    return PART_SEPARATOR.join(text for text in (said, refusal) if text)
+
+
+def _read_content(entry: dict[str, Any], where: str) -> str:
+    content, where = entry.get("content"), f"{where}.content"
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"{where} must be a string or a list of parts, got {json_type(content)}", where)
+    if len(content) > MAX_PARTS:
+        raise RequestError(f"{where} must have at most {MAX_PARTS} parts, got {len(content)}", where)
+    kinds = ("text", "refusal") if entry.get("role") == "assistant" else ("text",)
+    return PART_SEPARATOR.join(_read_part(part, kinds, f"{where}[{i}]") for i, part in enumerate(content))
+
+
+def _read_part(part: Any, kinds: tuple[str, ...], where: str) -> str:
+    """A part's text, which has the name of its kind."""
+    if not isinstance(part, dict):
+        raise RequestError(f"{where} must be an object, got {json_type(part)}", where)
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in kinds:
+        shown = repr(kind)[:80] if isinstance(kind, str) else json_type(kind)
+        raise UnsupportedParameterError(
+            f"{where}.type must be {' or '.join(map(repr, kinds))}, got {shown}", f"{where}.type"
+        )
+    return _require_text(part.get(kind), f"{where}.{kind}")
+
+
+def _require_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{where} must be a string, got {json_type(value)}", where)
+    return value

@@ -1,0 +1,206 @@
+"""Engine outputs -> the events of a response, and the response that they end in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import aclosing
+from functools import partial
+
+import msgspec
+
+from ...engine.outputs import RequestOutput
+from ..answers import generation
+from ..answers.logprobs import TOKENS_AT_ONCE, chat_logprobs
+from ..door.validation import Prepared
+from ..errors import ApiError
+from ..off_loop import off_loop
+from ..parsers.deltas import CallArguments, CallBegin, Content, Delta, Reasoning, merged
+from ..state import ServerState
+from ..wire.requests import ChatRequest
+from .items import (
+    GrowingCall,
+    GrowingCustomCall,
+    GrowingItem,
+    GrowingMessage,
+    GrowingReasoning,
+    Logprobs,
+    make_id,
+)
+from .request import ResponsesRequest
+from .tools import custom_names
+from .wire import (
+    Completed,
+    Created,
+    ErrorEvent,
+    Event,
+    Failed,
+    Incomplete,
+    IncompleteDetails,
+    InProgress,
+    InputTokensDetails,
+    ItemStatus,
+    OutputItem,
+    OutputTokensDetails,
+    ResponseFailure,
+    ResponseObject,
+    ResponseStatus,
+    ResponseUsage,
+    Settings,
+)
+
+
+class ResponseWriter:
+    """Writes one response. A whole answer is what its stream ends in."""
+
+    def __init__(self, state: ServerState, asked: ResponsesRequest, prepared: Prepared[ChatRequest]) -> None:
+        self.id = make_id("resp")
+        self.created_at = int(time.time())
+        self.response = self._make("in_progress", asked.settings(state.model_name, prepared.jobs[0].params))
+        self._token_names = state.token_names
+        self._num_top = asked.top_logprobs
+        self._num_input_tokens = len(prepared.prompts[0].token_ids)
+        self._num_cached_tokens = 0
+        self._num_reasoning_tokens = 0
+        self._parser = prepared.answer.parser()
+        self._custom_names = custom_names(asked.tools)
+        self._growing: GrowingItem | None = None
+        self._output: list[OutputItem] = []
+        self._logprobs: Logprobs = []  # of tokens that no message has shown yet
+        self._num_events = 0
+        self.num_chars = 0  # that writing all of the answer costs, for `off_loop`
+
+    async def whole(self, events: generation.Events) -> ResponseObject:
+        async with aclosing(events) as closing:
+            async for job, output in closing:
+                for part in output.cut(TOKENS_AT_ONCE):
+                    await off_loop(generation.num_chars(part), partial(self._take_in, (job, part)))
+        return self.response
+
+    def _take_in(self, event: generation.Event) -> None:
+        for _ in self.render(event):
+            pass
+
+    def render(self, event: generation.Event) -> Iterator[Event]:
+        """The events of one output, which the last one follows with the answer as a whole."""
+        self.num_chars += generation.num_chars(event[1])
+        yield from self._numbered(self._events(event[1]))
+
+    def render_failure(self, error: ApiError) -> Iterator[Event]:
+        """Of a stream that was begun: the error, and the response as far as it came."""
+        yield from self._numbered(self._failure_events(error))
+
+    def _numbered(self, events: Iterator[Event]) -> Iterator[Event]:
+        for event in events:
+            event.sequence_number = self._num_events
+            self._num_events += 1
+            yield event
+
+    def _events(self, output: RequestOutput) -> Iterator[Event]:
+        if output.num_cached_tokens is not None:
+            self._num_cached_tokens = output.num_cached_tokens
+        yield from self._begin()
+        self._logprobs += chat_logprobs(output.logprobs or [], self._num_top, self._token_names).content
+        for delta in self._read(output):
+            yield from self._take(delta)
+        if output.finish_reason is not None:
+            yield from self._finish(output)
+
+    def _begin(self) -> Iterator[Event]:
+        if not self._num_events:
+            yield Created(response=self.response)
+            yield InProgress(response=self.response)
+
+    def _read(self, output: RequestOutput) -> list[Delta]:
+        """What one output adds, while a thought may go on token by token: so its tokens can be counted."""
+        deltas: list[Delta] = []
+        num_before = output.num_output_tokens - len(output.token_ids)
+        for number, piece in enumerate(output.pieces, start=1):
+            was_thinking = self._parser.is_thinking
+            read = self._parser.push(piece)
+            if was_thinking or self._parser.is_thinking or any(isinstance(delta, Reasoning) for delta in read):
+                self._num_reasoning_tokens = min(num_before + number, output.num_output_tokens)
+            deltas += read
+        return merged(deltas if output.finish_reason is None else [*deltas, *self._parser.finish()])
+
+    def _take(self, delta: Delta) -> Iterator[Event]:
+        match delta:
+            case CallBegin():
+                call = GrowingCustomCall if delta.name in self._custom_names else GrowingCall
+                yield from self._grow(call(self._next_index, delta.name, delta.id))
+                return
+            case CallArguments():
+                assert self._growing is not None
+                yield from self._growing.add(delta.text, [])
+                return
+            case Content():
+                kind: type[GrowingItem] = GrowingMessage
+            case _:
+                kind = GrowingReasoning
+        if not isinstance(self._growing, kind):
+            yield from self._grow(kind(self._next_index))
+        assert self._growing is not None
+        yield from self._growing.add(delta.text, self._take_logprobs() if kind is GrowingMessage else [])
+
+    def _take_logprobs(self) -> Logprobs:
+        logprobs, self._logprobs = self._logprobs, []
+        return logprobs
+
+    @property
+    def _next_index(self) -> int:
+        return len(self._output) + (self._growing is not None)
+
+    def _grow(self, item: GrowingItem) -> Iterator[Event]:
+        """Another item, which ends the one before."""
+        yield from self._end_item("completed")
+        self._growing = item
+        yield from item.begin()
+
+    def _end_item(self, status: ItemStatus) -> Iterator[Event]:
+        if self._growing is not None:
+            yield from self._growing.end(status)
+            self._output.append(self._growing.item(status))
+            self._growing = None
+
+    def _finish(self, output: RequestOutput) -> Iterator[Event]:
+        is_complete = output.finish_reason == "stop"
+        status: ItemStatus = "completed" if is_complete else "incomplete"
+        if not self._next_index:  # an answer without a word
+            yield from self._grow(GrowingMessage(0))
+        if isinstance(self._growing, GrowingMessage) and self._logprobs:  # of tokens without text, as the last one
+            yield from self._growing.add("", self._take_logprobs())
+        yield from self._end_item(status)
+        self.response = self._now(status)
+        self.response.usage = self._usage(output.num_output_tokens)
+        if is_complete:
+            self.response.completed_at = int(time.time())
+            yield Completed(response=self.response)
+        else:
+            self.response.incomplete_details = IncompleteDetails("max_output_tokens")
+            yield Incomplete(response=self.response)
+
+    def _failure_events(self, error: ApiError) -> Iterator[Event]:
+        yield from self._begin()
+        yield ErrorEvent(message=error.message, code=error.reason, param=error.param)
+        failed = self._now("failed")
+        failed.error = ResponseFailure("server_error", error.message)
+        if self._growing is not None:
+            failed.output.append(self._growing.item("incomplete"))
+        yield Failed(response=failed)
+
+    def _make(self, status: ResponseStatus, settings: Settings) -> ResponseObject:
+        return ResponseObject(
+            id=self.id, created_at=self.created_at, status=status, output=[], **msgspec.structs.asdict(settings)
+        )
+
+    def _now(self, status: ResponseStatus) -> ResponseObject:
+        return msgspec.structs.replace(self.response, status=status, output=list(self._output))
+
+    def _usage(self, num_output_tokens: int) -> ResponseUsage:
+        return ResponseUsage(
+            self._num_input_tokens,
+            InputTokensDetails(self._num_cached_tokens),
+            num_output_tokens,
+            OutputTokensDetails(self._num_reasoning_tokens),
+            self._num_input_tokens + num_output_tokens,
+        )

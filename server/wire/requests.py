@@ -1,0 +1,340 @@
+"""The requests, as strict pydantic types. Bounds that depend on settings or on the model are checked in `validation`.
+
+Responses are in `responses`. Names and meanings are OpenAI's; those marked vLLM are its extensions.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
+
+from ...configs.schema import ServerConfig
+from ...engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS
+from ...engine.sessions.folder import SESSION_ID, SESSION_ID_FORM
+from ..door.template_settings import Effort
+from ..door.tools import MAX_TOOLS, NAME
+
+INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
+MAX_CACHE_SALT_CHARS = 256
+# What the document says; the settings may say otherwise, and `validation` asks them.
+MAX_N = ServerConfig.model_fields["max_n"].default
+MAX_PROMPTS = ServerConfig.model_fields["max_prompts"].default
+
+
+def _bound_entries(value: Any) -> Any:
+    """Before each entry is looked at."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"must have at most {MAX_LOGIT_BIAS} entries, has {len(value)}")
+    return value
+
+
+def _require_session_id(value: str) -> str:
+    if not SESSION_ID.fullmatch(value):
+        raise ValueError(f"must be {SESSION_ID_FORM}")
+    return value
+
+
+SESSION_ID_SCHEMA = {"type": "string", "pattern": f"^{SESSION_ID.pattern}$"}
+SessionId = Annotated[str, AfterValidator(_require_session_id), WithJsonSchema(SESSION_ID_SCHEMA)]
+STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+TOKEN_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}}
+NumTokens = Annotated[int, Field(ge=0, le=INT32_MAX)]
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+TokenIds = Annotated[list[TokenId], FailFast()]
+StopStrings = Annotated[
+    list[str],
+    FailFast(),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    WithJsonSchema(
+        {"anyOf": [STOP_STRING_SCHEMA, {"type": "array", "items": STOP_STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS}]}
+    ),
+]
+LogitBias = Annotated[
+    dict[str, float],
+    BeforeValidator(_bound_entries),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "maxProperties": MAX_LOGIT_BIAS,
+            "propertyNames": {"pattern": r"^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        }
+    ),
+]
+PromptInput = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": {"type": "string"}},
+                TOKEN_IDS_SCHEMA,
+                {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": TOKEN_IDS_SCHEMA},
+            ]
+        }
+    ),
+]
+MessagesInput = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["role"],
+                "properties": {
+                    "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+                    "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+                    "reasoning_content": {"type": "string"},
+                    "tool_call_id": {"type": "string"},
+                    "tool_calls": {"type": "array", "items": {"type": "object"}},
+                },
+            },
+        }
+    ),
+]
+
+FUNCTION_FIELDS = {
+    "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
+    "description": {"type": ["string", "null"]},
+    "parameters": {"type": ["object", "null"]},
+    "strict": {"type": ["boolean", "null"]},
+}
+ToolsInput = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "array",
+            "maxItems": MAX_TOOLS,
+            "items": {
+                "type": "object",
+                "required": ["type", "function"],
+                "properties": {
+                    "type": {"enum": ["function"]},
+                    "function": {
+                        "type": "object",
+                        "required": ["name"],
+                        "properties": FUNCTION_FIELDS,
+                    },
+                },
+            },
+        }
+    ),
+]
+ToolChoiceInput = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]})
+]
+ResponseFormatInput = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "required": ["type"],
+                    "properties": {
+                        "type": {"enum": ["text", "json_object"]},
+                        "schema": {"type": ["object", "null"]},  # of json_object
+                    },
+                },
+                {
+                    "type": "object",
+                    "required": ["type", "json_schema"],
+                    "properties": {
+                        "type": {"enum": ["json_schema"]},
+                        "json_schema": {
+                            "type": "object",
+                            "required": ["name"],
+                            "properties": {
+                                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+                                "schema": {"type": ["object", "null"]},
+                                "strict": {"type": ["boolean", "null"]},
+                            },
+                        },
+                    },
+                },
+            ]
+        }
+    ),
+]
+StructuredInput = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "additionalProperties": False,
+            "properties": {
+                "json": {"anyOf": [{"type": "object"}, {"type": "string"}]},
+                "json_object": {"const": True},
+                "regex": {"type": "string"},
+                "choice": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                "grammar": {"type": "string"},
+            },
+        }
+    ),
+]
+
+
+def _within(low: int, high: int, *, open_low: bool = False, default: Any = None) -> Any:
+    """A field whose bounds `SamplingParams` and `validation` check, and the document tells."""
+    return Field(default, json_schema_extra={"exclusiveMinimum" if open_low else "minimum": low, "maximum": high})
+
+
+STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RequestModel(BaseModel):
+    """A body without nulls and without unknown fields. A field's docstring is its description in `/openapi.json`."""
+
+    model_config = STRICT
+
+    model: str | None = None
+    """Name of the served model, as /v1/models lists it; left out, it is that one."""
+
+
+class StreamOptions(BaseModel):
+    model_config = STRICT
+
+    include_usage: bool = False
+    """A last chunk tells the tokens that were used."""
+    continuous_usage_stats: bool = False
+    """Every chunk tells them (vLLM)."""
+
+
+class SamplingRequest(RequestModel):
+    """What every generation route shares."""
+
+    stream: bool = False
+    """Send the answer as server-sent events while it is written."""
+    temperature: float | None = _within(0, 100)
+    """0 takes the likeliest token; left out, the checkpoint's default or 1."""
+    top_p: float | None = _within(0, 1, open_low=True)
+    """Draw among the likeliest tokens that together have this probability."""
+    presence_penalty: float = _within(-2, 2, default=0.0)
+    """Subtracted from the logit of every token that the answer has already."""
+    frequency_penalty: float = _within(-2, 2, default=0.0)
+    """Subtracted from a token's logit for each time that the answer has it already."""
+    logit_bias: LogitBias | None = None
+    """Token id to a number from -100 to 100, which is added to its logit."""
+    seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
+    """Equal seeds draw equal tokens, whatever else runs."""
+    stop: StopStrings = []
+    """A text, or several, at which the answer ends; it is not part of the answer."""
+    top_k: int | None = _within(-1, INT32_MAX)
+    """Draw among so many of the likeliest tokens; 0 or -1 = all (vLLM)."""
+    min_p: float | None = _within(0, 1)
+    """Draw among tokens at least this share as likely as the likeliest (vLLM)."""
+    repetition_penalty: float | None = _within(0, 100, open_low=True)
+    """Above 1, tokens of prompt and answer become less likely (vLLM)."""
+    min_tokens: NumTokens = 0
+    """Tokens before an end or a stop may come (vLLM)."""
+    ignore_eos: bool = False
+    """Go on after the model has ended its answer (vLLM)."""
+    stop_token_ids: TokenIds = Field([], max_length=256)
+    """Ids of tokens that end the answer (vLLM)."""
+    skip_special_tokens: bool = True
+    """Leave control tokens out of the text (vLLM)."""
+    include_stop_str_in_output: bool = False
+    """Leave the stop string at the end of the text (vLLM)."""
+    priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX)
+    """Lower is computed earlier; requests of one priority share the steps (vLLM)."""
+    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT_CHARS)
+    """Only requests with the same salt share what the prefix cache holds (vLLM)."""
+    prefix_cache: bool = True
+    """False takes nothing from the prefix cache and leaves nothing there."""
+    session_id: SessionId | None = None
+    """Name under which the conversation's end can be saved; without sessions it only says where a request belongs."""
+
+
+class GenerationRequest(SamplingRequest):
+    """What completions and chat share."""
+
+    n: int = Field(1, ge=1, json_schema_extra={"maximum": MAX_N})
+    """Answers to each prompt."""
+    stream_options: StreamOptions | None = None
+    """What a stream tells beside the text."""
+    response_format: ResponseFormatInput = None
+    """Form of the answer: text, any JSON object, or JSON that follows a schema."""
+    structured_outputs: StructuredInput = None
+    """Form of the answer: one of json, json_object, regex, choice and grammar (vLLM)."""
+    return_token_ids: bool = False
+    """Tell the ids of the tokens, of the prompt too (vLLM)."""
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: PromptInput
+    """A text, a list of texts, a list of token ids or a list of such lists."""
+    max_tokens: NumTokens | None = None
+    """Longest answer; left out, 16 or what the context has left."""
+    echo: bool = False
+    """Begin the text with the prompt; with logprobs, tell those of the prompt's tokens."""
+    logprobs: int | None = _within(0, MAX_LOGPROBS)
+    """Tell the log-probability of each token and of so many alternatives."""
+    add_special_tokens: bool = True
+    """Put around the prompt what the tokenizer puts there, such as a token of beginning (vLLM)."""
+    parse_special: bool = False
+    """Control tokens that the prompt spells are those tokens, and not text (llama.cpp)."""
+
+
+class ChatRequest(GenerationRequest):
+    messages: MessagesInput
+    """The conversation: roles system, developer, user, assistant and tool, with text."""
+    tools: ToolsInput = None
+    """Functions that the model may call."""
+    tool_choice: ToolChoiceInput = None
+    """auto, none, required, or the one function that has to be called; left out, auto where there are tools."""
+    parallel_tool_calls: bool = True
+    """False keeps the answer to one call."""
+    max_tokens: NumTokens | None = None
+    """Longest answer, the older name of max_completion_tokens."""
+    max_completion_tokens: NumTokens | None = None
+    """Longest answer, thoughts included; left out, what the context has left."""
+    logprobs: bool = False
+    """Tell the log-probability of each token."""
+    top_logprobs: int = _within(0, MAX_LOGPROBS, default=0)
+    """Alternatives that are told for each token; needs logprobs."""
+    add_generation_prompt: bool | None = None
+    """End the prompt where an answer begins; left out, true unless continue_final_message (vLLM)."""
+    continue_final_message: bool = False
+    """Continue the last message instead of answering it (vLLM)."""
+    reasoning_effort: Effort | None = None
+    """How much the model should think, for templates that read it."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Values for names that the chat template reads, such as enable_thinking (vLLM)."""
+    stop_in_reasoning: bool = False
+    """Stop strings count in the thought, too, and not in the answer alone."""
+
+
+class TokenizeRequest(RequestModel):
+    """vLLM's /tokenize: a prompt or messages."""
+
+    prompt: str | None = None
+    """Text to tokenize; or messages."""
+    messages: MessagesInput = None
+    """Conversation to render by the chat template and tokenize."""
+    tools: ToolsInput = None
+    """Functions that the template shows."""
+    add_special_tokens: bool | None = None
+    """Put around the prompt what the tokenizer puts there; left out, true for a prompt."""
+    parse_special: bool = False
+    """Control tokens that the prompt spells are those tokens, and not text (llama.cpp)."""
+    add_generation_prompt: bool | None = None
+    """End where an answer begins; left out, true unless continue_final_message."""
+    continue_final_message: bool = False
+    """Leave the last message open."""
+    reasoning_effort: Effort | None = None
+    """As in a chat request."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """As in a chat request."""
+    return_token_strs: bool = False
+    """Tell each token as text, too."""
+
+
+class DetokenizeRequest(RequestModel):
+    tokens: TokenIds
+    """Ids to turn into text."""

@@ -1,0 +1,183 @@
+"""The inputs of decode steps that follow from the one before, and the host memory that they share."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from engines import DEVICE, drain, make_core, request, sequence
+from leyden.engine.core import EngineCore
+from leyden.engine.execution.decode_rows import FIELDS, STEPS_AHEAD, Answers, DecodeRows
+from leyden.engine.execution.graphs import StepGraphs, graph_shapes
+from leyden.engine.execution.staging import StagedTokens, StagingPool
+from leyden.engine.execution.step_input import unpack
+from leyden.engine.sequence import UNSEEN
+from tiny_models import FULL, LINEAR, random_prompt, save_minimax
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("minimax")
+    save_minimax(folder, heads=4, layer_types=(LINEAR, FULL, LINEAR), seed=3)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _played(played_graphs):
+    pass
+
+
+def with_graphs(folder, **settings) -> EngineCore:
+    core = make_core(folder, max_num_seqs=8, device=DEVICE, cuda_graphs=False, block_size=4, **settings)
+    runner = core.runner
+    runner.graphs = StepGraphs(runner._compute, graph_shapes(8, 0), runner.tables, runner.device)
+    return core
+
+
+def watch(core: EngineCore) -> dict[str, int]:
+    """Hold every step's inputs against those that are made anew. Returns how often each thing happened."""
+    runner, graphs = core.runner, core.runner.graphs
+    counts = dict.fromkeys(("followed", "left", "turned"), 0)
+    scheduled, decode = [], runner._decode
+    make = runner._decode_rows
+
+    def note(batch):
+        scheduled[:] = [batch]
+        return make(batch)
+
+    def check(rows):
+        batch = scheduled[0]
+        anew = DecodeRows(graphs, batch, runner.sampler.rows(batch.sequences), runner.block_size, runner.ring_size)
+        assert (rows.shape, rows.sequences, rows.indices) == (anew.shape, anew.sequences, anew.indices)
+        found, expected = (unpack(graphs.padding[rows.shape].arrays, each.packed) for each in (rows, anew))
+        for each in (found, expected):
+            each["uniform"][each["temperature"] == 0] = 0  # a greedy row looks at none
+        for name in set(FIELDS) - {"input_ids"}:
+            assert found[name].tolist() == expected[name].tolist(), name
+        known = expected["input_ids"] != UNSEEN
+        last = runner.sampler.last_tokens.cpu().numpy()[found["state_indices"]]
+        ids = np.where(found["input_ids"] == UNSEEN, last, found["input_ids"])
+        assert ids[known].tolist() == expected["input_ids"][known].tolist()
+        counts["followed"] += batch.advance is not None
+        counts["left"] += batch.advance is not None and batch.advance.kept is not None
+        counts["turned"] += batch.advance is not None and rows.brings_cells
+        step = decode(rows)
+        table = runner.tables.table.cpu().numpy()
+        for own in batch.sequences:
+            assert table[own.state_slot, : len(own.block_table)].tolist() == own.block_table.tolist()
+        return step
+
+    runner._decode_rows, runner._decode = note, check
+    return counts
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
+@pytest.mark.parametrize("backend", ["minimax", "replay"])
+def test_inputs_that_follow_are_those_made_anew(folder, backend, lags):
+    core = with_graphs(folder, linear_backend=backend, async_scheduling=lags, max_model_len=128)
+    counts = watch(core)
+    rng = random.Random(4)
+    for number in range(60):
+        if core.scheduler.running and rng.random() < 0.2:
+            core.abort_request(rng.choice(core.scheduler.running).request_id)
+        params = {"temperature": rng.choice([0.0, 0.9]), "seed": number}
+        core.add_request(request(f"r{number}", random_prompt(rng.randint(1, 9), number), max_tokens=60, **params))
+        for _ in range(rng.choice([1, 3, STEPS_AHEAD, 2 * STEPS_AHEAD])):
+            core.step()
+            core.check_integrity()
+    drain(core)
+    assert min(counts.values()) > 20, f"the run must meet every case to prove anything: {counts}"
+
+
+@torch.inference_mode()
+def test_what_a_step_reads_and_writes_is_touched_by_no_later_step_until_it_is_read(folder):
+    core = with_graphs(folder)
+    core.add_request(request("a", random_prompt(5, 1), max_tokens=100))
+    core.step()
+    runner, scheduler = core.runner, core.scheduler
+    for _ in range(2):  # the second time with what the first has given back
+        launched, memory = [], []
+        for _ in range(3):
+            batch = scheduler.schedule()
+            launched.append(runner.launch(batch))
+            scheduler.update(batch)
+            staging = launched[-1].sampled._staging
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            memory.append((staging, staging.array.copy(), staging.tokens.clone()))
+        assert len({id(staging) for staging, _, _ in memory}) == 3
+        for step, (staging, inputs, tokens) in zip(launched, memory, strict=True):
+            assert (staging.array == inputs).all()
+            assert step.wait()[0] == tokens.tolist()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
+def test_host_memory_is_made_once_for_each_step_in_flight(folder, monkeypatch, lags):
+    made = []
+    start = StagingPool.take
+
+    def take(pool):
+        staging = start(pool)
+        made.append(staging)
+        return staging
+
+    monkeypatch.setattr(StagingPool, "take", take)
+    core = with_graphs(folder, async_scheduling=lags)
+    drain(core, request("a", random_prompt(5, 1), max_tokens=30))
+    assert len(made) == 29 and len({id(staging) for staging in made}) == 1 + lags
+    assert all(staging.inputs.is_pinned() == (DEVICE == "cuda") for staging in made)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
+def test_a_stop_token_ends_its_own_row(folder, lags):
+    core = with_graphs(folder, async_scheduling=lags)
+    prompts = {name: random_prompt(5, seed) for seed, name in enumerate("abc")}
+    whole = drain(
+        core, *(request(name, prompt, max_tokens=30, temperature=1.0, seed=1) for name, prompt in prompts.items())
+    )
+    stop = whole["b"].token_ids[9]
+    answers = drain(
+        core,
+        *(
+            request(name, prompt, max_tokens=30, temperature=1.0, seed=1, eos=[stop])
+            for name, prompt in prompts.items()
+        ),
+    )
+    for name, answer in answers.items():
+        expected = whole[name].token_ids
+        assert answer.token_ids == (expected[: expected.index(stop) + 1] if stop in expected else expected)
+
+
+@torch.inference_mode()
+def test_who_is_aborted_while_a_step_runs_gets_nothing_of_it(folder):
+    core = with_graphs(folder, async_scheduling=True)
+    for name in "abc":
+        core.add_request(request(name, random_prompt(5, 1), max_tokens=50))
+    for _ in range(6):
+        outputs = core.step()
+    assert [output.request_id for output in outputs] == ["a", "b", "c"]
+    core.abort_request("b")
+    assert [output.request_id for output in core.step()] == ["a", "c"]
+
+
+def test_tokens_that_are_bad_or_may_be_the_last_are_left_to_a_closer_look():
+    rows = [sequence([1, 2], output=(3, UNSEEN), max_tokens=5), sequence([1], output=(4, 5, UNSEEN), max_tokens=8)]
+    rows[1].stop_ids = frozenset({9})
+    answers = Answers(rows)
+    assert answers.take([1, 2], [7, 9]) is answers.take([1, 2], [-1, 7]) is None
+    assert [row.output_token_ids[-1] for row in rows] == [UNSEEN, UNSEEN]
+    assert [output.token_ids for output in answers.take([1, 2], [7, 8])] == [[7], [8]]
+    assert [row.output_token_ids for row in rows] == [[3, 7], [4, 5, 8]]
+
+
+def test_tokens_are_read_once():
+    pool = StagingPool(16, 2, torch.device(DEVICE))
+    staged = StagedTokens(pool, pool.take(), 2)
+    staged.wait()
+    with pytest.raises(AssertionError, match="read before"):
+        staged.wait()

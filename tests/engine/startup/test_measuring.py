@@ -1,0 +1,458 @@
+"""Every byte is accounted for, what is printed at start is reached, and what does not fit says which setting to change.
+
+A CUDA device's counters are faked here; `test_memory_on_gpu.py` asks a real one.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from backends import BACKENDS, PlainBackend
+from engines import drain, engine_config, make_core, request
+from leyden.engine.errors import ConfigError
+from leyden.engine.execution import runner as model_runner
+from leyden.engine.execution.graphs import GraphShape, shapes_for
+from leyden.engine.execution.runner import ModelRunner
+from leyden.engine.memory import pools
+from leyden.engine.memory.operations import Fold
+from leyden.engine.memory.plan import MemoryUse
+from leyden.engine.startup import measuring as sizing
+from leyden.engine.startup.trial_steps import StepLimits, serving_steps, smallest_steps
+from tiny_models import FULL, LINEAR, save_minimax
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def runner(tiny) -> ModelRunner:
+    return ModelRunner(engine_config(tiny.folder), progress=False)
+
+
+# -- accounting -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "replay"])
+def test_every_byte_of_the_share_is_accounted_for(tiny, backend):
+    core = make_core(tiny.folder, linear_backend=backend, cpu_memory_gb=0.05)
+    use, info, runner = core.info().memory, core.info(), core.runner
+    rope = runner.model.position_bytes(core.max_model_len)
+    assert use.weights == info.weight_bytes + rope > info.weight_bytes
+    assert use.state == info.num_state_slots * info.state_bytes_per_slot == runner.states.nbytes
+    assert use.kv == runner.kv.nbytes + runner.tables.nbytes
+    assert runner.kv.nbytes == info.num_kv_blocks * info.block_size * info.kv_bytes_per_token
+    assert use.sampler == runner.sampler.nbytes
+    assert use.total == info.weight_bytes + int(0.05e9)
+    assert (use.workspace, use.graphs, use.other) == (0, 0, 0)
+    assert sum(use.by_kind().values()) + use.unassigned == use.total
+    assert use.unassigned >= 0
+
+
+LONG = 10_240_000  # positions, as MiniMax-Text-01 says
+
+
+@pytest.fixture
+def long_folder(tmp_path):
+    """A model whose table of all positions takes 655 MB."""
+    save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": LONG}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("megabytes", [4, 50])
+def test_a_context_too_long_for_the_share_is_charged_as_it_is_clamped(long_folder, megabytes):
+    core = make_core(long_folder, max_model_len=None, cpu_memory_gb=megabytes / 1000)
+    use, length = core.info().memory, core.max_model_len
+    assert use.weights == core.runner.weight_bytes + core.runner.model.position_bytes(length)
+    assert len(core.runner.model.rotary.cos_sin) == length < LONG
+    assert length * (64 + 256) > 0.8 * megabytes * 10**6, "most of the share goes to keys, values and positions"
+    assert 0 <= use.unassigned < 0.02 * megabytes * 10**6
+    assert f"max_model_len clamped from {LONG} to {length}" in core.info().notes[0]
+    assert len(drain(core, request("a", [1] * 40, max_tokens=4))["a"].token_ids) == 4
+
+
+class FakeDevice:
+    """The counters of a CUDA device of 10 GB with 1 GB in use by others, where each step reserves 3 MB."""
+
+    def __init__(self, monkeypatch, runner: ModelRunner) -> None:
+        self.reserved = runner.weight_bytes
+        monkeypatch.setattr(runner, "device", CUDA)
+        monkeypatch.setattr(runner, "allocate", self.allocate)
+        monkeypatch.setattr(runner, "launch", self.launch)
+        monkeypatch.setattr(sizing, "free_memory", lambda device: (9 * 10**9 - self.reserved, 10**10))
+        for name in ("memory_allocated", "memory_reserved"):
+            monkeypatch.setattr(torch.cuda, name, lambda device: self.reserved)
+            monkeypatch.setattr(torch.cuda, f"max_{name}", lambda device: self.reserved + 3_000_000 * bool(self.steps))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+        self.runner, self.steps, self.allocated, self.contexts = runner, [], [], []
+
+    def allocate(self, num_slots: int, num_blocks: int, max_model_len: int, num_checkpoints: int = 0) -> None:
+        self.allocated.append((num_slots, num_blocks))
+        self.contexts.append(max_model_len)
+        for name in ("states", "checkpoints", "kv", "tables", "caches", "sampler"):
+            setattr(self.runner, name, SimpleNamespace(nbytes=1000, allocate_on_host=lambda num_on_host: None))
+
+    def launch(self, step):
+        self.steps.append(step)
+        return self
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.fixture
+def device(monkeypatch, runner) -> FakeDevice:
+    return FakeDevice(monkeypatch, runner)
+
+
+def test_a_gpus_share_is_less_what_others_and_the_largest_step_take(device, runner, tiny):
+    config = engine_config(tiny.folder, memory_fraction=0.5, max_num_seqs=3, prefix_cache=False)
+    plan, use = sizing.size_pools(runner, config)
+    assert use.total == 5 * 10**9
+    assert use.workspace == 3_000_000 + sizing.FRAGMENTATION_BYTES
+    assert use.other == pytest.approx(10**9, rel=0.02) and use.other > 10**9
+    assert device.allocated == [device.allocated[0], (plan.num_state_slots, plan.num_kv_blocks)]
+    assert (plan.num_state_slots, plan.num_kv_blocks) == (3, 3 * 256 // 16)
+
+
+def test_states_that_the_plan_would_clamp_are_not_allocated_to_measure(device, runner, tiny):
+    slot = runner.state_bytes_per_slot
+    share = 10**9 + runner.weight_bytes + 41 * slot
+    config = engine_config(tiny.folder, memory_fraction=share / 10**10, max_num_seqs=64)
+    use = sizing._measure(runner, config, 256)
+    assert device.allocated[0][0] == 20, "half of what is left"
+    assert use.unassigned < 41 * slot
+
+
+def test_a_gpus_steps_are_measured_with_the_context_that_its_share_holds(monkeypatch, long_folder):
+    config = engine_config(long_folder, max_model_len=None, memory_fraction=0.14, session_folder=str(long_folder))
+    runner = ModelRunner(config, progress=False)
+    device = FakeDevice(monkeypatch, runner)
+    reserved = []
+    monkeypatch.setattr(runner.model, "reserve_positions", reserved.append)
+    plan, use = sizing.size_pools(runner, config)
+    measured, served = device.contexts
+    widest = max(len(row.block_table) for step in device.steps for row in step.sequences)
+    assert plan.max_model_len == served <= measured < 4 * 10**8 / (64 + 256), "0.4 GB hold no more"
+    assert widest * 16 <= measured + 16 and reserved[-1] == served
+    assert use.weights == runner.weight_bytes + runner.model.position_bytes(served)
+    assert use.other < 1.1 * 10**9
+
+
+@pytest.mark.parametrize("gigabytes", [0.3, 1.0, 7.5])
+def test_a_gigabyte_of_the_host_is_a_thousand_million_bytes(gigabytes):
+    costs = {"state_bytes_per_slot": 1000, "kv_bytes_per_token": 10, "checkpoint_bytes": 4096}
+    config = engine_config("x", host_checkpoint_gb=gigabytes)
+    plan = sizing.plan_pools(config, MemoryUse(total=10**9), max_model_len=256, context_bytes=lambda length: 0, **costs)
+    assert plan.num_host_checkpoints == int(gigabytes * 1e9) // 4096
+
+
+# -- capacity -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("num_kv_blocks", [None, 16, 37], ids=["every context", "16 blocks", "37 blocks"])
+def test_the_capacity_told_at_start_is_reached_and_nobody_is_preempted(tiny, num_kv_blocks, is_async):
+    settings = {
+        "max_model_len": 1024,
+        "async_scheduling": is_async,
+        "max_num_batched_tokens": 1024,
+        "prefix_cache": False,
+    }
+    core = make_core(tiny.folder, num_kv_blocks=num_kv_blocks, **settings)
+    info = core.info()
+    share, rest = divmod(info.num_kv_blocks, info.num_state_slots)
+    answer = info.block_size - 1  # within the last block, which a prompt has begun: all hold all of theirs at once
+    for slot in range(info.num_state_slots):
+        room = (share + (rest if slot == 0 else 0)) * info.block_size
+        core.add_request(request(f"r{slot}", [1] * (room - answer), max_tokens=answer, ignore_eos=True))
+    most_running = most_blocks = 0
+    while core.has_work:
+        core.step()
+        stats = core.stats()
+        most_running, most_blocks = max(most_running, stats.num_running), max(most_blocks, stats.kv_blocks_used)
+    assert (most_running, most_blocks) == (info.num_state_slots, info.num_kv_blocks)
+    assert core.stats().preemptions_total == 0
+    core.check_integrity()
+
+
+# -- dummy steps ----------------------------------------------------------------------------------------------
+
+LIMITS = {
+    "plain": StepLimits(num_slots=4, num_blocks=40, block_size=16, max_len=128, max_tokens=256),
+    "one slot": StepLimits(num_slots=1, num_blocks=8, block_size=16, max_len=128, max_tokens=64),
+    "one token": StepLimits(num_slots=3, num_blocks=3, block_size=1, max_len=1, max_tokens=3),
+    "two tokens": StepLimits(num_slots=3, num_blocks=6, block_size=1, max_len=2, max_tokens=3),
+    "a budget of one": StepLimits(num_slots=1, num_blocks=2, block_size=16, max_len=32, max_tokens=1),
+    "a token for each": StepLimits(num_slots=5, num_blocks=10, block_size=1, max_len=64, max_tokens=5),
+    "more slots than blocks": StepLimits(num_slots=4, num_blocks=3, block_size=4, max_len=12, max_tokens=16),
+    "drafts": StepLimits(4, 40, 16, max_len=128, max_tokens=256, max_drafts=7, max_drafted=3),
+    "drafts in small blocks": StepLimits(3, 60, 1, max_len=64, max_tokens=64, max_drafts=7, max_drafted=8),
+    "drafts in a small budget": StepLimits(4, 40, 2, max_len=64, max_tokens=5, max_drafts=7, max_drafted=8),
+    "no room for drafts": StepLimits(1, 4, 16, max_len=64, max_tokens=1, max_drafts=7, max_drafted=8),
+    "a context without drafts": StepLimits(2, 4, 1, max_len=2, max_tokens=16, max_drafts=7, max_drafted=8),
+    "a context of one draft": StepLimits(2, 6, 2, max_len=3, max_tokens=16, max_drafts=7, max_drafted=8),
+    "a short context": StepLimits(num_slots=2, num_blocks=2, block_size=16, max_len=9, max_tokens=512),
+}
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS.keys())
+@pytest.mark.parametrize("make", [smallest_steps, serving_steps])
+def test_dummy_steps_keep_within_their_limits(make, limits):
+    steps = list(make(limits))
+    assert steps
+    for step in steps:
+        counts = step.num_scheduled_tokens
+        assert sum(counts) > 0 and len(counts) == len(step.sequences)
+        if make is serving_steps:
+            assert sum(counts) <= limits.max_tokens
+        slots = [sequence.state_slot for sequence in step.sequences]
+        assert len(set(slots)) == len(slots) and max(slots) < limits.num_slots
+        for row, (sequence, count) in enumerate(zip(step.sequences, counts, strict=True)):
+            end = sequence.num_computed_tokens + count
+            assert end <= limits.max_len
+            assert len(sequence.block_table) * limits.block_size >= end
+            assert max(sequence.block_table) < limits.num_blocks
+            assert (sequence.num_computed_tokens > 0) == (row >= step.num_prefills or step.num_drafted > 0)
+            assert sequence.num_uncomputed_tokens + len(sequence.drafts) == count
+        assert step.num_drafted in (0, len(counts)) and bool(step.num_drafted) == any(s.drafts for s in step.sequences)
+
+
+def test_dummy_steps_hold_the_largest_of_each_kind():
+    limits = LIMITS["plain"]
+    shapes = {
+        (step.num_prefills, len(step.sequences), sum(step.num_scheduled_tokens)) for step in serving_steps(limits)
+    }
+    for shape in [(4, 4, 256), (1, 1, 128), (1, 1, 1), (2, 2, 193), (1, 3, 130), (0, 1, 1), (0, 4, 4)]:
+        assert shape in shapes, shape
+
+
+def test_steps_with_drafts_are_measured_up_to_the_most_rows_and_tokens():
+    def largest(limits: StepLimits) -> list[tuple[int, int]]:
+        return [
+            (step.num_drafted, sum(step.num_scheduled_tokens)) for step in serving_steps(limits) if step.num_drafted
+        ]
+
+    assert largest(LIMITS["drafts"]) == [(1, 8), (2, 9), (3, 17)], "one that asks for more has no drafts"
+    assert largest(LIMITS["drafts in a small budget"]) == [(1, 5), (2, 5), (4, 5)]
+    for name in ("plain", "no room for drafts", "a context without drafts"):
+        assert largest(LIMITS[name]) == []
+        assert not any(step.num_drafted for step in smallest_steps(LIMITS[name]))
+
+
+def test_a_fold_is_compiled_at_start_and_finds_a_token_to_fold():
+    drafted = [step for step in smallest_steps(LIMITS["drafts"]) if step.num_drafted]
+    assert [step.copies for step in drafted] == [[], [Fold(0, 1)]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_first_steps_leave_numbers(tiny, monkeypatch, backend):
+    """What no step has written may be NaN, and is never read."""
+    allocate, launch = ModelRunner.allocate, ModelRunner.launch
+    drawn: list[list[int]] = []
+
+    def poisoned(self, *sizes):
+        allocate(self, *sizes)
+        for pool in (self.states.state, self.states.key_ring, self.states.value_ring, self.kv.key, self.kv.value):
+            pool.fill_(float("nan"))
+
+    def launched(self, step):
+        result = launch(self, step)
+        drawn.append(result.wait()[0])
+        return result
+
+    monkeypatch.setattr(ModelRunner, "allocate", poisoned)
+    monkeypatch.setattr(ModelRunner, "launch", launched)
+    ModelRunner(engine_config(tiny.folder, linear_backend=backend, speculative_tokens=7), progress=False)
+    assert len(drawn) == 5 and min(min(tokens) for tokens in drawn) >= 0
+
+
+def test_the_settings_say_which_steps_with_drafts_are_measured(device, runner, tiny):
+    sizing.size_pools(runner, engine_config(tiny.folder, speculative_tokens=3, speculative_max_rows=2))
+    assert max(len(row.drafts) for step in device.steps for row in step.sequences) == 3
+    assert max(step.num_drafted for step in device.steps) == 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "minimax", "replay"])
+def test_a_decoding_dummy_reads_what_a_prompt_wrote_before(tiny, backend):
+    """A state that nobody wrote may hold NaN, and choose experts that do not exist."""
+    core = make_core(tiny.folder, linear_backend=backend, speculative_tokens=7)
+    runner = core.runner
+    for pool in (runner.states.state, runner.states.key_ring, runner.states.value_ring, runner.kv.key, runner.kv.value):
+        pool.fill_(float("nan"))
+    limits = StepLimits(4, 64, 16, 256, 64, max_drafts=7, max_drafted=4)
+    for step in serving_steps(limits):
+        tokens, _ = runner.launch(step).wait()
+        num_drafts = sum(len(sequence.drafts) for sequence in step.sequences)
+        assert len(tokens) == len(step.sequences) + num_drafts and min(tokens) >= 0
+
+
+# -- graphs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_seqs", [1, 8, 64])
+@pytest.mark.parametrize("max_rows", [1, 8, 64])
+def test_graphs_are_measured_with_the_most_tokens_and_the_most_rows_of_logits(runner, monkeypatch, num_seqs, max_rows):
+    settings = {"max_num_seqs": num_seqs, "speculative_tokens": 7, "speculative_max_rows": max_rows}
+    shapes = shapes_for(engine_config("x", **settings, max_num_batched_tokens=2048), num_seqs)
+    captured: list[list[GraphShape]] = []
+    monkeypatch.setattr(runner, "capture", captured.append)
+    monkeypatch.setattr(sizing, "free_memory", lambda device: (10**10 - 1000 * len(captured), 10**10))
+    sizing._measure_graphs(runner, shapes)
+    for part in captured:
+        assert part == sorted(part, key=shapes.index) and len(set(part)) == len(part)
+        assert max(shape.num_tokens for shape in part) == max(shape.num_tokens for shape in shapes)
+        assert max(shape.num_draws for shape in part) == max(shape.num_draws for shape in shapes)
+    assert len(captured[0]) <= 2 < len(captured[1]) <= len(shapes)
+
+
+# -- what does not fit ----------------------------------------------------------------------------------------
+
+
+def test_a_backend_without_room_for_drafts_is_told_at_start(tiny, monkeypatch):
+    monkeypatch.setitem(
+        model_runner.LINEAR_BACKENDS, "seg_la", lambda kernels, *, speculative=False: PlainBackend(kernels)
+    )
+    ModelRunner(engine_config(tiny.folder, linear_backend="seg_la"), progress=False)
+    with pytest.raises(ConfigError, match=r"speculative_tokens = 7: linear_backend plain keeps 0 .* need 9"):
+        ModelRunner(engine_config(tiny.folder, linear_backend="seg_la", speculative_tokens=7), progress=False)
+
+
+@pytest.mark.parametrize("drafts", [0, 5])
+def test_an_engine_runs_on_a_backend_that_follows_the_protocol_alone(tiny, monkeypatch, drafts):
+    requests = [request(str(i), [i, 7, 8, 9] * 9, max_tokens=30) for i in range(3)]
+    expected = drain(make_core(tiny.folder), *requests)
+    monkeypatch.setitem(model_runner.LINEAR_BACKENDS, "seg_la", PlainBackend)
+    core = make_core(tiny.folder, linear_backend="seg_la", speculative_tokens=drafts)
+    assert core.info().linear_backend == "plain"
+    answers = drain(core, *requests)
+    assert {name: each.token_ids for name, each in answers.items()} == {
+        name: each.token_ids for name, each in expected.items()
+    }
+    assert (core.stats().draft_tokens_total > 0) == (drafts > 0)
+
+
+def fail(*arguments, **keywords):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def refused(tiny, *words: str, **settings) -> None:
+    with pytest.raises(ConfigError) as error:
+        ModelRunner(engine_config(tiny.folder, **settings), progress=False)
+    for word in ("out of memory", *words):
+        assert word in str(error.value)
+    assert error.value.__suppress_context__
+
+
+def test_weights_that_do_not_fit(tiny, monkeypatch):
+    monkeypatch.setattr(model_runner, "load_weights", fail)
+    refused(tiny, "weights", "dtype")
+
+
+@pytest.mark.parametrize("part", ["StatePool", "KVPool", "Sampler"])
+def test_pools_that_do_not_fit(tiny, monkeypatch, part):
+    monkeypatch.setattr(model_runner, part, fail)
+    monkeypatch.setattr(fail, "bytes_per_slot", lambda vocab: 1, raising=False)
+    refused(tiny, "4 states", "max_num_seqs", "memory_fraction", "cpu_memory_gb")
+
+
+def test_states_that_the_hosts_memory_does_not_hold(tiny, monkeypatch):
+    def too_large(*shape, device=None, **others):
+        sizes = shape[0] if isinstance(shape[0], tuple) else shape
+        if device is None and sizes[0] > 0:  # as the allocator of the CPU says it
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return torch.empty(*shape, device=device, **others)
+
+    monkeypatch.setattr(pools, "torch", SimpleNamespace(empty=too_large))
+    refused(
+        tiny,
+        "host_checkpoint_gb = 0.001",
+        "did not fit in the host's memory; lower host_checkpoint_gb",
+        host_checkpoint_gb=0.001,
+    )
+
+
+def test_a_rope_table_that_does_not_fit(tiny, monkeypatch):
+    monkeypatch.setattr("leyden.models.layers.projection.RotaryTable.reserve", fail)
+    refused(tiny, "position table of max_model_len = 256 (16,384 bytes)", "lower max_model_len", "memory_fraction")
+
+
+def test_a_share_without_room_for_one_sequence_says_what_takes_it(tiny):
+    with pytest.raises(ConfigError) as error:
+        ModelRunner(engine_config(tiny.folder, cpu_memory_gb=1e-5), progress=False)
+    weights = ModelRunner(engine_config(tiny.folder), progress=False).weight_bytes
+    assert "8,976 bytes are free" in str(error.value)
+    assert f"(of {weights + 10_000:,} bytes: weights {weights:,})" in str(error.value)
+
+
+def test_a_first_step_that_does_not_fit(tiny, monkeypatch):
+    monkeypatch.setattr(ModelRunner, "launch", fail)
+    refused(tiny, "first step", "max_num_batched_tokens", "memory_fraction")
+
+
+def test_a_largest_step_that_does_not_fit(device, runner, tiny, monkeypatch):
+    monkeypatch.setattr(runner, "launch", fail)
+    with pytest.raises(
+        ConfigError, match=r"max_num_batched_tokens = 64 .*lower max_num_batched_tokens or max_num_seqs"
+    ):
+        sizing.size_pools(runner, engine_config(tiny.folder))
+
+
+def test_pools_to_measure_with_that_do_not_fit(device, runner, tiny, monkeypatch):
+    monkeypatch.setattr(runner, "allocate", fail)
+    with pytest.raises(ConfigError, match="max_num_seqs"):
+        sizing.size_pools(runner, engine_config(tiny.folder))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["allocator", "driver", "cublas"],
+)
+def test_graphs_that_do_not_fit(runner, monkeypatch, error):
+    def capture(*arguments, **keywords):
+        try:
+            raise error
+        finally:  # as a capture does that ends after an error
+            raise RuntimeError("capture failed due to a previous error")
+
+    monkeypatch.setattr(model_runner, "StepGraphs", capture)
+    with pytest.raises(ConfigError, match=r"8 rows.*max_graph_rows.*cuda_graphs"):
+        runner.capture([GraphShape(1), GraphShape(8)])
+
+
+def test_an_error_that_is_not_about_memory_stays_what_it_is(tiny, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("an illegal instruction was encountered")
+
+    monkeypatch.setattr(ModelRunner, "launch", broken)
+    with pytest.raises(RuntimeError, match="illegal instruction"):
+        ModelRunner(engine_config(tiny.folder), progress=False)
+
+
+def test_graphs_that_take_more_than_measured_are_noted(runner, monkeypatch):
+    free = [9 * 10**9, 9 * 10**9 - runner.memory.unassigned - 1000]
+    monkeypatch.setattr(model_runner, "free_memory", lambda device: (free.pop(0), 10**10))
+    monkeypatch.setattr(runner, "capture", lambda *arguments, **keywords: None)
+    runner._keep_graphs(engine_config("x"), progress=False)
+    assert runner.memory.unassigned == -1000
+    assert "memory_fraction is exceeded by 1,000 bytes" in runner.plan.notes[-1]
+
+
+def test_the_allocators_bound_is_the_share_less_what_lies_outside(monkeypatch):
+    told: list[float] = []
+    monkeypatch.setattr(sizing, "ROUNDING_BYTES", 100)
+    monkeypatch.setattr(sizing, "free_memory", lambda device: (4000, 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5000)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
+    sizing.bound_allocator(CUDA, MemoryUse(total=8000, workspace=500))
+    sizing.bound_allocator(CUDA, MemoryUse(total=5800, workspace=500))
+    assert told == [0.69, 0.55], "8000 less 1000 outside; never less than what is held and the workspace"
