@@ -1,0 +1,32 @@
+"""Tensors that always travel together, as the kernels take them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Rows of one kind in a step: one sequence each, on a flat axis of tokens."""
+
+    slots: Tensor  # [B] int32, the slot of each row in the state pool; -1 = padding, which writes zeros to its output
+    continues: Tensor  # [B] bool; False = the row is new, and its slot's content is ignored
+    starts: Tensor  # [B + 1] int32; row b owns tokens starts[b] up to starts[b + 1]
+    max_len: int  # tokens of the longest row, at least 1
+
+
+class Ring(NamedTuple):
+    """The last tokens of each slot, which its state does not hold yet. C = places of a slot, a power of two."""
+
+    key: Tensor  # [num_slots, H, C, K] in any float dtype, contiguous but for the slots' stride
+    value: Tensor  # [num_slots, H, C, V], likewise
+    num_pending: Tensor  # [B] int32, tokens that wait in each row's ring, 0 .. C, oldest first
+
+
+class Weight(NamedTuple):
+    """A matrix as it is stored."""
+
+    data: Tensor  # [N, K], or [E, N, K] for experts
+    scale: Tensor | None = None  # None = `data` is the matrix itself
+    group: int = 0  # columns that share a scale; 0 without one
