@@ -1,9 +1,12 @@
-"""What a layer keeps of a sequence. Pools, memory plans, snapshots and sessions are made from it."""
+"""What a layer keeps of a sequence. Pools, memory plans, snapshots and sessions are made from `CacheSpec`s alone."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
+
+from torch import Tensor
 
 
 class Part(NamedTuple):
@@ -30,3 +33,39 @@ class CacheSpec(NamedTuple):
     ring: tuple[Part, ...] = ()  # of each token that waits in a ring; in the pool its places follow the first dim
     ring_size: int = 0  # places of the ring, 0 without one
     token: tuple[Part, ...] = ()  # of each token, in blocks
+
+
+class LayerCache(NamedTuple):
+    """The tensors of one layer's `CacheSpec` in the pools, one per part, in the order of its parts. A forward writes to
+    them in place."""
+
+    slot: tuple[Tensor, ...] = ()  # each [num_slots, *shape]
+    ring: tuple[Tensor, ...] = ()  # each [num_slots, shape[0], C, *shape[1:]] with C = ring_size; () without a ring
+    token: tuple[Tensor, ...] = ()  # each [num_blocks, block_size, *shape]
+    snapshots: tuple[Tensor, ...] = ()  # parallel to `slot`, each [num_snapshots, *shape]; strided views
+
+
+class ItemSizes(NamedTuple):
+    """Bytes of one element of a part, by what the part holds."""
+
+    state: int
+    activation: int
+
+    def of(self, parts: Iterable[Part]) -> int:
+        """Bytes of one copy of each part."""
+        return sum(part.size * getattr(self, part.holds) for part in parts)
+
+
+def slot_bytes(caches: Iterable[CacheSpec], sizes: ItemSizes) -> int:
+    """Bytes that a slot takes in all layers, rings included."""
+    return sum(sizes.of(cache.slot) + cache.ring_size * sizes.of(cache.ring) for cache in caches)
+
+
+def snapshot_bytes(caches: Iterable[CacheSpec], sizes: ItemSizes) -> int:
+    """Bytes that a snapshot takes in all layers. `sizes.state`: of `snapshot_dtype`."""
+    return sum(sizes.of(cache.slot) for cache in caches)
+
+
+def token_bytes(caches: Iterable[CacheSpec], sizes: ItemSizes) -> int:
+    """Bytes that a token takes in the blocks of all layers."""
+    return sum(sizes.of(cache.token) for cache in caches)
