@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from leyden.benchmarks.load.machine import hardware, software
-from leyden.configs.schema import load_settings
+from leyden.configs.sources import load_settings
 from leyden.engine.core import EngineCore
 from leyden.engine.messages import AddRequest
 from leyden.engine.sampling_params import SamplingParams

@@ -1,40 +1,33 @@
-"""One schema for every setting: YAML file < LEYDEN_* environment < command-line flag.
+"""Every setting: its name, type, bounds and default. `sources.py` reads the values.
 
-`EngineConfig` is what the engine reads (also the keyword arguments of `LLM`), `ServerConfig` what HTTP reads,
-`Settings` both of them with the layering. A field's description is its `--help` text.
+The engine reads `EngineConfig`, whose fields are also the keyword arguments of `LLM`. The HTTP layer reads
+`ServerConfig`. `Settings` holds both. The description of a field is its `--help` text.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
-from .kubernetes import injected_names
-from .other_names import hint_for
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 LinearBackendName = Literal["auto", "minimax", "seg_la", "replay"]
 ToolCallParserName = Literal["auto", "none", "minimax", "hermes", "kimi_k2"]
 ReasoningParserName = Literal["auto", "none", "think"]
-ENV_PREFIX = "LEYDEN_"
 DEMO_MODEL = "demo"
 MAX_CONNECTIONS = 1 << 16
 SPARE_CONNECTIONS = 256  # for requests that are being read, or refused
 STRICT = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-class SettingsError(Exception):
-    """A setting is unknown or has a value that is not allowed. The message names it and what is allowed."""
+def as_list(text: str) -> list[str]:
+    """The items of a text that separates them by commas. Empty items are dropped."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 class _Numbers(BaseModel):
-    """What a number may be, for both kinds of settings."""
+    """The base of both kinds of settings: a field that holds a number refuses booleans."""
 
     model_config = STRICT
 
@@ -250,12 +243,12 @@ class ServerConfig(_Numbers):
     @classmethod
     def _one_item_need_not_be_a_list(cls, value: Any) -> Any:
         """A text holds items separated by commas, as in the environment."""
-        return _as_list(value) if isinstance(value, str) else value
+        return as_list(value) if isinstance(value, str) else value
 
     @field_validator("api_key", mode="before")
     @classmethod
     def _a_text_holds_a_key(cls, value: Any) -> Any:
-        if isinstance(value, str) and not _as_list(value):
+        if isinstance(value, str) and not as_list(value):
             raise ValueError("holds no key; set one, or unset it to serve everyone")
         return value
 
@@ -291,121 +284,3 @@ class Settings(ServerConfig, EngineConfig):
     def engine(self) -> EngineConfig:
         """The engine's part of what was set."""
         return EngineConfig(**self.model_dump(include=set(EngineConfig.model_fields), exclude_unset=True))
-
-
-def load_settings(
-    flags: dict[str, Any], yaml_path: Path | None = None, environ: dict[str, str] | None = None
-) -> Settings:
-    """Merge the three sources and validate. Raises `SettingsError` naming the source, the key and what is allowed."""
-    environ = dict(os.environ) if environ is None else environ
-    merged: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for source, values in (
-        (f"{yaml_path}", _read_yaml(yaml_path) if yaml_path else {}),
-        ("environment", _read_environment(environ)),
-        ("command line", flags),
-    ):
-        for key, value in values.items():
-            if key not in Settings.model_fields:
-                raise SettingsError(f"unknown setting {key!r} ({source}); {what_was_meant(key, Settings.model_fields)}")
-            merged[key] = value
-            sources[key] = source
-    try:
-        return Settings(**merged)
-    except ValidationError as error:
-        wrong = [each for each in error.errors() if each["type"] != "default_factory_not_called"]  # follows from others
-        raise SettingsError("\n".join(_describe(each, sources) for each in wrong)) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        loaded = yaml.safe_load(text)
-    except OSError as error:
-        raise SettingsError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path} is not UTF-8 text: {error.reason}") from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
-    except RecursionError:
-        raise SettingsError(f"{path} is not valid YAML: it nests too deeply") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict) or not isinstance(root, yaml.MappingNode):
-        raise SettingsError(f"{path} must hold one mapping of settings, got a {type(loaded).__name__}")
-    _refuse_repeated_keys(path, root)
-    return {str(key).replace("-", "_"): value for key, value in loaded.items()}
-
-
-def _refuse_repeated_keys(path: Path, root: yaml.MappingNode) -> None:
-    """Of a key that is given twice YAML would silently keep the last."""
-    lines: dict[str, int] = {}
-    for node, _ in root.value:
-        line, key = node.start_mark.line + 1, str(node.value).replace("-", "_")
-        if key in lines:
-            raise SettingsError(f"{path} gives {key} twice, in lines {lines[key]} and {line}; keep one of them")
-        lines[key] = line
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """One line: where, and what. PyYAML's own text quotes the file over several lines."""
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
-    where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-    return f"{where}{problem}; a setting is written as 'name: value'"
-
-
-def _read_environment(environ: dict[str, str]) -> dict[str, Any]:
-    """LEYDEN_MAX_NUM_SEQS=8 -> max_num_seqs. Items of a list are separated by commas; empty or null takes an optional
-    value back, but an empty name of a key file does not open the server to everyone. What Kubernetes adds is no
-    setting."""
-    found: dict[str, Any] = {}
-    foreign = injected_names(environ)
-    for name, text in environ.items():
-        if name.startswith(ENV_PREFIX) and name not in foreign:
-            key = name.removeprefix(ENV_PREFIX).lower()
-            field = Settings.model_fields.get(key)
-            if key == "api_key_file" and not text:
-                raise SettingsError(f"{name} is empty; name a file with keys, or unset it to serve everyone")
-            if text in ("", "null") and field is not None and field.default is None:
-                found[key] = None
-            else:
-                found[key] = text
-    return found
-
-
-def _as_list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def what_was_meant(key: str, known: Iterable[str]) -> str:
-    """The hint for a setting that is not among the known ones."""
-    near = nearest(key, known)
-    return hint_for(key) or (f"did you mean {near!r}?" if near else f"known settings: {', '.join(sorted(known))}")
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The name that was most likely meant: one spelt alike, else the only ones made of the same words and more."""
-    names = list(known)
-    alike = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.75)
-    if alike:
-        return alike[0]
-    parts = set(re.split(r"[-_]+", word.lower().strip("-_")))
-    holding = [name for name in names if parts <= set(re.split(r"[-_]+", name.strip("-")))]
-    return min(holding, key=len) if holding else next(iter(difflib.get_close_matches(word.lower(), names, n=1)), None)
-
-
-def _describe(error: Any, sources: dict[str, str]) -> str:
-    key = str(error["loc"][0]) if error["loc"] else "?"
-    allowed = _allowed_values(key)
-    tail = f"; allowed: {allowed}" if allowed else ""
-    message = error["msg"].removeprefix("Value error, ")
-    value = "(hidden)" if key == "api_key" else repr(error["input"])
-    return f"{key} = {value} ({sources.get(key, 'default')}): {message}{tail}"
-
-
-def _allowed_values(key: str) -> str:
-    field = Settings.model_fields.get(key)
-    values = get_args(field.annotation) if field else ()
-    return ", ".join(map(str, values)) if values and all(isinstance(v, str) for v in values) else ""

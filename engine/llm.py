@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from ..configs.schema import EngineConfig, what_was_meant
+from ..configs.schema import EngineConfig
+from ..configs.sources import what_was_meant
 from ..kernels import use_device
 from .core import EngineCore
 from .errors import ConfigError, RequestError

@@ -100,7 +100,7 @@ def test_installed_wheel_runs_from_another_folder(wheel, tmp_path):
     module, function = PYPROJECT["project"]["scripts"]["leyden"].split(":")
     script = f"import sys; sys.argv = ['leyden', '--version']; from {module} import {function}; sys.exit({function}())"
     assert leyden.__version__ in run(script, cwd=elsewhere, PYTHONPATH=str(target))
-    presets = "from leyden.configs.schema import load_settings as l; from pathlib import Path; import leyden\n"
+    presets = "from leyden.configs.sources import load_settings as l; from pathlib import Path; import leyden\n"
     presets += "print(len([l({}, p, {}) for p in (Path(leyden.__file__).parent / 'configs').glob('*.yaml')]))"
     assert int(run(presets, cwd=elsewhere, PYTHONPATH=str(target))) == len(list((ROOT / "configs").glob("*.yaml")))
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import httpx
 
-from ...configs.schema import SettingsError
+from ...configs.sources import SettingsError
 from .errors import BenchError
 
 STOP_SECONDS = 60

@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from ...configs.schema import EngineConfig, SettingsError, load_settings
+from ...configs.schema import EngineConfig
+from ...configs.sources import SettingsError, load_settings
 from ...engine.core import EngineCore
 from ...engine.messages import EngineStats
 from ...models.loading.checkpoint import read_config, resolve

@@ -18,7 +18,8 @@ from ... import __version__
 from ...benchmarks.load.command import add_bench
 from ...benchmarks.load.flags import positive_number
 from ...configs.other_names import hint_for
-from ...configs.schema import EngineConfig, Settings, SettingsError, load_settings, nearest
+from ...configs.schema import EngineConfig, Settings
+from ...configs.sources import SettingsError, load_settings, nearest
 from ...engine.errors import LeydenError
 from ...engine.text.screen import for_screen, for_stdout
 

@@ -18,7 +18,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from ...configs.kubernetes import injected_names
-from ...configs.schema import Settings, SettingsError
+from ...configs.schema import Settings
+from ...configs.sources import SettingsError
 from ...engine import logs
 from ...engine.async_llm import AsyncLLM
 from ...engine.boundary.process_client import ProcessClient

@@ -133,7 +133,7 @@ def test_the_default_cases_that_exceed_the_context_are_left_out_and_said(capsys,
 def test_the_prefix_cache_is_off_unless_asked_for(engine, is_on):
     from leyden.benchmarks.load.flags import OfflineCase
     from leyden.benchmarks.load.offline import choose
-    from leyden.configs.schema import load_settings
+    from leyden.configs.sources import load_settings
 
     _, settings = choose({"model": "demo"}, [OfflineCase(1, 8, 8)], engine, is_profiled=False)
     assert load_settings(settings).engine().prefix_cache is is_on
