@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,6 @@ from ...models.loading.weights import fill_with_noise, load_weights
 from ...models.mixers.lightning_backends import LINEAR_BACKENDS, LinearAttentionBackend
 from ...models.specs import LightningSpec, ModelConfig
 from ..errors import ConfigError
-from ..memory.operations import Copy, Fold, Fork, Move, Restore, Save
 from ..memory.pools import CheckpointPool, KVPool, StatePool
 from ..outputs import TokenLogprobs
 from ..scheduling.step import ScheduledBatch
@@ -28,13 +28,13 @@ from ..startup.device import pick_device, pick_dtype, pick_kernels, spare_cores
 from ..startup.measuring import bound_allocator, free_memory, refuse_out_of_memory, size_pools
 from ..startup.trial_steps import StepLimits, checkpoint_step, smallest_steps
 from .block_tables import BlockTables
+from .copier import Copier
 from .decode_rows import Answers, DecodeRows
 from .graphs import SNAPSHOTS, Computed, GraphShape, StepGraphs, pad, shapes_for
-from .sampler import Draw, Sampled, Sampler, SamplingBatch, send_home, token_logprobs
+from .prompt_scores import score, wanted_scores
+from .sampler import Draw, Sampled, Sampler, SamplingBatch, send_home
 from .staging import StagedTokens
 from .step_input import BATCH_TENSORS, Arrays, Counts, batch_arrays, count_rows, make_batch, packed_size, upload
-
-PROMPT_LOGPROB_ROWS = 64  # rows of vocabulary-wide float32 that exist at once
 
 
 @dataclass(slots=True)
@@ -107,7 +107,7 @@ class ModelRunner:
         """Start computing the scheduled tokens, which writes state and KV pools, and sampling where a row's tokens are
         complete. On CUDA nothing waits for the device, but for log-probabilities of a prompt."""
         if scheduled.copies:
-            self.make_copies(scheduled.copies)
+            self.copier.make(scheduled.copies)
         self._decoding = self._decode_rows(scheduled)
         if self._decoding is not None:
             return self._decode(self._decoding)
@@ -130,35 +130,9 @@ class ModelRunner:
             sampled = self.sampler.sample(logits, SamplingBatch.of(sent))
         else:
             sampled = self.sampler.draw_nothing()
-        return LaunchedStep(rows, indices, sampled, self._prompt_logprobs(scheduled, hidden), drafts=drafts)
-
-    @torch.inference_mode()
-    def make_copies(self, copies: list[Copy]) -> None:
-        """In their order, but for what is folded: that comes first, all at once. A slot in which tokens wait is not
-        written to by another copy before it."""
-        folds = [copy for copy in copies if isinstance(copy, Fold)]
-        if folds:
-            slots, counts = np.array(folds, dtype=np.int32).T
-            sent = upload({"slots": slots, "counts": counts}, self.device)
-            self.model.fold_pending(self.caches, sent["slots"], sent["counts"])
-        for copy in copies:
-            match copy:
-                case Fork(source, target, blocks):
-                    self.states.slot(target).copy_(self.states.slot(source))
-                    self._copy_blocks(blocks)
-                case Save(slot, checkpoint):
-                    self.checkpoints[checkpoint].copy_(self.states.slot(slot))
-                case Restore(checkpoint, slot, blocks):
-                    self.states.slot(slot).copy_(self.checkpoints[checkpoint], non_blocking=True)
-                    self._copy_blocks(blocks)
-                case Move(source, target):
-                    self.checkpoints[target].copy_(self.checkpoints[source], non_blocking=True)
-
-    def _copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        if pairs:
-            source, target = np.array(pairs, dtype=np.int64).T
-            sent = upload({"source": source, "target": target}, self.device)
-            self.kv.copy(sent["source"], sent["target"])
+        scores = score(wanted_scores(scheduled), hidden, self.model.compute_logits)
+        found = {scheduled.sequences[row]: entries for row, entries in scores.items()}
+        return LaunchedStep(rows, indices, sampled, found, drafts=drafts)
 
     def _decode_rows(self, scheduled: ScheduledBatch) -> DecodeRows | None:
         """What a graph is to read for a step of plain decode rows alone; None for other steps."""
@@ -267,28 +241,6 @@ class ModelRunner:
     def kv_bytes_per_token(self) -> int:
         return self.model_config.kv_bytes_per_token(self.dtype.itemsize)
 
-    def _prompt_logprobs(self, scheduled: ScheduledBatch, hidden: Tensor) -> dict[Sequence, list[TokenLogprobs]]:
-        """Log-probabilities of the prompt tokens that this step's hidden states predict, a few rows at a time."""
-        found: dict[Sequence, list[TokenLogprobs]] = {}
-        offset = 0
-        for sequence, count in zip(scheduled.sequences, scheduled.num_scheduled_tokens, strict=True):
-            num_top = sequence.sampling_params.prompt_logprobs
-            if num_top is not None and sequence.num_output_tokens == 0:
-                start = sequence.num_computed_tokens
-                targets = sequence.prompt_token_ids[start + 1 : start + count + 1]
-                rows = hidden[offset : offset + len(targets)]
-                found[sequence] = self._score(rows, targets, num_top)
-            offset += count
-        return found
-
-    def _score(self, hidden: Tensor, targets: list[int], num_top: int) -> list[TokenLogprobs]:
-        entries: list[TokenLogprobs] = []
-        for i in range(0, len(targets), PROMPT_LOGPROB_ROWS):
-            part = targets[i : i + PROMPT_LOGPROB_ROWS]
-            logits = self.model.compute_logits(hidden[i : i + len(part)]).float()
-            entries += token_logprobs(logits, torch.tensor(part, device=self.device), [num_top] * len(part))
-        return entries
-
     def allocate(self, num_slots: int, num_blocks: int, max_model_len: int, num_checkpoints: int = 0) -> None:
         """Make the device's pools, uninitialised, and the tables of the sampler and of blocks."""
         config = self.model_config
@@ -307,10 +259,13 @@ class ModelRunner:
         self.tables = BlockTables(num_slots, -(-max_model_len // self.block_size), self.device)
         self.caches = _caches_by_layer(config, self.states, self.checkpoints, self.kv)
         self.sampler = Sampler(self.kernels, num_slots, config.vocab_size, self.device)
+        self.copier = Copier(
+            self.states, self.checkpoints, self.kv, functools.partial(self.model.fold_pending, self.caches), self.device
+        )
 
     def release(self) -> None:
         """Give back what `allocate` made."""
-        del self.states, self.checkpoints, self.kv, self.tables, self.caches, self.sampler
+        del self.states, self.checkpoints, self.kv, self.tables, self.caches, self.sampler, self.copier
 
     def warm_up(self) -> None:
         """The first steps on the real pools. Uses slot 0 and the first blocks, which are free: what it leaves there is

@@ -134,7 +134,7 @@ class Sessions:
                 "session_evicted",
             )
         cache, salt = self._reuse.cache, conversation.salt
-        self._runner.make_copies(self._reuse.take_copies())  # the engine may be idle: nothing else would make them
+        self._runner.copier.make(self._reuse.take_copies())  # the engine may be idle: nothing else would make them
         tokens, ends, hold = cache.hold(conversation.node, MAX_STATES)
         try:
             place = Place(hold.checkpoints, slots_of(hold.blocks, len(tokens), cache.blocks.block_size))
@@ -156,7 +156,7 @@ class Sessions:
             if hold is None:
                 raise _no_room(len(tokens), num_blocks, cache.num_checkpoints, cache.blocks.num_blocks)
             try:
-                self._runner.make_copies(reuse.take_copies())  # what is to be moved is read before it is overwritten
+                self._runner.copier.make(reuse.take_copies())  # what is to be moved is read before it is overwritten
                 place = Place(hold.checkpoints, slots_of(hold.blocks, len(tokens), cache.blocks.block_size))
                 yield partial(_after, self._carrier.mark(), partial(self._carrier.load, header, place))
             except BaseException:

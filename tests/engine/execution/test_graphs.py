@@ -13,6 +13,7 @@ from backends import BACKENDS
 from engines import DEVICE, drain, engine_config, make_core, request
 from leyden.engine.core import EngineCore
 from leyden.engine.execution import graphs as cuda_graph
+from leyden.engine.execution import runner as model_runner
 from leyden.engine.execution.graphs import PREFILL_ROWS, SNAPSHOTS, GraphShape, StepGraphs, graph_shapes, shapes_for
 from leyden.engine.execution.step_input import Counts
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
@@ -109,7 +110,7 @@ def test_graphs_share_one_place_for_logits(folder):
 @torch.inference_mode()
 @pytest.mark.parametrize("lags", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["at once", "a step behind"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_with_prompts_answers_as_one_without_graphs(folder, backend, lags):
+def test_a_step_with_prompts_answers_as_one_without_graphs(folder, monkeypatch, backend, lags):
     settings = {"linear_backend": backend, "async_scheduling": lags, "mixed_prefill_tokens": 24}
     lengths = (1, 70, 5, 64, 23, 40)  # chunks, several prompts in a step, a graph filled to the last token, and one not
     requests = [
@@ -119,7 +120,7 @@ def test_a_step_with_prompts_answers_as_one_without_graphs(folder, backend, lags
     expected = drain(plain(folder, **settings), *requests)
     core = with_graphs(folder, MIXED + DECODES, **settings)
     eager = []
-    core.runner._prompt_logprobs = lambda *arguments: eager.append(arguments) or {}
+    monkeypatch.setattr(model_runner, "score", lambda *arguments: eager.append(arguments) or {})
     for _ in range(2):
         answers = drain(core, *requests)
         for name in PARAMS:

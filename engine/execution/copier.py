@@ -1,0 +1,66 @@
+"""Makes the operations of a step on the pools of device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..memory.operations import Copy, Fold, Fork, Move, Restore, Save
+from ..memory.pools import CheckpointPool, KVPool, StatePool
+from .step_input import upload
+
+
+class Copier:
+    """The pools, and the one place that copies between their slots, blocks and checkpoints.
+
+    fold: takes slots [N] int32, each once, and numbers of tokens [N] int32; brings so many tokens that wait in each
+    slot's ring into its state, in all layers.
+    """
+
+    def __init__(
+        self,
+        states: StatePool,
+        checkpoints: CheckpointPool,
+        kv: KVPool,
+        fold: Callable[[Tensor, Tensor], None],
+        device: torch.device,
+    ) -> None:
+        self.states = states
+        self.checkpoints = checkpoints
+        self.kv = kv
+        self._fold = fold
+        self._device = device
+
+    @torch.inference_mode()
+    def make(self, operations: Sequence[Copy]) -> None:
+        """Launch the operations on the current stream, all folds first and together, then the others in their order.
+
+        The caller guarantees that no other operation writes to a slot before its fold.
+        """
+        folds = [operation for operation in operations if isinstance(operation, Fold)]
+        if folds:
+            slots, counts = np.array(folds, dtype=np.int32).T
+            sent = upload({"slots": slots, "counts": counts}, self._device)
+            self._fold(sent["slots"], sent["counts"])
+        for operation in operations:
+            match operation:
+                case Fork(source, target, blocks):
+                    self.states.slot(target).copy_(self.states.slot(source))
+                    self._copy_blocks(blocks)
+                case Save(slot, checkpoint):
+                    self.checkpoints[checkpoint].copy_(self.states.slot(slot))
+                case Restore(checkpoint, slot, blocks):
+                    self.states.slot(slot).copy_(self.checkpoints[checkpoint], non_blocking=True)
+                    self._copy_blocks(blocks)
+                case Move(source, target):
+                    self.checkpoints[target].copy_(self.checkpoints[source], non_blocking=True)
+
+    def _copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """pairs: (from, to) of each block."""
+        if pairs:
+            source, target = np.array(pairs, dtype=np.int64).T
+            sent = upload({"source": source, "target": target}, self._device)
+            self.kv.copy(sent["source"], sent["target"])
