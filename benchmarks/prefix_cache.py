@@ -14,7 +14,7 @@ or answer began with, too, was not computed again; beside it the share that woul
 
 With `--pairs`, of two prompts of `--system-tokens` tokens the second parts from the first at a random place, where none
 has parted before, one at a time, each for one token. Every pair is computed twice, with states kept on the way of a
-prompt and without (`state_checkpoint_interval` 0), by turns in one engine of the server's default budget. Told: which
+prompt and without (`snapshot_interval` 0), by turns in one engine of the server's default budget. Told: which
 share of the shared tokens the second found, the time to first token of both, and what the states cost the first, which
 is the median over the pairs of the quotient of its two times.
 """
@@ -95,7 +95,7 @@ def run_pairs(arguments: argparse.Namespace) -> dict[str, Any]:
             reuse.cache.clear()
             times = [run_alone(core, first), run_alone(core, first[:shared] + other[shared:])]
             pair[name] = {"first_ms": times[0][0], "second_ms": times[1][0], "found": times[1][1]}
-            pair[name]["states"] = reuse.cache.num_checkpoints_used
+            pair[name]["states"] = reuse.cache.num_snapshots_used
         pairs.append(pair)
     del pairs[0]
     report = environment(arguments) | {"prompt_tokens": arguments.system_tokens, "pairs": pairs}

@@ -1,8 +1,8 @@
-"""The names that vLLM and SGLang have for settings, and the name or the answer that Leyden has for each."""
+"""Names of settings in vLLM, SGLang and earlier versions of Leyden, and Leyden's name or answer for each."""
 
 from __future__ import annotations
 
-# Another engine's setting -> ours with the same meaning.
+# A name of another engine, or one that Leyden had before -> the setting with the same meaning.
 RENAMED = {
     "gpu_memory_utilization": "memory_fraction",
     "mem_fraction_static": "memory_fraction",
@@ -29,6 +29,11 @@ RENAMED = {
     "timeout_keep_alive": "idle_timeout",
     "allowed_origins": "cors_origins",
     "tokenizer_path": "tokenizer",
+    "snapshots": "snapshots",
+    "snapshot_interval": "snapshot_interval",
+    "snapshot_min_tokens": "snapshot_min_tokens",
+    "snapshot_dtype": "snapshot_dtype",
+    "host_snapshot_gb": "host_snapshot_gb",
 }
 
 # Another engine's setting -> the answer, where it is another one than a name. `{...}` is a setting of ours, spelled as
@@ -58,8 +63,8 @@ ANSWERS = {
     "quantization": "quantised weights are not implemented; {dtype} is the weights' type",
     "kv_cache_dtype": "keys and values have the dtype of the weights; {dtype} is the setting",
     "speculative_config": "drafts come from the text itself; {speculative_tokens} is how many",
-    "swap_space": "preempted sequences are computed again; {host_checkpoint_gb} keeps states on the host",
-    "cpu_offload_gb": "weights stay on the device; {host_checkpoint_gb} keeps states on the host",
+    "swap_space": "preempted sequences are computed again; {host_snapshot_gb} keeps states on the host",
+    "cpu_offload_gb": "weights stay on the device; {host_snapshot_gb} keeps states on the host",
     "download_dir": "set the environment variable HF_HOME",
     "ssl_certfile": "put a proxy that speaks TLS before the server",
     "ssl_keyfile": "put a proxy that speaks TLS before the server",
@@ -67,7 +72,7 @@ ANSWERS = {
 
 
 def hint_for(name: str, *, as_flags: bool = False) -> str | None:
-    """The hint for a setting that only another engine has, or None. `name` is spelled with underscores or as a flag;
+    """The hint for a name that Leyden does not have, or None. `name` is spelled with underscores or as a flag;
     `as_flags` spells Leyden's settings as flags, as the command line does."""
     key = name.lstrip("-").replace("-", "_")
     if key in RENAMED:

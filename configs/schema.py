@@ -95,27 +95,27 @@ class EngineConfig(_Numbers):
     prefix_cache: bool = Field(
         True, description="resume prompts at what earlier prompts and answers have in common with them"
     )
-    state_checkpoints: int | None = Field(
+    snapshots: int | None = Field(
         None, ge=0, le=1 << 20, description="states that the prefix cache keeps on the device; default: by its memory"
     )
-    state_checkpoint_interval: int = Field(
+    snapshot_interval: int = Field(
         4096,
         ge=0,
         le=1 << 20,
-        description="most tokens between the states kept on the way of a prompt, which at first are nearer to each "
+        description="most tokens between snapshots on the way of a prompt, which at first are nearer to each "
         "other; 0 = none are kept",
     )
-    state_checkpoint_min_tokens: int = Field(
+    snapshot_min_tokens: int = Field(
         128,
         ge=1,
         le=1 << 20,
-        description="tokens that a kept state must spare at least, beyond the one before it; 16 do at an answer's end",
+        description="tokens that a snapshot must spare at least, beyond the one before it; 16 do at an answer's end",
     )
-    state_checkpoint_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="kept states; auto = state_dtype; less takes half the memory, and a hit is rounded"
+    snapshot_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="numbers in snapshots; auto = state_dtype; less takes half the memory, and a hit is rounded"
     )
-    host_checkpoint_gb: float = Field(
-        0.0, ge=0, description="host memory for kept states that the device has no more room for, in GB"
+    host_snapshot_gb: float = Field(
+        0.0, ge=0, description="host memory for snapshots that the device has no more room for, in GB"
     )
     speculative_tokens: int = Field(
         0, ge=0, le=7, description="drafts of a sequence's next tokens, taken from its own text, in one step; 0 = none"
@@ -135,7 +135,7 @@ class EngineConfig(_Numbers):
     @property
     def saved_state_dtype(self) -> str:
         """The dtype of states that the prefix cache keeps."""
-        return self.state_dtype if self.state_checkpoint_dtype == "auto" else self.state_checkpoint_dtype
+        return self.state_dtype if self.snapshot_dtype == "auto" else self.snapshot_dtype
 
     @field_validator("max_num_batched_tokens")
     @classmethod
@@ -148,7 +148,7 @@ class EngineConfig(_Numbers):
     @field_validator("session_folder")
     @classmethod
     def _sessions_need_states_that_are_kept(cls, value: Path | None, info: Any) -> Path | None:
-        off = {"prefix_cache": False, "state_checkpoints": 0}
+        off = {"prefix_cache": False, "snapshots": 0}
         for name, none in off.items():
             if value is not None and info.data.get(name, ...) == none:
                 raise ValueError(

@@ -82,8 +82,8 @@ class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
     num_state_slots: int
     max_waiting: int
     num_kv_blocks: int
-    num_checkpoints: int = 0
-    num_host_checkpoints: int = 0
+    num_snapshots: int = 0
+    num_host_snapshots: int = 0
     block_size: int
     speculative_tokens: int = 0  # most drafts of a sequence in a step; 0 = speculative decoding is off
     speculative_max_rows: int = 0  # most sequences of a step with drafts
@@ -103,8 +103,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     state_slots_used: int = 0
     kv_blocks_used: int = 0  # by sequences
     kv_blocks_cached: int = 0  # by the prefix cache alone
-    checkpoints_used: int = 0
-    host_checkpoints_used: int = 0
+    snapshots_used: int = 0
+    host_snapshots_used: int = 0
     prefix_cache_queries_total: int = 0  # prompt tokens that were looked up
     prefix_cache_hits_total: int = 0  # those of them that were not computed again
     draft_tokens_total: int = 0

@@ -70,8 +70,8 @@ class Sequence:
     num_cached_tokens: int | None = None  # that it began with; None until it is first admitted
     stops: list[int] = field(default_factory=list)  # increasing; after so many tokens of the prompt it is saved
     wanted_stops: set[int] = field(default_factory=set)  # where it parts from others, known before it starts
-    waits_for: Sequence | None = field(default=None, repr=False)  # whose checkpoint it waits for, before it starts
-    awaited_stop: int = 0  # the stop of that one at which the checkpoint is made
+    waits_for: Sequence | None = field(default=None, repr=False)  # whose snapshot it waits for, before it starts
+    awaited_stop: int = 0  # the stop of that one at which the snapshot is made
     num_waits: int = 0  # sequences it has waited for
     num_passed: int = 0  # times that a later sequence, with less to compute, was admitted before it
     was_preempted: bool = False

@@ -93,13 +93,13 @@ class Kernels(Protocol):
         has_initial_state: Tensor,
         query_start_loc: Tensor,
         snapshots: Tensor,
-        checkpoints: Tensor,
+        pool: Tensor,
     ) -> None:
         """Save states that rows are about to pass in `lightning_prefill` or `lightning_segments`, which come after it.
 
         snapshots: [S, 3] int32, each (b, n, c): the state after the first n >= 1 tokens of row b goes to
-        checkpoints[c]; c = -1 = padding, of which nothing else is read. No c comes twice, and row b is no padding.
-        checkpoints: [N, H, K, V] in any float dtype. `state` is read only; the other arguments as in
+        pool[c]; c = -1 = padding, of which nothing else is read. No c comes twice, and row b is no padding.
+        pool: [N, H, K, V] in any float dtype. `state` is read only; the other arguments as in
         `lightning_prefill`.
         """
 

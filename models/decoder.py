@@ -53,14 +53,14 @@ class LightningAttention(nn.Module):
         self.slopes = torch.tensor(spec.slopes, dtype=torch.float32, device=device)
 
     def forward(self, x: Tensor, batch: ForwardBatch, state: LinearState) -> Tensor:
-        """x [T, d] -> [T, d]; updates the batch's slots of `state` in place, and the checkpoints of its snapshots."""
+        """x [T, d] -> [T, d]; updates the batch's slots of `state` in place, and the snapshots that the batch wants."""
         heads, dim = self.spec.num_heads, self.spec.head_dim
         qkv, gate = self.in_proj(x).split([3 * heads * dim, heads * dim], dim=-1)
         # Interleaved per head: rows [q | k | v] of head 0, then of head 1, ...
         q, k, v = self.kernels.silu_(qkv).view(-1, heads, 3 * dim).split(dim, dim=-1)
         if batch.snapshots.shape[0]:
             rows = (batch.state_indices, batch.has_initial_state, batch.query_start_loc)
-            self.kernels.lightning_snapshot(k, v, self.slopes, state.state, *rows, batch.snapshots, state.checkpoints)
+            self.kernels.lightning_snapshot(k, v, self.slopes, state.state, *rows, batch.snapshots, state.snapshots)
         out = x.new_empty(x.shape[0], heads, dim)
         self.backend.forward(LightningCall(q, k, v, self.slopes, self.spec.scale, state, batch, out))
         return self.out_proj(self.norm.gated(out.flatten(1), gate))

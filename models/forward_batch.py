@@ -59,7 +59,7 @@ class ForwardBatch:
     slot_mapping: Tensor  # [T] int64, where each token's key and value go: block * block_size + offset
     block_table: Tensor  # [num_slots, M] int32, the KV blocks of each slot; what lies past a row's end is never read
     logits_indices: Tensor  # [N] int64, the last token of each row whose next token is wanted
-    snapshots: Tensor  # [S, 3] int32, (row, tokens, checkpoint): states to save on the way; checkpoint -1 = padding
+    snapshots: Tensor  # [S, 3] int32, (row, tokens, snapshot): states to save on the way; snapshot -1 = padding
     num_prefills: int
     num_prefill_tokens: int
     num_decodes: int

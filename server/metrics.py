@@ -112,10 +112,10 @@ class EngineCollector(Collector):
         yield self._gauge("state_slots_used", "Recurrent state slots in use.", stats.state_slots_used)
         yield self._gauge("state_slots_total", "Recurrent state slots there are.", info.num_state_slots)
         yield self._gauge("prefix_cache_blocks", "KV blocks of the prefix cache alone.", stats.kv_blocks_cached)
-        used = {"device": stats.checkpoints_used, "host": stats.host_checkpoints_used}
-        yield self._gauges("state_checkpoints_used", "States in the prefix cache.", "tier", used)
-        total = {"device": info.num_checkpoints, "host": info.num_host_checkpoints}
-        yield self._gauges("state_checkpoints_total", "States it has room for.", "tier", total)
+        used = {"device": stats.snapshots_used, "host": stats.host_snapshots_used}
+        yield self._gauges("snapshots_used", "States in the prefix cache.", "tier", used)
+        total = {"device": info.num_snapshots, "host": info.num_host_snapshots}
+        yield self._gauges("snapshots_total", "States it has room for.", "tier", total)
         looked_up, found = stats.prefix_cache_queries_total, stats.prefix_cache_hits_total
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", looked_up)
         yield self._counter("prefix_cache_hits", "Those of them found there.", found)

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..memory.operations import Copy, Fold, Fork, Move, Restore, Save
-from ..memory.pools import CheckpointPool, KVPool, StatePool
+from ..memory.operations import Fold, Fork, Move, Operation, Restore, Save
+from ..memory.pools import KVPool, SnapshotPool, StatePool
 from .step_input import upload
 
 
 class Copier:
-    """The pools, and the one place that copies between their slots, blocks and checkpoints.
+    """The pools, and the one place that operations between their slots, blocks and snapshots.
 
     fold: takes slots [N] int32, each once, and numbers of tokens [N] int32; brings so many tokens that wait in each
     slot's ring into its state, in all layers.
@@ -23,19 +23,19 @@ class Copier:
     def __init__(
         self,
         states: StatePool,
-        checkpoints: CheckpointPool,
+        snapshots: SnapshotPool,
         kv: KVPool,
         fold: Callable[[Tensor, Tensor], None],
         device: torch.device,
     ) -> None:
         self.states = states
-        self.checkpoints = checkpoints
+        self.snapshots = snapshots
         self.kv = kv
         self._fold = fold
         self._device = device
 
     @torch.inference_mode()
-    def make(self, operations: Sequence[Copy]) -> None:
+    def make(self, operations: Sequence[Operation]) -> None:
         """Launch the operations on the current stream, all folds first and together, then the others in their order.
 
         The caller guarantees that no other operation writes to a slot before its fold.
@@ -50,13 +50,13 @@ class Copier:
                 case Fork(source, target, blocks):
                     self.states.slot(target).copy_(self.states.slot(source))
                     self._copy_blocks(blocks)
-                case Save(slot, checkpoint):
-                    self.checkpoints[checkpoint].copy_(self.states.slot(slot))
-                case Restore(checkpoint, slot, blocks):
-                    self.states.slot(slot).copy_(self.checkpoints[checkpoint], non_blocking=True)
+                case Save(slot, snapshot):
+                    self.snapshots[snapshot].copy_(self.states.slot(slot))
+                case Restore(snapshot, slot, blocks):
+                    self.states.slot(slot).copy_(self.snapshots[snapshot], non_blocking=True)
                     self._copy_blocks(blocks)
                 case Move(source, target):
-                    self.checkpoints[target].copy_(self.checkpoints[source], non_blocking=True)
+                    self.snapshots[target].copy_(self.snapshots[source], non_blocking=True)
 
     def _copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """pairs: (from, to) of each block."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ...configs.schema import EngineConfig
 from ...models.forward_batch import ForwardBatch
-from ..memory.operations import Snapshot
+from ..memory.operations import StepSave
 from ..startup.trial_steps import doubling
 from .block_tables import BlockTables
 from .sampler import Draw
@@ -288,6 +288,6 @@ def _padding_alone(shape: GraphShape) -> Arrays:
     names = (*TOKEN_DTYPES, *ROW_DTYPES, *DRAW_DTYPES)
     nothing: Arrays = {name: np.empty(0) for name in names} | {
         "query_start_loc": np.zeros(1, dtype=np.int32),
-        "snapshots": np.empty((0, len(Snapshot._fields)), dtype=np.int32),
+        "snapshots": np.empty((0, len(StepSave._fields)), dtype=np.int32),
     }
     return pad(nothing, Counts(0, 0, 0, max_query_len=1), shape, np.empty(0, dtype=np.int64))

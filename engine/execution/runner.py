@@ -20,13 +20,13 @@ from ...models.loading.weights import fill_with_noise, load_weights
 from ...models.mixers.lightning_backends import LINEAR_BACKENDS, LinearAttentionBackend
 from ...models.specs import LightningSpec, ModelConfig
 from ..errors import ConfigError
-from ..memory.pools import CheckpointPool, KVPool, StatePool
+from ..memory.pools import KVPool, SnapshotPool, StatePool
 from ..outputs import TokenLogprobs
 from ..scheduling.step import ScheduledBatch
 from ..sequence import Sequence
 from ..startup.device import pick_device, pick_dtype, pick_kernels, spare_cores
 from ..startup.measuring import bound_allocator, free_memory, refuse_out_of_memory, size_pools
-from ..startup.trial_steps import StepLimits, checkpoint_step, smallest_steps
+from ..startup.trial_steps import StepLimits, smallest_steps, snapshot_step
 from .block_tables import BlockTables
 from .copier import Copier
 from .decode_rows import Answers, DecodeRows
@@ -68,7 +68,7 @@ class ModelRunner:
         use_device(self.device)
         self.dtype = pick_dtype(config.dtype, self.model_config, self.device)
         self.state_dtype = getattr(torch, config.state_dtype)
-        self.checkpoint_dtype = getattr(torch, config.saved_state_dtype)
+        self.snapshot_dtype = getattr(torch, config.saved_state_dtype)
         self.kernel_name = pick_kernels(config.kernels, self.device)
         self.block_size = config.block_size
         torch.set_num_threads(config.num_threads or spare_cores())
@@ -106,8 +106,8 @@ class ModelRunner:
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start computing the scheduled tokens, which writes state and KV pools, and sampling where a row's tokens are
         complete. On CUDA nothing waits for the device, but for log-probabilities of a prompt."""
-        if scheduled.copies:
-            self.copier.make(scheduled.copies)
+        if scheduled.operations:
+            self.copier.make(scheduled.operations)
         self._decoding = self._decode_rows(scheduled)
         if self._decoding is not None:
             return self._decode(self._decoding)
@@ -234,14 +234,14 @@ class ModelRunner:
         return state + self.model_config.ring_bytes_per_sequence(self.ring_size, self.dtype.itemsize)
 
     @property
-    def checkpoint_bytes(self) -> int:
-        return self.model_config.state_bytes_per_sequence(self.checkpoint_dtype.itemsize)
+    def snapshot_bytes(self) -> int:
+        return self.model_config.state_bytes_per_sequence(self.snapshot_dtype.itemsize)
 
     @property
     def kv_bytes_per_token(self) -> int:
         return self.model_config.kv_bytes_per_token(self.dtype.itemsize)
 
-    def allocate(self, num_slots: int, num_blocks: int, max_model_len: int, num_checkpoints: int = 0) -> None:
+    def allocate(self, num_slots: int, num_blocks: int, max_model_len: int, num_snapshots: int = 0) -> None:
         """Make the device's pools, uninitialised, and the tables of the sampler and of blocks."""
         config = self.model_config
         self.states = StatePool(
@@ -252,20 +252,20 @@ class ModelRunner:
             ring_size=self.ring_size,
             ring_dtype=self.dtype,
         )
-        self.checkpoints = CheckpointPool(
-            config.linear_layers, num_checkpoints, device=self.device, dtype=self.checkpoint_dtype
+        self.snapshots = SnapshotPool(
+            config.linear_layers, num_snapshots, device=self.device, dtype=self.snapshot_dtype
         )
         self.kv = KVPool(config.full_layers, num_blocks, self.block_size, device=self.device, dtype=self.dtype)
         self.tables = BlockTables(num_slots, -(-max_model_len // self.block_size), self.device)
-        self.caches = _caches_by_layer(config, self.states, self.checkpoints, self.kv)
+        self.caches = _caches_by_layer(config, self.states, self.snapshots, self.kv)
         self.sampler = Sampler(self.kernels, num_slots, config.vocab_size, self.device)
         self.copier = Copier(
-            self.states, self.checkpoints, self.kv, functools.partial(self.model.fold_pending, self.caches), self.device
+            self.states, self.snapshots, self.kv, functools.partial(self.model.fold_pending, self.caches), self.device
         )
 
     def release(self) -> None:
         """Give back what `allocate` made."""
-        del self.states, self.checkpoints, self.kv, self.tables, self.caches, self.sampler, self.copier
+        del self.states, self.snapshots, self.kv, self.tables, self.caches, self.sampler, self.copier
 
     def warm_up(self) -> None:
         """The first steps on the real pools. Uses slot 0 and the first blocks, which are free: what it leaves there is
@@ -278,8 +278,8 @@ class ModelRunner:
         with refuse_out_of_memory("a first step beside the pools", remedy):
             for step in smallest_steps(limits):
                 self.launch(step).wait()
-            if plan.num_checkpoints:
-                self.launch(checkpoint_step(limits, num_pending=min(1, self.ring_size))).wait()
+            if plan.num_snapshots:
+                self.launch(snapshot_step(limits, num_pending=min(1, self.ring_size))).wait()
 
 
 def _drawn_rows(scheduled: ScheduledBatch) -> tuple[list[Sequence], list[int]]:
@@ -300,11 +300,11 @@ def _places_of_draws(scheduled: ScheduledBatch, counts: Counts, shape: GraphShap
     return rows
 
 
-def _caches_by_layer(config: ModelConfig, states: StatePool, checkpoints: CheckpointPool, kv: KVPool) -> list[Cache]:
+def _caches_by_layer(config: ModelConfig, states: StatePool, snapshots: SnapshotPool, kv: KVPool) -> list[Cache]:
     """One entry per layer, in the model's order."""
     linear = iter(range(len(config.linear_layers)))
     full = iter(range(len(config.full_layers)))
     return [
-        states.layer(next(linear), checkpoints) if isinstance(layer.mixer, LightningSpec) else kv.layer(next(full))
+        states.layer(next(linear), snapshots) if isinstance(layer.mixer, LightningSpec) else kv.layer(next(full))
         for layer in config.layers
     ]

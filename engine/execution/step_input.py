@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...models.forward_batch import ForwardBatch
-from ..memory.operations import Snapshot
+from ..memory.operations import StepSave
 from ..scheduling.step import ScheduledBatch
 from ..sequence import Sequence
 
@@ -93,7 +93,7 @@ def batch_arrays(scheduled: ScheduledBatch, block_size: int) -> Arrays:
         "state_indices": _ints([sequence.state_slot for sequence in sequences]),
         "num_pending": _ints([sequence.num_pending_tokens for sequence in sequences]),
         "has_initial_state": context_lens > 0,
-        "snapshots": np.array(scheduled.snapshots, dtype=np.int32).reshape(-1, len(Snapshot._fields)),
+        "snapshots": np.array(scheduled.snapshots, dtype=np.int32).reshape(-1, len(StepSave._fields)),
     }
 
 

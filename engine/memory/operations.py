@@ -1,4 +1,7 @@
-"""What has to be done to the pools before a step is computed, in this order and on its stream."""
+"""Operations on the pools. The host notes them; the device runs them in this order, on the stream of the steps.
+
+A step's operations run before it computes anything, folds first. `StepSave` is the exception: the step itself runs it.
+"""
 
 from __future__ import annotations
 
@@ -6,49 +9,51 @@ from typing import NamedTuple
 
 
 class Fork(NamedTuple):
-    """A sequence takes over what another has computed. Tokens that wait in a ring stay behind."""
+    """Copy one slot to another, and blocks. Tokens that wait in the source's ring stay behind."""
 
     source_slot: int
     target_slot: int
-    blocks: list[tuple[int, int]]  # (from, to) of those whose contents are copied
+    blocks: list[tuple[int, int]]  # (from, to) of the blocks to copy
 
 
 class Fold(NamedTuple):
-    """The `num_pending` tokens that wait in a slot's ring go into its state."""
+    """Add the `num_pending` tokens that wait in a slot's ring to its state."""
 
     slot: int
     num_pending: int
 
 
 class Save(NamedTuple):
-    """A slot's state, with nothing waiting in its ring, becomes a checkpoint."""
+    """Copy a slot, in whose ring nothing waits, to a snapshot."""
 
     slot: int
-    checkpoint: int
+    snapshot: int
 
 
 class Restore(NamedTuple):
-    """A sequence resumes at a checkpoint."""
+    """Copy a snapshot to a slot, and blocks."""
 
-    checkpoint: int
+    snapshot: int
     slot: int
     blocks: list[tuple[int, int]]
 
 
 class Move(NamedTuple):
-    """A checkpoint goes elsewhere: from the device to the host."""
+    """Copy a snapshot on the device to one on the host."""
 
     source: int
     target: int
 
 
-class Snapshot(NamedTuple):
-    """A row's state after the first `num_tokens` of its tokens in a step becomes a checkpoint, while the step runs and
-    so after all copies before it."""
+class StepSave(NamedTuple):
+    """Write the state of a prefill row after the first `num_tokens` of its tokens in a step to a snapshot.
+
+    The step's own layers do it, after all other operations of the step.
+    """
 
     row: int
     num_tokens: int
-    checkpoint: int  # on the device; -1 = none, which is padding
+    snapshot: int  # on the device; -1 = padding
 
 
-Copy = Fold | Fork | Save | Restore | Move
+Operation = Fold | Fork | Save | Restore | Move

@@ -10,7 +10,7 @@ import msgspec
 
 from ..errors import ConfigError
 
-MAX_CHECKPOINTS = 4096  # unless more are asked for
+MAX_SNAPSHOTS = 4096  # unless more are asked for
 
 
 class MemoryUse(msgspec.Struct, kw_only=True):
@@ -21,7 +21,7 @@ class MemoryUse(msgspec.Struct, kw_only=True):
     weights: int = 0  # parameters and the rope table
     state: int = 0  # the state pool, with its rings
     kv: int = 0  # the KV pool and the block tables
-    checkpoints: int = 0  # states of the prefix cache
+    snapshots: int = 0  # states of the prefix cache
     sampler: int = 0  # tables of token counts, one row per slot
     workspace: int = 0  # what the largest step takes at its peak beside all of these
     graphs: int = 0  # CUDA graphs
@@ -44,8 +44,8 @@ class MemoryPlan:
     num_state_slots: int
     num_kv_blocks: int
     max_model_len: int
-    num_checkpoints: int = 0
-    num_host_checkpoints: int = 0
+    num_snapshots: int = 0
+    num_host_snapshots: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -60,25 +60,25 @@ def plan_memory(
     cell_bytes: int = 0,
     context_bytes: Callable[[int], int] = lambda length: 0,
     num_kv_blocks: int | None = None,
-    checkpoint_bytes: int = 0,
-    num_checkpoints: int | None = 0,
+    snapshot_bytes: int = 0,
+    num_snapshots: int | None = 0,
     host_bytes: int = 0,
 ) -> MemoryPlan:
     """Split `budget` bytes.
 
     The context comes first: the longest, up to `max_model_len`, whose blocks fit beside all that its length costs,
     `cell_bytes` per slot and block in the block tables, and once `context_bytes` of the length. Then come slots, for
-    max_num_seqs, but at most half: a slot without room for its KV cache is of no use. Then come checkpoints of the
-    prefix cache, `num_checkpoints` or (None) a quarter of what is left, as long as the blocks of one full context fit
+    max_num_seqs, but at most half: a slot without room for its KV cache is of no use. Then come snapshots of the
+    prefix cache, `num_snapshots` or (None) a quarter of what is left, as long as the blocks of one full context fit
     beside them. What is left goes to blocks: no more than every slot could fill at the full context length, and as
-    many again for the prefix cache when there is one. `host_bytes` of host memory hold further checkpoints. A size
+    many again for the prefix cache when there is one. `host_bytes` of host memory hold further snapshots. A size
     that does not fit is clamped and noted; `ConfigError` only when not even one sequence fits.
     """
     notes: list[str] = []
     block_bytes = kv_bytes_per_token * block_size
 
     def split(length: int) -> tuple[int, int]:
-        """(slots, bytes that are left for checkpoints and blocks) with such a context."""
+        """(slots, bytes that are left for snapshots and blocks) with such a context."""
         left = budget - context_bytes(length)
         slot_bytes = state_bytes_per_slot + cell_bytes * -(-length // block_size)
         slots = min(max_num_seqs, max(left // 2, 0) // slot_bytes)
@@ -101,12 +101,12 @@ def plan_memory(
     if slots < max_num_seqs:
         notes.append(f"max_num_seqs clamped from {max_num_seqs} to {slots}: more states do not fit in half the memory")
     blocks_per_sequence = -(-longest // block_size)
-    checkpoints = _plan_checkpoints(num_checkpoints, rest, blocks_per_sequence * block_bytes, checkpoint_bytes)
-    if num_checkpoints is not None and checkpoints < num_checkpoints:
-        notes.append(f"state_checkpoints clamped from {num_checkpoints} to {checkpoints}: no more fit beside a context")
-    blocks = slots * blocks_per_sequence * (2 if checkpoints else 1)
+    snapshots = _plan_snapshots(num_snapshots, rest, blocks_per_sequence * block_bytes, snapshot_bytes)
+    if num_snapshots is not None and snapshots < num_snapshots:
+        notes.append(f"snapshots clamped from {num_snapshots} to {snapshots}: no more fit beside a context")
+    blocks = slots * blocks_per_sequence * (2 if snapshots else 1)
     if block_bytes:
-        blocks = min(blocks, (rest - checkpoints * checkpoint_bytes) // block_bytes)
+        blocks = min(blocks, (rest - snapshots * snapshot_bytes) // block_bytes)
     if num_kv_blocks is not None:
         if num_kv_blocks > blocks:
             notes.append(f"num_kv_blocks clamped from {num_kv_blocks} to {blocks}: no more fit or could be used")
@@ -114,8 +114,8 @@ def plan_memory(
     if longest < max_model_len:
         beside = f", beside {context_bytes(longest):,} bytes for its positions" if context_bytes(longest) else ""
         notes.append(f"max_model_len clamped from {max_model_len} to {longest}: the KV cache holds no more{beside}")
-    on_host = host_bytes // checkpoint_bytes if checkpoints else 0
-    return MemoryPlan(slots, blocks, longest, checkpoints, on_host, notes)
+    on_host = host_bytes // snapshot_bytes if snapshots else 0
+    return MemoryPlan(slots, blocks, longest, snapshots, on_host, notes)
 
 
 def _refusal(left: int, slots: int, rest: int, state_bytes: int, block_bytes: int) -> str:
@@ -133,9 +133,9 @@ def _refusal(left: int, slots: int, rest: int, state_bytes: int, block_bytes: in
     )
 
 
-def _plan_checkpoints(wanted: int | None, rest: int, context_bytes: int, checkpoint_bytes: int) -> int:
+def _plan_snapshots(wanted: int | None, rest: int, context_bytes: int, snapshot_bytes: int) -> int:
     """How many fit in `rest` bytes beside the blocks of a context."""
-    if wanted == 0 or not checkpoint_bytes:
+    if wanted == 0 or not snapshot_bytes:
         return 0
-    most = max(0, rest - context_bytes) // checkpoint_bytes
-    return min(most, MAX_CHECKPOINTS, rest // 4 // checkpoint_bytes) if wanted is None else min(most, wanted)
+    most = max(0, rest - context_bytes) // snapshot_bytes
+    return min(most, MAX_SNAPSHOTS, rest // 4 // snapshot_bytes) if wanted is None else min(most, wanted)

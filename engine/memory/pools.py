@@ -36,29 +36,29 @@ class StatePool:
         """A slot's states [L_linear, H, K, V]. Tokens that wait in its ring are not in them."""
         return self.state[:, i]
 
-    def layer(self, i: int, checkpoints: CheckpointPool) -> LinearState:
+    def layer(self, i: int, snapshots: SnapshotPool) -> LinearState:
         """The i-th lightning layer's part, and that of the kept states on the device."""
-        return LinearState(self.state[i], self.key_ring[i], self.value_ring[i], checkpoints.states[:, i])
+        return LinearState(self.state[i], self.key_ring[i], self.value_ring[i], snapshots.states[:, i])
 
     @property
     def nbytes(self) -> int:
         return self.state.nbytes + self.key_ring.nbytes + self.value_ring.nbytes
 
 
-class CheckpointPool:
-    """States of the prefix cache, each [L_linear, H, K, V] in `dtype`: `num_checkpoints` on the device and, counted on
+class SnapshotPool:
+    """States of the prefix cache, each [L_linear, H, K, V] in `dtype`: `num_snapshots` on the device and, counted on
     from there, those that `allocate_on_host` adds. Each lies in one piece, so that a copy between the two is one."""
 
     def __init__(
         self,
         layers: list[LightningSpec],
-        num_checkpoints: int,
+        num_snapshots: int,
         *,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         shape = (len(layers), *layers[0].state_shape)
-        self.states = torch.empty(num_checkpoints, *shape, device=device, dtype=dtype)
+        self.states = torch.empty(num_snapshots, *shape, device=device, dtype=dtype)
         self.host_states = torch.empty(0, *shape, dtype=dtype)
 
     def allocate_on_host(self, num_on_host: int) -> None:

@@ -1,11 +1,11 @@
 """The prefix cache: what was computed for earlier prompts and answers, found again by their tokens.
 
-Some nodes of a radix tree hold, beside the KV blocks of their tokens, a *checkpoint*: the recurrent states after
+Some nodes of a radix tree hold, beside the KV blocks of their tokens, a *snapshot*: the recurrent states after
 exactly these tokens. Keys and values can be taken up at any token, a state only where one was saved, so every leaf has
-a checkpoint, and a sequence resumes at the deepest one on its path.
+a snapshot, and a sequence resumes at the deepest one on its path.
 
 Nothing here touches the device. What is to be copied is said by the scheduler and done before the next step, in order
-and on the stream of the steps, so a checkpoint may be given away while a copy from it is still to be made.
+and on the stream of the steps, so a snapshot may be given away while a copy from it is still to be made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .radix_tree import Node, RadixTree, Tokens, path_to
 class Match(NamedTuple):
     """What the cache knows of a prompt."""
 
-    node: Node | None  # the deepest with a checkpoint
+    node: Node | None  # the deepest with a snapshot
     num_shared: int  # tokens that some earlier prompt or answer began with, too
 
     @property
@@ -37,51 +37,51 @@ class Match(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Hold:
-    """Blocks and checkpoints, in the tree or not, that are given to no one else and not written to until `let_go`."""
+    """Blocks and snapshots, in the tree or not, that are given to no one else and not written to until `let_go`."""
 
     blocks: list[int]
-    checkpoints: list[int]
+    snapshots: list[int]
 
 
 class PrefixCache:
-    """The tree, and which checkpoints are free.
+    """The tree, and which snapshots are free.
 
-    Checkpoints 0 .. num_checkpoints - 1 lie on the device, the `num_host_checkpoints` after them in host memory, where
+    Snapshots 0 .. num_snapshots - 1 lie on the device, the `num_host_snapshots` after them in host memory, where
     the least recently used go. One is made only where it saves `min_tokens` more than the one before it.
 
-    *Rungs* are checkpoints on the way of a prompt, where nothing is known to part yet. `num_for_rungs` places on the
+    *Rungs* are snapshots on the way of a prompt, where nothing is known to part yet. `num_for_rungs` places on the
     device are theirs alone, and any that are free; a rung takes nobody else's, and gives its own up for another
-    checkpoint, beyond those, or for a rung. The one forgotten is the oldest, where each level doubles the age that a
+    snapshot, beyond those, or for a rung. The one forgotten is the oldest, where each level doubles the age that a
     rung may reach: of those of an old prompt every other one is left, then every fourth. None goes to the host.
     """
 
     num_for_rungs = 0
 
     def __init__(
-        self, blocks: BlockManager, num_checkpoints: int, num_host_checkpoints: int = 0, min_tokens: int = 1
+        self, blocks: BlockManager, num_snapshots: int, num_host_snapshots: int = 0, min_tokens: int = 1
     ) -> None:
         self.blocks = blocks
         self.tree = RadixTree(blocks)
-        self.num_checkpoints = num_checkpoints
-        self.num_host_checkpoints = num_host_checkpoints
+        self.num_snapshots = num_snapshots
+        self.num_host_snapshots = num_host_snapshots
         self.min_tokens = min_tokens
-        self._free = list(range(num_checkpoints - 1, -1, -1))
-        self._free_on_host = list(range(num_checkpoints + num_host_checkpoints - 1, num_checkpoints - 1, -1))
+        self._free = list(range(num_snapshots - 1, -1, -1))
+        self._free_on_host = list(range(num_snapshots + num_host_snapshots - 1, num_snapshots - 1, -1))
         self._holds: list[Hold] = []
-        # The nodes with a checkpoint that is no rung, on the device and on the host; those with a rung, by level. Each
+        # The nodes with a snapshot that is no rung, on the device and on the host; those with a rung, by level. Each
         # with the step in which it came there or was last used, and in this order.
-        self._with_checkpoint: tuple[OrderedDict[Node, int], ...] = (OrderedDict(), OrderedDict())
+        self._with_snapshot: tuple[OrderedDict[Node, int], ...] = (OrderedDict(), OrderedDict())
         self._rungs: tuple[OrderedDict[Node, int], ...] = tuple(OrderedDict() for _ in range(MAX_LEVEL + 1))
         self._step = 0  # counts those that made rungs
-        self.num_given = 0  # times that a node got a checkpoint: as long as it stays, `match` finds nothing better
+        self.num_given = 0  # times that a node got a snapshot: as long as it stays, `match` finds nothing better
 
     @property
-    def num_checkpoints_used(self) -> int:
-        return self.num_checkpoints - len(self._free)
+    def num_snapshots_used(self) -> int:
+        return self.num_snapshots - len(self._free)
 
     @property
-    def num_host_checkpoints_used(self) -> int:
-        return self.num_host_checkpoints - len(self._free_on_host)
+    def num_host_snapshots_used(self) -> int:
+        return self.num_host_snapshots - len(self._free_on_host)
 
     @property
     def num_rungs(self) -> int:
@@ -90,7 +90,7 @@ class PrefixCache:
     def match(self, tokens: Tokens, salt: str | None = None) -> Match:
         """What is known of `tokens`. Changes nothing."""
         node, at, _ = self.tree.walk(tokens, salt)
-        while node is not None and node.checkpoint is None:
+        while node is not None and node.snapshot is None:
             node = node.parent
         return Match(node, at)
 
@@ -106,7 +106,7 @@ class PrefixCache:
     def insert(
         self, tokens: Tokens, table: list[int], salt: str | None = None, min_tokens: int | None = None
     ) -> tuple[int | None, list[Move]]:
-        """Make a checkpoint after `tokens`, whose keys and values are in the blocks of `table`, if it spares at least
+        """Make a snapshot after `tokens`, whose keys and values are in the blocks of `table`, if it spares at least
         `min_tokens` (None = the cache's own).
 
         Returns where the states are to be saved, None when there is no need or no room, and what has to be moved
@@ -116,18 +116,18 @@ class PrefixCache:
         if before is not None and before.end == len(tokens) and before.rung is not None:
             self._promote(before)
             return None, []
-        while before is not None and (before.checkpoint is None or before.rung is not None):  # rungs are soon forgotten
+        while before is not None and (before.snapshot is None or before.rung is not None):  # rungs are soon forgotten
             before = before.parent
         spared = len(tokens) - (before.end if before is not None else 0)
         if spared < (self.min_tokens if min_tokens is None else min_tokens):
             return None, []
-        checkpoint, moves = self._take_checkpoint()
-        if checkpoint is None:
+        snapshot, moves = self._take_snapshot()
+        if snapshot is None:
             return None, []
         node = self.tree.node_at(tokens, table, salt)
-        self._give(node, checkpoint)
+        self._give(node, snapshot)
         self._touch(node)
-        return checkpoint, moves
+        return snapshot, moves
 
     def insert_rung(self, tokens: Tokens, table: list[int], salt: str | None, level: int) -> int | None:
         """Make a rung after `tokens`, as `insert` does, where nothing is kept yet and a place is to be had. Returns the
@@ -138,59 +138,59 @@ class PrefixCache:
             victim = self._oldest_rung(spared=self._step)
             if victim is None:
                 return None
-            self._drop_checkpoint(victim)
+            self._drop_snapshot(victim)
         node = self.tree.node_at(tokens, table, salt)
         node.rung = level
         self._give(node, self._free.pop())
         self._touch(node)
-        return node.checkpoint
+        return node.snapshot
 
     def next_step(self) -> None:
         """Rungs made from here on are of another step. Those of one step make no room for each other: it writes all of
         them at once."""
         self._step += 1
 
-    def has_checkpoint(self, node: Node) -> bool:
-        """Whether the node is still in the tree, with its checkpoint."""
-        return node in self.tree.nodes and node.checkpoint is not None
+    def has_snapshot(self, node: Node) -> bool:
+        """Whether the node is still in the tree, with its snapshot."""
+        return node in self.tree.nodes and node.snapshot is not None
 
     def hold(self, node: Node, most: int) -> tuple[Tokens, list[int], Hold]:
         """Keep what a node in the tree stands for: (its tokens from the root on, the ends of the `most` deepest
-        checkpoints of its path, their checkpoints and the blocks of all the tokens)."""
+        snapshots of its path, their snapshots and the blocks of all the tokens)."""
         path = path_to(node)
-        kept = [part for part in path if part.checkpoint is not None][-most:]
-        hold = Hold(self.use(node), [part.checkpoint for part in kept if part.checkpoint is not None])
+        kept = [part for part in path if part.snapshot is not None][-most:]
+        hold = Hold(self.use(node), [part.snapshot for part in kept if part.snapshot is not None])
         self.blocks.hold(hold.blocks)
         self._holds.append(hold)
         return np.concatenate([part.tokens for part in path]), [part.end for part in kept], hold
 
-    def take(self, num_blocks: int, num_checkpoints: int) -> tuple[Hold | None, list[Move]]:
-        """Free blocks and up to so many checkpoints, at least one, for contents that come from elsewhere. Returns them
+    def take(self, num_blocks: int, num_snapshots: int) -> tuple[Hold | None, list[Move]]:
+        """Free blocks and up to so many snapshots, at least one, for contents that come from elsewhere. Returns them
         and what has to be moved before they are written to. None when there is no room for the blocks, and then nothing
-        was forgotten, or no checkpoint that is not held."""
-        if not self.num_checkpoints or not self.make_room(num_blocks):
+        was forgotten, or no snapshot that is not held."""
+        if not self.num_snapshots or not self.make_room(num_blocks):
             return None, []
         hold = Hold(self.blocks.take(num_blocks), [])
         self._holds.append(hold)
         moves: list[Move] = []
-        for _ in range(num_checkpoints):
-            checkpoint, moved = self._take_checkpoint()
-            if checkpoint is not None:
-                hold.checkpoints.append(checkpoint)
+        for _ in range(num_snapshots):
+            snapshot, moved = self._take_snapshot()
+            if snapshot is not None:
+                hold.snapshots.append(snapshot)
                 moves += moved
-        if not hold.checkpoints:
+        if not hold.snapshots:
             self.let_go(hold)
             return None, []
         return hold, moves
 
     def adopt(self, hold: Hold, tokens: Tokens, ends: list[int], salt: str | None = None) -> Node:
         """Put what was taken, and is filled now, into the tree: the keys and values of the tokens are in its blocks,
-        the states after the first `end` tokens in the checkpoint of the same place. Lets go of the rest. Returns the
+        the states after the first `end` tokens in the snapshot of the same place. Lets go of the rest. Returns the
         last end's node."""
-        for end, checkpoint in zip(ends, hold.checkpoints, strict=True):
+        for end, snapshot in zip(ends, hold.snapshots, strict=True):
             node = self.tree.node_at(tokens[:end], hold.blocks, salt)
-            if node.checkpoint is None:
-                self._give(node, checkpoint)
+            if node.snapshot is None:
+                self._give(node, snapshot)
             elif node.rung is not None:  # it has been computed meanwhile
                 self._promote(node)
             self._touch(node)
@@ -201,10 +201,10 @@ class PrefixCache:
         """What is in no use any more is free."""
         self._holds.remove(hold)
         self.blocks.let_go(hold.blocks)
-        in_tree = {node.checkpoint for nodes in self._queues for node in nodes}
-        for checkpoint in hold.checkpoints:
-            if checkpoint not in in_tree:
-                self._free_checkpoint(checkpoint)
+        in_tree = {node.snapshot for nodes in self._queues for node in nodes}
+        for snapshot in hold.snapshots:
+            if snapshot not in in_tree:
+                self._free_snapshot(snapshot)
 
     def make_room(self, num_blocks: int, keep: Node | None = None) -> bool:
         """Forget leaves, least recently used first, until so many blocks are free. False when that would not be enough;
@@ -222,65 +222,65 @@ class PrefixCache:
             in_the_way = (leaf for leaf in self.tree.leaves() if self._has_idle(leaf, held))
             leaf = next((leaf for leaf in itertools.chain(useful, in_the_way) if leaf is not keep), None)
             assert leaf is not None, "blocks that nobody uses belong to no leaf"
-            self._drop_checkpoint(leaf)
+            self._drop_snapshot(leaf)
         return True
 
     def clear(self) -> None:
         """Forget everything."""
         for node in [node for nodes in self._queues for node in nodes]:
-            self._drop_checkpoint(node)
+            self._drop_snapshot(node)
 
     def check_integrity(self) -> None:
-        """The tree is whole and every checkpoint has one owner. Raises AssertionError."""
+        """The tree is whole and every snapshot has one owner. Raises AssertionError."""
         self.tree.check_integrity()
-        owned = [node.checkpoint for node in self.tree.nodes if node.checkpoint is not None]
-        for nodes, on_host in zip(self._with_checkpoint, (False, True), strict=True):
-            known = [n for n in self.tree.nodes if n.checkpoint is not None and n.rung is None]
-            assert set(nodes) == {n for n in known if self._is_on_host(n) is on_host}, "checkpoints in another place"
+        owned = [node.snapshot for node in self.tree.nodes if node.snapshot is not None]
+        for nodes, on_host in zip(self._with_snapshot, (False, True), strict=True):
+            known = [n for n in self.tree.nodes if n.snapshot is not None and n.rung is None]
+            assert set(nodes) == {n for n in known if self._is_on_host(n) is on_host}, "snapshots in another place"
         for level, rungs in enumerate(self._rungs):
             assert set(rungs) == {n for n in self.tree.nodes if n.rung == level}, "rungs in another place"
-            assert all(n.checkpoint is not None and not self._is_on_host(n) for n in rungs), "a rung that is none"
+            assert all(n.snapshot is not None and not self._is_on_host(n) for n in rungs), "a rung that is none"
             assert list(rungs.values()) == sorted(rungs.values()), "rungs out of order"
-        assert len(set(owned)) == len(owned), "a checkpoint of two nodes"
-        held = {*owned, *(checkpoint for hold in self._holds for checkpoint in hold.checkpoints)}
-        everything = range(self.num_checkpoints + self.num_host_checkpoints)
-        assert sorted([*held, *self._free, *self._free_on_host]) == list(everything), "checkpoints lost or owned twice"
+        assert len(set(owned)) == len(owned), "a snapshot of two nodes"
+        held = {*owned, *(snapshot for hold in self._holds for snapshot in hold.snapshots)}
+        everything = range(self.num_snapshots + self.num_host_snapshots)
+        assert sorted([*held, *self._free, *self._free_on_host]) == list(everything), "snapshots lost or owned twice"
 
     def tables(self) -> Iterator[list[int]]:
         """The blocks that each node holds, and each `Hold`."""
         yield from (node.blocks for node in self.tree.nodes)
         yield from (hold.blocks for hold in self._holds)
 
-    def _take_checkpoint(self) -> tuple[int | None, list[Move]]:
+    def _take_snapshot(self) -> tuple[int | None, list[Move]]:
         """A free one on the device that is no rung's alone, if need be after forgetting a rung or sending the least
         recently used of the others to the host."""
         moves: list[Move] = []
-        most = self.num_checkpoints - self.num_for_rungs
-        while self.num_checkpoints_used - self.num_rungs >= most and self._evict(moves):
+        most = self.num_snapshots - self.num_for_rungs
+        while self.num_snapshots_used - self.num_rungs >= most and self._evict(moves):
             pass
         if not self._free:
             rung = self._oldest_rung()
             if rung is None:
                 return None, []
-            self._drop_checkpoint(rung)
+            self._drop_snapshot(rung)
         return self._free.pop(), moves
 
     def _evict(self, moves: list[Move]) -> bool:
-        """Free the place of the least recently used checkpoint on the device that is no rung. False if none may go."""
+        """Free the place of the least recently used snapshot on the device that is no rung. False if none may go."""
         victim = self._least_used(on_host=False)
         if victim is None:
             return False
-        if not self.num_host_checkpoints:
-            self._drop_checkpoint(victim)
+        if not self.num_host_snapshots:
+            self._drop_snapshot(victim)
             return True
         if not self._free_on_host:
             oldest = self._least_used(on_host=True)
             if oldest is None:
                 return False
-            self._drop_checkpoint(oldest)
-        taken, moved_to = victim.checkpoint, self._free_on_host.pop()
+            self._drop_snapshot(oldest)
+        taken, moved_to = victim.snapshot, self._free_on_host.pop()
         assert taken is not None
-        del self._with_checkpoint[False][victim]
+        del self._with_snapshot[False][victim]
         self._free.append(taken)
         self._give(victim, moved_to)
         moves.append(Move(taken, moved_to))
@@ -288,8 +288,8 @@ class PrefixCache:
 
     def _oldest_rung(self, spared: int | None = None) -> Node | None:
         """The rung that has reached most of the age that its level may, but for those of the step `spared`."""
-        held = {checkpoint for hold in self._holds for checkpoint in hold.checkpoints}
-        oldest = [next((rung for rung in level if rung.checkpoint not in held), None) for level in self._rungs]
+        held = {snapshot for hold in self._holds for snapshot in hold.snapshots}
+        oldest = [next((rung for rung in level if rung.snapshot not in held), None) for level in self._rungs]
         rungs = [rung for rung in oldest if rung is not None and self._queue(rung)[rung] != spared]
         return max(rungs, key=self._share_of_age, default=None)
 
@@ -298,36 +298,36 @@ class PrefixCache:
         return (self._step - self._queue(rung)[rung] + 1) / (1 << (rung.rung or 0))
 
     def _promote(self, rung: Node) -> None:
-        """The rung is a checkpoint like others from here on, and the one used last."""
+        """The rung is a snapshot like others from here on, and the one used last."""
         del self._queue(rung)[rung]
         rung.rung = None
         self._queue(rung)[rung] = self._step
         self.tree.touch(rung)
 
     def _least_used(self, *, on_host: bool) -> Node | None:
-        """The node that has waited longest of those whose checkpoint lies there and may be given away."""
-        held = {checkpoint for hold in self._holds for checkpoint in hold.checkpoints}
-        return next((node for node in self._with_checkpoint[on_host] if node.checkpoint not in held), None)
+        """The node that has waited longest of those whose snapshot lies there and may be given away."""
+        held = {snapshot for hold in self._holds for snapshot in hold.snapshots}
+        return next((node for node in self._with_snapshot[on_host] if node.snapshot not in held), None)
 
     @property
     def _queues(self) -> tuple[OrderedDict[Node, int], ...]:
-        return (*self._with_checkpoint, *self._rungs)
+        return (*self._with_snapshot, *self._rungs)
 
     def _queue(self, node: Node) -> OrderedDict[Node, int]:
-        """The one that a node with a checkpoint stands in."""
-        return self._with_checkpoint[self._is_on_host(node)] if node.rung is None else self._rungs[node.rung]
+        """The one that a node with a snapshot stands in."""
+        return self._with_snapshot[self._is_on_host(node)] if node.rung is None else self._rungs[node.rung]
 
     def _is_on_host(self, node: Node) -> bool:
-        return node.checkpoint is not None and node.checkpoint >= self.num_checkpoints
+        return node.snapshot is not None and node.snapshot >= self.num_snapshots
 
-    def _give(self, node: Node, checkpoint: int) -> None:
-        """The node has this checkpoint, and had none there."""
-        node.checkpoint = checkpoint
+    def _give(self, node: Node, snapshot: int) -> None:
+        """The node has this snapshot, and had none there."""
+        node.snapshot = snapshot
         self._queue(node)[node] = self._step
         self.num_given += 1
 
     def _touch(self, node: Node) -> None:
-        """The node, which has a checkpoint, is the one used last."""
+        """The node, which has a snapshot, is the one used last."""
         self.tree.touch(node)
         queue = self._queue(node)
         queue[node] = self._step
@@ -341,14 +341,14 @@ class PrefixCache:
         """Whether something between the root and the leaf would be free without it."""
         return any(self._are_idle([block], held) for part in path_to(leaf) for block in part.blocks)
 
-    def _drop_checkpoint(self, node: Node) -> None:
-        """Free the checkpoint, and with it every node that is now of no use."""
-        assert node.checkpoint is not None
-        if not any(node.checkpoint in hold.checkpoints for hold in self._holds):
-            self._free_checkpoint(node.checkpoint)
+    def _drop_snapshot(self, node: Node) -> None:
+        """Free the snapshot, and with it every node that is now of no use."""
+        assert node.snapshot is not None
+        if not any(node.snapshot in hold.snapshots for hold in self._holds):
+            self._free_snapshot(node.snapshot)
         del self._queue(node)[node]
-        node.checkpoint = node.rung = None
+        node.snapshot = node.rung = None
         self.tree.tidy(node)
 
-    def _free_checkpoint(self, checkpoint: int) -> None:
-        (self._free if checkpoint < self.num_checkpoints else self._free_on_host).append(checkpoint)
+    def _free_snapshot(self, snapshot: int) -> None:
+        (self._free if snapshot < self.num_snapshots else self._free_on_host).append(snapshot)

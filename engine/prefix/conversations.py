@@ -40,7 +40,7 @@ class Conversations:
         self._known.move_to_end(session_id)
         found, salt = self._known[session_id]
         node = None if found is None else found()
-        return Conversation(node if node is not None and self.cache.has_checkpoint(node) else None, salt)
+        return Conversation(node if node is not None and self.cache.has_snapshot(node) else None, salt)
 
     def forget(self, session_id: str) -> None:
         self._known.pop(session_id, None)

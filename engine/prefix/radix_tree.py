@@ -1,7 +1,7 @@
 """A radix tree over token ids, whose nodes hold the KV blocks of their tokens.
 
 A node stands for the tokens from the root to its end and holds the blocks of its own part of them. Prompts are compared
-token by token; there are no hashes to collide. A node exists only if it has a checkpoint or at least two children.
+token by token; there are no hashes to collide. A node exists only if it has a snapshot or at least two children.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Node:
     tokens: Tokens  # its own
     end: int
     blocks: list[int]  # from the block of its first own token to that of its last
-    checkpoint: int | None = None  # where the states after `end` tokens are
-    rung: int | None = None  # the level of a checkpoint that was made on the way of a prompt; None = of any other
+    snapshot: int | None = None  # where the states after `end` tokens are
+    rung: int | None = None  # the level of a snapshot that was made on the way of a prompt; None = of any other
     children: dict[int, Node] = field(default_factory=dict)  # by the first of their own tokens
 
     @property
@@ -76,9 +76,9 @@ class RadixTree:
         return (node for node in self.nodes if not node.children)
 
     def tidy(self, node: Node) -> None:
-        """Remove a node without a checkpoint when it is a leaf; join it with its child when it has only one."""
+        """Remove a node without a snapshot when it is a leaf; join it with its child when it has only one."""
         parent = node.parent
-        if node.checkpoint is not None or len(node.children) > 1:
+        if node.snapshot is not None or len(node.children) > 1:
             return
         if parent is None:
             if not node.children:
@@ -103,7 +103,7 @@ class RadixTree:
             assert parent is not None and parent.end == node.start < node.end
             assert parent.children[int(node.tokens[0])] is node
             assert len(node.blocks) == self.blocks.blocks_for(node.end) - node.start // size
-            assert node.checkpoint is not None or len(node.children) > 1, "a node of no use"
+            assert node.snapshot is not None or len(node.children) > 1, "a node of no use"
 
     def _split(self, child: Node, end: int) -> Node:
         """A new node at `end`, between the child and its parent."""

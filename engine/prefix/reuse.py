@@ -1,8 +1,8 @@
 """What sequences take from the prefix cache and leave in it, and who waits for whom.
 
-A prompt is computed in chunks that end where a checkpoint is worth while: where it parts from another prompt, or is
+A prompt is computed in chunks that end where a snapshot is worth while: where it parts from another prompt, or is
 told that it is likely to; and before its last token, which every sequence has to feed to get its first one. On the way
-it leaves rungs (`engine/prefix/ladder.py`), which cut no chunk. An answer that is complete leaves a checkpoint at its
+it leaves rungs (`engine/prefix/ladder.py`), which cut no chunk. An answer that is complete leaves a snapshot at its
 end, where the next turn of a conversation begins.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Mapping
 
-from ..memory.operations import Copy, Fold, Restore, Save, Snapshot
+from ..memory.operations import Fold, Operation, Restore, Save, StepSave
 from ..sequence import Sequence
 from .cache import Match, PrefixCache
 from .conversations import Conversations
@@ -25,21 +25,21 @@ MAX_WAITS = 4  # sequences that one waits for in its life, one after another
 
 
 class Reuse:
-    """The cache as the scheduler sees it. `copies`: what is to be done before the next step."""
+    """The cache as the scheduler sees it. `operations`: what is to be done before the next step."""
 
     def __init__(self, cache: PrefixCache, interval: int) -> None:
         self.cache = cache
         self.blocks = cache.blocks
         self.ladder = Ladder(cache.min_tokens, interval)
-        cache.num_for_rungs = cache.num_checkpoints // SHARE_OF_RUNGS if interval else 0
-        self.copies: list[Copy] = []
+        cache.num_for_rungs = cache.num_snapshots // SHARE_OF_RUNGS if interval else 0
+        self.operations: list[Operation] = []
         self.conversations = Conversations(cache)
         self.num_queried_tokens = 0
         self.num_cached_tokens = 0
 
     def find(self, sequence: Sequence) -> Match:
         """What is known of the sequence's tokens but for the last, which has to be fed in any case."""
-        if not sequence.uses_cache or not self.cache.num_checkpoints:
+        if not sequence.uses_cache or not self.cache.num_snapshots:
             return NOTHING
         return self.cache.match(sequence.known_tokens(sequence.num_tokens - 1), sequence.cache_salt)
 
@@ -67,19 +67,19 @@ class Reuse:
 
     def _restore(self, sequence: Sequence, match: Match, table: list[int]) -> None:
         node = match.node
-        assert node is not None and node.checkpoint is not None and sequence.state_slot is not None
+        assert node is not None and node.snapshot is not None and sequence.state_slot is not None
         partial = []
         if node.end % self.blocks.block_size:  # the sequence goes on in a copy of the last block
             self.blocks.grow(sequence, node.end)
             partial = [(table[-1], sequence.block_table[-1])]
-        self.copies.append(Restore(node.checkpoint, sequence.state_slot, partial))
+        self.operations.append(Restore(node.snapshot, sequence.state_slot, partial))
         sequence.num_computed_tokens = node.end
 
     def plan(self, sequence: Sequence, match: Match, others: Iterable[Sequence]) -> None:
         """Choose the stops of the sequence's prompt: where it will be saved. `others` wait, and may share its start."""
         sequence.stops = []
         last = sequence.num_prompt_tokens - 1
-        if not sequence.uses_cache or not self.cache.num_checkpoints:
+        if not sequence.uses_cache or not self.cache.num_snapshots:
             return
         for stop in sequence.wanted_stops:  # first those that more than one is likely to hit
             self.add_stop(sequence, stop)
@@ -103,12 +103,12 @@ class Reuse:
             self._save(sequence)
         sequence.stops = [stop for stop in sequence.stops if stop > sequence.num_computed_tokens]
 
-    def leave_rungs(self, prefilling: Mapping[Sequence, int]) -> list[Snapshot]:
+    def leave_rungs(self, prefilling: Mapping[Sequence, int]) -> list[StepSave]:
         """Keep states that the prompts of the coming step's first rows pass, where the cache has room. `prefilling`:
         the tokens of each row, which have their blocks. Nothing may look for a match between this and the step."""
         passed = []
         for row, (sequence, num_new) in enumerate(prefilling.items()):
-            if sequence.uses_cache and self.cache.num_checkpoints:
+            if sequence.uses_cache and self.cache.num_snapshots:
                 start = sequence.num_computed_tokens
                 end = min(start + num_new, sequence.num_prompt_tokens - 2)  # before the last token there is a stop
                 passed += [(level, row, sequence, at) for at, level in self.ladder.between(start, end)]
@@ -119,9 +119,9 @@ class Reuse:
         passed.sort(key=lambda rung: -rung[0])  # where room is scarce, those that are forgotten last
         for level, row, sequence, at in passed:
             table = sequence.block_table[: self.blocks.blocks_for(at)].tolist()
-            checkpoint = self.cache.insert_rung(sequence.known_tokens(at), table, sequence.cache_salt, level)
-            if checkpoint is not None:
-                snapshots.append(Snapshot(row, at - sequence.num_computed_tokens, checkpoint))
+            snapshot = self.cache.insert_rung(sequence.known_tokens(at), table, sequence.cache_salt, level)
+            if snapshot is not None:
+                snapshots.append(StepSave(row, at - sequence.num_computed_tokens, snapshot))
         return snapshots
 
     def save_answer(self, sequence: Sequence) -> None:
@@ -141,27 +141,27 @@ class Reuse:
         assert sequence.state_slot is not None
         tokens = sequence.known_tokens(sequence.num_computed_tokens)
         table = sequence.block_table.tolist()
-        checkpoint, moves = self.cache.insert(tokens, table, sequence.cache_salt, min_tokens)
-        self.copies += moves
-        if checkpoint is not None:
+        snapshot, moves = self.cache.insert(tokens, table, sequence.cache_salt, min_tokens)
+        self.operations += moves
+        if snapshot is not None:
             self.fold(sequence)
-            self.copies.append(Save(sequence.state_slot, checkpoint))
+            self.operations.append(Save(sequence.state_slot, snapshot))
 
     def fold(self, sequence: Sequence) -> None:
         """Let nothing wait in the ring of the sequence's slot."""
         if sequence.num_pending_tokens:
             assert sequence.state_slot is not None
-            self.copies.append(Fold(sequence.state_slot, sequence.num_pending_tokens))
+            self.operations.append(Fold(sequence.state_slot, sequence.num_pending_tokens))
             sequence.num_pending_tokens = 0
 
-    def take_copies(self) -> list[Copy]:
-        """Return the copies that are noted and forget them. The caller must make them before the next step."""
-        copies, self.copies = self.copies, []
-        return copies
+    def take_operations(self) -> list[Operation]:
+        """Return the operations that are noted and forget them. The caller must make them before the next step."""
+        operations, self.operations = self.operations, []
+        return operations
 
     def waits(self, sequence: Sequence, match: Match, running: Iterable[Sequence]) -> bool:
-        """Whether a prompt under way will soon leave a checkpoint that spares this one at least `min_tokens`."""
-        if not sequence.uses_cache or not self.cache.num_checkpoints or sequence.num_waits >= MAX_WAITS:
+        """Whether a prompt under way will soon leave a snapshot that spares this one at least `min_tokens`."""
+        if not sequence.uses_cache or not self.cache.num_snapshots or sequence.num_waits >= MAX_WAITS:
             return False
         for other in running:
             if not other.stops or other.cache_salt != sequence.cache_salt:

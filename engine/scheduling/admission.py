@@ -1,7 +1,7 @@
 """Which waiting sequences start.
 
 A waiting prompt is admitted when it has its turn and there are a state slot and KV blocks for all of its tokens.
-- A prompt whose beginning is being computed waits for the checkpoint there, unless the other has lower priority.
+- A prompt whose beginning is being computed waits for the snapshot there, unless the other has lower priority.
 - The first of the queue is passed over by `MAX_PASSED` later ones at most, and is then admitted before its turn.
 - While there are too few blocks for the first, later ones of its priority are admitted only as far as they leave it
   enough.
@@ -21,7 +21,7 @@ from .prompt_order import PromptOrder
 from .waiting import WaitingQueue, is_kept_waiting, is_overdue
 
 NUM_COMPARED = 8  # waiting sequences, the first ones and the shortest, that are compared by what is left to compute
-NUM_EXAMINED = 32  # of those that wait, to find as many that need not wait for another's checkpoint
+NUM_EXAMINED = 32  # of those that wait, to find as many that need not wait for another's snapshot
 MAX_MATCHES = 256  # that are remembered, of sequences that may have gone
 
 
@@ -57,7 +57,7 @@ class Admission:
         self._matches: dict[Sequence, Match] = {}  # what is cached of some that wait, as of `_num_given`
         self._num_given = 0
         self._found: dict[Sequence, Match | None] = {}  # in this step, by `_find`
-        self._saving: list[Sequence] = []  # in this step, running prompts that will leave checkpoints
+        self._saving: list[Sequence] = []  # in this step, running prompts that will leave snapshots
 
     def admit(self, prompts: list[Sequence], budget: int) -> None:
         """Start the waiting sequences that get a share of the budget beside `prompts`, and add them to `prompts`."""
@@ -122,7 +122,7 @@ class Admission:
         for queue in (self._waiting.ready(), self._waiting.ready_by_length()):
             num_found = 0
             for sequence in itertools.islice(queue, NUM_EXAMINED):
-                # One of higher priority than the first waits for a checkpoint: else it would be the first.
+                # One of higher priority than the first waits for a snapshot: else it would be the first.
                 if num_found == NUM_COMPARED or (first is not None and sequence.priority > first.priority):
                     break
                 match = None if sequence is blocked else self._find(sequence)
@@ -165,10 +165,10 @@ class Admission:
         return match
 
     def _is_there(self, match: Match) -> bool:
-        return match.node is None or self._cache.has_checkpoint(match.node)
+        return match.node is None or self._cache.has_snapshot(match.node)
 
     def _waits(self, sequence: Sequence, match: Match, running: list[Sequence]) -> bool:
-        """Whether one of `running` is about to leave a checkpoint for the sequence. It waits for none of lower
+        """Whether one of `running` is about to leave a snapshot for the sequence. It waits for none of lower
         priority, which may be long in coming."""
         if not self._reuse.waits(sequence, match, (s for s in running if s.priority <= sequence.priority)):
             return False

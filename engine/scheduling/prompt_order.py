@@ -18,7 +18,7 @@ class PromptOrder:
 
     def __init__(self, siblings: Siblings) -> None:
         self._siblings = siblings
-        self._awaited: set[Sequence] = set()  # in this step, prompts whose next checkpoint others wait for
+        self._awaited: set[Sequence] = set()  # in this step, prompts whose next snapshot others wait for
         self._num_steps = 0  # with prompts
 
     def begin_step(self) -> None:
@@ -30,7 +30,7 @@ class PromptOrder:
         self._num_steps += has_prompts
 
     def note_awaited(self, sequence: Sequence) -> None:
-        """Another prompt waits for the checkpoint at this one's next stop: no more than the way to it counts."""
+        """Another prompt waits for the snapshot at this one's next stop: no more than the way to it counts."""
         self._awaited.add(sequence)
 
     def rank(self, sequence: Sequence, num_cached: int = 0) -> tuple[int, int, int]:
@@ -42,7 +42,7 @@ class PromptOrder:
         return (sequence.priority, 0 if is_in_order else num_left, sequence.arrival)
 
     def next_chunk(self, sequence: Sequence, budget: int) -> int:
-        """Tokens to compute of a prompt: up to its next checkpoint. A leader whose siblings wait stops before its
+        """Tokens to compute of a prompt: up to its next snapshot. A leader whose siblings wait stops before its
         prompt's last token."""
         num_new = sequence.num_uncomputed_tokens
         if sequence in self._siblings:

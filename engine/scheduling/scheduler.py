@@ -50,13 +50,13 @@ class Scheduler:
         mixed_prefill_tokens: int | None = None,
         ring_size: int = 0,
         cache: PrefixCache | None = None,
-        checkpoint_interval: int = 1 << 20,
+        snapshot_interval: int = 1 << 20,
         speculation: Speculation | None = None,
         ring_capacity: int = 0,
     ) -> None:
         self.blocks = blocks
         self.cache = PrefixCache(blocks, 0) if cache is None else cache
-        self.reuse = Reuse(self.cache, checkpoint_interval)
+        self.reuse = Reuse(self.cache, snapshot_interval)
         self.slots = slots
         self.max_num_batched_tokens = max_num_batched_tokens
         self.mixed_prefill_tokens = max_num_batched_tokens if mixed_prefill_tokens is None else mixed_prefill_tokens
@@ -156,7 +156,7 @@ class Scheduler:
         if nobody_joins and not self.speculation.applies_to(len(self.running)):
             advance = self._steady.advance()
             if advance is not None:
-                return ScheduledBatch(advance.rows, [1] * len(advance.rows), 0, self.reuse.take_copies(), advance)
+                return ScheduledBatch(advance.rows, [1] * len(advance.rows), 0, self.reuse.take_operations(), advance)
         batch = self._schedule_anew()
         self._steady.follow(batch.sequences, batch.num_prefills, self.running)
         return batch
@@ -199,9 +199,10 @@ class Scheduler:
                 self.reuse.fold(sequence)  # which only those with drafts left in a ring
         rows = [*prefilling, *decoding]
         snapshots = self.reuse.leave_rungs(prefilling)
-        copies = self.reuse.take_copies() if rows else []  # what is to be saved stays where it is until the next step
+        # Without rows no step follows: operations stay noted, and slots that they read stay as they are.
+        operations = self.reuse.take_operations() if rows else []
         counts = [*prefilling.values(), *decoding.values()]
-        return ScheduledBatch(rows, counts, len(prefilling), copies, snapshots=snapshots)
+        return ScheduledBatch(rows, counts, len(prefilling), operations, snapshots=snapshots)
 
     def _draft(self, rows: list[Sequence]) -> ScheduledBatch | None:
         """A step of these decoding rows with drafts, an empty one where these depend on tokens that are on their way,
@@ -222,7 +223,7 @@ class Scheduler:
             if row.num_pending_tokens + 1 + len(row.drafts) >= self.ring_capacity:
                 self.reuse.fold(row)
         counts = [1 + len(row.drafts) for row in rows]
-        return ScheduledBatch(rows, counts, len(rows), self.reuse.take_copies(), num_drafted=len(rows))
+        return ScheduledBatch(rows, counts, len(rows), self.reuse.take_operations(), num_drafted=len(rows))
 
     def _fitting(self, sequence: Sequence, drafts: list[int]) -> list[int]:
         """As many of the drafts as there are blocks for without putting anybody out."""
@@ -302,7 +303,7 @@ class Scheduler:
                 if sibling.is_ready and self.slots.num_free and self.cache.make_room(num_own):
                     self.waiting.remove(sibling)
                     self.slots.take(sibling)
-                    self.reuse.copies.append(self._siblings.take_over(sibling, leader))
+                    self.reuse.operations.append(self._siblings.take_over(sibling, leader))
                     self._start(sibling)
             self._siblings.disband(leader)
         return held

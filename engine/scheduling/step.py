@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..memory.operations import Copy, Snapshot
+from ..memory.operations import Operation, StepSave
 from ..sequence import Sequence
 from .continuation import Advance
 
@@ -16,9 +16,9 @@ class ScheduledBatch:
     sequences: list[Sequence]
     num_scheduled_tokens: list[int]
     num_prefills: int
-    copies: list[Copy] = field(default_factory=list)  # to make before anything is computed
+    operations: list[Operation] = field(default_factory=list)  # to make before anything is computed
     advance: Advance | None = None  # from the batch before, where this one follows from it
-    snapshots: list[Snapshot] = field(default_factory=list)  # of prefill rows, to make while they are computed
+    snapshots: list[StepSave] = field(default_factory=list)  # of prefill rows, to make while they are computed
     num_drafted: int = 0  # rows that bring drafts: none, or every row as one of the prefill rows
 
     @property

@@ -56,7 +56,7 @@ def is_overdue(sequence: Sequence) -> bool:
 
 
 def is_kept_waiting(sequence: Sequence) -> bool:
-    """Whether a prompt is under way that will leave the checkpoint for which the sequence waits."""
+    """Whether a prompt is under way that will leave the snapshot for which the sequence waits."""
     other = sequence.waits_for
     return other is not None and other.status is Status.RUNNING and sequence.awaited_stop in other.stops
 

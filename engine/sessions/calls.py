@@ -45,7 +45,7 @@ class Sessions:
         self._refused: list[SessionDone] = []
         self._current: tuple[SessionCall, Work, Future[Any]] | None = None
         if self.folder is not None:
-            self._carrier = Carrier(runner.checkpoints, runner.kv)
+            self._carrier = Carrier(runner.snapshots, runner.kv)
             self._layout = _layout(runner)
             self._thread = ThreadPoolExecutor(1, "session", use_device, (runner.device,))
 
@@ -129,15 +129,15 @@ class Sessions:
             )
         if conversation.node is None:
             raise SessionError(
-                "the prefix cache has forgotten the conversation, or has no checkpoints at all: send the conversation "
-                "again, and save it at once; or raise state_checkpoints or num_kv_blocks",
+                "the prefix cache has forgotten the conversation, or has no snapshots at all: send the conversation "
+                "again, and save it at once; or raise snapshots or num_kv_blocks",
                 "session_evicted",
             )
         cache, salt = self._reuse.cache, conversation.salt
-        self._runner.copier.make(self._reuse.take_copies())  # the engine may be idle: nothing else would make them
+        self._runner.copier.make(self._reuse.take_operations())  # an idle engine has no step that would
         tokens, ends, hold = cache.hold(conversation.node, MAX_STATES)
         try:
-            place = Place(hold.checkpoints, slots_of(hold.blocks, len(tokens), cache.blocks.block_size))
+            place = Place(hold.snapshots, slots_of(hold.blocks, len(tokens), cache.blocks.block_size))
             write = partial(self._carrier.save, self._path(call), self._layout, tokens, ends, salt, place)
             num_bytes = yield partial(_after, self._carrier.mark(), write)
         finally:
@@ -152,17 +152,17 @@ class Sessions:
         if node is None or node.end < len(tokens):  # else all of it is there
             num_blocks = cache.blocks.blocks_for(len(tokens))
             hold, moves = cache.take(num_blocks, len(ends))
-            reuse.copies += moves
+            reuse.operations += moves
             if hold is None:
-                raise _no_room(len(tokens), num_blocks, cache.num_checkpoints, cache.blocks.num_blocks)
+                raise _no_room(len(tokens), num_blocks, cache.num_snapshots, cache.blocks.num_blocks)
             try:
-                self._runner.copier.make(reuse.take_copies())  # what is to be moved is read before it is overwritten
-                place = Place(hold.checkpoints, slots_of(hold.blocks, len(tokens), cache.blocks.block_size))
+                self._runner.copier.make(reuse.take_operations())  # moves read what the load overwrites
+                place = Place(hold.snapshots, slots_of(hold.blocks, len(tokens), cache.blocks.block_size))
                 yield partial(_after, self._carrier.mark(), partial(self._carrier.load, header, place))
             except BaseException:
                 cache.let_go(hold)
                 raise
-            node = cache.adopt(hold, tokens, ends[-len(hold.checkpoints) :], salt)
+            node = cache.adopt(hold, tokens, ends[-len(hold.snapshots) :], salt)
         reuse.conversations.note(call.session_id, node, salt)
         return _done(call, started, len(tokens), header.num_bytes)
 
@@ -183,8 +183,8 @@ def _layout(runner: ModelRunner) -> Layout:
     layers, _, _, heads, dim = runner.kv.key.shape
     return Layout(
         fingerprint=fingerprint(runner.model_config, runner.model),
-        state_shape=tuple(runner.checkpoints.states.shape[1:]),
-        state_dtype=runner.checkpoint_dtype,
+        state_shape=tuple(runner.snapshots.states.shape[1:]),
+        state_dtype=runner.snapshot_dtype,
         kv_shape=(layers, heads, dim),
         kv_dtype=runner.dtype,
         vocab_size=runner.model_config.vocab_size,
@@ -197,9 +197,9 @@ def _after(wait: Callable[[], None], work: Callable[[], Any]) -> Any:
     return work()
 
 
-def _no_room(num_tokens: int, num_blocks: int, num_checkpoints: int, capacity: int) -> SessionError:
-    if not num_checkpoints:
-        message = "there are no checkpoints to restore a session to: set prefix_cache, and state_checkpoints above 0"
+def _no_room(num_tokens: int, num_blocks: int, num_snapshots: int, capacity: int) -> SessionError:
+    if not num_snapshots:
+        message = "there are no snapshots to restore a session to: set prefix_cache, and snapshots above 0"
     else:
         message = (
             f"the session's {num_tokens} tokens need {num_blocks} of {capacity} KV blocks, and running sequences hold "

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...kernels import use_device
 from ...models.loading.reader import NUM_READERS
-from ..memory.pools import CheckpointPool, KVPool
+from ..memory.pools import KVPool, SnapshotPool
 from .file import (
     PIECE_BYTES,
     Layout,
@@ -43,7 +43,7 @@ def device_bytes(max_model_len: int) -> int:
 class Place(NamedTuple):
     """Where a session lies in the pools. `slots` [N] int64: block * block_size + place in it, of each token."""
 
-    checkpoints: list[int]
+    snapshots: list[int]
     slots: np.ndarray
 
 
@@ -67,9 +67,9 @@ class Piece(NamedTuple):
 class Carrier:
     """Moves sessions, one at a time, in whatever thread asks."""
 
-    def __init__(self, checkpoints: CheckpointPool, kv: KVPool) -> None:
+    def __init__(self, snapshots: SnapshotPool, kv: KVPool) -> None:
         device = kv.key.device
-        self._checkpoints, self._kv, self._device = checkpoints, kv, device
+        self._snapshots, self._kv, self._device = snapshots, kv, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._free: SimpleQueue[_Staging] = SimpleQueue()
         for _ in range(NUM_READERS):
@@ -106,7 +106,7 @@ class Carrier:
     def load(self, header: SessionHeader, place: Place) -> None:
         """Read states, keys and values to their places. `place` may want the last states alone. Raises `SessionError`;
         then anything may lie there."""
-        unwanted = len(header.ends) - len(place.checkpoints)
+        unwanted = len(header.ends) - len(place.snapshots)
         pieces = self._pieces(place, unwanted)
         start = header.stored["states"].offset
         skipped = len(header.checksums) - 1 - len(pieces)
@@ -138,8 +138,8 @@ class Carrier:
         with torch.cuda.stream(self._stream):
             slots = torch.from_numpy(place.slots).to(self._device)
         found: list[Piece] = []
-        at = num_skipped * self._checkpoints[0].nbytes
-        for rows in (self._checkpoints[checkpoint].flatten(2).flatten(0, 1) for checkpoint in place.checkpoints):
+        at = num_skipped * self._snapshots[0].nbytes
+        for rows in (self._snapshots[snapshot].flatten(2).flatten(0, 1) for snapshot in place.snapshots):
             for part in rows.split(rows_per_piece(rows[0].nbytes)):
                 found.append(Piece(at, part, None))
                 at += part.nbytes

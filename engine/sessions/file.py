@@ -207,7 +207,7 @@ def _check_tensors(facts: Facts, stored: dict[str, StoredTensor], layout: Layout
         if stored[name].dtype != dtype and name == "tokens":
             raise damaged(f"its tokens are {_name(stored[name].dtype)}, not int32")
         if stored[name].dtype != dtype:
-            setting = "state_checkpoint_dtype" if name == "states" else "dtype"
+            setting = "snapshot_dtype" if name == "states" else "dtype"
             raise SessionError(
                 f"{name} of the session are {_name(stored[name].dtype)}, this server's {_name(dtype)}; "
                 f"set {setting} as it was when the session was saved",

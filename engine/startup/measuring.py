@@ -37,7 +37,7 @@ def size_pools(runner: ModelRunner, config: EngineConfig) -> tuple[MemoryPlan, M
     share = "memory_fraction (on a CPU cpu_memory_gb)"
     pools = f"{plan.num_state_slots} states and {plan.num_kv_blocks} KV blocks"
     with refuse_out_of_memory(pools, f"lower max_num_seqs or {share}"):
-        runner.allocate(plan.num_state_slots, plan.num_kv_blocks, plan.max_model_len, plan.num_checkpoints)
+        runner.allocate(plan.num_state_slots, plan.num_kv_blocks, plan.max_model_len, plan.num_snapshots)
     positions = runner.model.position_bytes(plan.max_model_len)
     with refuse_out_of_memory(
         f"the position table of max_model_len = {plan.max_model_len} ({positions:,} bytes) beside {pools}",
@@ -47,10 +47,10 @@ def size_pools(runner: ModelRunner, config: EngineConfig) -> tuple[MemoryPlan, M
     use.weights += positions
     if runner.device.type == "cuda" and config.session_folder is not None:
         use.other += session_bytes(plan.max_model_len)
-    kept = f"{plan.num_host_checkpoints} states of host_checkpoint_gb = {config.host_checkpoint_gb:g}"
-    with refuse_out_of_memory(kept, "lower host_checkpoint_gb", where="in the host's memory"):
-        runner.checkpoints.allocate_on_host(plan.num_host_checkpoints)
-    use.state, use.checkpoints = runner.states.nbytes, runner.checkpoints.nbytes
+    kept = f"{plan.num_host_snapshots} states of host_snapshot_gb = {config.host_snapshot_gb:g}"
+    with refuse_out_of_memory(kept, "lower host_snapshot_gb", where="in the host's memory"):
+        runner.snapshots.allocate_on_host(plan.num_host_snapshots)
+    use.state, use.snapshots = runner.states.nbytes, runner.snapshots.nbytes
     use.kv, use.sampler = runner.kv.nbytes + runner.tables.nbytes, runner.sampler.nbytes
     return plan, use
 
@@ -62,7 +62,7 @@ def _plan(runner: ModelRunner, config: EngineConfig, use: MemoryUse, max_model_l
         max_model_len=max_model_len,
         state_bytes_per_slot=runner.state_bytes_per_slot + Sampler.bytes_per_slot(runner.model_config.vocab_size),
         kv_bytes_per_token=runner.kv_bytes_per_token,
-        checkpoint_bytes=runner.checkpoint_bytes,
+        snapshot_bytes=runner.snapshot_bytes,
         context_bytes=context_bytes(runner.model, config, runner.device),
     )
 
@@ -74,7 +74,7 @@ def plan_pools(
     max_model_len: int,
     state_bytes_per_slot: int,
     kv_bytes_per_token: int,
-    checkpoint_bytes: int,
+    snapshot_bytes: int,
     context_bytes: Callable[[int], int],
 ) -> MemoryPlan:
     """`plan_memory` as the settings want it, for what `use` leaves. Raises `ConfigError`, which tells all that takes
@@ -90,9 +90,9 @@ def plan_pools(
             cell_bytes=BlockTables.CELL_BYTES,
             context_bytes=context_bytes,
             num_kv_blocks=config.num_kv_blocks,
-            checkpoint_bytes=checkpoint_bytes,
-            num_checkpoints=config.state_checkpoints if config.prefix_cache else 0,
-            host_bytes=int(config.host_checkpoint_gb * 1e9),
+            snapshot_bytes=snapshot_bytes,
+            num_snapshots=config.snapshots if config.prefix_cache else 0,
+            host_bytes=int(config.host_snapshot_gb * 1e9),
         )
     except ConfigError as error:
         taken = ", ".join(f"{kind} {num_bytes:,}" for kind, num_bytes in use.by_kind().items() if num_bytes)

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..memory.operations import Copy, Fold, Restore, Save, Snapshot
+from ..memory.operations import Fold, Operation, Restore, Save, StepSave
 from ..sampling_params import MAX_LOGPROBS, SamplingParams
 from ..scheduling.step import ScheduledBatch
 from ..sequence import Sequence
@@ -65,14 +65,14 @@ def smallest_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
         yield _decodes(limits, 1)
     if limits.most_drafted:
         yield _verifies(limits, 1)
-        yield dataclasses.replace(_verifies(limits, 1), copies=[Fold(0, 1)])  # a token of the one before was right
+        yield dataclasses.replace(_verifies(limits, 1), operations=[Fold(0, 1)])  # a token of the one before was right
 
 
-def checkpoint_step(limits: StepLimits, num_pending: int) -> ScheduledBatch:
+def snapshot_step(limits: StepLimits, num_pending: int) -> ScheduledBatch:
     """A slot is saved and restored, as the prefix cache does, before a prompt of one token, which is saved too."""
     folds = [Fold(0, num_pending)] if num_pending else []
-    copies: list[Copy] = [*folds, Save(0, 0), Restore(0, 0, [(0, 0)])]
-    return ScheduledBatch([_sequence(limits, 0, 1)], [1], 1, copies, snapshots=[Snapshot(0, 1, 0)])
+    operations: list[Operation] = [*folds, Save(0, 0), Restore(0, 0, [(0, 0)])]
+    return ScheduledBatch([_sequence(limits, 0, 1)], [1], 1, operations, snapshots=[StepSave(0, 1, 0)])
 
 
 def serving_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
@@ -87,7 +87,7 @@ def serving_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
     - 1, 2, 4, ... rows with as many drafts as a step may have: each token has logits.
     """
     prompts = _prompts(limits, [limits.even_length] * min(limits.num_slots, limits.max_tokens))
-    yield dataclasses.replace(prompts, snapshots=[Snapshot(0, 1, -1)])
+    yield dataclasses.replace(prompts, snapshots=[StepSave(0, 1, -1)])
     for length in _both_sides(limits.longest_prompt):
         yield _prompts(limits, [length])
     short = min(SCORED_TOKENS, limits.longest_prompt)

@@ -107,12 +107,12 @@ def snapshot(
     has_initial_state: Tensor,
     query_start_loc: Tensor,
     snapshots: Tensor,
-    checkpoints: Tensor,
+    pool: Tensor,
 ) -> None:
     """Each state by one product of keys and decayed values, in float32. Contract: `Kernels.lightning_snapshot`."""
     slope = slopes.float()[:, None, None]
-    for row, count, checkpoint in snapshots.tolist():
-        if checkpoint < 0:
+    for row, count, place in snapshots.tolist():
+        if place < 0:
             continue
         start = int(query_start_loc[row])
         b_k, b_v = (x[start : start + count].transpose(0, 1).float() for x in (k, v))  # [H, n, K], [H, n, V]
@@ -121,7 +121,7 @@ def snapshot(
         s = torch.bmm(b_k.transpose(1, 2), b_v * torch.exp(-slope * age[:, None]))
         if has_initial_state[row]:
             s += state[int(state_indices[row])].float() * torch.exp(-slope * count)
-        checkpoints[checkpoint] = s
+        pool[place] = s
 
 
 def decode(

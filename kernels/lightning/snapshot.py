@@ -24,7 +24,7 @@ def _snapshot_kernel(
     p_continues,
     p_start,
     p_snapshots,
-    p_checkpoints,
+    p_pool,
     k_t: tl.constexpr,
     k_h,
     v_t: tl.constexpr,
@@ -47,8 +47,8 @@ def _snapshot_kernel(
     i_v, i_h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b = tl.load(p_snapshots + 3 * i_s)
     n = tl.load(p_snapshots + 3 * i_s + 1)
-    checkpoint = tl.load(p_snapshots + 3 * i_s + 2)
-    if checkpoint < 0:
+    place = tl.load(p_snapshots + 3 * i_s + 2)
+    if place < 0:
         return
     slope = tl.load(p_slopes + i_h)
     first = tl.load(p_start + i_b).to(tl.int64)
@@ -67,8 +67,8 @@ def _snapshot_kernel(
         b_v = (b_v * b_out[:, None]).to(b_v.dtype)
         # [BK, BT] @ [BT, BV] -> [BK, BV]
         b_s = tl.dot(tl.trans(b_k), b_v, b_s * tl.exp(-slope * m), input_precision=PRECISION)
-    p_c, m_c = state_pointers(p_checkpoints, checkpoint, i_h, i_v, c_n, c_h, c_k, K, V, BK, BV)
-    tl.store(p_c, b_s.to(p_checkpoints.dtype.element_ty), mask=m_c)
+    p_c, m_c = state_pointers(p_pool, place, i_h, i_v, c_n, c_h, c_k, K, V, BK, BV)
+    tl.store(p_c, b_s.to(p_pool.dtype.element_ty), mask=m_c)
 
 
 def snapshot(
@@ -80,7 +80,7 @@ def snapshot(
     has_initial_state: Tensor,
     query_start_loc: Tensor,
     snapshots: Tensor,
-    checkpoints: Tensor,
+    pool: Tensor,
 ) -> None:
     """Contract: `Kernels.lightning_snapshot`."""
     num_heads, head_dim = k.shape[1:]
@@ -98,11 +98,11 @@ def snapshot(
         has_initial_state,
         query_start_loc,
         snapshots,
-        checkpoints,
+        pool,
         *k.stride()[:2],
         *v.stride()[:2],
         *state.stride()[:3],
-        *checkpoints.stride()[:3],
+        *pool.stride()[:3],
         K=head_dim,
         V=value_dim,
         BT=tiles.BT,

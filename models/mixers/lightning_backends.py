@@ -16,7 +16,7 @@ class LinearState(NamedTuple):
     state: Tensor  # [num_slots, H, K, V]
     key_ring: Tensor  # [num_slots, H, C, K], the last keys that the state does not hold yet; C = 0 without a ring
     value_ring: Tensor  # [num_slots, H, C, V]
-    checkpoints: Tensor  # [num_checkpoints, H, K, V], this layer's part of the states that the prefix cache keeps
+    snapshots: Tensor  # [num_snapshots, H, K, V], this layer's part of the states that the prefix cache keeps
 
     @property
     def pools(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CONTEXTS = (1024, 8192, 32768, 131072, 1048576)
 KINDS = {  # where the kind's own name says less
     "kv": "KV cache",
-    "checkpoints": "state checkpoints",
+    "snapshots": "snapshots",
     "sampler": "sampler tables",
     "graphs": "CUDA graphs",
 }
@@ -48,7 +48,7 @@ def banner(
         f"  memory    {_split(info.memory)}",
         f"  capacity  {info.num_state_slots} sequences at once, {kv_tokens:,} tokens of KV cache, "
         f"context {info.max_model_len:,}",
-        f"  prefixes  {_checkpoints(info.num_checkpoints, info.num_host_checkpoints, info.memory.checkpoints)}",
+        f"  prefixes  {_snapshots(info.num_snapshots, info.num_host_snapshots, info.memory.snapshots)}",
         *_drafts("drafts   ", info.speculative_tokens, info.speculative_max_rows),
         *([f"  sessions  kept in {config.session_folder}"] if config and config.session_folder else ()),
         *(_replaced(config, 9) if config else ()),
@@ -173,7 +173,7 @@ def _planned(
 
     max_model_len = context_length(config, model.config.max_model_len)
     table = Sampler.bytes_per_slot(model.config.vocab_size)
-    checkpoint = model.config.state_bytes_per_sequence(getattr(torch, config.saved_state_dtype).itemsize)
+    snapshot_bytes = model.config.state_bytes_per_sequence(getattr(torch, config.saved_state_dtype).itemsize)
     try:
         plan = plan_pools(
             config,
@@ -181,7 +181,7 @@ def _planned(
             max_model_len=max_model_len,
             state_bytes_per_slot=state + table,
             kv_bytes_per_token=kv,
-            checkpoint_bytes=checkpoint,
+            snapshot_bytes=snapshot_bytes,
             context_bytes=context_bytes,
         )
     except ConfigError as error:
@@ -193,25 +193,25 @@ def _planned(
     use.sampler = Sampler.bytes_for(plan.num_state_slots, model.config.vocab_size)
     use.kv = plan.num_kv_blocks * config.block_size * kv
     use.kv += plan.num_state_slots * BlockTables.bytes_per_slot(plan.max_model_len, config.block_size)
-    use.checkpoints = plan.num_checkpoints * checkpoint
+    use.snapshots = plan.num_snapshots * snapshot_bytes
     return [
         f"  planned split      {_split(use)}",
         f"                     for {plan.num_state_slots} sequences at once and "
         f"{plan.num_kv_blocks * config.block_size:,} tokens of KV cache",
-        f"  prefix cache       {_checkpoints(plan.num_checkpoints, plan.num_host_checkpoints, use.checkpoints)}",
+        f"  prefix cache       {_snapshots(plan.num_snapshots, plan.num_host_snapshots, use.snapshots)}",
         "                     (on a GPU workspace and CUDA graphs are measured at start and come off these)",
         *_drafts("drafts            ", config.speculative_tokens, config.speculative_max_rows),
         *(f"  note               {note}" for note in plan.notes),
     ]
 
 
-def _checkpoints(num: int, num_on_host: int, num_bytes: int) -> str:
+def _snapshots(num: int, num_on_host: int, num_bytes: int) -> str:
     """The prefix cache's states: `num` take `num_bytes` of the device; those on the host are as large."""
     if not num:
-        return "no state checkpoints"
+        return "no snapshots"
     each = num_bytes // num
     on_host = f", and {num_on_host:,} on the host, {_size(num_on_host * each)}" if num_on_host else ""
-    return f"{num:,} state checkpoints of {_size(each)}, {_size(num_bytes)}{on_host}"
+    return f"{num:,} snapshots of {_size(each)}, {_size(num_bytes)}{on_host}"
 
 
 def _replaced(config: EngineConfig, width: int) -> list[str]:

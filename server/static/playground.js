@@ -174,7 +174,7 @@ async function pollLoad() {
   const load = await getJson("load");
   gauge("slots", load.state_slots_used, load.state_slots_total);
   gauge("blocks", load.kv_blocks_used, load.kv_blocks_total);
-  gauge("checkpoints", load.state_checkpoints_used, load.state_checkpoints_total);
+  gauge("snapshots", load.snapshots_used, load.snapshots_total);
   gauge("drafts", load.accepted_tokens_total, load.draft_tokens_total);
   at("speculation").hidden = !load.draft_tokens_total;
   at("queue").textContent = `${counted(load.num_requests_running)}, ${counted(load.num_requests_waiting)}`;

@@ -183,7 +183,7 @@ class Health(Struct):
 
 
 class Load(Struct):
-    """Sequences, slots, blocks and checkpoints of the engine right now, and its drafts so far."""
+    """Sequences, slots, blocks and snapshots of the engine right now, and its drafts so far."""
 
     server_load: int
     num_requests_running: int
@@ -193,10 +193,10 @@ class Load(Struct):
     kv_blocks_used: int
     kv_blocks_cached: int
     kv_blocks_total: int
-    state_checkpoints_used: int
-    state_checkpoints_total: int
-    host_checkpoints_used: int
-    host_checkpoints_total: int
+    snapshots_used: int
+    snapshots_total: int
+    host_snapshots_used: int
+    host_snapshots_total: int
     draft_tokens_total: int
     accepted_tokens_total: int
 

@@ -51,13 +51,13 @@ def test_yes_and_no_are_what_a_switch_takes(tmp_path):
     assert (settings.prefix_cache, settings.async_scheduling) == (False, True)
 
 
-@pytest.mark.parametrize(("name", "value"), [("prefix_cache", False), ("state_checkpoints", 0)])
+@pytest.mark.parametrize(("name", "value"), [("prefix_cache", False), ("snapshots", 0)])
 def test_sessions_without_states_to_save_are_refused(name, value):
     settings = {name: value, "session_folder": "sessions"}
     message = refused("session_folder", f"{name} = {value}", f"leave {name} out", flags=settings)
     assert len(message.splitlines()) == 1
     assert load({name: value}).session_folder is None
-    assert load({"session_folder": "sessions", "state_checkpoints": 1}).state_checkpoints == 1
+    assert load({"session_folder": "sessions", "snapshots": 1}).snapshots == 1
 
 
 def test_budget_must_fit_every_row():

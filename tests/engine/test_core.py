@@ -415,7 +415,7 @@ def test_start_is_told_once_and_before_the_step_that_computes_it(tiny):
 
 
 def test_those_whose_prompt_others_computed_tell_their_queue_time_too(tiny, monkeypatch):
-    core, now = make_core(tiny.folder, state_checkpoint_min_tokens=1), [0.0]
+    core, now = make_core(tiny.folder, snapshot_min_tokens=1), [0.0]
     drain(core, request("before", PROMPT, max_tokens=1))
 
     def clock() -> float:
@@ -475,10 +475,10 @@ def test_who_waits_too_long_for_its_start_is_refused_and_who_has_started_is_not(
     assert {name: each.finish_reason for name, each in answers.items()} == {"running": "length", "patient": "length"}
 
 
-def test_who_waits_for_the_checkpoint_of_a_prompt_under_way_is_not_late(tiny, monkeypatch):
+def test_who_waits_for_the_snapshot_of_a_prompt_under_way_is_not_late(tiny, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("leyden.engine.core.time.monotonic", lambda: clock[0])
-    core = make_core(tiny.folder, max_num_batched_tokens=5, state_checkpoint_min_tokens=1)
+    core = make_core(tiny.folder, max_num_batched_tokens=5, snapshot_min_tokens=1)
     for name in ("first", "second"):
         each = request(name, PROMPT, max_tokens=3)
         each.max_queue_seconds = 5.0

@@ -96,7 +96,7 @@ def test_logprobs_belong_to_the_tokens(llm):
 
 
 def test_prompts_share_what_is_cached_with_those_of_their_salt(tiny):
-    llm = LLM(str(tiny.folder), device="cpu", cpu_memory_gb=0.05, num_threads=1, state_checkpoint_min_tokens=1)
+    llm = LLM(str(tiny.folder), device="cpu", cpu_memory_gb=0.05, num_threads=1, snapshot_min_tokens=1)
     messages = [{"role": "user", "content": "x" * 40}]
     for ask in (
         lambda salt: llm.generate([[1] * 40], GREEDY, cache_salt=salt),

@@ -68,8 +68,8 @@ def test_a_chat_streams_and_is_measured(page, shared):
     assert page.locator("#ttft").inner_text().endswith(" ms") and int(page.locator("#speed").inner_text()) > 0
     playwright.expect(page.locator("#cached")).to_have_text(re.compile(r"^\d+ of \d+$"))
     playwright.expect(page.locator("#slots-text")).to_have_text("0 of 64")
-    playwright.expect(page.get_by_label("Checkpoints")).to_be_visible()
-    playwright.expect(page.locator("#checkpoints-text")).to_have_text(re.compile(r"^\d of 4,096$"))
+    playwright.expect(page.get_by_label("Snapshots")).to_be_visible()
+    playwright.expect(page.locator("#snapshots-text")).to_have_text(re.compile(r"^\d of 4,096$"))
     playwright.expect(page.get_by_label("Drafts accepted")).to_be_hidden()
 
 

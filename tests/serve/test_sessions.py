@@ -21,7 +21,7 @@ def chat(served, messages, **fields):
 
 @pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "cut by a stop string"])
 def test_a_conversation_goes_on_after_a_restart(serve, tmp_path, is_cut):
-    settings = ("--session-folder", str(tmp_path / "saved"), "--state-checkpoint-min-tokens", "16")
+    settings = ("--session-folder", str(tmp_path / "saved"), "--snapshot-min-tokens", "16")
     first = serve(*settings)
     answer = chat(first, MESSAGES)
     if is_cut:

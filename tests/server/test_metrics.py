@@ -28,8 +28,8 @@ async def test_the_engines_numbers_appear_under_vllms_names(client, engine):
         state_slots_used=4,
         kv_blocks_used=5,
         kv_blocks_cached=2,
-        checkpoints_used=3,
-        host_checkpoints_used=1,
+        snapshots_used=3,
+        host_snapshots_used=1,
         prefix_cache_queries_total=60,
         prefix_cache_hits_total=40,
         draft_tokens_total=30,
@@ -68,7 +68,7 @@ async def test_the_engines_numbers_appear_under_vllms_names(client, engine):
     }
     assert {name: samples[f"leyden:{name}", ()] for name in expected} == expected
     by_tier = [
-        samples[f"leyden:state_checkpoints_{name}", (("tier", tier),)]
+        samples[f"leyden:snapshots_{name}", (("tier", tier),)]
         for name in ("used", "total")
         for tier in ("device", "host")
     ]
@@ -84,7 +84,7 @@ async def test_memory_is_told_by_kind_and_adds_up_to_the_budget(client, engine):
         "weights": 400,
         "state": 100,
         "kv": 200,
-        "checkpoints": 0,
+        "snapshots": 0,
         "sampler": 10,
         "workspace": 50,
         "graphs": 30,

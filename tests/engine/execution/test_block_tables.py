@@ -66,7 +66,7 @@ def watch(core: EngineCore) -> dict[str, int]:
 def test_the_device_knows_the_blocks_of_every_row(folder, graphs, lags):
     """Through preemptions, aborts, siblings, cached prefixes and drafts, each slot with many owners."""
     settings = {"block_size": 4, "num_kv_blocks": 34, "max_model_len": 128, "speculative_tokens": 3}
-    settings |= {"state_checkpoints": 8, "state_checkpoint_min_tokens": 8, "cpu_memory_gb": 0.1}
+    settings |= {"snapshots": 8, "snapshot_min_tokens": 8, "cpu_memory_gb": 0.1}
     core = make(folder, graphs=graphs, async_scheduling=lags, speculative_max_rows=2, **settings)
     propose, rng = core.scheduler.speculation._propose, random.Random(7)
     core.scheduler.speculation._propose = lambda row, count: propose(row, count) or [5] * (row.may_draft and count)

@@ -153,16 +153,16 @@ def test_the_padding_of_prompts_touches_no_slot_and_no_block(folder, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("interval", "is_held"), [(5, True), (2, False)], ids=["in the graph", "more than it holds"])
 def test_states_on_the_way_of_a_prompt_come_from_a_graph_as_they_come_without(folder, backend, interval, is_held):
-    settings = {"linear_backend": backend, "state_checkpoint_min_tokens": 2, "state_checkpoint_interval": interval}
+    settings = {"linear_backend": backend, "snapshot_min_tokens": 2, "snapshot_interval": interval}
     kept, taken = [], []
     for core in (plain(folder, **settings), with_graphs(folder, MIXED, **settings)):
         replay = core.runner._replay
         core.runner._replay = lambda *step, replay=replay: taken.append(len(step[2].snapshots)) or replay(*step)
-        pool = core.runner.checkpoints.states.fill_(7)
+        pool = core.runner.snapshots.states.fill_(7)
         drain(core, *(request(str(i), random_prompt(30, i), max_tokens=1) for i in range(2)))
-        nodes = [node for node in core.scheduler.cache.tree.nodes if node.checkpoint is not None]
-        kept.append({(node.end, int(node.tokens[-1])): pool[node.checkpoint].clone() for node in nodes})
-        free = sorted(set(range(len(pool))) - {node.checkpoint for node in nodes})
+        nodes = [node for node in core.scheduler.cache.tree.nodes if node.snapshot is not None]
+        kept.append({(node.end, int(node.tokens[-1])): pool[node.snapshot].clone() for node in nodes})
+        free = sorted(set(range(len(pool))) - {node.snapshot for node in nodes})
         assert (pool[free] == 7).all(), "nothing else is written"
     assert kept[0].keys() == kept[1].keys() and len(kept[0]) >= 10
     for place, state in kept[0].items():

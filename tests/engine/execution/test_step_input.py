@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from engines import build_batch, sequence
 from leyden.engine.execution.block_tables import BlockTables
-from leyden.engine.memory.operations import Snapshot
+from leyden.engine.memory.operations import StepSave
 from leyden.engine.scheduling.step import ScheduledBatch
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ def test_dtypes_are_those_of_the_contract():
 
 
 def test_snapshots_are_sent_as_they_are_and_none_is_a_list_of_none():
-    asked = [Snapshot(2, 5, 7), Snapshot(0, 3, 1)]
+    asked = [StepSave(2, 5, 7), StepSave(0, 3, 1)]
     batch = build(dataclasses.replace(mixed(), snapshots=asked))
     assert batch.snapshots.tolist() == [[2, 5, 7], [0, 3, 1]]
     assert build(mixed()).snapshots.shape == (0, 3)

@@ -19,7 +19,7 @@ from leyden.engine.prefix.ladder import Ladder
 from leyden.engine.prefix.radix_tree import common_prefix, path_to
 from tiny_models import random_prompt
 
-make_core = functools.partial(engines.make_core, device=DEVICE, state_checkpoint_min_tokens=1)
+make_core = functools.partial(engines.make_core, device=DEVICE, snapshot_min_tokens=1)
 
 
 def tokens(text: str) -> np.ndarray:
@@ -53,9 +53,9 @@ class Book:
         return made
 
     def kept(self, *, rungs: bool) -> dict[str, int]:
-        """The texts that have a checkpoint, and which."""
-        nodes = [n for n in self.cache.tree.nodes if n.checkpoint is not None and (n.rung is not None) is rungs]
-        return {"".join(chr(t) for part in path_to(n) for t in part.tokens): n.checkpoint for n in nodes}
+        """The texts that have a snapshot, and which."""
+        nodes = [n for n in self.cache.tree.nodes if n.snapshot is not None and (n.rung is not None) is rungs]
+        return {"".join(chr(t) for part in path_to(n) for t in part.tokens): n.snapshot for n in nodes}
 
     def find(self, text: str, salt: str | None = None) -> tuple[int, int]:
         match = self.cache.match(tokens(text), salt)
@@ -69,8 +69,8 @@ class Book:
 # -- the tree -------------------------------------------------------------------------------------------------
 
 
-def test_the_deepest_checkpoint_on_the_path_is_found_and_how_far_the_path_goes():
-    book = Book(num_checkpoints=9)
+def test_the_deepest_snapshot_on_the_path_is_found_and_how_far_the_path_goes():
+    book = Book(num_snapshots=9)
     book.leave("the cat sat")
     book.leave("the cat sat on the mat")
     book.leave("the dog")
@@ -81,8 +81,8 @@ def test_the_deepest_checkpoint_on_the_path_is_found_and_how_far_the_path_goes()
     assert book.find("the dog") == (7, 7)
 
 
-def test_a_split_point_can_become_a_checkpoint_and_is_left_again():
-    book = Book(num_checkpoints=9)
+def test_a_split_point_can_become_a_snapshot_and_is_left_again():
+    book = Book(num_snapshots=9)
     book.leave("abcdefgh")
     book.leave("abcdexyz")
     assert book.find("abcde") == (0, 5)
@@ -92,14 +92,14 @@ def test_a_split_point_can_become_a_checkpoint_and_is_left_again():
 
 
 def test_salts_do_not_share():
-    book = Book(num_checkpoints=9)
+    book = Book(num_snapshots=9)
     book.leave("secret", salt="a")
     assert book.find("secret") == book.find("secret", salt="b") == (0, 0)
     assert book.find("secret", salt="a") == (6, 6)
 
 
 def test_the_least_recently_used_state_goes_first():
-    book = Book(num_checkpoints=2)
+    book = Book(num_snapshots=2)
     book.leave("aaaa")
     book.leave("bbbb")
     match = book.cache.match(tokens("aaaa"))
@@ -111,7 +111,7 @@ def test_the_least_recently_used_state_goes_first():
 
 
 def test_the_least_recently_used_blocks_go_first():
-    book = Book(blocks=3, num_checkpoints=9)
+    book = Book(blocks=3, num_snapshots=9)
     for text in ("aaaa", "bbbb", "cccc"):
         book.leave(text)
     book.cache.use(book.cache.match(tokens("aaaa")).node)
@@ -122,9 +122,9 @@ def test_the_least_recently_used_blocks_go_first():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_texts_are_forgotten_in_the_order_of_their_last_use_by_the_block_and_by_the_state(seed):
-    """Against lists: of all texts for blocks, of those on the device and on the host for checkpoints."""
+    """Against lists: of all texts for blocks, of those on the device and on the host for snapshots."""
     rng = random.Random(seed)
-    sizes = {"num_checkpoints": rng.choice([4, 9]), "num_host_checkpoints": rng.choice([0, 3])}
+    sizes = {"num_snapshots": rng.choice([4, 9]), "num_host_snapshots": rng.choice([0, 3])}
     book = Book(blocks=20, **sizes)
     every: list[str] = []
     tiers: list[list[str]] = [[], []]
@@ -151,14 +151,14 @@ def test_texts_are_forgotten_in_the_order_of_their_last_use_by_the_block_and_by_
         for tier, size in zip((0, 1), sizes.values(), strict=True):
             if len(tiers[tier]) > size:
                 gone = tiers[tier].pop(0)
-                (every.remove if tier or not sizes["num_host_checkpoints"] else tiers[1].append)(gone)
+                (every.remove if tier or not sizes["num_host_snapshots"] else tiers[1].append)(gone)
         assert set(book.kept(rungs=False)) == set(every)
-        on_host = {text for text, place in book.kept(rungs=False).items() if place >= sizes["num_checkpoints"]}
+        on_host = {text for text, place in book.kept(rungs=False).items() if place >= sizes["num_snapshots"]}
         assert on_host == set(tiers[1])
 
 
 def test_a_state_on_the_way_to_another_leaves_its_keys_and_values():
-    book = Book(num_checkpoints=2, block_size=4)
+    book = Book(num_snapshots=2, block_size=4)
     book.leave("aaaa")
     book.leave("aaaabbbb")
     book.leave("cccc")
@@ -167,7 +167,7 @@ def test_a_state_on_the_way_to_another_leaves_its_keys_and_values():
 
 
 def test_states_move_to_the_host_and_are_found_there():
-    book = Book(num_checkpoints=1, num_host_checkpoints=2)
+    book = Book(num_snapshots=1, num_host_snapshots=2)
     assert book.leave("aaaa") == (0, [])
     assert book.leave("bbbb") == (0, [Move(0, 1)])
     assert book.leave("cccc") == (0, [Move(0, 2)])
@@ -176,8 +176,8 @@ def test_states_move_to_the_host_and_are_found_there():
     assert [book.find(text)[0] for text in ("aaaa", "bbbb", "cccc", "dddd")] == [0, 4, 4, 4]
 
 
-def test_a_checkpoint_must_spare_enough():
-    book = Book(num_checkpoints=9, min_tokens=5)
+def test_a_snapshot_must_spare_enough():
+    book = Book(num_snapshots=9, min_tokens=5)
     assert book.leave("abcd")[0] is None
     assert book.leave("abcde")[0] is not None
     assert book.leave("abcdefgh")[0] is None
@@ -188,7 +188,7 @@ def test_a_checkpoint_must_spare_enough():
 @pytest.mark.parametrize("seed", range(6))
 def test_random_trees_stay_whole_and_know_what_was_left(block_size, seed):
     rng = random.Random(seed)
-    book = Book(blocks=60, block_size=block_size, num_checkpoints=rng.choice([1, 4, 30]), num_host_checkpoints=seed % 3)
+    book = Book(blocks=60, block_size=block_size, num_snapshots=rng.choice([1, 4, 30]), num_host_snapshots=seed % 3)
     left: set[str] = set()
     for _ in range(300):
         text = "".join(rng.choice("ab") for _ in range(rng.randint(1, 14)))
@@ -202,15 +202,15 @@ def test_random_trees_stay_whole_and_know_what_was_left(block_size, seed):
         book.check()
     book.cache.clear()
     book.check()
-    assert book.blocks.num_free == 60 and book.cache.num_checkpoints_used == 0
+    assert book.blocks.num_free == 60 and book.cache.num_snapshots_used == 0
 
 
 def test_what_is_held_is_given_to_nobody():
-    book = Book(blocks=4, num_checkpoints=1, num_host_checkpoints=1)
+    book = Book(blocks=4, num_snapshots=1, num_host_snapshots=1)
     book.leave("aaaa")
     found, ends, hold = book.cache.hold(book.cache.match(tokens("aaaa")).node, 2)
-    assert (found.tolist(), ends, hold.checkpoints) == (tokens("aaaa").tolist(), [4], [0])
-    assert book.leave("bbbb") == (None, []), "the only checkpoint is held"
+    assert (found.tolist(), ends, hold.snapshots) == (tokens("aaaa").tolist(), [4], [0])
+    assert book.leave("bbbb") == (None, []), "the only snapshot is held"
     assert book.cache.make_room(3) and not book.cache.make_room(4)
     book.check()
     assert book.find("aaaa") == (4, 4) and book.blocks.num_free == 3, "it is not forgotten where that frees nothing"
@@ -221,7 +221,7 @@ def test_what_is_held_is_given_to_nobody():
 
 
 def test_what_was_held_is_what_was_used_last():
-    book = Book(num_checkpoints=2)
+    book = Book(num_snapshots=2)
     book.leave("aaaa")
     book.leave("bbbb")
     book.cache.let_go(book.cache.hold(book.cache.match(tokens("aaaa")).node, 1)[2])
@@ -229,8 +229,8 @@ def test_what_was_held_is_what_was_used_last():
     assert set(book.kept(rungs=False)) == {"aaaa", "cccc"}
 
 
-def test_a_rung_where_an_adopted_text_ends_becomes_a_checkpoint_like_others():
-    book = Book(num_checkpoints=4)
+def test_a_rung_where_an_adopted_text_ends_becomes_a_snapshot_like_others():
+    book = Book(num_snapshots=4)
     hold, _ = book.cache.take(1, 1)
     book.leave_rungs("abcd", (4, 0))
     book.cache.adopt(hold, tokens("abcd"), [4])
@@ -239,7 +239,7 @@ def test_a_rung_where_an_adopted_text_ends_becomes_a_checkpoint_like_others():
 
 
 def test_what_was_taken_comes_into_the_tree_where_nothing_is():
-    book = Book(num_checkpoints=4)
+    book = Book(num_snapshots=4)
     book.leave("the cat")
     hold, moves = book.cache.take(book.blocks.blocks_for(22), 2)
     assert hold is not None and not moves and book.find("the cat sat on the mat") == (7, 7)
@@ -247,24 +247,24 @@ def test_what_was_taken_comes_into_the_tree_where_nothing_is():
     node = book.cache.adopt(hold, tokens("the cat sat on the mat"), [11, 22])
     book.check()
     assert node.end == 22 and book.find("the cat sat on the mat") == (22, 22)
-    assert book.cache.num_checkpoints_used == 3, "the checkpoint in the way is free again"
+    assert book.cache.num_snapshots_used == 3, "the snapshot in the way is free again"
     assert book.blocks.num_cached == 2 + 2 + 4, "of the blocks those that end in a node of their own are kept"
 
 
 def test_nothing_is_forgotten_for_what_could_never_fit():
-    book = Book(blocks=4, num_checkpoints=4)
+    book = Book(blocks=4, num_snapshots=4)
     book.leave("aaaa")
     runner = sequence(8)
     book.blocks.grow(runner, 8)
     assert book.cache.take(3, 1) == (None, []) and book.find("aaaa") == (4, 4)
-    assert Book(num_checkpoints=0).cache.take(1, 1) == (None, [])
+    assert Book(num_snapshots=0).cache.take(1, 1) == (None, [])
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_holds_leave_the_tree_whole(seed):
     rng = random.Random(seed)
     device, host = rng.choice([1, 3, 20]), rng.choice([0, 2])
-    book = Book(blocks=40, block_size=rng.choice([1, 4]), num_checkpoints=device, num_host_checkpoints=host)
+    book = Book(blocks=40, block_size=rng.choice([1, 4]), num_snapshots=device, num_host_snapshots=host)
     holds: list = []
     for _ in range(300):
         text = "".join(rng.choice("ab") for _ in range(rng.randint(1, 14)))
@@ -274,38 +274,38 @@ def test_random_holds_leave_the_tree_whole(seed):
         elif rng.random() < 0.2:
             hold, _ = book.cache.take(book.blocks.blocks_for(len(text)), rng.randint(1, 2))
             if hold is not None:
-                assert all(node.checkpoint not in hold.checkpoints for node in book.cache.tree.nodes)
+                assert all(node.snapshot not in hold.snapshots for node in book.cache.tree.nodes)
                 holds.append((hold, text))
         elif rng.random() < 0.5 and holds:
             hold, text = holds.pop(rng.randrange(len(holds)))
-            ends = [len(text) // 2, len(text)][-len(hold.checkpoints) :] if text else []
+            ends = [len(text) // 2, len(text)][-len(hold.snapshots) :] if text else []
             if text and 0 not in ends and rng.random() < 0.7:
                 book.cache.adopt(hold, tokens(text), ends)
                 assert book.find(text)[0] == len(text)
             else:
                 book.cache.let_go(hold)
         elif book.cache.make_room(book.blocks.blocks_for(len(text))):
-            checkpoint, moves = book.leave(text)
-            held = {each for hold, _ in holds for each in hold.checkpoints}
-            assert checkpoint not in held and not held & {place for move in moves for place in move}
+            snapshot, moves = book.leave(text)
+            held = {each for hold, _ in holds for each in hold.snapshots}
+            assert snapshot not in held and not held & {place for move in moves for place in move}
         book.check()
     for hold, _ in holds:
         book.cache.let_go(hold)
     book.cache.clear()
     book.check()
-    assert book.blocks.num_free == 40 and book.cache.num_checkpoints_used == book.cache.num_host_checkpoints_used == 0
+    assert book.blocks.num_free == 40 and book.cache.num_snapshots_used == book.cache.num_host_snapshots_used == 0
 
 
 # -- rungs ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_rung_takes_no_other_checkpoints_place_and_gives_up_its_own(seed):
+def test_a_rung_takes_no_other_snapshots_place_and_gives_up_its_own(seed):
     rng = random.Random(seed)
-    book = Book(blocks=4000, block_size=rng.choice([1, 4]), num_checkpoints=rng.choice([4, 5, 16]))
+    book = Book(blocks=4000, block_size=rng.choice([1, 4]), num_snapshots=rng.choice([4, 5, 16]))
     cache = book.cache
-    cache.num_for_rungs = rng.choice([0, cache.num_checkpoints // 4])
-    most, holds, num_made = cache.num_checkpoints - cache.num_for_rungs, [], 0
+    cache.num_for_rungs = rng.choice([0, cache.num_snapshots // 4])
+    most, holds, num_made = cache.num_snapshots - cache.num_for_rungs, [], 0
     for _ in range(300):
         text = "".join(rng.choice("ab") for _ in range(rng.randint(1, 14)))
         before, rungs = book.kept(rungs=False), book.kept(rungs=True)
@@ -317,11 +317,11 @@ def test_a_rung_takes_no_other_checkpoints_place_and_gives_up_its_own(seed):
         elif rng.random() < 0.5:
             made = book.leave_rungs(text, *((end, rng.randint(0, 3)) for end in range(1, len(text) + 1, 3)))
             assert book.kept(rungs=False) == before, "nothing better is forgotten, nor moved"
-            written = [checkpoint for checkpoint in made if checkpoint is not None]
+            written = [snapshot for snapshot in made if snapshot is not None]
             num_made += len(written)
             assert len(set(written)) == len(written), "a step writes to each place once"
             assert set(written) <= set(book.kept(rungs=True).values())
-            held = {checkpoint for hold in holds for checkpoint in hold.checkpoints}
+            held = {snapshot for hold in holds for snapshot in hold.snapshots}
             assert not held & set(written)
         else:
             place, _ = book.leave(text)
@@ -335,8 +335,8 @@ def test_a_rung_takes_no_other_checkpoints_place_and_gives_up_its_own(seed):
     assert num_made > 3 or not cache.num_for_rungs
 
 
-def test_a_rung_is_no_reason_to_leave_out_a_better_checkpoint():
-    book = Book(num_checkpoints=9, min_tokens=4)
+def test_a_rung_is_no_reason_to_leave_out_a_better_snapshot():
+    book = Book(num_snapshots=9, min_tokens=4)
     book.leave_rungs("the cat sat", (8, 0))
     assert book.leave("the cat sat")[0] is not None, "3 tokens further, but the rung is soon forgotten"
     book.leave_rungs("the dog", (6, 0))
@@ -346,14 +346,14 @@ def test_a_rung_is_no_reason_to_leave_out_a_better_checkpoint():
 
 
 def test_rungs_do_not_move_to_the_host():
-    book = Book(num_checkpoints=2, num_host_checkpoints=4)
+    book = Book(num_snapshots=2, num_host_snapshots=4)
     book.leave_rungs("aaaa", (2, 0), (4, 1))
     assert book.leave("bbbb")[1] == book.leave("cccc")[1] == [], "two rungs are forgotten for them"
     assert book.find("aaaa") == (0, 0) and book.leave("dddd")[1] != []
 
 
 def test_older_prompts_keep_every_other_rung_and_then_every_fourth():
-    book = Book(blocks=10_000, num_checkpoints=32)
+    book = Book(blocks=10_000, num_snapshots=32)
     ladder = [(10 * i, level) for i, (_, level) in enumerate(Ladder(1, 1).between(0, 8), start=1)]
     for name in "abcdefghijkl":
         book.leave_rungs(name * 80, *ladder)
@@ -368,7 +368,7 @@ def test_older_prompts_keep_every_other_rung_and_then_every_fourth():
 
 
 def test_a_rung_that_is_used_is_young_again():
-    book = Book(num_checkpoints=2)
+    book = Book(num_snapshots=2)
     book.leave_rungs("aaaa", (4, 0))
     book.leave_rungs("bbbb", (4, 0))
     book.cache.use(book.cache.match(tokens("aaaa")).node)
@@ -438,7 +438,7 @@ def test_prompts_that_share_a_beginning_compute_it_once(tiny):
 
 
 def test_one_that_comes_later_takes_the_point_where_two_part(tiny):
-    core = make_core(tiny.folder, state_checkpoint_interval=0)
+    core = make_core(tiny.folder, snapshot_interval=0)
     system = random_prompt(50, seed=5)
     hits = []
     for i in range(3):
@@ -449,23 +449,23 @@ def test_one_that_comes_later_takes_the_point_where_two_part(tiny):
 
 
 def test_a_beginning_that_is_told_is_kept_for_the_next(tiny):
-    core = make_core(tiny.folder, state_checkpoint_min_tokens=16)
+    core = make_core(tiny.folder, snapshot_min_tokens=16)
     system = random_prompt(50, seed=5)
     hits = []
     for i in range(2):
         before = core.stats().prefix_cache_hits_total
         drain(core, request(str(i), system + random_prompt(9, seed=20 + i), beginning=50, max_tokens=2))
         hits.append(core.stats().prefix_cache_hits_total - before)
-    assert hits == [0, 50], "nearer to the prompt's end than two checkpoints may be, this is the one to keep"
+    assert hits == [0, 50], "nearer to the prompt's end than two snapshots may be, this is the one to keep"
 
 
 def test_an_answers_end_is_kept_sooner_than_a_place_that_costs_a_step(tiny):
-    core = make_core(tiny.folder, state_checkpoint_min_tokens=128, async_scheduling=False)
+    core = make_core(tiny.folder, snapshot_min_tokens=128, async_scheduling=False)
     prompt = random_prompt(8, seed=3)
     answer(core, prompt, max_tokens=5)
-    assert core.stats().checkpoints_used == 0
+    assert core.stats().snapshots_used == 0
     said = answer(core, prompt, max_tokens=30).token_ids
-    assert core.stats().checkpoints_used == 1
+    assert core.stats().snapshots_used == 1
     before = core.stats().prefix_cache_hits_total
     answer(core, prompt + said + [1, 2], max_tokens=2)
     assert core.stats().prefix_cache_hits_total - before == 8 + 29
@@ -474,7 +474,7 @@ def test_an_answers_end_is_kept_sooner_than_a_place_that_costs_a_step(tiny):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("lags", "chunk"), [(True, 7), (False, 64), (True, 512)])
 def test_a_prompt_that_parts_on_the_way_of_another_answers_as_without_a_cache(tiny, backend, lags, chunk):
-    settings = {"linear_backend": backend, "async_scheduling": lags, "state_checkpoint_min_tokens": 8}
+    settings = {"linear_backend": backend, "async_scheduling": lags, "snapshot_min_tokens": 8}
     core = make_core(tiny.folder, max_num_batched_tokens=chunk, **settings)
     plain = make_core(tiny.folder, prefix_cache=False, linear_backend=backend)
     prompt = random_prompt(100, seed=6)
@@ -488,7 +488,7 @@ def test_a_prompt_that_parts_on_the_way_of_another_answers_as_without_a_cache(ti
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_state_on_the_way_is_that_of_a_prompt_that_ends_there(tiny, backend):
-    core = make_core(tiny.folder, linear_backend=backend, state_checkpoint_min_tokens=8, max_num_batched_tokens=41)
+    core = make_core(tiny.folder, linear_backend=backend, snapshot_min_tokens=8, max_num_batched_tokens=41)
     prompt = random_prompt(100, seed=6)
     answer(core, prompt, max_tokens=2)
     rungs = [node for node in core.scheduler.cache.tree.nodes if node.rung is not None]
@@ -496,7 +496,7 @@ def test_the_state_on_the_way_is_that_of_a_prompt_that_ends_there(tiny, backend)
     for node in rungs:
         alone = make_core(tiny.folder, linear_backend=backend, prefix_cache=False)
         answer(alone, prompt[: node.end], max_tokens=1)  # the last token drawn is not fed
-        kept = core.runner.checkpoints[node.checkpoint]
+        kept = core.runner.snapshots[node.snapshot]
         torch.testing.assert_close(kept, alone.runner.states.slot(0), rtol=1e-4, atol=1e-4)
 
 
@@ -504,7 +504,7 @@ def test_who_opts_out_takes_nothing_and_leaves_nothing(tiny):
     core = make_core(tiny.folder)
     prompt = random_prompt(30, seed=8)
     answer(core, prompt, max_tokens=4, prefix_cache=False)
-    assert core.stats().checkpoints_used == core.stats().kv_blocks_cached == 0
+    assert core.stats().snapshots_used == core.stats().kv_blocks_cached == 0
     answer(core, prompt, max_tokens=4)
     counts = computed(core)
     answer(core, prompt, max_tokens=4, prefix_cache=False)
@@ -543,7 +543,7 @@ def test_penalties_count_what_was_cached_too(tiny):
 @pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
 @pytest.mark.parametrize("seed", range(3))
 def test_random_conversations_under_pressure_answer_as_without_a_cache(tiny, backend, lags, seed):
-    """Small pools, chunks, preemption, aborts, few checkpoints, some of them on the host."""
+    """Small pools, chunks, preemption, aborts, few snapshots, some of them on the host."""
     rng = random.Random(seed)
     settings = {"linear_backend": backend, "max_num_seqs": 3, "block_size": rng.choice([4, 16]), "max_model_len": 128}
     chunks = {"max_num_batched_tokens": rng.choice([8, 64]), "mixed_prefill_tokens": rng.choice([3, 64])}
@@ -551,9 +551,9 @@ def test_random_conversations_under_pressure_answer_as_without_a_cache(tiny, bac
         tiny.folder,
         async_scheduling=lags,
         num_kv_blocks=200 // settings["block_size"],
-        state_checkpoints=rng.choice([2, 5]),
-        host_checkpoint_gb=rng.choice([0.0, 0.001]),
-        state_checkpoint_interval=rng.choice([16, 4096]),
+        snapshots=rng.choice([2, 5]),
+        host_snapshot_gb=rng.choice([0.0, 0.001]),
+        snapshot_interval=rng.choice([16, 4096]),
         **settings,
         **chunks,
     )
@@ -576,14 +576,14 @@ def test_random_conversations_under_pressure_answer_as_without_a_cache(tiny, bac
 
 
 def test_half_precision_takes_half_the_memory(tiny):
-    whole = make_core(tiny.folder, state_checkpoints=4)
-    half = make_core(tiny.folder, state_checkpoints=4, state_checkpoint_dtype="bfloat16")
-    assert half.info().memory.checkpoints * 2 == whole.info().memory.checkpoints
+    whole = make_core(tiny.folder, snapshots=4)
+    half = make_core(tiny.folder, snapshots=4, snapshot_dtype="bfloat16")
+    assert half.info().memory.snapshots * 2 == whole.info().memory.snapshots
     prompt = random_prompt(30, seed=9)
     answer(half, prompt, max_tokens=2)
     answer(half, prompt, max_tokens=2)
     assert half.stats().prefix_cache_hits_total == 29
-    saved = half.runner.checkpoints[0].float()
+    saved = half.runner.snapshots[0].float()
     assert torch.isfinite(saved).all() and saved.any()
 
 
@@ -595,4 +595,4 @@ def test_an_error_leaves_nothing_in_the_cache(tiny, monkeypatch):
     failed = answer(core, random_prompt(1, seed=1), max_tokens=4)
     assert failed.finish_reason == "error"
     assert_nothing_held(core)
-    assert core.stats().checkpoints_used == 0
+    assert core.stats().snapshots_used == 0

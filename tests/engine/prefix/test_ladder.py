@@ -20,7 +20,7 @@ def test_of_any_beginning_three_quarters_or_all_but_the_interval_lie_before_a_ru
         if shared > 10_000:
             break
     for before, after in itertools.pairwise(rungs):
-        assert after - before >= min(min_tokens, interval), "nearer to each other than a checkpoint is worth"
+        assert after - before >= min(min_tokens, interval), "nearer to each other than a snapshot is worth"
     geometric = max(0.0, math.log(min(40_000, 3 * interval) / (3 * min_tokens), 4 / 3)) if interval > min_tokens else 0
     assert len(rungs) <= geometric + 40_000 / interval + 4
 

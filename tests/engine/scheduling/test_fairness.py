@@ -166,14 +166,14 @@ def test_one_that_waits_for_blocks_keeps_none_waiting_for_which_it_has_no_use():
 
 
 def test_those_that_wait_for_blocks_are_looked_up_when_the_cache_has_more(monkeypatch):
-    scheduler = roomy(blocks=100, block_size=64, budget=8192, checkpoints=8)
+    scheduler = roomy(blocks=100, block_size=64, budget=8192, snapshots=8)
     looked_up, match = [], scheduler.cache.match
     monkeypatch.setattr(scheduler.cache, "match", lambda *known: looked_up.append(known) or match(*known))
     for number, num_tokens in enumerate((50, 90)):
         prompt = [number] * 64 * 30
         scheduler.add(sequence(prompt, request_id=f"r{number}", arrival=number, max_tokens=num_tokens, uses_cache=True))
     step(scheduler)
-    step(scheduler)  # their prompts' checkpoints are made
+    step(scheduler)  # their prompts' snapshots are made
     for number in range(20):
         prompt = [1] * 64 * 30 + [number] * 64 * 45
         scheduler.add(sequence(prompt, request_id=f"w{number}", arrival=9 + number, uses_cache=True))
@@ -220,7 +220,7 @@ def test_a_short_prompt_is_seen_behind_many_long_ones():
 
 
 def test_a_short_prompt_is_seen_behind_many_long_ones_while_an_urgent_one_waits_for_another():
-    scheduler = roomy(checkpoints=8, budget=64, min_tokens=8)
+    scheduler = roomy(snapshots=8, budget=64, min_tokens=8)
     urgent = {"uses_cache": True, "priority": -1, "max_tokens": 1}
     scheduler.add(sequence([5] * 100 + [6] * 1000, request_id="under way", arrival=1, **urgent))
     step(scheduler)
@@ -232,7 +232,7 @@ def test_a_short_prompt_is_seen_behind_many_long_ones_while_an_urgent_one_waits_
 
 
 def test_who_shares_a_beginning_with_a_long_prompt_waits_for_no_more_than_that():
-    scheduler = roomy(checkpoints=8, budget=16, min_tokens=8)
+    scheduler = roomy(snapshots=8, budget=16, min_tokens=8)
     long = sequence([5] * 48 + [6] * 20_000, request_id="long", arrival=1, max_tokens=1, uses_cache=True)
     scheduler.add(long)
     step(scheduler)
@@ -245,7 +245,7 @@ def test_who_shares_a_beginning_with_a_long_prompt_waits_for_no_more_than_that()
 
 
 def test_nobody_waits_for_a_prompt_of_lower_priority():
-    scheduler = roomy(checkpoints=8, budget=16, min_tokens=8)
+    scheduler = roomy(snapshots=8, budget=16, min_tokens=8)
     long = sequence([5] * 48 + [6] * 20_000, request_id="long", arrival=1, max_tokens=1, uses_cache=True, priority=1)
     scheduler.add(long)
     step(scheduler)

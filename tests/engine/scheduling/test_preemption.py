@@ -75,9 +75,7 @@ def numbers(entries: list[TokenLogprobs | None] | None) -> list[float]:
 )
 def test_any_request_answers_after_preemptions_as_it_does_alone(tiny, settings, lags):
     rng = random.Random(f"{settings} {lags}")
-    core = make_core(
-        tiny.folder, async_scheduling=lags, max_num_batched_tokens=16, state_checkpoint_min_tokens=1, **settings
-    )
+    core = make_core(tiny.folder, async_scheduling=lags, max_num_batched_tokens=16, snapshot_min_tokens=1, **settings)
     for _ in range(3):
         requests = [asked(rng, name) for name in range(5)]
         alone: dict[str, Answer] = {}

@@ -8,7 +8,7 @@ import random
 import pytest
 from engines import sequence
 from leyden.engine.errors import ContextLengthError, QueueFullError
-from leyden.engine.memory.operations import Copy, Fold, Fork, Move, Restore, Save
+from leyden.engine.memory.operations import Fold, Fork, Move, Operation, Restore, Save
 from leyden.engine.memory.slots import SlotManager
 from leyden.engine.prefix.ladder import Ladder
 from leyden.engine.prefix.reuse import MAX_WAITS
@@ -30,22 +30,22 @@ class Device:
         self.rng = rng
         self.states: dict[int, tuple[int, ...]] = {}
         self.pending: dict[int, int] = {}  # of these tokens, how many wait in the ring
-        self.checkpoints: dict[int, tuple[int, ...]] = {}
+        self.snapshots: dict[int, tuple[int, ...]] = {}
         self.blocks: dict[int, dict[int, int]] = {}  # by offset
         self.drawn: dict[str, list[int]] = {}
         self.num_computed = 0
 
     def run(self, batch: ScheduledBatch) -> None:
-        for copy in batch.copies:
-            self.copy(copy)
+        for operation in batch.operations:
+            self.apply(operation)
         for row, count in zip(batch.sequences, batch.num_scheduled_tokens, strict=True):
             self.check(row)
             self.compute(row, count)
-        assert len({snapshot.checkpoint for snapshot in batch.snapshots}) == len(batch.snapshots), "written twice"
-        for row, count, checkpoint in batch.snapshots:
+        assert len({snapshot.snapshot for snapshot in batch.snapshots}) == len(batch.snapshots), "written twice"
+        for row, count, snapshot in batch.snapshots:
             each = batch.sequences[row]
             assert row < batch.num_prefills and 0 < count <= batch.num_scheduled_tokens[row]
-            self.checkpoints[checkpoint] = tuple(self.tokens(each)[: each.num_computed_tokens + count])
+            self.snapshots[snapshot] = tuple(self.tokens(each)[: each.num_computed_tokens + count])
         for row in batch.completing_rows:
             each = batch.sequences[row]
             if each.max_tokens:
@@ -75,8 +75,8 @@ class Device:
         self.pending[row.state_slot] = (row.num_pending_tokens + 1) % ring if is_decoding and ring else 0
         self.num_computed += count
 
-    def copy(self, copy: Copy) -> None:
-        match copy:
+    def apply(self, operation: Operation) -> None:
+        match operation:
             case Fork(source, target, blocks):
                 assert self.pending[source] == 0, "tokens in a ring stay behind"
                 self.states[target], self.pending[target] = self.states[source], 0
@@ -84,14 +84,14 @@ class Device:
             case Fold(slot, num_pending):
                 assert num_pending == self.pending[slot]
                 self.pending[slot] = 0
-            case Save(slot, checkpoint):
+            case Save(slot, snapshot):
                 assert self.pending[slot] == 0
-                self.checkpoints[checkpoint] = self.states[slot]
-            case Restore(checkpoint, slot, blocks):
-                self.states[slot], self.pending[slot] = self.checkpoints[checkpoint], 0
+                self.snapshots[snapshot] = self.states[slot]
+            case Restore(snapshot, slot, blocks):
+                self.states[slot], self.pending[slot] = self.snapshots[snapshot], 0
                 self.copy_blocks(blocks)
             case Move(source, target):
-                self.checkpoints[target] = self.checkpoints[source]
+                self.snapshots[target] = self.snapshots[source]
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         for source, target in pairs:
@@ -117,7 +117,7 @@ class Simulation:
             mixed=rng.choice([None, 1, 5]),
             max_waiting=rng.choice([3, 1000]),
             ring_size=rng.choice([0, 16]),
-            checkpoints=rng.choice([1, 3, 50]) if cached else 0,
+            snapshots=rng.choice([1, 3, 50]) if cached else 0,
             on_host=rng.choice([0, 0, 2]) if cached else 0,
             min_tokens=rng.choice([1, 1, 2, 5]),
             interval=rng.choice([3, 1000]),
@@ -224,7 +224,7 @@ class Simulation:
         patient = {s for s in scheduler.running if s.is_at_last_prompt_token and scheduler.find_leader(s.request_id)}
         idle = not scheduler.has_work or self.in_flight or patient
         assert not batch.is_empty or idle, "work is there and nothing runs"
-        self.check_copies(batch)
+        self.check_operations(batch)
         assert len(set(map(id, batch.sequences))) == len(batch.sequences)
         assert sum(batch.num_scheduled_tokens) <= scheduler.max_num_batched_tokens
         if any(s not in waiting_before for s in batch.sequences[batch.num_prefills :]):
@@ -246,25 +246,25 @@ class Simulation:
             assert scheduler.blocks.blocks_for(row.num_computed_tokens + count) <= held
             assert held <= scheduler.blocks.blocks_for(row.num_tokens), "blocks are held for nothing"
         still = {id(s) for s in scheduler.waiting}
-        copied = {copy.target_slot for copy in batch.copies if isinstance(copy, Fork)}
+        copied = {operation.target_slot for operation in batch.operations if isinstance(operation, Fork)}
         admitted = [s.priority for s in waiting_before if id(s) not in still and s.state_slot not in copied]
         left_behind = [s.priority for s in waiting_before if s in set(scheduler.waiting.ready())]
         assert all(s.num_passed <= MAX_PASSED for s in waiting_before)
         is_in_order = not admitted or not left_behind or max(admitted) <= min(left_behind)
         assert self.cached or is_in_order, "one of lower priority jumped the queue"
 
-    def check_copies(self, batch: ScheduledBatch) -> None:
+    def check_operations(self, batch: ScheduledBatch) -> None:
         by_slot = {s.state_slot: s for s in self.scheduler.running}
-        for copy in batch.copies:
-            if not isinstance(copy, Fork):
+        for operation in batch.operations:
+            if not isinstance(operation, Fork):
                 continue
             self.num_copied += 1
-            leader, sibling = by_slot.get(copy.source_slot), by_slot.get(copy.target_slot)
-            assert copy.source_slot != copy.target_slot
+            leader, sibling = by_slot.get(operation.source_slot), by_slot.get(operation.target_slot)
+            assert operation.source_slot != operation.target_slot
             if leader is None or sibling is None or sibling.num_computed_tokens == 0:
                 continue  # fell since, for one before it
             if leader.prompt_token_ids != sibling.prompt_token_ids:
-                continue  # the same, and somebody has its slot: the device knows whose state the copy brought
+                continue  # the same, and somebody has its slot: the device knows whose state the operation brought
             assert leader.is_at_last_prompt_token and sibling.is_at_last_prompt_token
             assert sibling.num_pending_tokens == 0
 
@@ -281,7 +281,7 @@ class Simulation:
         scheduler.cache.clear()
         scheduler.cache.check_integrity()
         assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
-        assert scheduler.cache.num_checkpoints_used == scheduler.cache.num_host_checkpoints_used == 0
+        assert scheduler.cache.num_snapshots_used == scheduler.cache.num_host_snapshots_used == 0
         assert scheduler.slots.num_free == scheduler.slots.num_slots
         assert self.num_refused + self.num_aborted + len(self.finished) == self.num_arrivals
 
@@ -367,7 +367,7 @@ def test_prompts_bring_few_tokens_beside_decoding_rows_and_many_without():
 
 
 def test_a_request_that_waits_for_blocks_makes_the_cache_forget_nothing():
-    scheduler = make_scheduler(blocks=20, block_size=4, slots=3, budget=100, checkpoints=4)
+    scheduler = make_scheduler(blocks=20, block_size=4, slots=3, budget=100, snapshots=4)
     kept = sequence(9, request_id="kept", max_tokens=1, uses_cache=True)
     scheduler.add(kept)
     step(scheduler)
@@ -384,7 +384,7 @@ def test_a_request_that_waits_for_blocks_makes_the_cache_forget_nothing():
 
 
 def test_a_prompt_is_not_begun_with_blocks_that_one_under_way_needs():
-    scheduler = make_scheduler(blocks=20, block_size=4, slots=2, budget=64, checkpoints=4)
+    scheduler = make_scheduler(blocks=20, block_size=4, slots=2, budget=64, snapshots=4)
     first = sequence(48, request_id="first", max_tokens=1, uses_cache=True)
     first.wanted_stops.add(4)
     scheduler.add(first)
@@ -553,7 +553,7 @@ def run_alone(scheduler: Scheduler, each: Sequence) -> None:
 
 
 def test_of_those_that_wait_the_one_goes_first_of_which_most_is_cached():
-    scheduler = make_scheduler(blocks=40, slots=1, budget=64, checkpoints=8)
+    scheduler = make_scheduler(blocks=40, slots=1, budget=64, snapshots=8)
     run_alone(scheduler, cached([5] * 20, "warm", 0))
     scheduler.add(cached([9] * 20, "cold", 1))
     scheduler.add(cached([5] * 19 + [6], "near", 2))
@@ -568,7 +568,7 @@ def test_of_those_that_wait_the_one_goes_first_of_which_most_is_cached():
 @pytest.mark.parametrize("arrivals_per_step", [1, 3])
 def test_nobody_is_passed_over_for_ever(arrivals_per_step):
     """Hits keep coming, and a prompt that is not cached has its turn nevertheless."""
-    scheduler = make_scheduler(blocks=60, slots=1, budget=64, checkpoints=8, max_waiting=10_000)
+    scheduler = make_scheduler(blocks=60, slots=1, budget=64, snapshots=8, max_waiting=10_000)
     run_alone(scheduler, cached([5] * 20, "warm", 0))
     cold = cached([9] * 20, "cold", 1)
     scheduler.add(cold)
@@ -584,7 +584,7 @@ def test_nobody_is_passed_over_for_ever(arrivals_per_step):
 
 
 def test_who_shares_a_beginning_with_a_prompt_under_way_waits_for_it_and_nobody_else_does():
-    scheduler = make_scheduler(blocks=60, slots=4, budget=8, checkpoints=8)
+    scheduler = make_scheduler(blocks=60, slots=4, budget=8, snapshots=8)
     scheduler.add(cached([5] * 20 + [1, 2, 3], "first", 1))
     scheduler.add(cached([5] * 20 + [7, 8, 9], "second", 2))
     scheduler.add(cached([4] * 6, "other", 3))
@@ -600,7 +600,7 @@ def test_who_shares_a_beginning_with_a_prompt_under_way_waits_for_it_and_nobody_
 
 
 def test_a_sequence_waits_for_four_others_at_most():
-    scheduler = make_scheduler(blocks=400, slots=40, budget=24, checkpoints=8)
+    scheduler = make_scheduler(blocks=400, slots=40, budget=24, snapshots=8)
     each = [cached([5] * 60 + [number], f"r{number}", number) for number in range(10)]
     for waiting in each:
         scheduler.add(waiting)
@@ -611,7 +611,7 @@ def test_a_sequence_waits_for_four_others_at_most():
 
 
 def test_a_prompt_is_seen_behind_many_that_wait_for_another():
-    scheduler = make_scheduler(blocks=400, slots=40, budget=24, checkpoints=8)
+    scheduler = make_scheduler(blocks=400, slots=40, budget=24, snapshots=8)
     scheduler.add(cached([5] * 60 + [1], "under way", 0))
     step(scheduler)
     for number in range(1, 25):
@@ -622,7 +622,7 @@ def test_a_prompt_is_seen_behind_many_that_wait_for_another():
 
 
 def test_who_waits_for_one_that_is_aborted_goes_on_alone():
-    scheduler = make_scheduler(blocks=60, slots=4, budget=8, checkpoints=8)
+    scheduler = make_scheduler(blocks=60, slots=4, budget=8, snapshots=8)
     scheduler.add(cached([5] * 20 + [1, 2, 3], "first", 1))
     scheduler.add(cached([5] * 20 + [7, 8, 9], "second", 2))
     assert rows(step(scheduler)) == [("first", 8)]
@@ -634,7 +634,7 @@ def test_who_waits_for_one_that_is_aborted_goes_on_alone():
 
 def test_a_sequence_does_not_keep_those_alive_that_it_has_waited_for():
     """Each of a long row of prompts waits for the one before it, which has waited itself."""
-    scheduler = make_scheduler(blocks=200, slots=20, budget=8, checkpoints=8)
+    scheduler = make_scheduler(blocks=200, slots=20, budget=8, snapshots=8)
     before = num_alive()
     for number in range(20):
         last = cached(list(range(10 + 10 * number)), f"r{number}", number, max_tokens=9)
@@ -657,7 +657,7 @@ def num_alive() -> int:
 
 def long_scheduler(**fields) -> Scheduler:
     """With the server's default budgets and distances."""
-    defaults = {"blocks": 8000, "block_size": 16, "budget": 2048, "mixed": 256, "checkpoints": 400, "min_tokens": 128}
+    defaults = {"blocks": 8000, "block_size": 16, "budget": 2048, "mixed": 256, "snapshots": 400, "min_tokens": 128}
     return make_scheduler(**(defaults | {"interval": 4096} | fields))
 
 
@@ -708,19 +708,19 @@ def test_a_prompt_passes_each_rung_of_its_ladder_once_and_none_where_it_is_saved
 
 
 def test_where_places_are_scarce_the_rungs_that_stay_longest_get_them():
-    """An eighth of the places are for rungs, however many other checkpoints there are; without rungs none are."""
+    """An eighth of the places are for rungs, however many other snapshots there are; without rungs none are."""
     for interval, num_places in ((100, 8), (0, 0)):
-        scheduler = long_scheduler(checkpoints=64, budget=4000, min_tokens=8, interval=interval)
+        scheduler = long_scheduler(snapshots=64, budget=4000, min_tokens=8, interval=interval)
         cache = scheduler.cache
         for i in range(70):
             run_alone(scheduler, cached([i] * 12, f"short {i}", i))
-        assert cache.num_checkpoints_used == 64 - num_places
+        assert cache.num_snapshots_used == 64 - num_places
         for start in (1000, 5000):
             run_alone(scheduler, cached(list(range(start, start + 2000)), f"long {start}", start))
             ladder = sorted(Ladder(8, interval).between(0, 1998), key=lambda rung: -rung[1])
             found = [(node.tokens[-1] + 1 - start, node.rung) for node in cache.tree.nodes if node.rung is not None]
             assert sorted(found) == sorted(ladder[:num_places])
-            assert cache.num_checkpoints_used == 64
+            assert cache.num_snapshots_used == 64
 
 
 def test_who_shares_nothing_by_salt_or_wish_finds_no_state_on_the_way_and_leaves_none():
@@ -758,9 +758,9 @@ class Listed:
     """The prefix cache as lists of texts by last use, where there are blocks enough: what requests that come one after
     another compute."""
 
-    def __init__(self, num_checkpoints: int, on_host: int, min_tokens: int) -> None:
+    def __init__(self, num_snapshots: int, on_host: int, min_tokens: int) -> None:
         self.min_tokens = min_tokens
-        self.sizes = (num_checkpoints, on_host)
+        self.sizes = (num_snapshots, on_host)
         self.tiers: tuple[list[tuple], list[tuple]] = ([], [])  # (salt, *tokens), least recently used first
 
     def request(self, prompt: list[int], salt: str | None) -> int:
@@ -801,7 +801,7 @@ def common(a: tuple, b: tuple) -> int:
 @pytest.mark.parametrize("seed", range(12))
 def test_requests_compute_what_lists_of_states_by_last_use_do_not_hold(seed):
     rng = random.Random(seed)
-    sizes = {"checkpoints": rng.choice([2, 5, 12]), "on_host": rng.choice([0, 3]), "min_tokens": rng.choice([1, 4, 20])}
+    sizes = {"snapshots": rng.choice([2, 5, 12]), "on_host": rng.choice([0, 3]), "min_tokens": rng.choice([1, 4, 20])}
     scheduler = make_scheduler(blocks=5000, block_size=rng.choice([1, 4]), budget=rng.choice([7, 100]), **sizes)
     listed = Listed(*sizes.values())
     texts = [[1] * 60]
@@ -818,7 +818,7 @@ def test_requests_compute_what_lists_of_states_by_last_use_do_not_hold(seed):
         assert counted == listed.request(prompt, salt), i
         spared += len(prompt) - counted
         cache = scheduler.cache
-        used = (cache.num_checkpoints_used, cache.num_host_checkpoints_used)
+        used = (cache.num_snapshots_used, cache.num_host_snapshots_used)
         assert used == tuple(map(len, listed.tiers))
     assert scheduler.reuse.num_cached_tokens == spared > 100
 
@@ -826,7 +826,7 @@ def test_requests_compute_what_lists_of_states_by_last_use_do_not_hold(seed):
 @pytest.mark.parametrize("min_tokens", [1, 6])
 @pytest.mark.parametrize("num_steps", range(0, 16, 3))
 def test_a_third_prompt_finds_where_two_have_parted_however_far_one_was_when_the_other_came(min_tokens, num_steps):
-    scheduler = make_scheduler(blocks=400, slots=3, budget=4, checkpoints=20, min_tokens=min_tokens)
+    scheduler = make_scheduler(blocks=400, slots=3, budget=4, snapshots=20, min_tokens=min_tokens)
     scheduler.add(cached([5] * 30 + [1] * 30, "first", 1))
     for _ in range(num_steps):
         step(scheduler)

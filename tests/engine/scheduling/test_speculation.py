@@ -86,7 +86,7 @@ def test_neighbours_arrivals_aborts_and_preemption(tiny, backend, lags, seed):
         max_num_seqs=4,
         max_num_batched_tokens=rng.choice([8, 64]),
         max_model_len=64,
-        state_checkpoint_min_tokens=rng.choice([1, 128]),
+        snapshot_min_tokens=rng.choice([1, 128]),
     )
     knowing(core, prompts, 0.2, max_tokens=30)
     alone = [answer(make_core(tiny.folder, prefix_cache=False), p, max_tokens=30).token_ids for p in prompts]
@@ -115,7 +115,7 @@ def test_a_stop_token_among_the_drafts_ends_the_text(tiny):
     stop = plain[17]
     expected = plain[: plain.index(stop) + 1]
     for lags in (False, True):
-        core = speculating(tiny.folder, async_scheduling=lags, state_checkpoint_min_tokens=1)
+        core = speculating(tiny.folder, async_scheduling=lags, snapshot_min_tokens=1)
         knowing(core, [prompt], 0.0, max_tokens=40)
         found = answer(core, prompt, max_tokens=40, stop_token_ids=[stop])
         assert (found.token_ids, found.finish_reason, found.stop_token_id) == (expected, "stop", stop)

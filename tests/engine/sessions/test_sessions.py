@@ -88,7 +88,7 @@ def path_of(core: EngineCore, session_id: str = "a") -> Path:
 
 def nothing_taken(core: EngineCore) -> None:
     assert_nothing_held(core)
-    assert core.stats().kv_blocks_cached == core.stats().checkpoints_used == 0
+    assert core.stats().kv_blocks_cached == core.stats().snapshots_used == 0
 
 
 # -- what comes back --------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(make_core, tmp_path):
 
 def test_a_turn_whose_template_leaves_the_answer_out_goes_on_from_its_prompt(make_core):
     """The state before the answer is saved too."""
-    core = make_core(state_checkpoint_min_tokens=8)
+    core = make_core(snapshot_min_tokens=8)
     saved(core)
     again = make_core()
     done(again, "restore")
@@ -134,11 +134,11 @@ def test_a_turn_whose_template_leaves_the_answer_out_goes_on_from_its_prompt(mak
 
 
 def test_states_on_the_host_are_saved_too(make_core):
-    settings = {"state_checkpoints": 1, "host_checkpoint_gb": 0.001, "state_checkpoint_min_tokens": 8}
+    settings = {"snapshots": 1, "host_snapshot_gb": 0.001, "snapshot_min_tokens": 8}
     core = make_core(**settings)
     conversation = talk(core)
     talk(core, random_prompt(30, seed=5), session_id=None)
-    assert core.scheduler.reuse.conversations.find("a").node.checkpoint > 0
+    assert core.scheduler.reuse.conversations.find("a").node.snapshot > 0
     done(core, "save")
     again = make_core(**settings)
     talk(again, random_prompt(30, seed=5), session_id=None)  # whose state has to make room
@@ -199,7 +199,7 @@ def test_what_is_still_in_the_cache_is_not_read_twice(make_core, monkeypatch):
 def test_a_beginning_that_is_in_the_cache_is_shared(make_core):
     core = make_core()
     saved(core)
-    again = make_core(state_checkpoint_min_tokens=8)
+    again = make_core(snapshot_min_tokens=8)
     answer(again, PROMPT, max_tokens=2)
     before = again.stats().kv_blocks_cached
     done(again, "restore")
@@ -209,7 +209,7 @@ def test_a_beginning_that_is_in_the_cache_is_shared(make_core):
 def test_others_go_on_while_a_session_is_saved_and_restored(make_core, monkeypatch):
     """Both stop half-way until the others have their answers, which are those that they get alone."""
     core, plain = (
-        make_core(num_kv_blocks=20, state_checkpoint_min_tokens=1),
+        make_core(num_kv_blocks=20, snapshot_min_tokens=1),
         make_core(session_folder=None, prefix_cache=False),
     )
     conversation = talk(core)
@@ -282,13 +282,13 @@ def test_a_conversation_that_was_evicted_is_told_with_its_remedy(make_core):
     done(core, "save")
 
 
-def test_where_memory_holds_no_checkpoints_nothing_is_saved_or_restored(make_core, monkeypatch):
+def test_where_memory_holds_no_snapshots_nothing_is_saved_or_restored(make_core, monkeypatch):
     saved(make_core())
-    monkeypatch.setattr(memory, "_plan_checkpoints", lambda *sizes: 0)
+    monkeypatch.setattr(memory, "_plan_snapshots", lambda *sizes: 0)
     core = make_core()
-    refused(core, "restore", "session_no_room", "state_checkpoints")
+    refused(core, "restore", "session_no_room", "snapshots")
     talk(core)
-    refused(core, "save", "session_evicted", "state_checkpoints")
+    refused(core, "save", "session_evicted", "snapshots")
 
 
 def test_a_request_that_leaves_nothing_in_the_cache_can_be_no_session(make_core):
@@ -311,7 +311,7 @@ def test_another_models_session_is_refused(make_core, tmp_path):
     ("settings", "word"),
     [
         ({"dtype": "bfloat16"}, "another model"),
-        ({"state_checkpoint_dtype": "bfloat16"}, "state_checkpoint_dtype"),
+        ({"snapshot_dtype": "bfloat16"}, "snapshot_dtype"),
         ({"max_model_len": 50}, "max_model_len"),
     ],
     ids=str,

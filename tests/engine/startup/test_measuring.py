@@ -90,10 +90,10 @@ class FakeDevice:
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
         self.runner, self.steps, self.allocated, self.contexts = runner, [], [], []
 
-    def allocate(self, num_slots: int, num_blocks: int, max_model_len: int, num_checkpoints: int = 0) -> None:
+    def allocate(self, num_slots: int, num_blocks: int, max_model_len: int, num_snapshots: int = 0) -> None:
         self.allocated.append((num_slots, num_blocks))
         self.contexts.append(max_model_len)
-        for name in ("states", "checkpoints", "kv", "tables", "caches", "sampler"):
+        for name in ("states", "snapshots", "kv", "tables", "caches", "sampler"):
             setattr(self.runner, name, SimpleNamespace(nbytes=1000, allocate_on_host=lambda num_on_host: None))
 
     def launch(self, step):
@@ -145,10 +145,10 @@ def test_a_gpus_steps_are_measured_with_the_context_that_its_share_holds(monkeyp
 
 @pytest.mark.parametrize("gigabytes", [0.3, 1.0, 7.5])
 def test_a_gigabyte_of_the_host_is_a_thousand_million_bytes(gigabytes):
-    costs = {"state_bytes_per_slot": 1000, "kv_bytes_per_token": 10, "checkpoint_bytes": 4096}
-    config = engine_config("x", host_checkpoint_gb=gigabytes)
+    costs = {"state_bytes_per_slot": 1000, "kv_bytes_per_token": 10, "snapshot_bytes": 4096}
+    config = engine_config("x", host_snapshot_gb=gigabytes)
     plan = sizing.plan_pools(config, MemoryUse(total=10**9), max_model_len=256, context_bytes=lambda length: 0, **costs)
-    assert plan.num_host_checkpoints == int(gigabytes * 1e9) // 4096
+    assert plan.num_host_snapshots == int(gigabytes * 1e9) // 4096
 
 
 # -- capacity -------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_steps_with_drafts_are_measured_up_to_the_most_rows_and_tokens():
 
 def test_a_fold_is_compiled_at_start_and_finds_a_token_to_fold():
     drafted = [step for step in smallest_steps(LIMITS["drafts"]) if step.num_drafted]
-    assert [step.copies for step in drafted] == [[], [Fold(0, 1)]]
+    assert [step.operations for step in drafted] == [[], [Fold(0, 1)]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -370,9 +370,9 @@ def test_states_that_the_hosts_memory_does_not_hold(tiny, monkeypatch):
     monkeypatch.setattr(pools, "torch", SimpleNamespace(empty=too_large))
     refused(
         tiny,
-        "host_checkpoint_gb = 0.001",
-        "did not fit in the host's memory; lower host_checkpoint_gb",
-        host_checkpoint_gb=0.001,
+        "host_snapshot_gb = 0.001",
+        "did not fit in the host's memory; lower host_snapshot_gb",
+        host_snapshot_gb=0.001,
     )
 
 

@@ -150,14 +150,14 @@ async def test_the_same_prompt_again_is_computed_from_its_last_token_on(served, 
         assert cached(await usage(path, **salt)) == 0
         again = await usage(path, **salt)
         num_prompt = again.get("prompt_tokens", again.get("input_tokens"))
-        assert num_prompt > EngineConfig().state_checkpoint_min_tokens
+        assert num_prompt > EngineConfig().snapshot_min_tokens
         assert cached(again) == num_prompt - 1
     whole = await usage("/v1/completions", cache_salt="/v1/completions")
     assert await usage("/v1/completions", cache_salt="/v1/completions", **INCLUDE_USAGE) == whole
     both = await usage("/v1/completions", [LONG, LONG + "It sang."], n=2, cache_salt="/v1/completions")
     assert cached(both) == 2 * cached(whole), "what is found of each prompt, once"
     load = (await served.get("/load")).json()
-    assert 0 < load["state_checkpoints_used"] < load["state_checkpoints_total"] and load["kv_blocks_cached"] > 0
+    assert 0 < load["snapshots_used"] < load["snapshots_total"] and load["kv_blocks_cached"] > 0
 
 
 async def test_salts_do_not_share_and_who_opts_out_neither_takes_nor_leaves(served):

@@ -39,7 +39,7 @@ def test_the_split_planned_from_the_config_is_the_one_the_engine_makes(tmp_path,
     planned = describe_model(config, None)
     split = memory_line(planned, "planned split")
     assert split == memory_line(told, "memory")
-    for word in ("weights", "state", "KV cache", "state checkpoints", "sampler tables", "free of"):
+    for word in ("weights", "state", "KV cache", "snapshots", "sampler tables", "free of"):
         assert word in split
     assert f"for {core.info().num_state_slots} sequences at once" in planned
 
@@ -61,15 +61,15 @@ def test_a_context_that_does_not_fit_is_planned_as_the_engine_clamps_it(tmp_path
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"state_checkpoints": 3}, "3 state checkpoints of 4.1 KB, 12.3 KB"),
-        ({"state_checkpoints": 3, "state_dtype": "bfloat16"}, "3 state checkpoints of 2.05 KB, 6.14 KB"),
-        ({"state_checkpoints": 3, "state_checkpoint_dtype": "float16"}, "3 state checkpoints of 2.05 KB, 6.14 KB"),
+        ({"snapshots": 3}, "3 snapshots of 4.1 KB, 12.3 KB"),
+        ({"snapshots": 3, "state_dtype": "bfloat16"}, "3 snapshots of 2.05 KB, 6.14 KB"),
+        ({"snapshots": 3, "snapshot_dtype": "float16"}, "3 snapshots of 2.05 KB, 6.14 KB"),
         (
-            {"state_checkpoints": 3, "host_checkpoint_gb": 0.0001},
-            "3 state checkpoints of 4.1 KB, 12.3 KB, and 24 on the host, 98.3 KB",
+            {"snapshots": 3, "host_snapshot_gb": 0.0001},
+            "3 snapshots of 4.1 KB, 12.3 KB, and 24 on the host, 98.3 KB",
         ),
-        ({"state_checkpoints": 0, "host_checkpoint_gb": 0.0001}, "no state checkpoints"),
-        ({"prefix_cache": False, "state_checkpoints": 3}, "no state checkpoints"),
+        ({"snapshots": 0, "host_snapshot_gb": 0.0001}, "no snapshots"),
+        ({"prefix_cache": False, "snapshots": 3}, "no snapshots"),
     ],
     ids=str,
 )

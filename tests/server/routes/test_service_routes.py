@@ -138,15 +138,15 @@ async def test_a_bad_detokenize_request_is_refused_by_name(client, error_of, bod
     assert error_of(await client.post("/detokenize", json=body), 400)["param"] == param
 
 
-async def test_load_tells_sequences_slots_blocks_and_checkpoints(client, engine):
+async def test_load_tells_sequences_slots_blocks_and_snapshots(client, engine):
     engine.stats = EngineStats(
         num_running=3,
         num_waiting=2,
         state_slots_used=4,
         kv_blocks_used=5,
         kv_blocks_cached=2,
-        checkpoints_used=3,
-        host_checkpoints_used=1,
+        snapshots_used=3,
+        host_snapshots_used=1,
         draft_tokens_total=9,
         accepted_tokens_total=7,
     )
@@ -159,10 +159,10 @@ async def test_load_tells_sequences_slots_blocks_and_checkpoints(client, engine)
         "kv_blocks_used": 5,
         "kv_blocks_cached": 2,
         "kv_blocks_total": 10,
-        "state_checkpoints_used": 3,
-        "state_checkpoints_total": 6,
-        "host_checkpoints_used": 1,
-        "host_checkpoints_total": 4,
+        "snapshots_used": 3,
+        "snapshots_total": 6,
+        "host_snapshots_used": 1,
+        "host_snapshots_total": 4,
         "draft_tokens_total": 9,
         "accepted_tokens_total": 7,
     }

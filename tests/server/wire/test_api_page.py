@@ -49,7 +49,7 @@ async def test_the_metrics_are_those_that_the_page_names(client):
         if not name.endswith("_created"):  # the client library's own
             found.add(f"{name}_total" if family.type == "counter" else name)
     assert found - told == set(), "not on the page"
-    kinds = {"leyden", "vllm", "device", "host", "weights", "state", "kv", "checkpoints", "sampler", "workspace"}
+    kinds = {"leyden", "vllm", "device", "host", "weights", "state", "kv", "snapshots", "sampler", "workspace"}
     assert told - found - kinds - {"graphs", "other", "free"} == set(), "not there"
 
 
