@@ -29,11 +29,11 @@ RENAMED = {
     "timeout_keep_alive": "idle_timeout",
     "allowed_origins": "cors_origins",
     "tokenizer_path": "tokenizer",
-    "snapshots": "snapshots",
-    "snapshot_interval": "snapshot_interval",
-    "snapshot_min_tokens": "snapshot_min_tokens",
-    "snapshot_dtype": "snapshot_dtype",
-    "host_snapshot_gb": "host_snapshot_gb",
+    "state_checkpoints": "snapshots",
+    "state_checkpoint_interval": "snapshot_interval",
+    "state_checkpoint_min_tokens": "snapshot_min_tokens",
+    "state_checkpoint_dtype": "snapshot_dtype",
+    "host_checkpoint_gb": "host_snapshot_gb",
 }
 
 # Another engine's setting -> the answer, where it is another one than a name. `{...}` is a setting of ours, spelled as
