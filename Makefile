@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
-PACKAGES := $(addprefix -p leyden.,server engine models kernels configs)
+PACKAGES := $(addprefix -p leyden.,server engine models kernels configs benchmarks.load)
 # Where PyTorch publishes builds without CUDA: smaller by gigabytes, and preferred where there is no GPU.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_SOURCE := $(if $(shell command -v nvidia-smi),,--retries 0 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX))

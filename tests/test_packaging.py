@@ -108,18 +108,23 @@ def test_installed_wheel_runs_from_another_folder(wheel, tmp_path):
 def test_lint_passes_in_a_folder_whose_name_is_no_name_of_python(tmp_path):
     """A ZIP of the sources unpacks to leyden-main. A package in small stands for the real one, to be quick."""
     tree = tmp_path / "leyden-main"
-    for layer in ("configs", "kernels", "models", "engine", "server", "tests"):
+    for layer in (*FOLDERS, "tests"):
         (tree / layer).mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tree)
-    for layer in ("configs", "kernels", "models", "engine", "server", ""):
+    for layer in (*FOLDERS, ""):
         (tree / layer / "__init__.py").write_text("from __future__ import annotations\n")
-    (tree / "server" / "wrong.py").write_text('PORT: int = "8000"\n')
+    wrong = [tree / layer / "wrong.py" for layer in FOLDERS]
+    for path in wrong:
+        path.write_text('PORT: int = "8000"\n')
     (tree / "tests" / "test_layering.py").write_text("def test_nothing():\n    pass\n")
     tools = Path(sys.executable).parent
     lint = ["make", "--old-file=install", f"BIN={tools}", "PYTHON=false", "lint"]
     found = subprocess.run(lint, cwd=tree, capture_output=True, text=True, timeout=120)
-    assert found.returncode and "server/wrong.py:1: error: Incompatible types" in found.stdout, "types are checked"
-    (tree / "server" / "wrong.py").unlink()
+    assert found.returncode
+    for path in wrong:
+        where = f"{path.relative_to(tree)}:1: error: Incompatible types"
+        assert where in found.stdout, "the types of every folder are checked"
+        path.unlink()
     passed = subprocess.run(lint, cwd=tree, capture_output=True, text=True, timeout=120)
     assert passed.returncode == 0, passed.stdout + passed.stderr

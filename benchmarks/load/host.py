@@ -77,3 +77,5 @@ def _stop(process: subprocess.Popen[str]) -> None:
         print(f"the server did not stop within {STOP_SECONDS} s and is killed", file=sys.stderr)
         process.kill()
         process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
