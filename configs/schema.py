@@ -16,6 +16,7 @@ LinearBackendName = Literal["auto", "minimax", "seg_la", "replay"]
 ToolCallParserName = Literal["auto", "none", "minimax", "hermes", "kimi_k2"]
 ReasoningParserName = Literal["auto", "none", "think"]
 DEMO_MODEL = "demo"
+MAX_DRAFTS = 7  # of one sequence in one step
 MAX_CONNECTIONS = 1 << 16
 SPARE_CONNECTIONS = 256  # for requests that are being read, or refused
 STRICT = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False)
@@ -118,7 +119,10 @@ class EngineConfig(_Numbers):
         0.0, ge=0, description="host memory for snapshots that the device has no more room for, in GB"
     )
     speculative_tokens: int = Field(
-        0, ge=0, le=7, description="drafts of a sequence's next tokens, taken from its own text, in one step; 0 = none"
+        0,
+        ge=0,
+        le=MAX_DRAFTS,
+        description="drafts of a sequence's next tokens, taken from its own text, in one step; 0 = none",
     )
     speculative_max_rows: int = Field(
         8, ge=1, le=64, description="most sequences decoding for which steps bring drafts"

@@ -52,8 +52,7 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
             mixed_prefill_tokens=config.mixed_prefill_tokens,
-            ring_size=self.runner.ring_size if self.runner.replays else 0,
-            ring_capacity=self.runner.ring_size,
+            ring=self.runner.ring,
             speculation=Speculation(config.speculative_tokens, config.speculative_max_rows),
         )
         self.sessions = Sessions(config.session_folder, self.runner, self.scheduler.reuse)

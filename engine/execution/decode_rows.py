@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..memory.ring import RingRule
 from ..outputs import StepOutput
 from ..scheduling.continuation import Advance
 from ..scheduling.step import ScheduledBatch
@@ -52,12 +53,12 @@ class DecodeRows:
     """
 
     def __init__(
-        self, graphs: StepGraphs, scheduled: ScheduledBatch, wanted: SamplingRows, block_size: int, ring_size: int
+        self, graphs: StepGraphs, scheduled: ScheduledBatch, wanted: SamplingRows, block_size: int, ring: RingRule
     ) -> None:
         arrays = batch_arrays(scheduled, block_size)
         self._graphs = graphs
         self._block_size = block_size
-        self._next_pending = np.roll(np.arange(max(1, ring_size), dtype=np.int32), -1)
+        self._next_pending = np.array(ring.after_decode, dtype=np.int32)
         self._seeds = wanted.seeds
         self.sequences = scheduled.sequences
         self._indices = np.array([len(sequence.output_token_ids) for sequence in self.sequences])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...configs.schema import EngineConfig
+from ...configs.schema import MAX_DRAFTS, EngineConfig
 from ...models.forward_batch import ForwardBatch
 from ..memory.operations import StepSave
 from ..startup.trial_steps import doubling
@@ -33,7 +33,7 @@ PREFILL_TOKENS = (64, 128, 256, 512)  # beside decoding rows and without
 PREFILL_TOKENS_ALONE = range(640, 2049, 128)
 PREFILL_ROWS = 32  # the last is the padding's
 SNAPSHOTS = 16  # states that a step with prompts saves on their way: 2,048 tokens seldom pass more
-VERIFY_TOKENS = 8  # of a row, its drafts and the token before them
+VERIFY_TOKENS = MAX_DRAFTS + 1  # of a row: its drafts and the token before them
 
 
 class GraphShape(NamedTuple):

@@ -21,6 +21,7 @@ from ...models.mixers.lightning_backends import LINEAR_BACKENDS, LinearAttention
 from ...models.specs import LightningSpec, ModelConfig
 from ..errors import ConfigError
 from ..memory.pools import KVPool, SnapshotPool, StatePool
+from ..memory.ring import RingRule
 from ..outputs import TokenLogprobs
 from ..scheduling.step import ScheduledBatch
 from ..sequence import Sequence
@@ -76,12 +77,12 @@ class ModelRunner:
         self.max_drafts = config.speculative_tokens
         linear_backend = LINEAR_BACKENDS[config.linear_backend](self.kernels, speculative=self.max_drafts > 0)
         self.linear_backend = linear_backend.name
-        self.ring_size, self.replays = linear_backend.ring_size, linear_backend.replays
-        if self.max_drafts and self.ring_size < self.max_drafts + 2:
+        self.ring = RingRule(linear_backend.ring_size, linear_backend.replays)
+        if self.max_drafts > self.ring.most_drafts:
             raise ConfigError(
-                f"speculative_tokens = {self.max_drafts}: linear_backend {linear_backend.name} keeps {self.ring_size} "
-                f"tokens beside a state, and drafts need {self.max_drafts + 2}; set speculative_tokens to 0 or take "
-                "another linear_backend"
+                f"speculative_tokens = {self.max_drafts}: linear_backend {linear_backend.name} keeps "
+                f"{self.ring.capacity} tokens beside a state, and drafts need {self.max_drafts + 2}; set "
+                "speculative_tokens to 0 or take another linear_backend"
             )
         with refuse_out_of_memory("the weights", "take a device with more memory, or a smaller dtype"):
             self.model = self._load(config, linear_backend, progress=progress)
@@ -143,12 +144,11 @@ class ModelRunner:
         if graphs is None or scheduled.num_prefills or graphs.shape_of_decodes(scheduled.num_decodes) is None:
             return None
         wanted = self.sampler.rows(scheduled.sequences)
-        ring_size = self.ring_size if self.replays else 0
         if not wanted.is_plain:
             return None
         sent = upload(self.tables.new_cells(scheduled.sequences), self.device)
         self.tables.write(sent["cells"], sent["blocks"])
-        return DecodeRows(graphs, scheduled, wanted, self.block_size, ring_size)
+        return DecodeRows(graphs, scheduled, wanted, self.block_size, self.ring)
 
     def _decode(self, rows: DecodeRows) -> LaunchedStep:
         """Start a step from its graph, in as few calls as can be: the host does this for every token."""
@@ -231,7 +231,7 @@ class ModelRunner:
     @property
     def state_bytes_per_slot(self) -> int:
         state = self.model_config.state_bytes_per_sequence(self.state_dtype.itemsize)
-        return state + self.model_config.ring_bytes_per_sequence(self.ring_size, self.dtype.itemsize)
+        return state + self.model_config.ring_bytes_per_sequence(self.ring.capacity, self.dtype.itemsize)
 
     @property
     def snapshot_bytes(self) -> int:
@@ -249,7 +249,7 @@ class ModelRunner:
             num_slots,
             device=self.device,
             dtype=self.state_dtype,
-            ring_size=self.ring_size,
+            ring_size=self.ring.capacity,
             ring_dtype=self.dtype,
         )
         self.snapshots = SnapshotPool(
@@ -279,7 +279,7 @@ class ModelRunner:
             for step in smallest_steps(limits):
                 self.launch(step).wait()
             if plan.num_snapshots:
-                self.launch(snapshot_step(limits, num_pending=min(1, self.ring_size))).wait()
+                self.launch(snapshot_step(limits, num_pending=min(1, self.ring.capacity))).wait()
 
 
 def _drawn_rows(scheduled: ScheduledBatch) -> tuple[list[Sequence], list[int]]:

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ...configs.schema import MAX_DRAFTS
+
 MASK = (1 << 64) - 1
 FEW = 64  # tokens; more are indexed by numpy, whose calls cost as much as these
 
@@ -106,7 +108,7 @@ class NgramProposer:
     nothing is computed.
     """
 
-    LENGTHS = (2, 4, 7)
+    LENGTHS = (2, 4, MAX_DRAFTS)
     MAX_PAUSE = 64  # tokens
 
     def __init__(self, token_ids: Iterable[int], *, min_n: int = 2, max_n: int = 4) -> None:

@@ -22,6 +22,7 @@ import math
 
 from ..errors import ContextLengthError, QueueFullError
 from ..memory.blocks import BlockManager
+from ..memory.ring import RingRule
 from ..memory.slots import SlotManager
 from ..prefix.cache import PrefixCache
 from ..prefix.reuse import Reuse
@@ -48,11 +49,10 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_waiting: int,
         mixed_prefill_tokens: int | None = None,
-        ring_size: int = 0,
+        ring: RingRule = RingRule(),
         cache: PrefixCache | None = None,
         snapshot_interval: int = 1 << 20,
         speculation: Speculation | None = None,
-        ring_capacity: int = 0,
     ) -> None:
         self.blocks = blocks
         self.cache = PrefixCache(blocks, 0) if cache is None else cache
@@ -61,8 +61,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.mixed_prefill_tokens = max_num_batched_tokens if mixed_prefill_tokens is None else mixed_prefill_tokens
         self.max_waiting = max_waiting
-        self.ring_size = ring_size  # decoded tokens after which a slot's state holds them all; 0 = after each
-        self.ring_capacity = ring_capacity  # tokens that may wait in a ring
+        self.ring = ring
         self.speculation = speculation or Speculation()
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # kept in order
@@ -194,7 +193,7 @@ class Scheduler:
             drafted = self._draft(list(decoding))
             if drafted is not None:
                 return drafted
-        if not self.ring_size:
+        if not self.ring.replays:
             for sequence in decoding:
                 self.reuse.fold(sequence)  # which only those with drafts left in a ring
         rows = [*prefilling, *decoding]
@@ -220,7 +219,7 @@ class Scheduler:
         if not any(row.drafts for row in rows):
             return None
         for row in rows:  # a place stays free, for a step without drafts
-            if row.num_pending_tokens + 1 + len(row.drafts) >= self.ring_capacity:
+            if not self.ring.holds(row.num_pending_tokens, 1 + len(row.drafts)):
                 self.reuse.fold(row)
         counts = [1 + len(row.drafts) for row in rows]
         return ScheduledBatch(rows, counts, len(rows), self.reuse.take_operations(), num_drafted=len(rows))
@@ -239,7 +238,7 @@ class Scheduler:
             for sequence in batch.sequences:
                 sequence.is_verifying = True
             return
-        num_prefills, last_in_ring = batch.num_prefills, self.ring_size - 1
+        num_prefills, pending_after = batch.num_prefills, self.ring.after_decode
         for row in batch.completing_prefills:
             if batch.sequences[row].max_tokens > 0:
                 batch.sequences[row].output_token_ids.append(UNSEEN)
@@ -251,8 +250,7 @@ class Scheduler:
         for sequence in batch.sequences[num_prefills:]:  # many, and each completes
             sequence.output_token_ids.append(UNSEEN)
             sequence.num_computed_tokens += 1
-            pending = sequence.num_pending_tokens
-            sequence.num_pending_tokens = pending + 1 if pending < last_in_ring else 0
+            sequence.num_pending_tokens = pending_after[sequence.num_pending_tokens]
 
     def verified(self, sequence: Sequence) -> None:
         """Note that a step with the sequence's drafts has come back."""
@@ -274,7 +272,7 @@ class Scheduler:
         assert self.running == sorted(self.running, key=lambda s: s.order)
         for sequence in self.running:
             assert sequence.status is Status.RUNNING
-            assert 0 <= sequence.num_pending_tokens < max(self.ring_capacity, self.ring_size, 1)
+            assert 0 <= sequence.num_pending_tokens < max(self.ring.capacity, 1)
         assert len(self._by_id) == len(self.waiting) + len(self.running)
 
     def _bring_prompts(self, behind: list[Sequence], decoding: dict[Sequence, int], budget: int) -> dict[Sequence, int]:

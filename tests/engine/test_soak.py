@@ -13,6 +13,7 @@ from leyden.engine import core as core_module
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ContextLengthError, QueueFullError
 from leyden.engine.memory.plan import MemoryPlan
+from leyden.engine.memory.ring import RingRule
 from leyden.engine.scheduling.step import ScheduledBatch
 
 VOCAB, EOS = 100, 0
@@ -38,7 +39,7 @@ class FakeStep:
 class FakeRunner:
     """No model: a plan of scarce blocks and slots."""
 
-    ring_size, replays = 16, True
+    ring = RingRule(16, replays=True)
     device = torch.device("cpu")
     model_config = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=(EOS,))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from leyden.engine.memory.blocks import BlockManager
+from leyden.engine.memory.ring import RingRule
 from leyden.engine.memory.slots import SlotManager
 from leyden.engine.prefix.cache import PrefixCache
 from leyden.engine.scheduling.scheduler import Scheduler
@@ -18,7 +19,7 @@ def make_scheduler(
     budget=16,
     mixed=None,
     max_waiting=100,
-    ring_size=0,
+    ring=RingRule(),
     snapshots=0,
     on_host=0,
     min_tokens=1,
@@ -33,7 +34,7 @@ def make_scheduler(
         max_num_batched_tokens=budget,
         mixed_prefill_tokens=mixed,
         max_waiting=max_waiting,
-        ring_size=ring_size,
+        ring=ring,
     )
 
 

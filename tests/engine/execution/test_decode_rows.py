@@ -49,7 +49,7 @@ def watch(core: EngineCore) -> dict[str, int]:
 
     def check(rows):
         batch = scheduled[0]
-        anew = DecodeRows(graphs, batch, runner.sampler.rows(batch.sequences), runner.block_size, runner.ring_size)
+        anew = DecodeRows(graphs, batch, runner.sampler.rows(batch.sequences), runner.block_size, runner.ring)
         assert (rows.shape, rows.sequences, rows.indices) == (anew.shape, anew.sequences, anew.indices)
         found, expected = (unpack(graphs.padding[rows.shape].arrays, each.packed) for each in (rows, anew))
         for each in (found, expected):

@@ -9,6 +9,7 @@ import pytest
 from engines import sequence
 from leyden.engine.errors import ContextLengthError, QueueFullError
 from leyden.engine.memory.blocks import BlockManager
+from leyden.engine.memory.ring import RingRule
 from leyden.engine.memory.slots import SlotManager
 from leyden.engine.scheduling.continuation import Steady
 from leyden.engine.scheduling.scheduler import Scheduler
@@ -28,7 +29,7 @@ class Twin:
             SlotManager(settings["slots"]),
             max_num_batched_tokens=settings["budget"],
             max_waiting=100,
-            ring_size=settings["ring_size"],
+            ring=RingRule(settings["ring_size"], replays=settings["ring_size"] > 0),
         )
         if not follows:
             self.scheduler._steady.advance = lambda: None

@@ -9,6 +9,7 @@ import pytest
 from engines import sequence
 from leyden.engine.errors import ContextLengthError, QueueFullError
 from leyden.engine.memory.operations import Fold, Fork, Move, Operation, Restore, Save
+from leyden.engine.memory.ring import RingRule
 from leyden.engine.memory.slots import SlotManager
 from leyden.engine.prefix.ladder import Ladder
 from leyden.engine.prefix.reuse import MAX_WAITS
@@ -71,7 +72,7 @@ class Device:
             block = row.block_table[at // size]
             self.blocks.setdefault(block, {})[at % size] = self.tokens(row)[at]
         self.states[row.state_slot] = tuple(self.tokens(row)[: start + count])
-        ring = self.scheduler.ring_size
+        ring = self.scheduler.ring.capacity
         self.pending[row.state_slot] = (row.num_pending_tokens + 1) % ring if is_decoding and ring else 0
         self.num_computed += count
 
@@ -116,7 +117,7 @@ class Simulation:
             budget=rng.randint(slots, slots + rng.choice([0, 3, 40])),
             mixed=rng.choice([None, 1, 5]),
             max_waiting=rng.choice([3, 1000]),
-            ring_size=rng.choice([0, 16]),
+            ring=rng.choice([RingRule(), RingRule(16, replays=True)]),
             snapshots=rng.choice([1, 3, 50]) if cached else 0,
             on_host=rng.choice([0, 0, 2]) if cached else 0,
             min_tokens=rng.choice([1, 1, 2, 5]),
@@ -288,7 +289,7 @@ class Simulation:
 
 @pytest.mark.parametrize(("ring_size", "expected"), [(0, [0, 0, 0, 0, 0, 0]), (4, [0, 1, 2, 3, 0, 1])])
 def test_decoded_tokens_wait_until_their_ring_is_full(ring_size, expected):
-    scheduler = make_scheduler(ring_size=ring_size)
+    scheduler = make_scheduler(ring=RingRule(ring_size, replays=ring_size > 0))
     row = sequence(3, max_tokens=20)
     scheduler.add(row)
     counts = []
@@ -299,7 +300,7 @@ def test_decoded_tokens_wait_until_their_ring_is_full(ring_size, expected):
 
 
 def test_nothing_waits_after_a_preemption():
-    scheduler = make_scheduler(blocks=4, block_size=1, ring_size=16)
+    scheduler = make_scheduler(blocks=4, block_size=1, ring=RingRule(16, replays=True))
     first, second = sequence(1, request_id="a", max_tokens=4), sequence(1, request_id="b", max_tokens=4, arrival=1)
     scheduler.add(first)
     scheduler.add(second)
