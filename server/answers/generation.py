@@ -13,7 +13,7 @@ from starlette.types import Receive
 
 from ...engine.errors import QueueFullError, QueueTimeoutError, RequestError
 from ...engine.outputs import RequestOutput
-from ..door.jobs import Job
+from ..door.choices import Choice
 from ..errors import ApiError
 from ..metrics import SequenceTimer
 from ..off_loop import CHARS_PER_SCORE, CHARS_PER_TEXT
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from ..http.tracing import RequestTrace
 
 T = TypeVar("T")
-Event = tuple[Job, RequestOutput]
+Event = tuple[Choice, RequestOutput]
 Events = AsyncGenerator[Event, None]
 
 # Outputs per choice that may wait for a slow reader here before its choices stop pulling from the engine.
 QUEUE_PER_CHOICE = 2
 
 
-def generate(state: ServerState, jobs: list[Job], answer_id: str) -> Events:
-    """Outputs of all jobs as they come; those that a choice gets before they are asked for come as one. Closing this
-    aborts whatever still runs.
+def generate(state: ServerState, choices: list[Choice]) -> Events:
+    """Outputs of all choices as they come. Outputs of one choice that pile up before they are read come as one. Closing
+    the iterator aborts whatever still runs.
 
     All or nothing: as soon as one choice fails, for instance because the queue is full, the rest is aborted and the
     error is raised, even ahead of outputs that came before it.
     """
-    return _run_job(state, jobs[0], answer_id) if len(jobs) == 1 else _run_side_by_side(state, jobs, answer_id)
+    return _run(state, choices[0]) if len(choices) == 1 else _run_side_by_side(state, choices)
 
 
 def traced(http: Request, prepared: Prepared[Any], answer_id: str, events: Events) -> Events:
@@ -46,23 +46,23 @@ def traced(http: Request, prepared: Prepared[Any], answer_id: str, events: Event
     trace: RequestTrace | None = http.scope["state"].get("trace")
     if trace is None:
         return events
-    return trace.watch(prepared.request, prepared.jobs, ServerState.of(http).model_name, answer_id, events)
+    return trace.watch(prepared.request, prepared.choices, ServerState.of(http).model_name, answer_id, events)
 
 
-async def _run_side_by_side(state: ServerState, jobs: list[Job], answer_id: str) -> Events:
-    queue: asyncio.Queue[Event | None] = asyncio.Queue(maxsize=QUEUE_PER_CHOICE * len(jobs))
+async def _run_side_by_side(state: ServerState, choices: list[Choice]) -> Events:
+    queue: asyncio.Queue[Event | None] = asyncio.Queue(maxsize=QUEUE_PER_CHOICE * len(choices))
     failures: list[Exception] = []
 
-    async def feed(job: Job) -> None:
+    async def feed(choice: Choice) -> None:
         try:
-            async with aclosing(_run_job(state, job, answer_id)) as outputs:
+            async with aclosing(_run(state, choice)) as outputs:
                 async for event in outputs:
                     await queue.put(event)
         except Exception as error:
             failures.append(error)
         await queue.put(None)
 
-    tasks = [asyncio.create_task(feed(job)) for job in jobs]
+    tasks = [asyncio.create_task(feed(choice)) for choice in choices]
     num_running = len(tasks)
     try:
         while num_running:
@@ -77,35 +77,20 @@ async def _run_side_by_side(state: ServerState, jobs: list[Job], answer_id: str)
         await cancel_all(*tasks)
 
 
-async def _run_job(state: ServerState, job: Job, answer_id: str) -> Events:
+async def _run(state: ServerState, choice: Choice) -> Events:
     timer = SequenceTimer(state.metrics)
-    request_id = f"{answer_id}-{job.index}"
-    is_first = job.index == job.first_index
-    outputs = state.llm.generate(
-        request_id,
-        job.prompt_token_ids,
-        job.params,
-        job.priority,
-        job.shown_ids,
-        prefix_cache=job.prefix_cache,
-        cache_salt=job.cache_salt,
-        beginning=job.beginning,
-        num_siblings=job.n - 1 if is_first else 0,
-        sibling_of=None if is_first else f"{answer_id}-{job.first_index}",
-        session_id=job.session_id,
-        stop_scope=job.stop_scope(),
-    )
+    outputs = state.llm.generate(choice.request, choice.answer.shown_ids, choice.answer.stop_scope())
     reason: str | None = "abort"  # unless its last output comes
     try:
         async with aclosing(outputs) as closing:  # type: ignore[type-var]
             async for output in closing:
                 timer.observe(output)
                 _raise_if_failed(output)
-                yield job, output
+                yield choice, output
     except (RequestError, QueueFullError, QueueTimeoutError) as error:  # it never began
         reason = None
         if getattr(error, "param", None) == "grammar":  # the engine's word for it
-            raise RequestError(f"{job.form_field} cannot be used: {error}", job.form_field) from None
+            raise RequestError(f"{choice.form_field} cannot be used: {error}", choice.form_field) from None
         raise
     except Exception:
         reason = "error"
@@ -136,7 +121,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
 
 
 async def collect(events: Events) -> list[Event]:
-    """All outputs of each job as one, in the order of the jobs' indices."""
+    """All outputs of each choice as one, in the order of their indices."""
     merged: dict[int, Event] = {}
     texts: dict[int, list[str]] = {}
     async for event in events:

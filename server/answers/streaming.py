@@ -82,9 +82,9 @@ class EventStream(Response):
 
     async def _send_event(self, line: _Line, event: Event) -> None:
         """An event's chunks. Many log-probabilities, as a long prompt has or what has piled up, go a few at a time."""
-        job, output = event
+        choice, output = event
         for part in output.cut(TOKENS_PER_EVENT):
-            frames = await off_loop(self._num_chars((job, part)), partial(self._frames, (job, part)))
+            frames = await off_loop(self._num_chars((choice, part)), partial(self._frames, (choice, part)))
             if frames or not line.is_open:
                 await line.write(frames)
 

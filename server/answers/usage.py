@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from msgspec import UNSET, UnsetType
 
 from ...engine.outputs import RequestOutput
-from ..door.jobs import Job
+from ..door.choices import Choice
 from ..door.prompts import Prompt
 from ..wire.answers import PromptTokensDetails, Usage
 from ..wire.requests import StreamOptions
@@ -23,20 +23,20 @@ class UsageCounter:
         self._num_output_tokens = [0] * num_choices
         self._options = options
 
-    def observe(self, job: Job, output: RequestOutput) -> None:
-        self._num_output_tokens[job.index] = output.num_output_tokens
-        if job.index == job.first_index and output.num_cached_tokens is not None:
-            self._num_cached_tokens[job.prompt_index] = output.num_cached_tokens
+    def observe(self, choice: Choice, output: RequestOutput) -> None:
+        self._num_output_tokens[choice.index] = output.num_output_tokens
+        if choice.is_first and output.num_cached_tokens is not None:
+            self._num_cached_tokens[choice.prompt_index] = output.num_cached_tokens
 
     def total(self) -> Usage:
         return _usage(sum(self._num_prompt_tokens), sum(self._num_cached_tokens), sum(self._num_output_tokens))
 
-    def of_chunk(self, job: Job, num_output_tokens: int) -> Usage | UnsetType | None:
+    def of_chunk(self, choice: Choice, num_output_tokens: int) -> Usage | UnsetType | None:
         """`usage` of a chunk that is not the last: of its choice so far, or null when the last one will have it, or
         left out."""
         options = self._options
         if options is not None and options.continuous_usage_stats:
-            prompt = job.prompt_index
+            prompt = choice.prompt_index
             return _usage(self._num_prompt_tokens[prompt], self._num_cached_tokens[prompt], num_output_tokens)
         return None if options is not None and options.include_usage else UNSET
 

@@ -91,7 +91,7 @@ async def _serve(settings: Settings, listener: socket.socket, tracer: Tracer | N
             return Ending(128 + number, f"{signal.Signals(number).name} while the model was loaded")
         info, tokenizer, grammars = await starting
         name = settings.served_model_name or _model_name(settings.model)
-        llm = AsyncLLM(client, tokenizer, max_queue_seconds=settings.max_queue_seconds)
+        llm = AsyncLLM(client, tokenizer)
         app = create_app(llm, settings, model_name=name, tracer=tracer, grammars=grammars)
         address = _address(*listener.getsockname()[:2])
         needs_key, can_chat = _needs_key(settings), tokenizer.has_chat_template

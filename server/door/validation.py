@@ -31,8 +31,8 @@ from ..wire.requests import (
 from .answer_grammar import Calls, Form, make_form
 from .body import drop_nulls, json_type, of_body, read_json
 from .chat_format import answer_format, offered_tools
+from .choices import AnswerLength, Choice, Scores, make_choices
 from .fields import refuse_unless_neutral, split_fields
-from .jobs import Job, make_jobs
 from .messages import read_messages
 from .prompts import (
     Prompt,
@@ -62,9 +62,14 @@ class Prepared(Generic[G]):
 
     request: G
     prompts: list[Prompt]
-    jobs: list[Job]
+    choices: list[Choice]
     ignored: list[str]  # names of fields left out
     answer: AnswerFormat = field(default_factory=AnswerFormat)  # how chat reads what comes
+
+    @property
+    def key(self) -> str:
+        """With which the engine's ids of the choices begin: an answer's id ends in it, and so leads to the log."""
+        return self.choices[0].request.request_id.removesuffix("-0")
 
 
 async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
@@ -77,20 +82,12 @@ async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
     _check_logprobs("logprobs", request.logprobs, state)
     prompts = await read_prompts(request, state)
     check_can_be_admitted(len(prompts), request.n, state.llm.client.info)
-    prompt_logprobs = request.logprobs if request.echo else None
     asked, unknown = read_asked(request)
     form = await make_form(asked, None, AnswerFormat(), state.grammars)
-    jobs = make_jobs(
-        request,
-        state,
-        prompts,
-        asked=("max_tokens", request.max_tokens),
-        default_max_tokens=DEFAULT_MAX_TOKENS,
-        logprobs=request.logprobs,
-        prompt_logprobs=prompt_logprobs,
-        form=form,
-    )
-    return Prepared(request, prompts, jobs, _not_held([*ignored, *unknown], form))
+    length = AnswerLength("max_tokens", request.max_tokens, DEFAULT_MAX_TOKENS)
+    scores = Scores(request.logprobs, request.logprobs if request.echo else None)
+    choices = make_choices(request, state, prompts, length, scores, form=form)
+    return Prepared(request, prompts, choices, _not_held([*ignored, *unknown], form))
 
 
 async def prepare_chat(http: Request) -> Prepared[ChatRequest]:
@@ -104,7 +101,7 @@ async def prepare_conversation(
     state = ServerState.of(http)
     request, ignored = await of_body(http, lambda: _as_typed(body, state, ChatRequest, CompletionRequest, left_out))
     _check_generation(request, state)
-    asked = _read_chat_bound(request)
+    length = _read_chat_length(request)
     _check_logprobs("top_logprobs", request.top_logprobs, state)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
@@ -115,18 +112,9 @@ async def prepare_conversation(
     answer = answer_format(request, state, prompt.token_ids, with_tools=bool(tools))
     wanted, unknown = read_asked(request)
     form = await make_form(wanted, _calls(request, tools, body), answer, state.grammars)
-    logprobs = request.top_logprobs if request.logprobs else None
-    jobs = make_jobs(
-        request,
-        state,
-        [prompt],
-        asked=asked,
-        default_max_tokens=None,
-        logprobs=logprobs,
-        answer=answer,
-        form=form,
-    )
-    return Prepared(request, [prompt], jobs, _not_held([*ignored, *unknown], form), answer)
+    scores = Scores(request.top_logprobs if request.logprobs else None)
+    choices = make_choices(request, state, [prompt], length, scores, answer, form)
+    return Prepared(request, [prompt], choices, _not_held([*ignored, *unknown], form), answer)
 
 
 def _calls(request: ChatRequest, tools: list[dict[str, Any]], body: dict[str, Any]) -> Calls | None:
@@ -284,8 +272,8 @@ def _check_logprobs(name: str, value: int | None, state: ServerState) -> None:
         raise RequestError(f"{name} must be in [0, {bound}] (setting max_logprobs), got {value}", name)
 
 
-def _read_chat_bound(request: ChatRequest) -> tuple[str, int | None]:
-    """max_completion_tokens, or its older name max_tokens: (name, value)."""
+def _read_chat_length(request: ChatRequest) -> AnswerLength:
+    """`max_completion_tokens`, or its older name `max_tokens`."""
     new, old = request.max_completion_tokens, request.max_tokens
     if new is not None and old is not None and new != old:
         raise RequestError(
@@ -296,4 +284,4 @@ def _read_chat_bound(request: ChatRequest) -> tuple[str, int | None]:
     value = old if new is None else new
     if value == 0:
         raise RequestError(f"{name} must be at least 1, got 0", name)
-    return name, value
+    return AnswerLength(name, value)

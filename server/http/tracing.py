@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..answers.generation import Events
-from ..door.jobs import Job
+from ..door.choices import Choice
 from ..errors import describe
 from ..wire.requests import GenerationRequest
 
@@ -63,10 +63,10 @@ class RequestTrace:
         self.started = time.perf_counter()
 
     def watch(
-        self, request: GenerationRequest, jobs: list[Job], model_name: str, answer_id: str, events: Events
+        self, request: GenerationRequest, choices: list[Choice], model_name: str, answer_id: str, events: Events
     ) -> Events:
         """The same events, looked at as they pass."""
-        params = jobs[0].params
+        params = choices[0].request.sampling_params
         self.span.update_name(f"{self.operation} {model_name}")
         asked: dict[str, AttributeValue | None] = {
             "gen_ai.request.model": model_name,
@@ -81,7 +81,7 @@ class RequestTrace:
             "gen_ai.request.stream": request.stream,
             "gen_ai.response.model": model_name,
             "gen_ai.response.id": answer_id,
-            "gen_ai.usage.input_tokens": sum({job.prompt_index: len(job.prompt_token_ids) for job in jobs}.values()),
+            "gen_ai.usage.input_tokens": sum(len(c.request.prompt_token_ids) for c in choices if c.is_first),
         }
         self.span.set_attributes({name: value for name, value in asked.items() if value is not None})
         return self._watch(events)
@@ -92,14 +92,14 @@ class RequestTrace:
         failure: str | None = ABORTED  # unless the last event comes, or an error
         try:
             async with aclosing(events) as passing:
-                async for job, output in passing:
+                async for choice, output in passing:
                     if not num_tokens:
                         waited = time.perf_counter() - self.started
                         self.span.set_attribute("gen_ai.response.time_to_first_chunk", waited)
-                    num_tokens[job.index] = output.num_output_tokens
+                    num_tokens[choice.index] = output.num_output_tokens
                     if output.finish_reason is not None:
-                        reasons[job.index] = output.finish_reason
-                    yield job, output
+                        reasons[choice.index] = output.finish_reason
+                    yield choice, output
             failure = None
         except Exception as error:
             failure = describe(error).reason

@@ -142,9 +142,9 @@ async def prepare_response(http: Request) -> PreparedResponse:
         chat = await prepare_conversation(chat_body, http, ignored + unknown)
     except RequestError as error:
         raise names.renamed(error) from None
-    jobs = [replace(job, form_field=names.of(job.form_field)) for job in chat.jobs]
+    choices = [replace(choice, form_field=names.of(choice.form_field)) for choice in chat.choices]
     left_out = [_renamed(name, names) for name in chat.ignored]
-    return PreparedResponse(request, replace(chat, jobs=jobs, ignored=left_out))
+    return PreparedResponse(request, replace(chat, choices=choices, ignored=left_out))
 
 
 def _renamed(ignored: str, names: FieldNames) -> str:

@@ -31,7 +31,7 @@ async def create_response(http: Request) -> Response:
     state = ServerState.of(http)
     writer = ResponseWriter(state, request, chat)
     headers = state.tell_ignored(chat.ignored)
-    events = traced(http, chat, writer.id, generate(state, chat.jobs, writer.id))
+    events = traced(http, chat, writer.id, generate(state, chat.choices))
     if not request.stream:
         whole = await unless_disconnected(http.receive, writer.whole(events))
         return await off_loop(writer.num_chars, lambda: json_response(whole, headers))

@@ -25,7 +25,6 @@ from .items import (
     GrowingMessage,
     GrowingReasoning,
     Logprobs,
-    make_id,
 )
 from .request import ResponsesRequest
 from .tools import custom_names
@@ -54,9 +53,11 @@ class ResponseWriter:
     """Writes one response. A whole answer is what its stream ends in."""
 
     def __init__(self, state: ServerState, asked: ResponsesRequest, prepared: Prepared[ChatRequest]) -> None:
-        self.id = make_id("resp")
+        self.id = f"resp_{prepared.key}"
         self.created_at = int(time.time())
-        self.response = self._make("in_progress", asked.settings(state.model_name, prepared.jobs[0].params))
+        self.response = self._make(
+            "in_progress", asked.settings(state.model_name, prepared.choices[0].request.sampling_params)
+        )
         self._token_names = state.token_names
         self._num_top = asked.top_logprobs
         self._num_input_tokens = len(prepared.prompts[0].token_ids)
@@ -72,9 +73,9 @@ class ResponseWriter:
 
     async def whole(self, events: generation.Events) -> ResponseObject:
         async with aclosing(events) as closing:
-            async for job, output in closing:
+            async for choice, output in closing:
                 for part in output.cut(TOKENS_AT_ONCE):
-                    await off_loop(generation.num_chars(part), partial(self._take_in, (job, part)))
+                    await off_loop(generation.num_chars(part), partial(self._take_in, (choice, part)))
         return self.response
 
     def _take_in(self, event: generation.Event) -> None:

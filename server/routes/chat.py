@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterator
 
 from fastapi import APIRouter
@@ -18,7 +17,7 @@ from ..answers.logprobs import chat_logprobs, splice_chat_logprobs
 from ..answers.pieces import PiecedResponse, Splicer
 from ..answers.streaming import EventStream
 from ..answers.usage import UsageCounter
-from ..door.jobs import Job
+from ..door.choices import Choice
 from ..door.validation import Prepared, prepare_chat
 from ..off_loop import off_loop
 from ..state import ServerState, refuse_unless_ready
@@ -44,7 +43,7 @@ async def create_chat_completion(http: Request) -> Response:
     prepared = await prepare_chat(http)
     writer = ChatWriter(ServerState.of(http), prepared)
     headers = writer.state.tell_ignored(prepared.ignored)
-    events = traced(http, prepared, writer.id, generate(writer.state, prepared.jobs, writer.id))
+    events = traced(http, prepared, writer.id, generate(writer.state, prepared.choices))
     if not prepared.request.stream:
         outputs = await unless_disconnected(http.receive, collect(events))
         cost = sum(num_chars(output) for _, output in outputs)
@@ -56,19 +55,19 @@ class ChatWriter:
     """Engine outputs -> OpenAI's chat completion objects, for one request."""
 
     def __init__(self, state: ServerState, prepared: Prepared[ChatRequest]) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.id = f"chatcmpl-{prepared.key}"
         self.state = state
         self.request = prepared.request
         self.prompt_token_ids = prepared.prompts[0].token_ids.tolist() if prepared.request.return_token_ids else []
         self.created = int(time.time())
-        self.usage = UsageCounter(prepared.prompts, len(prepared.jobs), prepared.request.stream_options)
-        self.is_begun = [False] * len(prepared.jobs)
-        self.parsers = [prepared.answer.parser() for _ in prepared.jobs]
+        self.usage = UsageCounter(prepared.prompts, len(prepared.choices), prepared.request.stream_options)
+        self.is_begun = [False] * len(prepared.choices)
+        self.parsers = [prepared.answer.parser() for _ in prepared.choices]
 
     def whole(self, outputs: list[Event]) -> list[bytes]:
         """The JSON of the answer in one object, from one merged output per choice."""
         splicer = Splicer()
-        choices = [self._choice(job, output, splicer) for job, output in outputs]
+        choices = [self._choice(choice, output, splicer) for choice, output in outputs]
         usage = self.usage.total()
         answer = ChatCompletion(self.id, "chat.completion", self.created, self.state.model_name, choices, usage)
         if self.request.return_token_ids:
@@ -77,26 +76,26 @@ class ChatWriter:
 
     def render(self, event: Event) -> Iterator[ChatChunk]:
         """The chunks of one output: the role before anything else, what is said, and the finish reason by itself."""
-        job, output = event
-        self.usage.observe(job, output)
-        usage = self.usage.of_chunk(job, output.num_output_tokens)
-        if not self.is_begun[job.index]:
-            self.is_begun[job.index] = True
-            yield self._role_chunk(job)
-        for choice in self._said(job.index, output):
-            yield self._chunk([choice], usage)
+        choice, output = event
+        self.usage.observe(choice, output)
+        usage = self.usage.of_chunk(choice, output.num_output_tokens)
+        if not self.is_begun[choice.index]:
+            self.is_begun[choice.index] = True
+            yield self._role_chunk(choice)
+        for said in self._said(choice.index, output):
+            yield self._chunk([said], usage)
         if output.finish_reason is not None:
-            reason = finish_reason(self.parsers[job.index], output)
-            yield self._chunk([ChatChunkChoice(job.index, ChatDelta(), finish_reason=reason)], usage)
+            reason = finish_reason(self.parsers[choice.index], output)
+            yield self._chunk([ChatChunkChoice(choice.index, ChatDelta(), finish_reason=reason)], usage)
 
     def render_end(self) -> Iterator[ChatChunk]:
         options = self.request.stream_options
         if options is not None and options.include_usage:
             yield self._chunk([], self.usage.total())
 
-    def _role_chunk(self, job: Job) -> ChatChunk:
-        choice = ChatChunkChoice(job.index, ChatDelta(role="assistant", content=""))
-        chunk = self._chunk([choice], self.usage.of_chunk(job, 0))
+    def _role_chunk(self, choice: Choice) -> ChatChunk:
+        role = ChatChunkChoice(choice.index, ChatDelta(role="assistant", content=""))
+        chunk = self._chunk([role], self.usage.of_chunk(choice, 0))
         if self.request.return_token_ids:
             chunk.prompt_token_ids = self.prompt_token_ids
         return chunk
@@ -115,18 +114,18 @@ class ChatWriter:
             choices[0].logprobs, choices[0].token_ids = logprobs, token_ids
         return choices
 
-    def _choice(self, job: Job, output: RequestOutput, splicer: Splicer) -> ChatChoice:
-        self.usage.observe(job, output)
-        parser = self.parsers[job.index]
+    def _choice(self, choice: Choice, output: RequestOutput, splicer: Splicer) -> ChatChoice:
+        self.usage.observe(choice, output)
+        parser = self.parsers[choice.index]
         message = whole_message(read_deltas(parser, output))
         logprobs: ChatLogprobs | None = None
         if self.request.logprobs:
             entries, num_top = output.logprobs or [], self.request.top_logprobs
             logprobs = splice_chat_logprobs(splicer, entries, num_top, self.state.token_names)
-        choice = ChatChoice(job.index, message, logprobs, finish_reason(parser, output))
+        written = ChatChoice(choice.index, message, logprobs, finish_reason(parser, output))
         if self.request.return_token_ids:
-            choice.token_ids = output.token_ids
-        return choice
+            written.token_ids = output.token_ids
+        return written
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         return ChatChunk(self.id, "chat.completion.chunk", self.created, self.state.model_name, choices, usage)

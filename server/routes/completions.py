@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterator
 
 from fastapi import APIRouter
@@ -39,7 +38,7 @@ async def create_completion(http: Request) -> Response:
     prepared = await prepare_completion(http)
     writer = CompletionWriter(ServerState.of(http), prepared)
     headers = writer.state.tell_ignored(prepared.ignored)
-    events = traced(http, prepared, writer.id, generate(writer.state, prepared.jobs, writer.id))
+    events = traced(http, prepared, writer.id, generate(writer.state, prepared.choices))
     if not prepared.request.stream:
         outputs = await unless_disconnected(http.receive, collect(events))
         cost = sum(num_chars(output) for _, output in outputs)
@@ -51,21 +50,21 @@ class CompletionWriter:
     """Engine outputs -> OpenAI's completion objects, for one request."""
 
     def __init__(self, state: ServerState, prepared: Prepared[CompletionRequest]) -> None:
-        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self.id = f"cmpl-{prepared.key}"
         self.state = state
         self.request = prepared.request
         self.prompts = prepared.prompts
         self.created = int(time.time())
-        self.usage = UsageCounter(prepared.prompts, len(prepared.jobs), prepared.request.stream_options)
-        self.is_begun = [False] * len(prepared.jobs)
-        self.logprobs = [CompletionLogprobsWriter(state.token_names) for _ in prepared.jobs]
+        self.usage = UsageCounter(prepared.prompts, len(prepared.choices), prepared.request.stream_options)
+        self.is_begun = [False] * len(prepared.choices)
+        self.logprobs = [CompletionLogprobsWriter(state.token_names) for _ in prepared.choices]
 
     def render(self, event: Event) -> Iterator[Completion]:
         """The chunk of one output, if it shows anything."""
-        job, output = event
-        choice = self.choice(event)
-        if choice.text or choice.logprobs or choice.finish_reason or choice.token_ids:
-            yield self.envelope([choice], self.usage.of_chunk(job, output.num_output_tokens))
+        choice, output = event
+        chunk = self.choice(event)
+        if chunk.text or chunk.logprobs or chunk.finish_reason or chunk.token_ids:
+            yield self.envelope([chunk], self.usage.of_chunk(choice, output.num_output_tokens))
 
     def render_end(self) -> Iterator[Completion]:
         options = self.request.stream_options
@@ -81,26 +80,27 @@ class CompletionWriter:
     def choice(self, event: Event, splicer: Splicer | None = None) -> CompletionChoice:
         """What one output adds to its choice; the first one begins with the prompt when `echo` asks for it. With a
         `splicer` log-probabilities are left to that."""
-        job, output = event
-        self.usage.observe(job, output)
-        is_first, self.is_begun[job.index] = not self.is_begun[job.index], True
+        choice, output = event
+        prompt_token_ids = choice.request.prompt_token_ids
+        self.usage.observe(choice, output)
+        is_first, self.is_begun[choice.index] = not self.is_begun[choice.index], True
         text = output.text
         entries: list[TokenLogprobs | None] = [*(output.prompt_logprobs or []), *(output.logprobs or [])]
         if is_first and self.request.echo:
-            text = self.prompts[job.prompt_index].text + text
+            text = self.prompts[choice.prompt_index].text + text
         logprobs: CompletionLogprobs | None = None
         if self.request.logprobs is not None and (entries or splicer):
-            writer, first_id = self.logprobs[job.index], job.prompt_token_ids[0]
+            writer, first_id = self.logprobs[choice.index], prompt_token_ids[0]
             if splicer is None:
                 logprobs = writer.write(entries, first_id)
             else:
                 logprobs = splice_completion_logprobs(splicer, writer, entries, first_id)
         reason = output.finish_reason
-        choice = CompletionChoice(job.index, text, logprobs, reason if reason in ("stop", "length") else None)
+        written = CompletionChoice(choice.index, text, logprobs, reason if reason in ("stop", "length") else None)
         if self.request.return_token_ids:
-            choice.token_ids = output.token_ids
-            choice.prompt_token_ids = job.prompt_token_ids.tolist() if is_first else UNSET
-        return choice
+            written.token_ids = output.token_ids
+            written.prompt_token_ids = prompt_token_ids.tolist() if is_first else UNSET
+        return written
 
     def envelope(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
         return Completion(self.id, "text_completion", self.created, self.state.model_name, choices, usage)

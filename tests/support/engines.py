@@ -74,30 +74,19 @@ def request(
     request_id: str,
     prompt: list[int],
     *,
-    priority: int = 0,
     eos: Any = (),
-    num_siblings: int = 0,
-    sibling_of: str | None = None,
-    prefix_cache: bool = True,
-    cache_salt: str | None = None,
-    beginning: int = 0,
-    session_id: str | None = None,
-    **params: Any,
+    **fields: Any,
 ) -> AddRequest:
-    """Greedy unless told otherwise, and without the checkpoint's stop ids."""
-    sampling = SamplingParams(**({"temperature": 0.0} | params))
+    """Greedy unless told otherwise, and without the checkpoint's stop ids. Names of sampling parameters go to them,
+    other names to the request."""
+    own = {name: fields.pop(name) for name in AddRequest.__struct_fields__ if name in fields}
+    sampling = SamplingParams(**({"temperature": 0.0} | fields))
     return AddRequest(
         request_id=request_id,
         prompt_token_ids=prompt,
         sampling_params=sampling,
-        priority=priority,
         eos_token_ids=None if eos is None else list(eos),
-        num_siblings=num_siblings,
-        sibling_of=sibling_of,
-        prefix_cache=prefix_cache,
-        cache_salt=cache_salt,
-        beginning=beginning,
-        session_id=session_id,
+        **own,
     )
 
 

@@ -34,7 +34,6 @@ from leyden.engine.errors import (
 )
 from leyden.engine.messages import EngineStats, StepOutputs
 from leyden.engine.outputs import StepOutput
-from leyden.engine.sampling_params import SamplingParams
 from tiny_models import greedy, random_prompt
 
 PROMPT = random_prompt(20, seed=3)
@@ -354,13 +353,10 @@ async def test_start_that_is_cancelled_leaves_nothing_and_nothing_complains(tiny
 async def test_text_over_a_client_stops_at_a_stop_string_and_frees_the_engine(tiny, tokenizer):
     async with running(InProcessClient(engine_config(tiny.folder, max_model_len=1024))) as client:
         llm = AsyncLLM(client, tokenizer)
-        params = SamplingParams(temperature=0.0, max_tokens=200, logit_bias=dict.fromkeys(range(256, 320), -100.0))
-        whole = "".join([output.text async for output in llm.generate("a", PROMPT, params)])
+        asked = {"max_tokens": 200, "logit_bias": dict.fromkeys(range(256, 320), -100.0)}
+        whole = "".join([output.text async for output in llm.generate(request("a", PROMPT, **asked))])
         stop = whole[30:33]
-        params = SamplingParams(
-            temperature=0.0, max_tokens=200, stop=(stop,), logit_bias=dict.fromkeys(range(256, 320), -100.0)
-        )
-        outputs = [output async for output in llm.generate("b", PROMPT, params)]
+        outputs = [output async for output in llm.generate(request("b", PROMPT, stop=(stop,), **asked))]
         assert "".join(output.text for output in outputs) == whole[: whole.index(stop)]
         assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", stop)
         assert outputs[-1].num_prompt_tokens == len(PROMPT)

@@ -87,10 +87,13 @@ async def test_without_a_seed_none_is_sent(complete, engine):
     assert [request.sampling_params.seed for request in engine.requests] == [None, None]
 
 
-async def test_request_ids_in_the_engine_are_unique_even_when_the_header_repeats(client, engine):
-    for _ in range(2):
-        await client.post("/v1/completions", json={"prompt": "a", "n": 2}, headers={"x-request-id": "same"})
-    assert len({request.request_id for request in engine.requests}) == 4
+async def test_engine_request_ids_are_unique_and_lead_from_the_answers_id(client, engine):
+    """The header's id may repeat; the log names a request by the engine's."""
+    sent = {"json": {"prompt": "a", "n": 2}, "headers": {"x-request-id": "same"}}
+    answers = [(await client.post("/v1/completions", **sent)).json() for _ in range(2)]
+    keys = [answer["id"].removeprefix("cmpl-") for answer in answers]
+    assert len(set(keys)) == 2
+    assert sorted(request.request_id for request in engine.requests) == sorted(f"{k}-{i}" for k in keys for i in (0, 1))
 
 
 @pytest.mark.parametrize(("prompt", "text"), [("Hi", "Hi"), ([72, 105], "Hi"), ([BOS, 72, 105], "Hi")])

@@ -1,16 +1,14 @@
-"""Typed requests -> `SamplingParams`, one per choice: request over checkpoint's default over OpenAI's default."""
+"""Typed requests -> choices: for each answer the `AddRequest` that the engine gets, built here once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...engine.errors import ContextLengthError, RequestError
-from ...engine.messages import EngineInfo
+from ...engine.messages import AddRequest, EngineInfo
 from ...engine.sampling_params import SamplingParams
-from ...engine.text.detokenizer import StopScope
-from ...engine.text.token_ids import TokenIds
 from ..parsers.formats import AnswerFormat
 from ..state import ServerState
 from ..wire.requests import GenerationRequest
@@ -22,69 +20,86 @@ MAX_SHOWN_CHARS = 80
 PLAIN = AnswerFormat()
 
 
+class AnswerLength(NamedTuple):
+    """Tokens that an answer may have: `asked` in the request's field `name`, or up to `default`; None: what fits."""
+
+    name: str
+    asked: int | None
+    default: int | None = None
+
+
+class Scores(NamedTuple):
+    """How many alternatives come with the log-probabilities of each token; None: no log-probabilities."""
+
+    answer: int | None = None
+    prompt: int | None = None
+
+
 @dataclass(frozen=True)
-class Job:
-    """One choice to generate. `index` = prompt_index * n + its number among the n."""
+class Choice:
+    """One answer to generate. `index` = prompt_index * n + its number among the n choices of the prompt.
+
+    `answer` says how its text is read. `form_field` is the request's field that the grammar was made of.
+    """
 
     index: int
     prompt_index: int
-    prompt_token_ids: TokenIds
-    params: SamplingParams
-    priority: int
-    n: int  # choices of this prompt
-    shown_ids: frozenset[int] = frozenset()  # control tokens that are text even where `params` hide them
-    prefix_cache: bool = True
-    cache_salt: str | None = None
-    beginning: int = 0  # tokens with which other prompts are likely to begin, too
-    form_field: str = "grammar"  # of the request, which the grammar in `params` was made of
-    session_id: str | None = None  # under which its end can be saved
-    stop_scope: Callable[[], StopScope | None] = lambda: None  # of each answer; None: stop strings count everywhere
+    request: AddRequest
+    answer: AnswerFormat = PLAIN
+    form_field: str = "grammar"
 
     @property
-    def first_index(self) -> int:
-        """Of the prompt's choices."""
-        return self.prompt_index * self.n
+    def is_first(self) -> bool:
+        """Whether the prompt's other choices copy what this one computes of it."""
+        return self.request.sibling_of is None
 
 
-def make_jobs(
+def make_choices(
     request: GenerationRequest,
     state: ServerState,
     prompts: list[Prompt],
-    *,
-    asked: tuple[str, int | None],
-    default_max_tokens: int | None,
-    logprobs: int | None,
-    prompt_logprobs: int | None = None,
+    length: AnswerLength,
+    scores: Scores,
     answer: AnswerFormat = PLAIN,
     form: Form | None = None,
-) -> list[Job]:
+) -> list[Choice]:
+    """The choices of a request, `n` for each prompt, with what the engine is to be told of each.
+
+    A sampling parameter is the request's, else the checkpoint's default, else OpenAI's. The first choice of a prompt
+    leads the others as siblings. Raises `ContextLengthError` for a length that does not fit behind a prompt, and
+    `RequestError` for too many log-probabilities, a bad `logit_bias` or a session of several choices.
+    """
     fields = _sampling_fields(request, state)
-    fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs, "grammar": form and form.grammar}
+    fields |= {"logprobs": scores.answer, "prompt_logprobs": scores.prompt, "grammar": form and form.grammar}
     session_id = _session_of(request, len(prompts), state.llm.client.info)
-    jobs = []
-    max_scored = _fit_scores(request.n, prompts, state.settings.max_scores, logprobs, prompt_logprobs, asked)
+    eos_token_ids = sorted(state.llm.tokenizer.eos_token_ids)
+    max_scored = _fit_scores(request.n, prompts, state.settings.max_scores, length, scores)
+    key = uuid.uuid4().hex
+    choices = []
     for prompt_index, prompt in enumerate(prompts):
         num_left = state.llm.client.info.max_model_len - len(prompt.token_ids)
-        max_tokens = _fit_context(asked, default_max_tokens, len(prompt.token_ids), num_left)
+        max_tokens = _fit_context(length, len(prompt.token_ids), num_left)
         fields["max_tokens"] = max_tokens if max_scored is None else min(max_tokens, max_scored)
         params = SamplingParams(**fields, seed=request.seed)
-        for j in range(request.n):
-            job = Job(
-                index=prompt_index * request.n + j,
-                prompt_index=prompt_index,
+        first = prompt_index * request.n
+        for number in range(request.n):
+            added = AddRequest(
+                request_id=f"{key}-{first + number}",
                 prompt_token_ids=prompt.token_ids,
-                params=params.choice(j),
+                sampling_params=params.choice(number),
                 priority=request.priority,
-                n=request.n,
-                shown_ids=answer.shown_ids,
+                eos_token_ids=eos_token_ids,
+                max_queue_seconds=state.settings.max_queue_seconds,
                 prefix_cache=request.prefix_cache,
                 cache_salt=request.cache_salt,
                 beginning=prompt.beginning,
                 session_id=session_id,
-                stop_scope=answer.stop_scope,
+                num_siblings=0 if number else request.n - 1,
+                sibling_of=f"{key}-{first}" if number else None,
             )
-            jobs.append(job if form is None else replace(job, form_field=form.field))
-    return jobs
+            choice = Choice(first + number, prompt_index, added, answer)
+            choices.append(choice if form is None else replace(choice, form_field=form.field))
+    return choices
 
 
 def _session_of(request: GenerationRequest, num_prompts: int, info: EngineInfo) -> str | None:
@@ -136,21 +151,15 @@ def _read_logit_bias(bias: dict[str, float] | None, info: EngineInfo) -> dict[in
     return found
 
 
-def _fit_scores(
-    n: int,
-    prompts: list[Prompt],
-    bound: int,
-    logprobs: int | None,
-    prompt_logprobs: int | None,
-    asked: tuple[str, int | None],
-) -> int | None:
+def _fit_scores(n: int, prompts: list[Prompt], bound: int, length: AnswerLength, scores: Scores) -> int | None:
     """How many tokens an answer may have so that the log-probabilities of all choices, which are held until they are
-    sent, stay within `bound`; None where none are asked for. Only an explicit wish that does not fit is an error."""
-    name, value = asked
+    sent, stay within `bound`; None without log-probabilities of the answer. Only a length that was asked for can be an
+    error."""
     num_fixed = 0
-    if prompt_logprobs is not None:
-        num_fixed = n * sum(len(prompt.token_ids) for prompt in prompts) * (prompt_logprobs + 1)
-    per_token = 0 if logprobs is None else n * len(prompts) * (logprobs + 1)
+    if scores.prompt is not None:
+        num_fixed = n * sum(len(prompt.token_ids) for prompt in prompts) * (scores.prompt + 1)
+    per_token = 0 if scores.answer is None else n * len(prompts) * (scores.answer + 1)
+    name, value = length.name, length.asked
     total = num_fixed + (1 if value is None else value) * per_token
     if total > bound:
         fits_when_shorter = value is not None and num_fixed + per_token <= bound
@@ -163,9 +172,9 @@ def _fit_scores(
     return (bound - num_fixed) // per_token if per_token else None
 
 
-def _fit_context(asked: tuple[str, int | None], default: int | None, num_prompt: int, num_left: int) -> int:
-    """How many tokens may follow the prompt. Only an explicit wish that does not fit is an error."""
-    name, value = asked
+def _fit_context(length: AnswerLength, num_prompt: int, num_left: int) -> int:
+    """How many tokens may follow the prompt. Only a length that was asked for can be an error, or a full context."""
+    name, value = length.name, length.asked
     if value is not None and value > num_left:
         raise ContextLengthError(
             f"{num_prompt} prompt tokens and {name} {value} exceed the context length of {num_prompt + num_left}; "
@@ -180,4 +189,4 @@ def _fit_context(asked: tuple[str, int | None], default: int | None, num_prompt:
             "Shorten the prompt",
             name,
         )
-    return num_left if default is None else min(default, num_left)
+    return num_left if length.default is None else min(length.default, num_left)
