@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from leyden.engine.startup.device import pick_device
 from leyden.kernels import load
-from leyden.models.decoder import MiniMaxForCausalLM
-from leyden.models.families.registry import FAMILIES
+from leyden.models.decoder import Decoder
+from leyden.models.layers.build import Build
 from leyden.models.loading.checkpoint import read_config
 from leyden.models.loading.weights import INDEX_FILE, load_weights
 from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
@@ -74,7 +74,7 @@ def write_checkpoint(config: Path, folder: Path, layers: int | None, shard_bytes
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
 
 
-def shards(model: MiniMaxForCausalLM, shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+def shards(model: Decoder, shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
     """Tensors of noise for every target, the same over and over, in groups of about so many bytes."""
     noise = torch.empty(NOISE_ITEMS).uniform_(-0.05, 0.05)
     shard: dict[str, torch.Tensor] = {}
@@ -90,12 +90,11 @@ def shards(model: MiniMaxForCausalLM, shard_bytes: int) -> Iterator[dict[str, to
         yield shard
 
 
-def build(folder: Path, device: torch.device) -> MiniMaxForCausalLM:
+def build(folder: Path, device: torch.device) -> Decoder:
     """The folder's model in its own dtype, without weights."""
     config, kernels = read_config(folder), load("torch")
     dtype = getattr(torch, config.dtype or "bfloat16")
-    make = FAMILIES[config.architecture].module()
-    return make(config, kernels, LINEAR_BACKENDS["auto"](kernels), device=device, dtype=dtype)
+    return Decoder(config, Build(kernels, device, dtype), LINEAR_BACKENDS["auto"](kernels))
 
 
 def measure(folder: Path, device: torch.device, rounds: int) -> dict[str, Any]:

@@ -32,9 +32,10 @@ from leyden.engine.core import EngineCore
 from leyden.engine.messages import AddRequest
 from leyden.engine.sampling_params import SamplingParams
 from leyden.engine.text.tokenizer import Tokenizer
-from leyden.models.decoder import Cache, MiniMaxForCausalLM
+from leyden.models.decoder import Decoder
 from leyden.models.forward_batch import ForwardBatch
 from leyden.models.loading.checkpoint import resolve
+from leyden.models.mixers.cache import LayerCache
 from torch import Tensor
 
 SOURCE = Path(__file__).resolve().parent.parent / "engine" / "scheduling" / "scheduler.py"
@@ -45,20 +46,20 @@ script = torch.zeros(0, dtype=torch.int64)  # [MAX_LENGTH] on the device: the to
 
 def install_script() -> None:
     """Let every model raise the logits of `script`, in graphs too."""
-    forward, compute_logits = MiniMaxForCausalLM.forward, MiniMaxForCausalLM.compute_logits
+    forward, compute_logits = Decoder.forward, Decoder.compute_logits
     positions: list[Tensor] = []
 
-    def scripted_forward(self: MiniMaxForCausalLM, batch: ForwardBatch, caches: list[Cache]) -> Tensor:
+    def scripted_forward(self: Decoder, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
         positions[:] = [batch.positions[batch.logits_indices] if batch.num_prefills else batch.positions]
         return forward(self, batch, caches)
 
-    def scripted_logits(self: MiniMaxForCausalLM, h: Tensor) -> Tensor:
+    def scripted_logits(self: Decoder, h: Tensor) -> Tensor:
         logits = compute_logits(self, h)
         after = script.to(logits.device)[positions[0] + 1]
         return logits.scatter_add_(1, after[:, None], torch.full_like(logits[:, :1], RAISED))
 
-    MiniMaxForCausalLM.forward = scripted_forward  # type: ignore[method-assign]
-    MiniMaxForCausalLM.compute_logits = scripted_logits  # type: ignore[method-assign]
+    Decoder.forward = scripted_forward  # type: ignore[method-assign]
+    Decoder.compute_logits = scripted_logits  # type: ignore[method-assign]
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ prompt is a prefill.
 The last of the prefill rows may be *verify rows*: continuing rows whose tokens but the first are drafts, of which
 perhaps only the first few will be kept. To softmax attention they are prefills. A lightning layer must not write what
 may be rejected into a state, so their tokens go to the slot's ring of C places, and the next `num_pending` says how
-many of them are kept. What the host counts, and who must have been folded (`MiniMaxForCausalLM.fold_pending`) before:
+many of them are kept. What the host counts, and who must have been folded (`Decoder.fold_pending`) before:
 
 | row of m tokens, p waiting | before the step | waiting afterwards |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""The normal form of a model: whatever a config.json calls its fields, a `ModelConfig` says it once per layer."""
+"""The normal form of a model: whatever a config.json calls its fields, a `ModelSpec` says it once per layer."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
+class ModelSpec:
     """Everything needed to build and run a model. `postnorm`: the residual is the normed tensor, not its input."""
 
     architecture: str
@@ -88,12 +88,12 @@ class ModelConfig:
     dtype: str | None  # of the checkpoint, as config.json names it
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
         """Normalise a config.json. Raises `CheckpointError` for an unknown architecture or a field it cannot honour."""
         from .families.registry import FAMILIES, find_architecture
 
         architecture = find_architecture(config)
-        return FAMILIES[architecture].parse(config, architecture)
+        return FAMILIES[architecture](config, architecture)
 
     @property
     def linear_layers(self) -> list[LightningSpec]:

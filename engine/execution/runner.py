@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +13,13 @@ from torch import Tensor
 from ...configs.schema import EngineConfig
 from ...kernels import load as load_kernels
 from ...kernels import use_device
-from ...models.decoder import Cache
-from ...models.families.registry import FAMILIES, CausalLM
+from ...models.decoder import Decoder
 from ...models.forward_batch import ForwardBatch
+from ...models.layers.build import Build
 from ...models.loading.checkpoint import read_config, resolve
 from ...models.loading.weights import fill_with_noise, load_weights
+from ...models.mixers.cache import CacheSpec, LayerCache
 from ...models.mixers.lightning_backends import LINEAR_BACKENDS, LinearAttentionBackend
-from ...models.specs import LightningSpec, ModelConfig
 from ..errors import ConfigError
 from ..memory.pools import KVPool, SnapshotPool, StatePool
 from ..memory.ring import RingRule
@@ -94,9 +95,8 @@ class ModelRunner:
         if self.wants_graphs:
             self._keep_graphs(config, progress=progress)
 
-    def _load(self, config: EngineConfig, linear_backend: LinearAttentionBackend, *, progress: bool) -> CausalLM:
-        make = FAMILIES[self.model_config.architecture].module()
-        model = make(self.model_config, self.kernels, linear_backend, device=self.device, dtype=self.dtype)
+    def _load(self, config: EngineConfig, linear_backend: LinearAttentionBackend, *, progress: bool) -> Decoder:
+        model = Decoder(self.model_config, Build(self.kernels, self.device, self.dtype), linear_backend)
         if config.load_format == "dummy":
             fill_with_noise(model.parameters())
         else:
@@ -257,7 +257,7 @@ class ModelRunner:
         )
         self.kv = KVPool(config.full_layers, num_blocks, self.block_size, device=self.device, dtype=self.dtype)
         self.tables = BlockTables(num_slots, -(-max_model_len // self.block_size), self.device)
-        self.caches = _caches_by_layer(config, self.states, self.snapshots, self.kv)
+        self.caches = _caches_by_layer(self.model.caches, self.states, self.snapshots, self.kv)
         self.sampler = Sampler(self.kernels, num_slots, config.vocab_size, self.device)
         self.copier = Copier(
             self.states, self.snapshots, self.kv, functools.partial(self.model.fold_pending, self.caches), self.device
@@ -300,11 +300,9 @@ def _places_of_draws(scheduled: ScheduledBatch, counts: Counts, shape: GraphShap
     return rows
 
 
-def _caches_by_layer(config: ModelConfig, states: StatePool, snapshots: SnapshotPool, kv: KVPool) -> list[Cache]:
+def _caches_by_layer(
+    specs: list[CacheSpec], states: StatePool, snapshots: SnapshotPool, kv: KVPool
+) -> list[LayerCache]:
     """One entry per layer, in the model's order."""
-    linear = iter(range(len(config.linear_layers)))
-    full = iter(range(len(config.full_layers)))
-    return [
-        states.layer(next(linear), snapshots) if isinstance(layer.mixer, LightningSpec) else kv.layer(next(full))
-        for layer in config.layers
-    ]
+    linear, full = itertools.count(), itertools.count()
+    return [states.layer(next(linear), snapshots) if spec.slot else kv.layer(next(full)) for spec in specs]

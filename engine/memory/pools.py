@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...models.mixers.lightning_backends import LinearState
+from ...models.mixers.cache import LayerCache
 from ...models.specs import LightningSpec, SoftmaxSpec
 
 
@@ -36,9 +36,10 @@ class StatePool:
         """A slot's states [L_linear, H, K, V]. Tokens that wait in its ring are not in them."""
         return self.state[:, i]
 
-    def layer(self, i: int, snapshots: SnapshotPool) -> LinearState:
+    def layer(self, i: int, snapshots: SnapshotPool) -> LayerCache:
         """The i-th lightning layer's part, and that of the kept states on the device."""
-        return LinearState(self.state[i], self.key_ring[i], self.value_ring[i], snapshots.states[:, i])
+        ring = (self.key_ring[i], self.value_ring[i]) if self.key_ring.shape[3] else ()
+        return LayerCache(slot=(self.state[i],), ring=ring, snapshots=(snapshots.states[:, i],))
 
     @property
     def nbytes(self) -> int:
@@ -100,9 +101,9 @@ class KVPool:
         for cache in (*self.key, *self.value):  # layer by layer: what lies between is a copy
             cache.index_copy_(0, target, cache.index_select(0, source))
 
-    def layer(self, i: int) -> tuple[Tensor, Tensor]:
+    def layer(self, i: int) -> LayerCache:
         """Key and value cache [num_blocks, block_size, H_kv, D] of the i-th softmax layer."""
-        return self.key[i], self.value[i]
+        return LayerCache(token=(self.key[i], self.value[i]))
 
     @property
     def nbytes(self) -> int:

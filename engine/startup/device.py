@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from ...kernels import KernelName, default_for
-from ...models.specs import ModelConfig
+from ...models.specs import ModelSpec
 from ..errors import ConfigError
 
 
@@ -44,7 +44,7 @@ def pick_kernels(name: Literal["auto", "torch", "triton"], device: torch.device)
     return name
 
 
-def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, config: ModelSpec, device: torch.device) -> torch.dtype:
     """`auto` is the checkpoint's own dtype on CUDA, and float32 on a CPU, where half precision is slow.
 
     Raises `ConfigError`.

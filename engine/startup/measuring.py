@@ -18,7 +18,7 @@ from ..sessions.carrier import device_bytes as session_bytes
 from .trial_steps import StepLimits, serving_steps
 
 if TYPE_CHECKING:
-    from ...models.families.registry import CausalLM
+    from ...models.decoder import Decoder
     from ..execution.runner import ModelRunner
 
 # The allocator takes memory in pieces of 2 MiB: each tensor of the pools and the rope table may leave most of one idle.
@@ -99,7 +99,7 @@ def plan_pools(
         raise ConfigError(f"{error} (of {use.total:,} bytes: {taken})") from None
 
 
-def context_bytes(model: CausalLM, config: EngineConfig, device: torch.device) -> Callable[[int], int]:
+def context_bytes(model: Decoder, config: EngineConfig, device: torch.device) -> Callable[[int], int]:
     """Bytes on the device that a context of some length takes once, whatever runs: where a token stands, for the model
     and for sessions."""
     has_buffers = device.type == "cuda" and config.session_folder is not None

@@ -17,7 +17,7 @@ from ..specs import (
     LayerSpec,
     LightningSpec,
     MlpSpec,
-    ModelConfig,
+    ModelSpec,
     Residual,
     SoftmaxSpec,
     token_ids,
@@ -35,7 +35,7 @@ DEFAULT_EOS = 2  # of Hugging Face's class alone
 INNER_NORM_EPS = 1e-6
 
 
-def parse_hf(config: Mapping[str, Any], architecture: str) -> ModelConfig:
+def parse_hf(config: Mapping[str, Any], architecture: str) -> ModelSpec:
     """`MiniMaxForCausalLM`. Raises `CheckpointError`."""
     config = {"eos_token_id": DEFAULT_EOS} | dict(config)
     fields = Fields(config)
@@ -63,7 +63,7 @@ def parse_hf(config: Mapping[str, Any], architecture: str) -> ModelConfig:
     return _model(fields, config, layers, postnorm=True, architecture=architecture)
 
 
-def parse_original(config: Mapping[str, Any], architecture: str) -> ModelConfig:
+def parse_original(config: Mapping[str, Any], architecture: str) -> ModelSpec:
     """`MiniMaxText01ForCausalLM` and `MiniMaxM1ForCausalLM`. Raises `CheckpointError`."""
     fields = Fields(config)
     num_layers = fields.positive("num_hidden_layers")
@@ -201,7 +201,7 @@ def _dtype(fields: Fields) -> str | None:
 
 def _model(
     fields: Fields, config: Mapping[str, Any], layers: list[LayerSpec], *, postnorm: bool, architecture: str
-) -> ModelConfig:
+) -> ModelSpec:
     for name, allowed in (
         ("hidden_act", ("silu", "swish")),
         ("sliding_window", ()),
@@ -219,7 +219,7 @@ def _model(
     eps = fields.number("rms_norm_eps", 1e-5)
     if not math.isfinite(eps) or eps <= 0:
         raise CheckpointError(f"config.json: rms_norm_eps must be positive, got {eps}")
-    return ModelConfig(
+    return ModelSpec(
         architecture=architecture,
         vocab_size=fields.positive("vocab_size"),
         hidden_size=fields.positive("hidden_size"),

@@ -1,4 +1,4 @@
-"""What every part of a model is built with."""
+"""The device, dtype, kernels and shard that every part of a model is built with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .shard import Shard
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """Where a model lives and what computes it. On the device `meta` a model takes no memory."""
+    """Where a model lives and which kernels compute it. On the device `meta` a model takes no memory."""
 
     kernels: Kernels
     device: torch.device
@@ -21,7 +21,7 @@ class Build:
     shard: Shard = field(default_factory=Shard)
 
     def parameter(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
-        """An uninitialised parameter without gradient, of the model's dtype unless told: `loading.weights` fills it or
+        """An uninitialised parameter without gradient; `dtype` defaults to the model's. `loading.weights` fills it or
         fails."""
         data = torch.empty(*shape, device=self.device, dtype=dtype or self.dtype)
         return nn.Parameter(data, requires_grad=False)

@@ -1,4 +1,4 @@
-"""Mixture of experts with a softmax router, and the shared expert that some checkpoints mix in."""
+"""Mixture of experts: a router chooses a few MLPs for each token."""
 
 from __future__ import annotations
 
@@ -7,27 +7,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ...kernels import Kernels
 from ..loading.weights import Target
 from ..specs import MlpSpec
-from .projection import DenseMlp, Projection, parameter
+from .build import Build
+from .projection import Projection
 
 
 class SparseMoe(nn.Module):
     """p = softmax(router x) over all experts; the top k, renormalised, weigh down(silu(gate x) * up x)."""
 
-    def __init__(
-        self, hidden_size: int, spec: MlpSpec, kernels: Kernels, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, hidden_size: int, spec: MlpSpec, build: Build) -> None:
         super().__init__()
-        self.kernels = kernels
+        self.kernels = build.kernels
         self.top_k = spec.top_k
         self.num_experts = spec.num_experts
         self.width = spec.width
         # float32: which experts a token takes is a comparison, and rounding flips near ties.
-        self.router = Projection(hidden_size, {"gate": spec.num_experts}, kernels, device=device, dtype=torch.float32)
-        self.gate_up = parameter(spec.num_experts, 2 * spec.width, hidden_size, device=device, dtype=dtype)
-        self.down = parameter(spec.num_experts, hidden_size, spec.width, device=device, dtype=dtype)
+        self.router = Projection(hidden_size, {"gate": spec.num_experts}, build, dtype=torch.float32)
+        self.gate_up = build.parameter(spec.num_experts, 2 * spec.width, hidden_size)
+        self.down = build.parameter(spec.num_experts, hidden_size, spec.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, d] -> [T, d]."""
@@ -46,32 +44,3 @@ class SparseMoe(nn.Module):
 
     def _pieces(self, prefix: str, *names: str) -> tuple[str, ...]:
         return tuple(f"{prefix}experts.{e}.{name}.weight" for e in range(self.num_experts) for name in names)
-
-
-class SharedExpertMlp(nn.Module):
-    """c = sigmoid(coefficient x); (1 - c) * mlp(x) + c * shared(x)."""
-
-    def __init__(
-        self,
-        mlp: SparseMoe | DenseMlp,
-        hidden_size: int,
-        width: int,
-        kernels: Kernels,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        self.mlp = mlp
-        self.shared = DenseMlp(hidden_size, width, kernels, device=device, dtype=dtype)
-        self.coefficient = Projection(hidden_size, {"coefficient": 1}, kernels, device=device, dtype=torch.float32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, d] -> [T, d]."""
-        c = torch.sigmoid(self.coefficient(x.float())).to(x.dtype)
-        return torch.lerp(self.mlp(x), self.shared(x), c)
-
-    def targets(self, layer: str) -> Iterator[Target]:
-        yield from self.mlp.targets(f"{layer}mlp.")
-        yield from self.shared.targets(f"{layer}shared_mlp.")
-        yield from self.coefficient.targets(layer)

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..specs import ModelConfig
+from ..specs import ModelSpec
 
 if TYPE_CHECKING:
-    from ..families.registry import CausalLM
+    from ..decoder import Decoder
 
 SAMPLED = 1024  # items of each parameter, beside the sum of all
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.inference_mode()
-def fingerprint(config: ModelConfig, model: CausalLM) -> str:
+def fingerprint(config: ModelSpec, model: Decoder) -> str:
     """sha256, in hex, of the config but for its stop ids, and of each parameter's name, dtype, shape, sum of all bits
     as integers, and some of its items. Reads every parameter once, on its device; needs no memory beside them."""
     named = sorted(model.named_parameters())

@@ -1,4 +1,4 @@
-"""How a layer's attention is computed: linear backends by the name in the YAML, and paged softmax attention."""
+"""How lightning attention is computed for a step: backends by their name in the YAML."""
 
 from __future__ import annotations
 
@@ -178,53 +178,3 @@ LINEAR_BACKENDS: dict[str, BackendFactory] = {
     "replay": ReplayBackend,
     "auto": ReplayBackend,  # what the measurements favour, for prompts by shape and for decode
 }
-
-
-class FullAttentionBackend:
-    """Softmax attention over the paged KV cache: rotate, store this step's keys and values, then attend."""
-
-    def __init__(self, kernels: Kernels) -> None:
-        self.kernels = kernels
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cache: tuple[Tensor, Tensor],
-        cos_sin: Tensor,
-        scale: float,
-        batch: ForwardBatch,
-        out: Tensor,
-    ) -> Tensor:
-        """q, out [T, H, D], q rotated in place; k, v [T, H_kv, D], k is scratch; cache: key and value
-        [num_blocks, block_size, H_kv, D], written in place at `batch.slot_mapping`; cos_sin: [max_positions, R]
-        float32. Returns `out`."""
-        key_cache, value_cache = cache
-        self.kernels.rope_and_store_kv(q, k, v, batch.positions, cos_sin, key_cache, value_cache, batch.slot_mapping)
-        rows, tokens = batch.num_prefills, batch.num_prefill_tokens
-        if rows:
-            self.kernels.attention_prefill(
-                q[:tokens],
-                key_cache,
-                value_cache,
-                batch.block_table,
-                batch.state_indices[:rows],
-                batch.query_start_loc[: rows + 1],
-                batch.context_lens[:rows],
-                batch.max_query_len,
-                scale,
-                out[:tokens],
-            )
-        if batch.num_decodes:
-            self.kernels.attention_decode(
-                q[tokens:],
-                key_cache,
-                value_cache,
-                batch.block_table,
-                batch.state_indices[rows:],
-                batch.context_lens[rows:],
-                scale,
-                out[tokens:],
-            )
-        return out

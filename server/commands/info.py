@@ -17,7 +17,7 @@ from ...engine.messages import EngineInfo
 if TYPE_CHECKING:
     import torch
 
-    from ...models.families.registry import CausalLM
+    from ...models.decoder import Decoder
 
 CONTEXTS = (1024, 8192, 32768, 131072, 1048576)
 KINDS = {  # where the kind's own name says less
@@ -92,7 +92,8 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     from ...engine.text.tokenizer import Tokenizer
     from ...engine.text.tokenizer_files import TOKENIZER_FILE
     from ...kernels import load
-    from ...models.families.registry import FAMILIES
+    from ...models.decoder import Decoder
+    from ...models.layers.build import Build
     from ...models.loading.checkpoint import read_config, resolve
     from ...models.loading.weights import check_weights, has_weights
     from ...models.mixers.lightning_backends import LINEAR_BACKENDS
@@ -103,9 +104,7 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     dtype = pick_dtype(config.dtype, model_config, device)
     kernels = load("torch")
     backend = LINEAR_BACKENDS[config.linear_backend](kernels, speculative=config.speculative_tokens > 0)
-    model = FAMILIES[model_config.architecture].module()(
-        model_config, kernels, backend, device=torch.device("meta"), dtype=dtype
-    )
+    model = Decoder(model_config, Build(kernels, torch.device("meta"), dtype), backend)
     if (folder / TOKENIZER_FILE).exists() or config.tokenizer or config.chat_template:
         Tokenizer.of(config)
     if config.load_format != "dummy" and has_weights(folder):
@@ -155,7 +154,7 @@ def _share(
 
 def _planned(
     config: EngineConfig,
-    model: CausalLM,
+    model: Decoder,
     use: MemoryUse,
     where: str,
     *,
@@ -171,9 +170,9 @@ def _planned(
     from ...engine.execution.sampler import Sampler
     from ...engine.startup.measuring import context_length, plan_pools
 
-    max_model_len = context_length(config, model.config.max_model_len)
-    table = Sampler.bytes_per_slot(model.config.vocab_size)
-    snapshot_bytes = model.config.state_bytes_per_sequence(getattr(torch, config.saved_state_dtype).itemsize)
+    max_model_len = context_length(config, model.spec.max_model_len)
+    table = Sampler.bytes_per_slot(model.spec.vocab_size)
+    snapshot_bytes = model.spec.state_bytes_per_sequence(getattr(torch, config.saved_state_dtype).itemsize)
     try:
         plan = plan_pools(
             config,
@@ -190,7 +189,7 @@ def _planned(
     use = msgspec.structs.replace(use, weights=use.weights + positions)
     use.other = context_bytes(plan.max_model_len) - positions
     use.state = plan.num_state_slots * state
-    use.sampler = Sampler.bytes_for(plan.num_state_slots, model.config.vocab_size)
+    use.sampler = Sampler.bytes_for(plan.num_state_slots, model.spec.vocab_size)
     use.kv = plan.num_kv_blocks * config.block_size * kv
     use.kv += plan.num_state_slots * BlockTables.bytes_per_slot(plan.max_model_len, config.block_size)
     use.snapshots = plan.num_snapshots * snapshot_bytes

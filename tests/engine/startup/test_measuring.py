@@ -67,7 +67,7 @@ def test_a_context_too_long_for_the_share_is_charged_as_it_is_clamped(long_folde
     core = make_core(long_folder, max_model_len=None, cpu_memory_gb=megabytes / 1000)
     use, length = core.info().memory, core.max_model_len
     assert use.weights == core.runner.weight_bytes + core.runner.model.position_bytes(length)
-    assert len(core.runner.model.rotary.cos_sin) == length < LONG
+    assert [len(table.cos_sin) for table in core.runner.model.rotary] == [length] and length < LONG
     assert length * (64 + 256) > 0.8 * megabytes * 10**6, "most of the share goes to keys, values and positions"
     assert 0 <= use.unassigned < 0.02 * megabytes * 10**6
     assert f"max_model_len clamped from {LONG} to {length}" in core.info().notes[0]
@@ -377,7 +377,7 @@ def test_states_that_the_hosts_memory_does_not_hold(tiny, monkeypatch):
 
 
 def test_a_rope_table_that_does_not_fit(tiny, monkeypatch):
-    monkeypatch.setattr("leyden.models.layers.projection.RotaryTable.reserve", fail)
+    monkeypatch.setattr("leyden.models.layers.rotary.RotaryTable.reserve", fail)
     refused(tiny, "position table of max_model_len = 256 (16,384 bytes)", "lower max_model_len", "memory_fraction")
 
 

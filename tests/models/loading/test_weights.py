@@ -11,8 +11,9 @@ import pytest
 import torch
 from engines import answer, make_core
 from leyden.kernels import load as load_kernels
-from leyden.models.decoder import MiniMaxForCausalLM
+from leyden.models.decoder import Decoder
 from leyden.models.errors import CheckpointError
+from leyden.models.layers.build import Build
 from leyden.models.loading.checkpoint import read_config, resolve
 from leyden.models.loading.weights import INDEX_FILE, load_weights
 from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
@@ -48,7 +49,7 @@ def write(folder, tensors, name="model.safetensors"):
 def load(folder) -> dict[str, torch.Tensor]:
     config = read_config(folder)
     kernels = load_kernels("torch")
-    model = MiniMaxForCausalLM(config, kernels, LINEAR_BACKENDS["auto"](kernels), **CPU)
+    model = Decoder(config, Build(kernels, **CPU), LINEAR_BACKENDS["auto"](kernels))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))

@@ -1,0 +1,36 @@
+"""The root-mean-square norm, alone and fused with the operations around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ..loading.weights import Target
+from .build import Build
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dim (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float, build: Build) -> None:
+        super().__init__()
+        self.eps = eps
+        self.kernels = build.kernels
+        self.weight = build.parameter(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, size] -> norm(x)."""
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+        """(norm(h), h) with h = alpha * residual + beta * x."""
+        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps, alpha, beta)
+
+    def gated(self, x: Tensor, gate: Tensor) -> Tensor:
+        """norm(x) * sigmoid(gate). x, gate: [T, size]."""
+        return self.kernels.gated_rms_norm(x, gate, self.weight, self.eps)
+
+    def targets(self, name: str) -> Iterator[Target]:
+        """`{name}.weight`."""
+        yield Target(f"{name}.weight", self.weight)

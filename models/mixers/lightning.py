@@ -1,0 +1,77 @@
+"""Lightning attention as a layer: S_t = e^{-s} S_{t-1} + k_t v_t^T, o_t = scale * q_t S_t, s > 0 fixed per head.
+
+"Lightning Attention-2" (Qin et al. 2024); "MiniMax-01: Scaling Foundation Models with Lightning Attention" (2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..forward_batch import ForwardBatch
+from ..layers.build import Build
+from ..layers.norm import RMSNorm
+from ..layers.projection import Projection
+from ..loading.weights import Target
+from ..specs import LightningSpec
+from .cache import CacheSpec, LayerCache, Part
+from .lightning_backends import LightningCall, LinearAttentionBackend, LinearState
+from .mixer import Mixer
+
+
+class LightningAttention(Mixer):
+    """out_proj(sigmoid(gate x) * norm(lightning(silu(q), silu(k), silu(v)))), no rope.
+
+    Keeps a state per sequence and, where the backend has a ring, the keys and values of the last tokens.
+    """
+
+    def __init__(self, hidden_size: int, spec: LightningSpec, build: Build, backend: LinearAttentionBackend) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backend = backend
+        self.kernels = build.kernels
+        self.cache = _cache(spec, backend.ring_size)
+        width = spec.num_heads * spec.head_dim
+        self.in_proj = Projection(hidden_size, {"qkv_proj": 3 * width, "output_gate": width}, build)
+        self.norm = RMSNorm(width, spec.norm_eps, build)
+        self.out_proj = Projection(width, {"out_proj": hidden_size}, build)
+        self.slopes = torch.tensor(spec.slopes, dtype=torch.float32, device=build.device)
+
+    def forward(self, x: Tensor, batch: ForwardBatch, cache: LayerCache) -> Tensor:
+        heads, dim = self.spec.num_heads, self.spec.head_dim
+        qkv, gate = self.in_proj(x).split([3 * heads * dim, heads * dim], dim=-1)
+        # Interleaved per head: rows [q | k | v] of head 0, then of head 1, ...
+        q, k, v = self.kernels.silu_(qkv).view(-1, heads, 3 * dim).split(dim, dim=-1)
+        state = _linear_state(cache)
+        if batch.snapshots.shape[0]:
+            rows = (batch.state_indices, batch.has_initial_state, batch.query_start_loc)
+            self.kernels.lightning_snapshot(k, v, self.slopes, state.state, *rows, batch.snapshots, state.snapshots)
+        out = x.new_empty(x.shape[0], heads, dim)
+        self.backend.forward(LightningCall(q, k, v, self.slopes, self.spec.scale, state, batch, out))
+        return self.out_proj(self.norm.gated(out.flatten(1), gate))
+
+    def fold(self, cache: LayerCache, slots: Tensor, num_pending: Tensor) -> None:
+        if cache.ring:
+            pools = _linear_state(cache).pools
+            self.kernels.lightning_fold(self.slopes, *pools, slots, num_pending > 0, num_pending)
+
+    def targets(self, prefix: str) -> Iterator[Target]:
+        yield from self.in_proj.targets(prefix)
+        yield from self.norm.targets(f"{prefix}norm")
+        yield from self.out_proj.targets(prefix)
+
+
+def _cache(spec: LightningSpec, ring_size: int) -> CacheSpec:
+    heads, K, V = spec.state_shape
+    state = Part("state", spec.state_shape, "state")
+    ring = (Part("key", (heads, K), "activation"), Part("value", (heads, V), "activation"))
+    return CacheSpec(slot=(state,), ring=ring if ring_size else (), ring_size=ring_size)
+
+
+def _linear_state(cache: LayerCache) -> LinearState:
+    """The layer's tensors by name; rings of no places where there are none."""
+    (state,), (snapshots,) = cache.slot, cache.snapshots
+    key_ring, value_ring = cache.ring or (state[..., :0, :], state[..., :0, :])
+    return LinearState(state, key_ring, value_ring, snapshots)

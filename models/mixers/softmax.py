@@ -1,0 +1,75 @@
+"""Softmax attention with grouped key/value heads, over keys and values in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ..forward_batch import ForwardBatch
+from ..layers.build import Build
+from ..layers.projection import Projection
+from ..layers.rotary import RotaryTables
+from ..loading.weights import Target
+from ..specs import SoftmaxSpec
+from .cache import CacheSpec, LayerCache, Part
+from .mixer import Mixer
+
+
+class SoftmaxAttention(Mixer):
+    """o_proj(softmax(scale * q k^T) v) with rope on the first channels of each head. Keeps the key and the value of
+    each token."""
+
+    def __init__(self, hidden_size: int, spec: SoftmaxSpec, build: Build, rotary: RotaryTables) -> None:
+        super().__init__()
+        self.spec = spec
+        self.kernels = build.kernels
+        self.rotary = rotary.table(spec.rotary_dim, spec.rope_theta)
+        shape = (spec.num_kv_heads, spec.head_dim)
+        self.cache = CacheSpec(token=(Part("key", shape, "activation"), Part("value", shape, "activation")))
+        q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.qkv_proj = Projection(hidden_size, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}, build)
+        self.o_proj = Projection(q_width, {"o_proj": hidden_size}, build)
+
+    def forward(self, x: Tensor, batch: ForwardBatch, cache: LayerCache) -> Tensor:
+        spec = self.spec
+        heads = self.qkv_proj(x).view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+        q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+        keys, values = cache.token
+        self.kernels.rope_and_store_kv(q, k, v, batch.positions, self.rotary.cos_sin, keys, values, batch.slot_mapping)
+        return self.o_proj(self._attend(q, keys, values, batch).flatten(1))
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: ForwardBatch) -> Tensor:
+        """Rotated q [T, H, D] against keys, values [num_blocks, block_size, H_kv, D], which hold this step's already
+        -> [T, H, D]."""
+        out = q.new_empty(q.shape)
+        rows, tokens = batch.num_prefills, batch.num_prefill_tokens
+        if rows:
+            self.kernels.attention_prefill(
+                q[:tokens],
+                keys,
+                values,
+                batch.block_table,
+                batch.state_indices[:rows],
+                batch.query_start_loc[: rows + 1],
+                batch.context_lens[:rows],
+                batch.max_query_len,
+                self.spec.scale,
+                out[:tokens],
+            )
+        if batch.num_decodes:
+            self.kernels.attention_decode(
+                q[tokens:],
+                keys,
+                values,
+                batch.block_table,
+                batch.state_indices[rows:],
+                batch.context_lens[rows:],
+                self.spec.scale,
+                out[tokens:],
+            )
+        return out
+
+    def targets(self, prefix: str) -> Iterator[Target]:
+        yield from self.qkv_proj.targets(prefix)
+        yield from self.o_proj.targets(prefix)
