@@ -8,7 +8,12 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Rows of one kind in a step: one sequence each, on a flat axis of tokens."""
+    """Rows of one kind in a step, one sequence each.
+
+    `starts` counts from the step's first token. Operations on rows of any length therefore take q, k, v and out from
+    that token on: the whole axis, or what leads up to the rows' last token. Operations on rows of one token take a
+    tensor of the rows alone, [B, ...], and read no `starts`.
+    """
 
     slots: Tensor  # [B] int32, the slot of each row in the state pool; -1 = padding, which writes zeros to its output
     continues: Tensor  # [B] bool; False = the row is new, and its slot's content is ignored
@@ -30,3 +35,13 @@ class Weight(NamedTuple):
     data: Tensor  # [N, K], or [E, N, K] for experts
     scale: Tensor | None = None  # None = `data` is the matrix itself
     group: int = 0  # columns that share a scale; 0 without one
+
+    def plain(self) -> Tensor:
+        """`data`, for a kernel that knows no number format.
+
+        Raises:
+            NotImplementedError: if the matrix has a scale.
+        """
+        if self.scale is not None:
+            raise NotImplementedError(f"no kernel multiplies by {self.data.dtype} with a scale yet")
+        return self.data

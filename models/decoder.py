@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.bundles import Weight
 from .forward_batch import ForwardBatch
 from .layers.build import Build
 from .layers.experts import SparseMoe
@@ -110,7 +111,7 @@ class Decoder(nn.Module):
 
     def compute_logits(self, h: Tensor) -> Tensor:
         """h [N, d], rows of the forward's result -> logits [N, vocab]."""
-        return self.kernels.linear(self.norm(h), self.lm_head)
+        return self.kernels.dense.linear(self.norm(h), Weight(self.lm_head))
 
     def reserve_positions(self, max_positions: int) -> None:
         """Make the tables by position long enough; must be called before a forward reaches those positions."""

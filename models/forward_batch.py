@@ -19,7 +19,6 @@ many of them are kept. What the host counts, and who must have been folded (`Dec
 | here | also known as |
 |---|---|
 | query_start_loc | cu_seqlens, q_offsets |
-| extend_start_loc | the same for the prefill rows alone |
 | context_lens | extend_prefix_lens, num_computed_tokens |
 | has_initial_state | s_scales |
 | state_indices | s_offsets, slot_id, mamba cache indices |
@@ -29,17 +28,21 @@ many of them are kept. What the host counts, and who must have been folded (`Dec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ..kernels.bundles import Rows
 
-class Part(NamedTuple):
-    """Rows of one kind, and their tokens."""
 
-    rows: slice
-    tokens: slice
+class RowsOfKind(NamedTuple):
+    """Rows of one kind in a step, as views of the batch's tensors."""
+
+    rows: Rows
+    tokens: slice  # theirs on the token axis
+    context_lens: Tensor  # [B] int32
+    num_pending: Tensor  # [B] int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +70,41 @@ class ForwardBatch:
     num_drafted: int = 0  # how many of the prefill rows, the last ones, are verify rows
     num_drafted_tokens: int = 0  # tokens of the verify rows
 
-    @property
-    def extend_start_loc(self) -> Tensor:
-        """[num_prefills] int32: start of each prefill row on the token axis."""
-        return self.query_start_loc[: self.num_prefills]
+    # Made from the fields above, once per step. None where the step has no such rows.
+    rows: Rows = field(init=False)  # all rows
+    prefills: RowsOfKind | None = field(init=False)  # prompts and drafts
+    prompts: RowsOfKind | None = field(init=False)  # prefill rows that bring no drafts
+    drafts: RowsOfKind | None = field(init=False)  # verify rows
+    decodes: RowsOfKind | None = field(init=False)
 
-    @property
-    def prompts(self) -> Part:
-        """The prefill rows that are no verify rows."""
-        rows, tokens = self.num_prefills - self.num_drafted, self.num_prefill_tokens - self.num_drafted_tokens
-        return Part(slice(0, rows), slice(0, tokens))
+    def __post_init__(self) -> None:
+        prefills, tokens = self.num_prefills, self.num_prefill_tokens
+        prompts, prompt_tokens = prefills - self.num_drafted, tokens - self.num_drafted_tokens
+        longest = self.max_query_len
+        made = {
+            "rows": Rows(self.state_indices, self.has_initial_state, self.query_start_loc, longest),
+            "prompts": self._of_kind(slice(0, prompts), slice(0, prompt_tokens), longest),
+            "drafts": self._of_kind(slice(prompts, prefills), slice(prompt_tokens, tokens), longest),
+            "decodes": self._of_kind(
+                slice(prefills, prefills + self.num_decodes), slice(tokens, tokens + self.num_decodes), 1
+            ),
+        }
+        is_mixed = 0 < prompts < prefills
+        made["prefills"] = (
+            self._of_kind(slice(0, prefills), slice(0, tokens), longest)
+            if is_mixed
+            else made["prompts"] or made["drafts"]
+        )
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
 
-    @property
-    def drafts(self) -> Part:
-        """The verify rows."""
-        before = self.prompts
-        return Part(slice(before.rows.stop, self.num_prefills), slice(before.tokens.stop, self.num_prefill_tokens))
-
-    @property
-    def decodes(self) -> Part:
-        """The decode rows."""
-        rows, tokens = self.num_prefills, self.num_prefill_tokens
-        return Part(slice(rows, rows + self.num_decodes), slice(tokens, tokens + self.num_decodes))
+    def _of_kind(self, rows: slice, tokens: slice, max_len: int) -> RowsOfKind | None:
+        if rows.start == rows.stop:
+            return None
+        starts = self.query_start_loc[rows.start : rows.stop + 1]
+        return RowsOfKind(
+            Rows(self.state_indices[rows], self.has_initial_state[rows], starts, max_len),
+            tokens,
+            self.context_lens[rows],
+            self.num_pending[rows],
+        )

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from leyden.benchmarks.kernel_cases import base
 from leyden.benchmarks.kernel_cases.base import Bound, Implementation, Work, in_one_step, normal
 from leyden.kernels import Kernels
+from leyden.kernels.bundles import Weight
 from torch import Tensor
 
 
 class LinearInputs(NamedTuple):
-    """In the order of `Kernels.linear`."""
+    """In the order of `Dense.linear`."""
 
     x: Tensor  # [1, K]
     weight: Tensor  # [N, K], another in every set of inputs
@@ -55,7 +56,7 @@ class LinearCase:
 
     def bind(self, inputs: LinearInputs) -> Bound:
         kernels = base.our_kernels()
-        return in_one_step(lambda: (kernels.linear(*inputs),))
+        return in_one_step(lambda: (kernels.dense.linear(inputs.x, Weight(inputs.weight)),))
 
 
 SILU_WIDTH = 12288  # of silu_'s 16,384 channels: q, k and v in a projection that has the gate beside them
@@ -73,7 +74,7 @@ class Operation(NamedTuple):
 
 
 def call_silu_(kernels: Kernels, x: Tensor) -> tuple[Tensor]:
-    kernels.silu_(x[:, :SILU_WIDTH])
+    kernels.dense.silu_(x[:, :SILU_WIDTH])
     return (x,)
 
 
@@ -103,19 +104,19 @@ def expected_gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor) -> dict[str
 OPERATIONS = {
     "silu_": Operation((16384,), 2 * SILU_WIDTH, call_silu_, expected_silu_),
     "silu_and_mul": Operation(
-        (22016,), 22016 + 11008, lambda kernels, x: (kernels.silu_and_mul(x),), expected_silu_and_mul
+        (22016,), 22016 + 11008, lambda kernels, x: (kernels.dense.silu_and_mul(x),), expected_silu_and_mul
     ),
     "add_rms_norm": Operation(
         (4096, 4096),
         4 * 4096,
-        lambda kernels, *x: kernels.add_rms_norm(*x, EPS, ALPHA, BETA),
+        lambda kernels, *x: kernels.dense.add_rms_norm(*x, EPS, ALPHA, BETA),
         expected_add_rms_norm,
         has_weight=True,
     ),
     "gated_rms_norm": Operation(
         (4096, 4096),
         3 * 4096,
-        lambda kernels, *x: (kernels.gated_rms_norm(*x, EPS),),
+        lambda kernels, *x: (kernels.dense.gated_rms_norm(*x, EPS),),
         expected_gated_rms_norm,
         has_weight=True,
     ),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from leyden.benchmarks.kernel_cases import base
 from leyden.benchmarks.kernel_cases.base import Bound, Implementation, Work, generator, normal
+from leyden.kernels.bundles import Rows
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,8 +20,7 @@ class AttentionInputs:
     q: Tensor  # [T, H, D]
     caches: tuple[Tensor, Tensor]  # keys, values [num_blocks, 16, H_kv, D]
     block_table: Tensor
-    table_rows: Tensor
-    query_start_loc: Tensor
+    rows: Rows
     context_lens: Tensor
     out: Tensor
 
@@ -69,14 +69,15 @@ class AttentionCase:
         queries = self.length if self.is_prefill else 1
         cache = (self.num_rows * blocks, self.block_size, self.kv_heads, self.head_dim)
         order = torch.randperm(cache[0], generator=generator(seed), device=base.DEVICE)
+        index = torch.arange(self.num_rows + 1, device=base.DEVICE, dtype=torch.int32)
+        context = torch.full_like(index[:-1], self.length - queries)
         q = normal(seed, self.num_rows * queries, self.heads, self.head_dim)
         return AttentionInputs(
             q,
             (normal(seed + 1, *cache), normal(seed + 2, *cache)),
             order.view(self.num_rows, blocks).int(),
-            torch.arange(self.num_rows, device=base.DEVICE, dtype=torch.int32),
-            torch.arange(self.num_rows + 1, device=base.DEVICE, dtype=torch.int32) * queries,
-            torch.full((self.num_rows,), self.length - queries, dtype=torch.int32, device=base.DEVICE),
+            Rows(index[:-1], context > 0, index * queries, queries),
+            context,
             torch.full_like(q, math.nan),
         )
 
@@ -118,8 +119,7 @@ class AttentionCase:
         kernels = base.our_kernels()
 
         def step(_: int) -> None:
-            rows = (x.block_table, x.table_rows, x.context_lens)
-            kernels.attention_decode(x.q, *x.caches, *rows, self.scale, x.out)
+            kernels.attention.decode(x.q, *x.caches, x.block_table, x.rows, x.context_lens, self.scale, x.out)
 
         return Bound(step, lambda: (x.out,))
 
@@ -127,8 +127,7 @@ class AttentionCase:
         kernels = base.our_kernels()
 
         def step(_: int) -> None:
-            rows = (x.block_table, x.table_rows, x.query_start_loc, x.context_lens, self.length)
-            kernels.attention_prefill(x.q, *x.caches, *rows, self.scale, x.out)
+            kernels.attention.prefill(x.q, *x.caches, x.block_table, x.rows, x.context_lens, self.scale, x.out)
 
         return Bound(step, lambda: (x.out[:, self.checked_heads],))
 

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from leyden.benchmarks.kernel_cases import base
 from leyden.benchmarks.kernel_cases.base import Bound, Implementation, Work, generator, in_one_step, normal
+from leyden.kernels.bundles import Weight
 from torch import Tensor
 
 
 class MoeInputs(NamedTuple):
-    """In the order of `Kernels.moe`."""
+    """In the order of `Experts.moe`."""
 
     x: Tensor  # [T, d]
     gate_up: Tensor  # [E, 2F, d]
@@ -78,4 +79,5 @@ class MoeCase:
 
     def bind(self, inputs: MoeInputs) -> Bound:
         kernels = base.our_kernels()
-        return in_one_step(lambda: (kernels.moe(*inputs),))
+        gate_up, down = Weight(inputs.gate_up), Weight(inputs.down)
+        return in_one_step(lambda: (kernels.experts.moe(inputs.x, gate_up, down, inputs.weights, inputs.experts),))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from leyden.benchmarks.kernel_cases import base
 from leyden.benchmarks.kernel_cases.base import Bound, Implementation, Work, normal
+from leyden.kernels.bundles import Ring, Rows
 from leyden.models.forward_batch import ForwardBatch
 from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS, LightningCall, LinearState
 from torch import Tensor
@@ -112,8 +113,8 @@ class LightningCase:
     def expected(self, inputs: LightningInputs) -> dict[str, Tensor]:
         batch = inputs.batch
         q, k, v = (sequences(x) for x in inputs.qkv_at())
-        rows = (batch.state_indices, batch.has_initial_state, batch.query_start_loc * self.num_steps)
-        out, state = blocked_recurrence(q, k, v, inputs.slopes, inputs.scale, inputs.state, *rows)
+        rows = batch.rows._replace(starts=batch.query_start_loc * self.num_steps)
+        out, state = blocked_recurrence(q, k, v, inputs.slopes, inputs.scale, inputs.state, rows)
         return {"out": out, "state": state}
 
     def implementations(self) -> dict[str, Implementation]:
@@ -141,9 +142,7 @@ def blocked_recurrence(
     slopes: Tensor,
     scale: float,
     state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    query_start_loc: Tensor,
+    rows: Rows,
     block: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """What `leyden.kernels.lightning.reference.recurrence` returns, a block of tokens at a time, in float64."""
@@ -152,8 +151,8 @@ def blocked_recurrence(
     within = torch.exp(-slope * (position[:, None] - position).clamp(min=0)).tril()  # [H, C, C]
     out = torch.zeros(v.shape, dtype=torch.float64, device=v.device)
     finals = []
-    starts, continues = query_start_loc.tolist(), has_initial_state.tolist()
-    for row, slot in enumerate(state_indices.tolist()):
+    starts, continues = rows.starts.tolist(), rows.continues.tolist()
+    for row, slot in enumerate(rows.slots.tolist()):
         s = state[slot].double() if continues[row] else torch.zeros_like(state[slot], dtype=torch.float64)
         for t in range(starts[row], starts[row + 1], block):
             m = min(block, starts[row + 1] - t)
@@ -195,10 +194,9 @@ def bind_backend(name: str, x: LightningInputs) -> Bound:
         backend.forward(LightningCall(*x.qkv_at(i), x.slopes, x.scale, state, x.batch, x.out[i]))
 
     def results() -> tuple[Tensor, Tensor]:
-        decoding = slice(x.batch.num_prefills, None)
-        if backend.ring_size and x.batch.num_decodes:
-            rows = (x.batch.state_indices[decoding], x.batch.has_initial_state[decoding])
-            kernels.lightning_fold(x.slopes, *state.pools, *rows, torch.ones_like(rows[0]))
+        if backend.ring_size and x.batch.decodes:
+            slots = x.batch.decodes.rows.slots
+            kernels.lightning.fold(x.slopes, x.state, state.ring(torch.ones_like(slots)), slots)
         return sequences(x.out), x.state[x.batch.state_indices]
 
     return Bound(step, results)
@@ -213,12 +211,13 @@ def new_rings(x: LightningInputs, size: int) -> tuple[Tensor, Tensor]:
 def bind_replay(x: LightningInputs, dtype: torch.dtype) -> Bound:
     """From an empty ring to the fold, so that the pool is complete after the last step."""
     kernels = base.our_kernels()
-    state, rows = x.state.to(dtype), (x.batch.state_indices, x.batch.has_initial_state)
-    rings = new_rings(x, RING)
+    state, rows = x.state.to(dtype), x.batch.rows
+    keys, values = new_rings(x, RING)
     pending = torch.arange(RING, dtype=torch.int32, device=base.DEVICE)[:, None].repeat(1, x.batch.num_decodes)
 
     def step(i: int) -> None:
-        kernels.lightning_replay(*x.qkv_at(i), x.slopes, x.scale, state, *rings, *rows, pending[i], x.out[i])
+        ring = Ring(keys, values, pending[i])
+        kernels.lightning.replay(*x.qkv_at(i), x.slopes, x.scale, state, ring, rows, x.out[i])
 
     return in_place(x, step, state)
 
@@ -271,9 +270,9 @@ class VerifyCase:
         rings = [ring[:, :, : self.WAITING].transpose(1, 2) for ring in inputs.row_rings()]  # [B, p, H, 128]
         keys, values = (torch.cat([waiting, new], dim=1) for waiting, new in zip(rings, (k, v), strict=True))
         queries = torch.cat([torch.zeros_like(rings[0]), q], dim=1)
-        starts = torch.arange(self.num_rows + 1) * length
-        rows = (x.state, x.batch.state_indices, x.batch.has_initial_state, starts)
-        out, _ = blocked_recurrence(*(y.flatten(0, 1) for y in (queries, keys, values)), x.slopes, x.scale, *rows)
+        rows = x.batch.rows._replace(starts=torch.arange(self.num_rows + 1) * length)
+        flat = (y.flatten(0, 1) for y in (queries, keys, values))
+        out, _ = blocked_recurrence(*flat, x.slopes, x.scale, x.state, rows)
         ring = torch.cat([keys, values], dim=-1).transpose(1, 2).double()
         return {"out": out.unflatten(0, (self.num_rows, length))[:, self.WAITING :].flatten(0, 1), "ring": ring}
 
@@ -282,9 +281,9 @@ class VerifyCase:
 
     def bind(self, inputs: VerifyInputs) -> Bound:
         kernels, x = base.our_kernels(), inputs.lightning
-        rows = (x.batch.state_indices, x.batch.has_initial_state, inputs.pending, x.batch.query_start_loc)
+        ring = Ring(*inputs.rings, inputs.pending)
 
         def step(_: int) -> None:
-            kernels.lightning_verify(*x.qkv_at(0), x.slopes, x.scale, x.state, *inputs.rings, *rows, x.out[0])
+            kernels.lightning.verify(*x.qkv_at(0), x.slopes, x.scale, x.state, ring, x.batch.rows, x.out[0])
 
         return Bound(step, lambda: (x.out[0], torch.cat(inputs.row_rings(), dim=-1)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class SamplingInputs(NamedTuple):
-    """In the order of `Kernels.sample`."""
+    """In the order of `Sample`."""
 
     logits: Tensor  # [B, V]
     temperature: Tensor  # [B] float32, as are the rest but for top_k, which is int32

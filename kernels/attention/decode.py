@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import Rows
 from .tile import load_blocks, load_tokens, online_softmax
 
 KEYS_PER_SPLIT = 256  # fewer are not worth a program and its partial result
@@ -149,12 +150,12 @@ def decode(
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
-    table_rows: Tensor,
+    rows: Rows,
     context_lens: Tensor,
     scale: float,
     out: Tensor,
 ) -> Tensor:
-    """q, out [B, H, D], caches [num_blocks, block_size, H_kv, D]. Contract: `Kernels.attention_decode`.
+    """q, out [B, H, D], caches [num_blocks, block_size, H_kv, D]. Contract: `Attention.decode`.
 
     A row with context_lens = -1 sees nothing and writes zeros.
     """
@@ -174,7 +175,7 @@ def decode(
         key_cache,
         value_cache,
         block_table,
-        table_rows,
+        rows.slots,
         context_lens,
         out,
         part,

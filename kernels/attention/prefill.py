@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import Rows
 from .tile import load_blocks, load_tokens, online_softmax
 
 
@@ -105,19 +106,17 @@ def prefill(
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
-    table_rows: Tensor,
-    query_start_loc: Tensor,
+    rows: Rows,
     context_lens: Tensor,
-    max_query_len: int,
     scale: float,
     out: Tensor,
 ) -> Tensor:
-    """q, out [T, H, D], caches [num_blocks, block_size, H_kv, D]. Contract: `Kernels.attention_prefill`."""
+    """q, out [T, H, D], caches [num_blocks, block_size, H_kv, D]. Contract: `Attention.prefill`."""
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = key_cache.shape[1:3]
     group = num_heads // num_kv_heads
     options = tile_options(head_dim, q.dtype)
-    grid = (triton.cdiv(max_query_len * group, options["BM"]), num_kv_heads, context_lens.shape[0])
+    grid = (triton.cdiv(rows.max_len * group, options["BM"]), num_kv_heads, context_lens.shape[0])
     if 0 in grid:
         return out
     _prefill_kernel[grid](
@@ -125,8 +124,8 @@ def prefill(
         key_cache,
         value_cache,
         block_table,
-        table_rows,
-        query_start_loc,
+        rows.slots,
+        rows.starts,
         context_lens,
         out,
         scale * math.log2(math.e),

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..bundles import Rows
+
 LONGEST_PADDED = 256  # tokens of history up to which decode rows are padded to one batch
 
 
@@ -24,28 +26,26 @@ def prefill(
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
-    table_rows: Tensor,
-    query_start_loc: Tensor,
+    rows: Rows,
     context_lens: Tensor,
-    max_query_len: int,
     scale: float,
     out: Tensor,
 ) -> Tensor:
-    """Row by row. Contract: `Kernels.attention_prefill`."""
-    starts, rows_of_table = query_start_loc.tolist(), table_rows.tolist()
+    """Row by row. Contract: `Attention.prefill`."""
+    starts, slots = rows.starts.tolist(), rows.slots.tolist()
     for row, context in enumerate(context_lens.tolist()):
         start, end = starts[row], starts[row + 1]
         if context < 0:  # padding row
             out[start:end] = 0
         if start == end or context < 0:
             continue
-        blocks, length = block_table[rows_of_table[row]], context + end - start
+        blocks, length = block_table[slots[row]], context + end - start
         keys, values = (_history(cache, blocks, length) for cache in (key_cache, value_cache))
         mask = None
         if context:
             mask = torch.ones(end - start, length, dtype=torch.bool, device=q.device).tril_(context)
         # [H, n, D], [H_kv, L, D] -> [H, n, D]; a leading batch of 1 selects the fused kernel
-        rows = F.scaled_dot_product_attention(
+        attended = F.scaled_dot_product_attention(
             q[None, start:end].transpose(1, 2),
             keys[None].transpose(1, 2),
             values[None].transpose(1, 2),
@@ -54,7 +54,7 @@ def prefill(
             scale=scale,
             enable_gqa=True,
         )
-        out[start:end] = rows[0].transpose(0, 1)
+        out[start:end] = attended[0].transpose(0, 1)
     return out
 
 
@@ -69,12 +69,12 @@ def decode(
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
-    table_rows: Tensor,
+    rows: Rows,
     context_lens: Tensor,
     scale: float,
     out: Tensor,
 ) -> Tensor:
-    """Contract: `Kernels.attention_decode`. A row with context_lens = -1 sees nothing and writes zeros.
+    """Contract: `Attention.decode`. A row with context_lens = -1 sees nothing and writes zeros.
 
     Short histories are padded to one batch; long ones go row by row, where a copy of padding would cost more
     than a call.
@@ -82,13 +82,13 @@ def decode(
     lengths = [n + 1 for n in context_lens.tolist()]
     if len(lengths) > 1 and max(lengths) <= LONGEST_PADDED:
         return _decode_padded(
-            q, key_cache, value_cache, block_table, table_rows, context_lens, max(lengths), scale, out
+            q, key_cache, value_cache, block_table, rows.slots, context_lens, max(lengths), scale, out
         )
-    for row, (length, row_of_table) in enumerate(zip(lengths, table_rows.tolist(), strict=True)):
+    for row, (length, slot) in enumerate(zip(lengths, rows.slots.tolist(), strict=True)):
         if length == 0:
             out[row].zero_()
             continue
-        blocks = block_table[row_of_table]
+        blocks = block_table[slot]
         keys, values = (_history(cache, blocks, length)[None] for cache in (key_cache, value_cache))
         out[row] = _attend_once(q[row, None], keys, values, None, scale)[0]
     return out
@@ -113,7 +113,7 @@ def _decode_padded(
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
-    table_rows: Tensor,
+    slots: Tensor,
     context_lens: Tensor,
     longest: int,
     scale: float,
@@ -122,7 +122,7 @@ def _decode_padded(
     if longest == 0:
         return out.zero_()
     width = -(-longest // key_cache.shape[1])  # cut first: a table may be far wider than these rows are long
-    blocks = block_table[:, :width].index_select(0, table_rows.clamp(min=0)) * (context_lens >= 0)[:, None]
+    blocks = block_table[:, :width].index_select(0, slots.clamp(min=0)) * (context_lens >= 0)[:, None]
     tokens, mask = _visible_tokens(blocks, context_lens, key_cache.shape[1], longest)
     keys, values = (
         token_rows(cache).index_select(0, tokens).view(len(q), longest, *cache.shape[2:])
@@ -143,3 +143,33 @@ def _visible_tokens(blocks: Tensor, context_lens: Tensor, block_size: int, longe
     position = position * seen
     tokens = blocks.long().gather(1, position // block_size) * block_size + position % block_size
     return tokens.view(-1), seen[:, None, None, :]
+
+
+def rope_and_store_kv(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """Rotates key in place on its way. Contract: `Attention.rope_and_store_kv`."""
+    cos, sin = cos_sin.index_select(0, positions)[:, None, :].chunk(2, dim=-1)  # [T, 1, R/2] each
+    _rotate(q, cos, sin)
+    _rotate(key, cos, sin)
+    if -1 in slot_mapping.tolist():
+        real = (slot_mapping >= 0).nonzero()[:, 0]
+        key, value, slot_mapping = key[real], value[real], slot_mapping[real]
+    token_rows(key_cache).index_copy_(0, slot_mapping, key)
+    token_rows(value_cache).index_copy_(0, slot_mapping, value)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn channel pairs (j, j + R/2) of x [T, H, D] in place (Su et al. 2021); cos, sin: [T, 1, R/2] float32."""
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    rotated = torch.addcmul(first * cos, second, sin, value=-1.0)
+    second.copy_(torch.addcmul(second * cos, first, sin))
+    first.copy_(rotated)

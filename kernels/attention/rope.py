@@ -99,7 +99,7 @@ def rope_and_store_kv(
     value_cache: Tensor,
     slot_mapping: Tensor,
 ) -> None:
-    """q [T, H, D] in place; key, value [T, H_kv, D] into the caches. Contract: `Kernels.rope_and_store_kv`."""
+    """q [T, H, D] in place; key, value [T, H_kv, D] into the caches. Contract: `Attention.rope_and_store_kv`."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = key.shape[1]
     half = cos_sin.shape[1] // 2

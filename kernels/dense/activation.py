@@ -35,7 +35,7 @@ def _silu_and_mul_kernel(p_x, p_y, x_t, F, BF: tl.constexpr):
 
 
 def silu_(x: Tensor) -> Tensor:
-    """x [T, W] in place. Contract: `Kernels.silu_`."""
+    """x [T, W] in place. Contract: `Dense.silu_`."""
     num_tokens, width = x.shape
     if num_tokens:
         BW = min(1024, triton.next_power_of_2(width))
@@ -44,7 +44,7 @@ def silu_(x: Tensor) -> Tensor:
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
-    """x [T, 2F] -> [T, F]. Contract: `Kernels.silu_and_mul`."""
+    """x [T, 2F] -> [T, F]. Contract: `Dense.silu_and_mul`."""
     num_tokens, width = x.shape[0], x.shape[1] // 2
     y = torch.empty(num_tokens, width, dtype=x.dtype, device=x.device)
     if num_tokens == 0:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import Weight
+
 
 @triton.jit
 def _row_kernel(p_x, p_w, p_y, N, w_n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
@@ -25,14 +27,15 @@ def _row_kernel(p_x, p_w, p_y, N, w_n, K: tl.constexpr, BN: tl.constexpr, BK: tl
     tl.store(p_y + o_n, tl.sum(b_y, axis=1).to(p_y.dtype.element_ty), mask=o_n < N)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, K], weight [N, K] -> [T, N]. Contract: `Kernels.linear`."""
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """x [T, K], weight [N, K] -> [T, N]. Contract: `Dense.linear`."""
+    matrix = weight.plain()
     if x.shape[0] != 1:
-        return F.linear(x, weight)
-    num_channels, size = weight.shape
+        return F.linear(x, matrix)
+    num_channels, size = matrix.shape
     y = torch.empty(1, num_channels, dtype=x.dtype, device=x.device)
     BN, BK = 8, min(512, triton.next_power_of_2(size))
     _row_kernel[(triton.cdiv(num_channels, BN),)](
-        x, weight, y, num_channels, weight.stride(0), K=size, BN=BN, BK=BK, STAGES=3, num_warps=4
+        x, matrix, y, num_channels, matrix.stride(0), K=size, BN=BN, BK=BK, STAGES=3, num_warps=4
     )
     return y

@@ -58,7 +58,7 @@ def launch_options(size: int) -> dict[str, int]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., d], weight [d] -> a new contiguous tensor. Contract: `Kernels.rms_norm`."""
+    """x [..., d], weight [d] -> a new contiguous tensor. Contract: `Dense.rms_norm`."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
@@ -73,7 +73,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, alpha: float, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """x, residual [T, d] -> (rms_norm(h), h), new contiguous tensors. Contract: `Kernels.add_rms_norm`."""
+    """x, residual [T, d] -> (rms_norm(h), h), new contiguous tensors. Contract: `Dense.add_rms_norm`."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = torch.empty_like(y)
     if x.shape[0]:
@@ -94,7 +94,7 @@ def add_rms_norm(
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, num_groups: int = 1) -> Tensor:
-    """x, gate [T, W] -> [T, W], a new contiguous tensor. Contract: `Kernels.gated_rms_norm`."""
+    """x, gate [T, W] -> [T, W], a new contiguous tensor. Contract: `Dense.gated_rms_norm`."""
     num_tokens, width = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if num_tokens:

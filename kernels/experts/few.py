@@ -88,7 +88,7 @@ def is_few(num_tokens: int, top_k: int, num_experts: int) -> bool:
 
 
 def moe_few(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    """Contract: `Kernels.moe`, for as few tokens as `is_few` says."""
+    """Contract: `Experts.moe`, for as few tokens as `is_few` says."""
     (num_tokens, size), width, top_k = x.shape, down.shape[2], experts.shape[1]
     hidden = torch.empty(num_tokens * top_k, width, dtype=x.dtype, device=x.device)
     y = torch.empty(num_tokens, size, dtype=x.dtype, device=x.device)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import Weight
 from ..dense.activation import silu
 from .few import is_few, moe_few
 from .routing import SortedPairs, sort_pairs
@@ -222,14 +223,15 @@ def combine(y: Tensor, top_k: int) -> Tensor:
     return out
 
 
-def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    """Contract: `Kernels.moe`."""
-    (num_tokens, top_k), num_experts = experts.shape, gate_up.shape[0]
+def moe(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, experts: Tensor) -> Tensor:
+    """Contract: `Experts.moe`."""
+    w_gate_up, w_down = gate_up.plain(), down.plain()
+    (num_tokens, top_k), num_experts = experts.shape, w_gate_up.shape[0]
     if num_tokens == 0:
         return torch.empty_like(x)
     if is_few(num_tokens, top_k, num_experts):
-        return moe_few(x, gate_up, down, weights, experts)
+        return moe_few(x, w_gate_up, w_down, weights, experts)
     tile = choose_tile(num_tokens * top_k / num_experts, x.dtype)
     pairs = sort_pairs(experts, num_experts, tile.rows)
-    hidden = gate_up_product(x, gate_up, weights, top_k, pairs, tile)
-    return combine(down_product(hidden, down, pairs, tile), top_k)
+    hidden = gate_up_product(x, w_gate_up, weights, top_k, pairs, tile)
+    return combine(down_product(hidden, w_down, pairs, tile), top_k)

@@ -47,7 +47,7 @@ def _route_kernel(
 
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """logits [T, E] float32 -> weights [T, k] float32, experts [T, k] int64. Contract: `Kernels.route`."""
+    """logits [T, E] float32 -> weights [T, k] float32, experts [T, k] int64. Contract: `Experts.route`."""
     num_tokens, num_experts = logits.shape
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
     experts = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import Rows
 from .tile import load_state, state_pointers, step_tiles, token_step
 
 
@@ -72,15 +73,14 @@ def decode(
     slopes: Tensor,
     scale: float,
     state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
+    rows: Rows,
     out: Tensor,
 ) -> Tensor:
-    """Contract: `Kernels.lightning_decode`."""
+    """Contract: `Lightning.decode`."""
     num_heads, head_dim = q.shape[1:]
     value_dim = v.shape[2]
     tiles = step_tiles(q, v, BV=64, num_warps=4)
-    grid = (triton.cdiv(value_dim, tiles.BV), num_heads, state_indices.shape[0])
+    grid = (triton.cdiv(value_dim, tiles.BV), num_heads, rows.slots.shape[0])
     if 0 in grid:
         return out
     _decode_kernel[grid](
@@ -89,8 +89,8 @@ def decode(
         v,
         slopes,
         state,
-        state_indices,
-        has_initial_state,
+        rows.slots,
+        rows.continues,
         out,
         scale,
         *q.stride()[:2],

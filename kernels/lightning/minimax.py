@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import Rows
 from ..varlen import find_block, num_blocks
 from .tile import ZERO_DECAY, load_rows, load_state, num_processors, state_pointers, store_rows, walk, walk_tiles
 
@@ -209,41 +210,38 @@ def _chunk_kernel(
         tl.store(p_s, b_s.to(p_state.dtype.element_ty), mask=m_s)
 
 
-def chunk_size(num_tokens: int, max_query_len: int, programs_per_chunk: int, block: int, device: torch.device) -> int:
+def chunk_size(num_tokens: int, longest: int, programs_per_chunk: int, block: int, device: torch.device) -> int:
     """Tokens per chunk, a multiple of `block`: no shorter than it takes to occupy the device."""
     wanted = PROGRAMS_PER_PROCESSOR * num_processors(device)
-    chunk = max(num_tokens * programs_per_chunk // wanted, triton.cdiv(max_query_len, MOST_CHUNKS), SHORTEST_CHUNK)
+    chunk = max(num_tokens * programs_per_chunk // wanted, triton.cdiv(longest, MOST_CHUNKS), SHORTEST_CHUNK)
     return triton.cdiv(chunk, block) * block
 
 
-def prefill(
+def minimax(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     slopes: Tensor,
     scale: float,
     state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    query_start_loc: Tensor,
-    max_query_len: int,
+    rows: Rows,
     out: Tensor,
 ) -> Tensor:
-    """Contract: `Kernels.lightning_prefill`.
+    """Contract: `Lightning.minimax`.
 
     Allocates 2 * (T // chunk) * H * K * V floats, unless every row fits one chunk.
     """
     num_heads, head_dim = q.shape[1:]
     value_dim = v.shape[2]
-    num_rows = state_indices.shape[0]
+    num_rows = rows.slots.shape[0]
     if num_rows == 0:
         return out
     num_tokens = q.shape[0]
     tiles = walk_tiles(q, v, num_rows)
     programs_per_chunk = num_heads * triton.cdiv(value_dim, tiles.BV)
-    chunk = chunk_size(num_tokens, max_query_len, programs_per_chunk, tiles.BT, q.device)
+    chunk = chunk_size(num_tokens, rows.max_len, programs_per_chunk, tiles.BT, q.device)
     entries = num_tokens // chunk
-    if max_query_len <= chunk:
+    if rows.max_len <= chunk:
         entries = 0
     else:
         tiles = tiles._replace(num_stages=2)  # there will be programs enough
@@ -256,9 +254,9 @@ def prefill(
             v,
             slopes,
             state,
-            state_indices,
-            has_initial_state,
-            query_start_loc,
+            rows.slots,
+            rows.continues,
+            rows.starts,
             products,
             initial,
             num_rows,
@@ -280,9 +278,9 @@ def prefill(
         v,
         slopes,
         state,
-        state_indices,
-        has_initial_state,
-        query_start_loc,
+        rows.slots,
+        rows.continues,
+        rows.starts,
         products,
         initial,
         out,

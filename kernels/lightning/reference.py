@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..bundles import Ring, Rows
+
 BLOCK = 64
 
 
@@ -25,25 +27,23 @@ def recurrence(
     slopes: Tensor,
     scale: float,
     state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    query_start_loc: Tensor,
+    rows: Rows,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token in `dtype`; the oracle of the tests. Changes nothing in place.
 
-    Arguments as in `Kernels.lightning_prefill`. Returns out [T, H, V] and the rows' final states [B, H, K,
+    Arguments as in `Lightning.minimax`. Returns out [T, H, V] and the rows' final states [B, H, K,
     V]; both are zero for padding rows.
     """
     decay = torch.exp(-slopes.to(dtype))[:, None, None]
     out = torch.zeros(v.shape, dtype=dtype, device=v.device)
-    final = torch.zeros(len(state_indices), *state.shape[1:], dtype=dtype, device=v.device)
-    starts = query_start_loc.tolist()
-    for row, slot in enumerate(state_indices.tolist()):
+    final = torch.zeros(len(rows.slots), *state.shape[1:], dtype=dtype, device=v.device)
+    starts = rows.starts.tolist()
+    for row, slot in enumerate(rows.slots.tolist()):
         if slot < 0:
             continue
         s = final[row]
-        if has_initial_state[row]:
+        if rows.continues[row]:
             s.copy_(state[slot])
         for t in range(starts[row], starts[row + 1]):
             # [H, K, 1] * [H, 1, V] -> [H, K, V]
@@ -53,30 +53,27 @@ def recurrence(
     return out, final
 
 
-def chunked_prefill(
+def minimax(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     slopes: Tensor,
     scale: float,
     state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    query_start_loc: Tensor,
-    max_query_len: int,
+    rows: Rows,
     out: Tensor,
 ) -> Tensor:
-    """Rows of any length, block by block in float32. Contract: `Kernels.lightning_prefill`."""
-    size = max(1, min(BLOCK, max_query_len))
+    """Rows of any length, block by block in float32. Contract: `Lightning.minimax`."""
+    size = max(1, min(BLOCK, rows.max_len))
     position = torch.arange(1, size + 1, device=q.device, dtype=torch.float32)
     slope = slopes.float()[:, None, None]
     lag = position[:, None] - position[None, :]
     decay_score = torch.exp(-slope * lag.clamp(min=0)).tril_().mul_(scale)  # [H, C, C]
     decay_in = torch.exp(-slope * position[:, None]).mul_(scale)  # [H, C, 1]
     decay_out = torch.exp(-slope * (size - position)[:, None])  # [H, C, 1]; a tail of m uses its last m rows
-    starts = query_start_loc.tolist()
-    continues = has_initial_state.tolist()
-    for row, slot in enumerate(state_indices.tolist()):
+    starts = rows.starts.tolist()
+    continues = rows.continues.tolist()
+    for row, slot in enumerate(rows.slots.tolist()):
         start, end = starts[row], starts[row + 1]
         if slot < 0 or start == end:
             out[start:end].zero_()
@@ -103,25 +100,23 @@ def snapshot(
     v: Tensor,
     slopes: Tensor,
     state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    query_start_loc: Tensor,
+    rows: Rows,
+    places: Tensor,
     snapshots: Tensor,
-    pool: Tensor,
 ) -> None:
-    """Each state by one product of keys and decayed values, in float32. Contract: `Kernels.lightning_snapshot`."""
+    """Each state by one product of keys and decayed values, in float32. Contract: `Lightning.snapshot`."""
     slope = slopes.float()[:, None, None]
-    for row, count, place in snapshots.tolist():
-        if place < 0:
+    for row, count, index in places.tolist():
+        if index < 0:
             continue
-        start = int(query_start_loc[row])
+        start = int(rows.starts[row])
         b_k, b_v = (x[start : start + count].transpose(0, 1).float() for x in (k, v))  # [H, n, K], [H, n, V]
         age = torch.arange(count - 1, -1, -1, device=k.device, dtype=torch.float32)
         # [H, K, n] @ [H, n, V] -> [H, K, V]
         s = torch.bmm(b_k.transpose(1, 2), b_v * torch.exp(-slope * age[:, None]))
-        if has_initial_state[row]:
-            s += state[int(state_indices[row])].float() * torch.exp(-slope * count)
-        pool[place] = s
+        if rows.continues[row]:
+            s += state[int(rows.slots[row])].float() * torch.exp(-slope * count)
+        snapshots[index] = s
 
 
 def decode(
@@ -131,42 +126,33 @@ def decode(
     slopes: Tensor,
     scale: float,
     state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
+    rows: Rows,
     out: Tensor,
 ) -> Tensor:
-    """One token per row, all rows in one update of float32 states. Contract: `Kernels.lightning_decode`."""
-    slots = state_indices.tolist()
+    """One token per row, all rows in one update of float32 states. Contract: `Lightning.decode`."""
+    indices, continues = rows.slots, rows.continues
+    slots = indices.tolist()
     decay = torch.exp(-slopes.float())[:, None, None]
     if len(slots) == 1 and slots[0] >= 0 and state.dtype == torch.float32:
-        _decode_in_place(q[0], k[0], v[0], decay, scale, state[slots[0]], bool(has_initial_state[0]), out[0])
+        _decode_in_place(q[0], k[0], v[0], decay, scale, state[slots[0]], bool(continues[0]), out[0])
         return out
     if any(slot < 0 for slot in slots):
-        real = (state_indices >= 0).nonzero()[:, 0]
+        real = (indices >= 0).nonzero()[:, 0]
         part = out.new_empty(len(real), *out.shape[1:])
         if len(real):
-            decode(
-                q[real],
-                k[real],
-                v[real],
-                slopes,
-                scale,
-                state,
-                state_indices[real],
-                has_initial_state[real],
-                part,
-            )
+            some = rows._replace(slots=indices[real], continues=continues[real])
+            decode(q[real], k[real], v[real], slopes, scale, state, some, part)
         out.zero_()
         out[real] = part
         return out
-    s = state.index_select(0, state_indices).float()  # [B, H, K, V]
-    if not all(has_initial_state.tolist()):
-        s.masked_fill_(~has_initial_state[:, None, None, None], 0.0)  # a dirty slot may hold NaN: never multiply it
+    s = state.index_select(0, indices).float()  # [B, H, K, V]
+    if not all(continues.tolist()):
+        s.masked_fill_(~continues[:, None, None, None], 0.0)  # a dirty slot may hold NaN: never multiply it
     # [B, H, K, 1] * [B, H, 1, V] -> [B, H, K, V]
     s.mul_(decay).addcmul_(k.float()[..., None], v.float()[:, :, None, :])
     # [B, H, 1, K] @ [B, H, K, V] -> [B, H, 1, V]
     out.copy_(torch.matmul(q.float()[:, :, None, :], s)[:, :, 0]).mul_(scale)
-    state.index_copy_(0, state_indices.long(), s.to(state.dtype))
+    state.index_copy_(0, indices.long(), s.to(state.dtype))
     return out
 
 
@@ -184,99 +170,65 @@ def _decode_in_place(
     out.copy_(torch.bmm(q.float()[:, None, :], s)[:, 0].mul_(scale))
 
 
-def segments(
+def seg_la(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     slopes: Tensor,
     scale: float,
     state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    query_start_loc: Tensor,
-    max_query_len: int,
+    rows: Rows,
     out: Tensor,
 ) -> Tensor:
-    """Prefill and decode rows together; trailing rows of one token share one update.
-
-    Contract: `Kernels.lightning_segments`.
-    """
-    starts = query_start_loc.tolist()
-    rows = len(starts) - 1
-    while rows > 0 and starts[rows] - starts[rows - 1] == 1:
-        rows -= 1
-    t = starts[rows]
-    if rows:
-        chunked_prefill(
-            q[:t],
-            k[:t],
-            v[:t],
-            slopes,
-            scale,
-            state,
-            state_indices[:rows],
-            has_initial_state[:rows],
-            query_start_loc[: rows + 1],
-            max_query_len,
-            out[:t],
-        )
-    if rows < len(starts) - 1:
-        end = starts[-1]
-        decode(
-            q[t:end],
-            k[t:end],
-            v[t:end],
-            slopes,
-            scale,
-            state,
-            state_indices[rows:],
-            has_initial_state[rows:],
-            out[t:end],
-        )
+    """Rows of any length; trailing rows of one token share one update. Contract: `Lightning.seg_la`."""
+    starts = rows.starts.tolist()
+    n = len(starts) - 1
+    while n > 0 and starts[n] - starts[n - 1] == 1:
+        n -= 1
+    if n:
+        longer = Rows(rows.slots[:n], rows.continues[:n], rows.starts[: n + 1], rows.max_len)
+        minimax(q, k, v, slopes, scale, state, longer, out)
+    if n < len(starts) - 1:
+        single = Rows(rows.slots[n:], rows.continues[n:], rows.starts[n:], 1)
+        tokens = slice(starts[n], starts[-1])
+        decode(q[tokens], k[tokens], v[tokens], slopes, scale, state, single, out[tokens])
     return out
 
 
 def fold(
     slopes: Tensor,
     state: Tensor,
-    key_ring: Tensor,
-    value_ring: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    num_pending: Tensor,
+    ring: Ring,
+    slots: Tensor,
 ) -> None:
-    """Contract: `Kernels.lightning_fold`."""
-    rows = zip(state_indices.tolist(), has_initial_state.tolist(), num_pending.tolist(), strict=True)
-    for slot, continues, count in rows:
-        if slot >= 0 and continues and count:
-            state[slot] = _replayed_state(slopes, state, key_ring, value_ring, slot, count)
+    """Row by row. Contract: `Lightning.fold`."""
+    for slot, count in zip(slots.tolist(), ring.num_pending.tolist(), strict=True):
+        if slot >= 0 and count:
+            state[slot] = _replayed_state(slopes, state, ring, slot, count)
 
 
-def replay_decode(
+def replay(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     slopes: Tensor,
     scale: float,
     state: Tensor,
-    key_ring: Tensor,
-    value_ring: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    num_pending: Tensor,
+    ring: Ring,
+    rows: Rows,
     out: Tensor,
 ) -> Tensor:
-    """Row by row. Contract: `Kernels.lightning_replay`."""
+    """Row by row. Contract: `Lightning.replay`."""
     decay = torch.exp(-slopes.float())[:, None, None]
-    rows = zip(state_indices.tolist(), has_initial_state.tolist(), num_pending.tolist(), strict=True)
-    for row, (slot, continues, count) in enumerate(rows):
+    places = zip(rows.slots.tolist(), rows.continues.tolist(), ring.num_pending.tolist(), strict=True)
+    for row, (slot, continues, count) in enumerate(places):
         if slot < 0:
             out[row].zero_()
             continue
-        s = _replayed_state(slopes, state, key_ring, value_ring, slot, count) if continues else state[slot].float()
+        s = _replayed_state(slopes, state, ring, slot, count) if continues else state[slot].float()
         _decode_in_place(q[row], k[row], v[row], decay, scale, s, continues, out[row])
-        if continues and count < key_ring.shape[2] - 1:
-            key_ring[slot, :, count], value_ring[slot, :, count] = k[row], v[row]
+        if continues and count < ring.key.shape[2] - 1:
+            ring.key[slot, :, count], ring.value[slot, :, count] = k[row], v[row]
         else:
             state[slot] = s
     return out
@@ -289,38 +241,31 @@ def verify(
     slopes: Tensor,
     scale: float,
     state: Tensor,
-    key_ring: Tensor,
-    value_ring: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    num_pending: Tensor,
-    query_start_loc: Tensor,
+    ring: Ring,
+    rows: Rows,
     out: Tensor,
 ) -> Tensor:
-    """Prefill from the rows' replayed states, which are scratch. Contract: `Kernels.lightning_verify`."""
-    slots, starts = state_indices.tolist(), query_start_loc.tolist()
+    """`minimax` from the rows' replayed states, which are scratch. Contract: `Lightning.verify`."""
+    slots, starts = rows.slots.tolist(), rows.starts.tolist()
     replayed = state.new_empty(len(slots), *state.shape[1:], dtype=torch.float32)
-    rows = zip(slots, has_initial_state.tolist(), num_pending.tolist(), starts, starts[1:], strict=False)
-    for row, (slot, continues, count, start, end) in enumerate(rows):
+    places = zip(slots, rows.continues.tolist(), ring.num_pending.tolist(), starts, starts[1:], strict=False)
+    for row, (slot, continues, count, start, end) in enumerate(places):
         if slot < 0:
             continue
         count = count if continues else 0
         if continues:
-            replayed[row] = _replayed_state(slopes, state, key_ring, value_ring, slot, count)
-        for ring, x in ((key_ring, k), (value_ring, v)):
-            ring[slot, :, count : count + end - start] = x[start:end].transpose(0, 1)
-    scratch = torch.arange(len(slots), device=q.device).where(state_indices >= 0, -1)
-    longest = key_ring.shape[2]
-    return chunked_prefill(q, k, v, slopes, scale, replayed, scratch, has_initial_state, query_start_loc, longest, out)
+            replayed[row] = _replayed_state(slopes, state, ring, slot, count)
+        for kept, x in ((ring.key, k), (ring.value, v)):
+            kept[slot, :, count : count + end - start] = x[start:end].transpose(0, 1)
+    scratch = torch.arange(len(slots), device=q.device).where(rows.slots >= 0, -1)
+    return minimax(q, k, v, slopes, scale, replayed, rows._replace(slots=scratch, max_len=ring.key.shape[2]), out)
 
 
-def _replayed_state(
-    slopes: Tensor, state: Tensor, key_ring: Tensor, value_ring: Tensor, slot: int, count: int
-) -> Tensor:
+def _replayed_state(slopes: Tensor, state: Tensor, ring: Ring, slot: int, count: int) -> Tensor:
     """The slot's state after its waiting tokens, [H, K, V] float32, a copy."""
     age = torch.arange(count - 1, -1, -1, device=state.device)
     decay = torch.exp(-slopes.float()[:, None] * age)[:, :, None]  # [H, count, 1]
     s = state[slot].float() * torch.exp(-slopes.float() * count)[:, None, None]
-    keys, values = (ring[slot, :, :count].float() for ring in (key_ring, value_ring))
+    keys, values = (kept[slot, :, :count].float() for kept in (ring.key, ring.value))
     # [H, K, count] @ [H, count, V] -> [H, K, V]
     return torch.baddbmm(s, keys.transpose(1, 2), values * decay)

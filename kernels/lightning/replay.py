@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import Ring, Rows
 from .tile import decay_minus_one, load_ring, load_state, state_pointers, step_tiles
 
 
@@ -114,14 +115,13 @@ def _replay_kernel(
         tl.store(p_s, b_s.to(p_state.dtype.element_ty), mask=m_s)
 
 
-@triton.jit(do_not_specialize_on_alignment=["p_slots", "p_continues", "p_pending"])
+@triton.jit(do_not_specialize_on_alignment=["p_slots", "p_pending"])
 def _fold_kernel(
     p_slopes,
     p_state,
     p_key_ring,
     p_value_ring,
     p_slots,
-    p_continues,
     p_pending,
     s_n,
     s_h,
@@ -136,7 +136,7 @@ def _fold_kernel(
 ):
     i_v, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(p_slots + i_b).to(tl.int64)
-    count = tl.where(tl.load(p_continues + i_b), tl.load(p_pending + i_b), 0)
+    count = tl.load(p_pending + i_b)
     if slot < 0:
         return
     if count == 0:
@@ -149,25 +149,22 @@ def _fold_kernel(
     tl.store(p_s, b_s.to(p_state.dtype.element_ty), mask=m_s)
 
 
-def replay_decode(
+def replay(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     slopes: Tensor,
     scale: float,
     state: Tensor,
-    key_ring: Tensor,
-    value_ring: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    num_pending: Tensor,
+    ring: Ring,
+    rows: Rows,
     out: Tensor,
 ) -> Tensor:
-    """Contract: `Kernels.lightning_replay`."""
+    """Contract: `Lightning.replay`."""
     num_heads, head_dim = q.shape[1:]
     value_dim = v.shape[2]
     tiles = step_tiles(q, v, BV=32, num_warps=2 if state.dtype == torch.float32 else 1)
-    grid = (triton.cdiv(value_dim, tiles.BV), num_heads, state_indices.shape[0])
+    grid = (triton.cdiv(value_dim, tiles.BV), num_heads, rows.slots.shape[0])
     if 0 in grid:
         return out
     _replay_kernel[grid](
@@ -176,11 +173,11 @@ def replay_decode(
         v,
         slopes,
         state,
-        key_ring,
-        value_ring,
-        state_indices,
-        has_initial_state,
-        num_pending,
+        ring.key,
+        ring.value,
+        rows.slots,
+        rows.continues,
+        ring.num_pending,
         out,
         scale,
         *q.stride()[:2],
@@ -188,11 +185,11 @@ def replay_decode(
         *v.stride()[:2],
         *out.stride()[:2],
         *state.stride()[:3],
-        key_ring.stride(0),
-        value_ring.stride(0),
+        ring.key.stride(0),
+        ring.value.stride(0),
         K=head_dim,
         V=value_dim,
-        RING=key_ring.shape[2],
+        RING=ring.key.shape[2],
         **tiles._asdict(),
     )
     return out
@@ -201,31 +198,27 @@ def replay_decode(
 def fold(
     slopes: Tensor,
     state: Tensor,
-    key_ring: Tensor,
-    value_ring: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    num_pending: Tensor,
+    ring: Ring,
+    slots: Tensor,
 ) -> None:
-    """Contract: `Kernels.lightning_fold`."""
+    """Contract: `Lightning.fold`."""
     num_heads, head_dim, value_dim = state.shape[1:]
-    tiles = step_tiles(key_ring[:, :, 0], value_ring[:, :, 0], BV=64, num_warps=4)
-    grid = (triton.cdiv(value_dim, tiles.BV), num_heads, state_indices.shape[0])
+    tiles = step_tiles(ring.key[:, :, 0], ring.value[:, :, 0], BV=64, num_warps=4)
+    grid = (triton.cdiv(value_dim, tiles.BV), num_heads, slots.shape[0])
     if 0 in grid:
         return
     _fold_kernel[grid](
         slopes,
         state,
-        key_ring,
-        value_ring,
-        state_indices,
-        has_initial_state,
-        num_pending,
+        ring.key,
+        ring.value,
+        slots,
+        ring.num_pending,
         *state.stride()[:3],
-        key_ring.stride(0),
-        value_ring.stride(0),
+        ring.key.stride(0),
+        ring.value.stride(0),
         K=head_dim,
         V=value_dim,
-        RING=key_ring.shape[2],
+        RING=ring.key.shape[2],
         **tiles._asdict(),
     )

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import Rows
 from .decode import decode
 from .tile import load_state, state_pointers, store_rows, token_step, walk, walk_tiles
 
@@ -70,26 +71,23 @@ def _segment_kernel(
     tl.store(p_s, b_s.to(p_state.dtype.element_ty), mask=m_s)
 
 
-def segments(
+def seg_la(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     slopes: Tensor,
     scale: float,
     state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    query_start_loc: Tensor,
-    max_query_len: int,
+    rows: Rows,
     out: Tensor,
 ) -> Tensor:
-    """Contract: `Kernels.lightning_segments`. A batch of single tokens takes the decode kernel, which needs no dots."""
-    if max_query_len == 1 and q.shape[0] == state_indices.shape[0]:
-        return decode(q, k, v, slopes, scale, state, state_indices, has_initial_state, out)
+    """Contract: `Lightning.seg_la`. A batch of single tokens takes the decode kernel, which needs no dots."""
+    if rows.max_len == 1 and q.shape[0] == rows.slots.shape[0]:
+        return decode(q, k, v, slopes, scale, state, rows, out)
     num_heads, head_dim = q.shape[1:]
     value_dim = v.shape[2]
-    tiles = walk_tiles(q, v, state_indices.shape[0])
-    grid = (triton.cdiv(value_dim, tiles.BV), num_heads, state_indices.shape[0])
+    tiles = walk_tiles(q, v, rows.slots.shape[0])
+    grid = (triton.cdiv(value_dim, tiles.BV), num_heads, rows.slots.shape[0])
     if 0 in grid:
         return out
     _segment_kernel[grid](
@@ -98,9 +96,9 @@ def segments(
         v,
         slopes,
         state,
-        state_indices,
-        has_initial_state,
-        query_start_loc,
+        rows.slots,
+        rows.continues,
+        rows.starts,
         out,
         scale,
         *q.stride()[:2],

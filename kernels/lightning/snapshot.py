@@ -1,4 +1,4 @@
-"""The states that rows pass on their way through a step: what `prefill` and `segments` keep in registers only.
+"""The states that rows pass on their way through a step: `minimax` and `seg_la` keep them in registers only.
 
 A program owns one V tile of one head of one snapshot, and walks the row's keys and values from its first token of the
 step. Snapshots of one row repeat each other's work: that costs less than any order among them, since a step has few.
@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import Rows
 from .tile import ZERO_DECAY, load_rows, load_state, state_pointers, walk_tiles
 
 
-@triton.jit(do_not_specialize_on_alignment=["p_slots", "p_continues", "p_start", "p_snapshots"])
+@triton.jit(do_not_specialize_on_alignment=["p_slots", "p_continues", "p_start", "p_places"])
 def _snapshot_kernel(
     p_k,
     p_v,
@@ -23,8 +24,8 @@ def _snapshot_kernel(
     p_slots,
     p_continues,
     p_start,
+    p_places,
     p_snapshots,
-    p_pool,
     k_t: tl.constexpr,
     k_h,
     v_t: tl.constexpr,
@@ -45,10 +46,10 @@ def _snapshot_kernel(
 ):
     """Tokens so far back that their decay is zero are not read."""
     i_v, i_h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_b = tl.load(p_snapshots + 3 * i_s)
-    n = tl.load(p_snapshots + 3 * i_s + 1)
-    place = tl.load(p_snapshots + 3 * i_s + 2)
-    if place < 0:
+    i_b = tl.load(p_places + 3 * i_s)
+    n = tl.load(p_places + 3 * i_s + 1)
+    snapshot = tl.load(p_places + 3 * i_s + 2)
+    if snapshot < 0:
         return
     slope = tl.load(p_slopes + i_h)
     first = tl.load(p_start + i_b).to(tl.int64)
@@ -67,8 +68,8 @@ def _snapshot_kernel(
         b_v = (b_v * b_out[:, None]).to(b_v.dtype)
         # [BK, BT] @ [BT, BV] -> [BK, BV]
         b_s = tl.dot(tl.trans(b_k), b_v, b_s * tl.exp(-slope * m), input_precision=PRECISION)
-    p_c, m_c = state_pointers(p_pool, place, i_h, i_v, c_n, c_h, c_k, K, V, BK, BV)
-    tl.store(p_c, b_s.to(p_pool.dtype.element_ty), mask=m_c)
+    p_c, m_c = state_pointers(p_snapshots, snapshot, i_h, i_v, c_n, c_h, c_k, K, V, BK, BV)
+    tl.store(p_c, b_s.to(p_snapshots.dtype.element_ty), mask=m_c)
 
 
 def snapshot(
@@ -76,17 +77,15 @@ def snapshot(
     v: Tensor,
     slopes: Tensor,
     state: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    query_start_loc: Tensor,
+    rows: Rows,
+    places: Tensor,
     snapshots: Tensor,
-    pool: Tensor,
 ) -> None:
-    """Contract: `Kernels.lightning_snapshot`."""
+    """Contract: `Lightning.snapshot`."""
     num_heads, head_dim = k.shape[1:]
     value_dim = v.shape[2]
-    tiles = walk_tiles(k, v, snapshots.shape[0])
-    grid = (triton.cdiv(value_dim, tiles.BV), num_heads, snapshots.shape[0])
+    tiles = walk_tiles(k, v, places.shape[0])
+    grid = (triton.cdiv(value_dim, tiles.BV), num_heads, places.shape[0])
     if 0 in grid:
         return
     _snapshot_kernel[grid](
@@ -94,15 +93,15 @@ def snapshot(
         v,
         slopes,
         state,
-        state_indices,
-        has_initial_state,
-        query_start_loc,
+        rows.slots,
+        rows.continues,
+        rows.starts,
+        places,
         snapshots,
-        pool,
         *k.stride()[:2],
         *v.stride()[:2],
         *state.stride()[:3],
-        *pool.stride()[:3],
+        *snapshots.stride()[:3],
         K=head_dim,
         V=value_dim,
         BT=tiles.BT,

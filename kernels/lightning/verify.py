@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import Ring, Rows
 from .tile import (
     Tiles,
     load_ring,
@@ -129,19 +130,15 @@ def verify(
     slopes: Tensor,
     scale: float,
     state: Tensor,
-    key_ring: Tensor,
-    value_ring: Tensor,
-    state_indices: Tensor,
-    has_initial_state: Tensor,
-    num_pending: Tensor,
-    query_start_loc: Tensor,
+    ring: Ring,
+    rows: Rows,
     out: Tensor,
 ) -> Tensor:
-    """Contract: `Kernels.lightning_verify`."""
+    """Contract: `Lightning.verify`."""
     num_heads, head_dim = q.shape[1:]
-    value_dim, ring_size = v.shape[2], key_ring.shape[2]
+    value_dim, ring_size = v.shape[2], ring.key.shape[2]
     tiles = _verify_tiles(q, v, ring_size)
-    grid = (triton.cdiv(value_dim, tiles.BV), num_heads, state_indices.shape[0])
+    grid = (triton.cdiv(value_dim, tiles.BV), num_heads, rows.slots.shape[0])
     if 0 in grid:
         return out
     _verify_kernel[grid](
@@ -150,12 +147,12 @@ def verify(
         v,
         slopes,
         state,
-        key_ring,
-        value_ring,
-        state_indices,
-        has_initial_state,
-        num_pending,
-        query_start_loc,
+        ring.key,
+        ring.value,
+        rows.slots,
+        rows.continues,
+        ring.num_pending,
+        rows.starts,
         out,
         scale,
         *q.stride()[:2],
@@ -163,8 +160,8 @@ def verify(
         *v.stride()[:2],
         *out.stride()[:2],
         *state.stride()[:3],
-        key_ring.stride(0),
-        value_ring.stride(0),
+        ring.key.stride(0),
+        ring.value.stride(0),
         K=head_dim,
         V=value_dim,
         RING=ring_size,

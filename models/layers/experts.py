@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ...kernels.bundles import Weight
 from ..loading.weights import Target
 from ..specs import MlpSpec
 from .build import Build
@@ -29,8 +30,8 @@ class SparseMoe(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, d] -> [T, d]."""
-        weights, experts = self.kernels.route(self.router(x.float()), self.top_k)
-        return self.kernels.moe(x, self.gate_up, self.down, weights, experts)
+        weights, experts = self.kernels.experts.route(self.router(x.float()), self.top_k)
+        return self.kernels.experts.moe(x, Weight(self.gate_up), Weight(self.down), weights, experts)
 
     def targets(self, prefix: str) -> Iterator[Target]:
         """Per-expert names, and the fused ones ([E, 2F, d] gate rows first, [E, d, F]) that cover them."""

@@ -24,7 +24,7 @@ class DenseMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, d] -> [T, d]."""
-        return self.down(self.kernels.silu_and_mul(self.gate_up(x)))
+        return self.down(self.kernels.dense.silu_and_mul(self.gate_up(x)))
 
     def targets(self, prefix: str) -> Iterator[Target]:
         """`{prefix}gate_proj`, `up_proj` and `down_proj`."""

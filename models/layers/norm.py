@@ -21,15 +21,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, size] -> norm(x)."""
-        return self.kernels.rms_norm(x, self.weight, self.eps)
+        return self.kernels.dense.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
         """(norm(h), h) with h = alpha * residual + beta * x."""
-        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps, alpha, beta)
+        return self.kernels.dense.add_rms_norm(x, residual, self.weight, self.eps, alpha, beta)
 
     def gated(self, x: Tensor, gate: Tensor) -> Tensor:
         """norm(x) * sigmoid(gate). x, gate: [T, size]."""
-        return self.kernels.gated_rms_norm(x, gate, self.weight, self.eps)
+        return self.kernels.dense.gated_rms_norm(x, gate, self.weight, self.eps)
 
     def targets(self, name: str) -> Iterator[Target]:
         """`{name}.weight`."""

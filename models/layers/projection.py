@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ...kernels.bundles import Weight
 from ..loading.weights import Target
 from .build import Build
 
@@ -24,10 +25,11 @@ class Projection(nn.Module):
         self.pieces = pieces
         self.kernels = build.kernels
         self.weight = build.parameter(sum(pieces.values()), in_features, dtype=dtype)
+        self.matrix = Weight(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
-        return self.kernels.linear(x, self.weight)
+        return self.kernels.dense.linear(x, self.matrix)
 
     def targets(self, prefix: str) -> Iterator[Target]:
         """`{prefix}{piece}.weight` for each piece."""

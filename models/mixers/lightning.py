@@ -43,19 +43,19 @@ class LightningAttention(Mixer):
         heads, dim = self.spec.num_heads, self.spec.head_dim
         qkv, gate = self.in_proj(x).split([3 * heads * dim, heads * dim], dim=-1)
         # Interleaved per head: rows [q | k | v] of head 0, then of head 1, ...
-        q, k, v = self.kernels.silu_(qkv).view(-1, heads, 3 * dim).split(dim, dim=-1)
+        q, k, v = self.kernels.dense.silu_(qkv).view(-1, heads, 3 * dim).split(dim, dim=-1)
         state = _linear_state(cache)
         if batch.snapshots.shape[0]:
-            rows = (batch.state_indices, batch.has_initial_state, batch.query_start_loc)
-            self.kernels.lightning_snapshot(k, v, self.slopes, state.state, *rows, batch.snapshots, state.snapshots)
+            lightning = self.kernels.lightning
+            lightning.snapshot(k, v, self.slopes, state.state, batch.rows, batch.snapshots, state.snapshots)
         out = x.new_empty(x.shape[0], heads, dim)
         self.backend.forward(LightningCall(q, k, v, self.slopes, self.spec.scale, state, batch, out))
         return self.out_proj(self.norm.gated(out.flatten(1), gate))
 
     def fold(self, cache: LayerCache, slots: Tensor, num_pending: Tensor) -> None:
         if cache.ring:
-            pools = _linear_state(cache).pools
-            self.kernels.lightning_fold(self.slopes, *pools, slots, num_pending > 0, num_pending)
+            state = _linear_state(cache)
+            self.kernels.lightning.fold(self.slopes, state.state, state.ring(num_pending), slots)
 
     def targets(self, prefix: str) -> Iterator[Target]:
         yield from self.in_proj.targets(prefix)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from ...kernels import Kernels
-from ..forward_batch import ForwardBatch
+from ...kernels.bundles import Ring, Rows
+from ...kernels.lightning.contract import Lightning
+from ..forward_batch import ForwardBatch, RowsOfKind
 
 
 class LinearState(NamedTuple):
@@ -18,13 +21,9 @@ class LinearState(NamedTuple):
     value_ring: Tensor  # [num_slots, H, C, V]
     snapshots: Tensor  # [num_snapshots, H, K, V], this layer's part of the states that the prefix cache keeps
 
-    @property
-    def pools(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(state, key_ring, value_ring), as the kernels take them."""
-        return self.state, self.key_ring, self.value_ring
-
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, float]  # q, k, v, slopes, scale
+    def ring(self, num_pending: Tensor) -> Ring:
+        """The rings, and how many tokens wait in those of some rows: num_pending [B] int32."""
+        return Ring(self.key_ring, self.value_ring, num_pending)
 
 
 class LightningCall(NamedTuple):
@@ -46,7 +45,7 @@ class LinearAttentionBackend(Protocol):
     `name` is that of the setting. `ring_size` is C of `LinearState`, 0 for none; without a ring there are no verify
     rows, and the engine refuses `speculative_tokens`. `replays` says that decode rows leave their tokens in the ring
     too. `ForwardBatch` tells what waits there after a step: the i-th waiting token's key and value at place i, as they
-    came. The model folds them into the state by `Kernels.lightning_fold` where the next row does not read the ring.
+    came. The model folds them into the state by `Lightning.fold` where the next row does not read the ring.
     """
 
     name: str
@@ -64,67 +63,57 @@ class BackendFactory(Protocol):
         """`speculative`: rows may bring drafts, which need a ring with room for `speculative_tokens` and two more."""
 
 
+RING_SIZE = 16
+
+
 class MinimaxBackend:
     """Prefill parallel over chunks of all prompts at once, decode by its own kernel.
 
-    Best for few heads and long prompts: a single prompt still fills the device. `speculative`: the states have rings,
-    so that rows may bring drafts.
+    Best for few heads and long prompts: a single prompt still fills the device.
     """
 
-    RING_SIZE = 16
     name = "minimax"
     replays = False
 
     def __init__(self, kernels: Kernels, *, speculative: bool = False) -> None:
-        self.kernels = kernels
-        self.ring_size = self.RING_SIZE if speculative or self.replays else 0
+        self.lightning = kernels.lightning
+        self.ring_size = RING_SIZE if speculative else 0
 
     def forward(self, call: LightningCall) -> Tensor:
         batch = call.batch
-        if batch.num_prefills > batch.num_drafted:
-            self.prefill(call)
-        if batch.num_drafted:
-            self.verify(call)
-        if batch.num_decodes:
-            self.decode(call)
+        if batch.prompts:
+            _walk(self.lightning.minimax, call, batch.prompts)
+        if batch.drafts:
+            _verify(self.lightning, call, batch.drafts)
+        if batch.decodes:
+            _decode(self.lightning, call, batch.decodes)
         return call.out
 
-    def prefill(self, call: LightningCall) -> None:
-        """The prefill rows that bring no drafts."""
-        self.kernels.lightning_prefill(*_prompt_arguments(call))
 
-    def verify(self, call: LightningCall) -> None:
-        """The verify rows: into the rings, not into the states."""
-        batch, rows = call.batch, call.batch.drafts.rows
-        starts = batch.query_start_loc[rows.start : rows.stop + 1]
-        pending = batch.num_pending[rows]
-        self.kernels.lightning_verify(*call[:5], *call.state.pools, *_slots(batch, rows), pending, starts, call.out)
-
-    def decode(self, call: LightningCall) -> None:
-        """The decode rows."""
-        rows, tokens = call.batch.decodes
-        self.kernels.lightning_decode(
-            *_inputs(call, tokens), call.state.state, *_slots(call.batch, rows), call.out[tokens]
-        )
-
-
-class SegLaBackend(MinimaxBackend):
+class SegLaBackend:
     """One launch walks every row, prefill and decode alike, with the state in registers. Best for many rows."""
 
     name = "seg_la"
+    replays = False
+
+    def __init__(self, kernels: Kernels, *, speculative: bool = False) -> None:
+        self.lightning = kernels.lightning
+        self.ring_size = RING_SIZE if speculative else 0
 
     def forward(self, call: LightningCall) -> Tensor:
         batch = call.batch
-        if batch.num_drafted:  # they lie between the others
-            return super().forward(call)
-        rows = (batch.state_indices, batch.has_initial_state, batch.query_start_loc)
-        return self.kernels.lightning_segments(*call[:5], call.state.state, *rows, batch.max_query_len, call.out)
+        if not batch.drafts:
+            state = call.state.state
+            return self.lightning.seg_la(call.q, call.k, call.v, call.slopes, call.scale, state, batch.rows, call.out)
+        if batch.prompts:  # drafts lie between them and the decode rows
+            _walk(self.lightning.seg_la, call, batch.prompts)
+        _verify(self.lightning, call, batch.drafts)
+        if batch.decodes:
+            _decode(self.lightning, call, batch.decodes)
+        return call.out
 
-    def prefill(self, call: LightningCall) -> None:
-        self.kernels.lightning_segments(*_prompt_arguments(call))
 
-
-class ReplayBackend(MinimaxBackend):
+class ReplayBackend:
     """Decode that seldom writes the state: the last tokens wait in a ring per slot, and are folded into the state when
     it is full. The fastest there is, for an eighth more memory per float32 state.
 
@@ -133,43 +122,31 @@ class ReplayBackend(MinimaxBackend):
     (`docs/kernels.md`) they meet at about 40 long rows x heads.
     """
 
-    name = "replay"
-    replays = True
     MIN_PARALLEL = 40  # long rows x heads
     LONG_PROMPT = 1024  # tokens; shorter ones are over before a second launch would help
+    name = "replay"
+    replays = True
+    ring_size = RING_SIZE
 
-    def prefill(self, call: LightningCall) -> None:
-        tokens, longest = call.batch.prompts.tokens, call.batch.max_query_len
-        long_rows = tokens.stop / longest  # as many as the tokens would make
+    def __init__(self, kernels: Kernels, *, speculative: bool = False) -> None:
+        self.lightning = kernels.lightning
+
+    def forward(self, call: LightningCall) -> Tensor:
+        batch = call.batch
+        if batch.prompts:
+            _walk(self._for_prompts(call, batch.prompts), call, batch.prompts)
+        if batch.drafts:
+            _verify(self.lightning, call, batch.drafts)
+        if batch.decodes:
+            _replay(self.lightning, call, batch.decodes)
+        return call.out
+
+    def _for_prompts(self, call: LightningCall, prompts: RowsOfKind) -> WalkOperation:
+        longest = prompts.rows.max_len
+        long_rows = prompts.tokens.stop / longest  # as many as the tokens would make
         if long_rows * call.q.shape[1] < self.MIN_PARALLEL and longest >= self.LONG_PROMPT:
-            super().prefill(call)
-        else:
-            self.kernels.lightning_segments(*_prompt_arguments(call))
-
-    def decode(self, call: LightningCall) -> None:
-        rows, tokens = call.batch.decodes
-        pending = call.batch.num_pending[rows]
-        self.kernels.lightning_replay(
-            *_inputs(call, tokens), *call.state.pools, *_slots(call.batch, rows), pending, call.out[tokens]
-        )
-
-
-def _prompt_arguments(call: LightningCall) -> tuple[Any, ...]:
-    """What `lightning_prefill` and `lightning_segments` take, for the prefill rows that bring no drafts."""
-    batch, (rows, tokens) = call.batch, call.batch.prompts
-    starts = batch.query_start_loc[: rows.stop + 1]
-    inputs = (*_inputs(call, tokens), call.state.state, *_slots(batch, rows))
-    return (*inputs, starts, batch.max_query_len, call.out[tokens])
-
-
-def _inputs(call: LightningCall, tokens: slice) -> Inputs:
-    """The inputs of some tokens."""
-    return call.q[tokens], call.k[tokens], call.v[tokens], call.slopes, call.scale
-
-
-def _slots(batch: ForwardBatch, rows: slice) -> tuple[Tensor, Tensor]:
-    """state_indices and has_initial_state of some rows."""
-    return batch.state_indices[rows], batch.has_initial_state[rows]
+            return self.lightning.minimax
+        return self.lightning.seg_la
 
 
 LINEAR_BACKENDS: dict[str, BackendFactory] = {
@@ -178,3 +155,32 @@ LINEAR_BACKENDS: dict[str, BackendFactory] = {
     "replay": ReplayBackend,
     "auto": ReplayBackend,  # what the measurements favour, for prompts by shape and for decode
 }
+
+
+WalkOperation = Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor, Rows, Tensor], Tensor]  # minimax, seg_la
+
+
+def _walk(operation: WalkOperation, call: LightningCall, part: RowsOfKind) -> None:
+    """Rows of any length, into their states. The operation sees no token behind theirs: it sizes its launch by them."""
+    q, k, v, out = (x[: part.tokens.stop] for x in (call.q, call.k, call.v, call.out))
+    operation(q, k, v, call.slopes, call.scale, call.state.state, part.rows, out)
+
+
+def _verify(lightning: Lightning, call: LightningCall, part: RowsOfKind) -> None:
+    """Rows with drafts, into their rings and not into their states."""
+    state, ring = call.state.state, call.state.ring(part.num_pending)
+    lightning.verify(call.q, call.k, call.v, call.slopes, call.scale, state, ring, part.rows, call.out)
+
+
+def _decode(lightning: Lightning, call: LightningCall, part: RowsOfKind) -> None:
+    """Rows of one token, into their states."""
+    q, k, v, out = (x[part.tokens] for x in (call.q, call.k, call.v, call.out))
+    lightning.decode(q, k, v, call.slopes, call.scale, call.state.state, part.rows, out)
+
+
+def _replay(lightning: Lightning, call: LightningCall, part: RowsOfKind) -> None:
+    """Rows of one token, into their rings, and into their states where a ring is full."""
+    q, k, v, out = (x[part.tokens] for x in (call.q, call.k, call.v, call.out))
+    lightning.replay(
+        q, k, v, call.slopes, call.scale, call.state.state, call.state.ring(part.num_pending), part.rows, out
+    )

@@ -23,7 +23,7 @@ class SoftmaxAttention(Mixer):
     def __init__(self, hidden_size: int, spec: SoftmaxSpec, build: Build, rotary: RotaryTables) -> None:
         super().__init__()
         self.spec = spec
-        self.kernels = build.kernels
+        self.attention = build.kernels.attention
         self.rotary = rotary.table(spec.rotary_dim, spec.rope_theta)
         shape = (spec.num_kv_heads, spec.head_dim)
         self.cache = CacheSpec(token=(Part("key", shape, "activation"), Part("value", shape, "activation")))
@@ -36,38 +36,22 @@ class SoftmaxAttention(Mixer):
         heads = self.qkv_proj(x).view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
         keys, values = cache.token
-        self.kernels.rope_and_store_kv(q, k, v, batch.positions, self.rotary.cos_sin, keys, values, batch.slot_mapping)
+        self.attention.rope_and_store_kv(
+            q, k, v, batch.positions, self.rotary.cos_sin, keys, values, batch.slot_mapping
+        )
         return self.o_proj(self._attend(q, keys, values, batch).flatten(1))
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: ForwardBatch) -> Tensor:
         """Rotated q [T, H, D] against keys, values [num_blocks, block_size, H_kv, D], which hold this step's already
         -> [T, H, D]."""
         out = q.new_empty(q.shape)
-        rows, tokens = batch.num_prefills, batch.num_prefill_tokens
-        if rows:
-            self.kernels.attention_prefill(
-                q[:tokens],
-                keys,
-                values,
-                batch.block_table,
-                batch.state_indices[:rows],
-                batch.query_start_loc[: rows + 1],
-                batch.context_lens[:rows],
-                batch.max_query_len,
-                self.spec.scale,
-                out[:tokens],
-            )
-        if batch.num_decodes:
-            self.kernels.attention_decode(
-                q[tokens:],
-                keys,
-                values,
-                batch.block_table,
-                batch.state_indices[rows:],
-                batch.context_lens[rows:],
-                self.spec.scale,
-                out[tokens:],
-            )
+        table, scale = batch.block_table, self.spec.scale
+        if part := batch.prefills:
+            here = part.tokens
+            self.attention.prefill(q[here], keys, values, table, part.rows, part.context_lens, scale, out[here])
+        if part := batch.decodes:
+            here = part.tokens
+            self.attention.decode(q[here], keys, values, table, part.rows, part.context_lens, scale, out[here])
         return out
 
     def targets(self, prefix: str) -> Iterator[Target]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from leyden.benchmarks import kernel_peers as peers
 from leyden.benchmarks.kernel_cases import all_cases, around, attention, base, experts, lightning, sampling
-from leyden.kernels import torch_ops
+from leyden.kernels import load
+from leyden.kernels.bundles import Rows
 from leyden.kernels.lightning.reference import recurrence
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -33,7 +34,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases on the CPU, in float32, with the PyTorch kernels in place of Triton's."""
     monkeypatch.setattr(base, "DEVICE", "cpu")
     monkeypatch.setattr(base, "DTYPE", torch.float32)
-    monkeypatch.setattr(base, "our_kernels", lambda: torch_ops)
+    monkeypatch.setattr(base, "our_kernels", lambda: load("torch"))
     yield
     lightning.lightning_batch.cache_clear()
     experts.expert_weights.cache_clear()
@@ -66,9 +67,12 @@ def test_reference_by_blocks_is_the_recurrence():
         lightning.alibi_slopes(heads),
         0.3,
         torch.randn(6, heads, dim, dim, generator=generator),
-        torch.tensor([4, 0, 5, 2]),
-        torch.tensor([True, False, True, False]),
-        torch.tensor([0, *lengths]).cumsum(0),
+        Rows(
+            torch.tensor([4, 0, 5, 2]),
+            torch.tensor([True, False, True, False]),
+            torch.tensor([0, *lengths]).cumsum(0),
+            max(lengths),
+        ),
     )
     out, state = lightning.blocked_recurrence(q, k, v, *arguments, block=16)
     expected_out, expected_state = recurrence(q, k, v, *arguments)
@@ -230,5 +234,5 @@ def test_a_token_that_another_row_should_have_is_an_error(on_cpu, sampler):
     bound.step(0)
     assert torch.allclose(bound.results()[0], torch.ones(6, dtype=torch.float64), atol=1e-5)
     shifted = inputs._replace(logits=inputs.logits.roll(1, 0))
-    missed = torch.stack([case._miss(inputs, torch_ops.sample(*shifted), i) for i in range(6)])
+    missed = torch.stack([case._miss(inputs, load("torch").sample(*shifted), i) for i in range(6)])
     assert missed.max() > 0.01

@@ -15,11 +15,13 @@ from collections.abc import Callable
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from leyden.kernels import triton_ops as ops
+from leyden.kernels import load
+from leyden.kernels.bundles import Ring, Rows, Weight
 from torch import Tensor
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
+OPS = load("triton")
 LIBC = ctypes.CDLL(None, use_errno=True)
 SIDE = sys.argv[1]
 KEPT: list[mmap.mmap] = []
@@ -57,96 +59,93 @@ def experts(num_tokens: int, num_experts: int, top_k: int) -> Tensor:
     return guarded((num_experts - 1 - torch.arange(top_k)).repeat(num_tokens, 1))
 
 
+def weight(*shape: int) -> Weight:
+    return Weight(normal(*shape))
+
+
 def moe(num_tokens: int, num_experts: int) -> None:
     size, width = 21, 19  # no tile divides them
-    weights = normal(num_experts, 2 * width, size), normal(num_experts, size, width)
-    ops.moe(normal(num_tokens, size), *weights, normal(num_tokens, 2), experts(num_tokens, num_experts, 2))
+    weights = weight(num_experts, 2 * width, size), weight(num_experts, size, width)
+    pairs = normal(num_tokens, 2), experts(num_tokens, num_experts, 2)
+    OPS.experts.moe(normal(num_tokens, size), *weights, *pairs)
 
 
 HEADS, K = 3, 20
 SLOPES = (0.5, 0.004, 4.0)
-ROWS = {"slots": (2, 0, -1, 1), "new": (True, False, True, True), "starts": (0, 40, 41, 50, 52)}
 
 
-def lightning(name: str, *more: Tensor | int, num_tokens: int, ring: int | None = None) -> None:
+def rows(starts: tuple[int, ...], max_len: int) -> Rows:
+    return Rows(ints(2, 0, -1, 1), flags(True, False, True, True), ints(*starts), max_len)
+
+
+def lightning(operation: Callable[..., object], of: Rows, num_tokens: int, pending: tuple[int, ...] = ()) -> None:
     q, k, v, out = (normal(num_tokens, HEADS, K) for _ in range(4))
-    state = [normal(3, HEADS, K, K)]
-    if ring is not None:
-        state += [normal(3, HEADS, ring, K), normal(3, HEADS, ring, K)]
-    slopes = guarded(torch.tensor(SLOPES))
-    getattr(ops, name)(q, k, v, slopes, 0.3, *state, ints(*ROWS["slots"]), flags(*ROWS["new"]), *more, out)
+    pools = [normal(3, HEADS, K, K), *([ring(*pending)] if pending else [])]
+    operation(q, k, v, guarded(torch.tensor(SLOPES)), 0.3, *pools, of, out)
+
+
+def ring(*pending: int) -> Ring:
+    return Ring(normal(3, HEADS, 16, K), normal(3, HEADS, 16, K), ints(*pending))
+
+
+PROMPTS, DRAFTS, ONES = (0, 40, 41, 50, 52), (0, 8, 9, 13, 17), (0, 1, 2, 3, 4)
 
 
 def fold() -> None:
-    rings = normal(3, HEADS, 16, K), normal(3, HEADS, 16, K)
-    slots = ints(2, 0, 1)
-    ops.lightning_fold(
-        guarded(torch.tensor(SLOPES)), normal(3, HEADS, K, K), *rings, slots, flags(True, False, True), ints(16, 0, 5)
-    )
+    OPS.lightning.fold(guarded(torch.tensor(SLOPES)), normal(3, HEADS, K, K), ring(16, 0, 5), ints(2, 0, 1))
 
 
 def snapshot() -> None:
-    rows = ints(*ROWS["slots"]), flags(*ROWS["new"]), ints(*ROWS["starts"])
-    wanted = guarded(torch.tensor([[0, 33, 1], [3, 2, 0], [0, 1, -1]]).int())
-    slopes = guarded(torch.tensor(SLOPES))
-    ops.lightning_snapshot(
-        normal(52, HEADS, K),
-        normal(52, HEADS, K),
-        slopes,
-        normal(3, HEADS, K, K),
-        *rows,
-        wanted,
-        normal(2, HEADS, K, K),
-    )
+    places = guarded(torch.tensor([[0, 33, 1], [3, 2, 0], [0, 1, -1]]).int())
+    k, v, slopes = normal(52, HEADS, K), normal(52, HEADS, K), guarded(torch.tensor(SLOPES))
+    OPS.lightning.snapshot(k, v, slopes, normal(3, HEADS, K, K), rows(PROMPTS, 40), places, normal(2, HEADS, K, K))
 
 
 def attention(*, is_prefill: bool) -> None:
     caches = normal(6, 16, 2, K), normal(6, 16, 2, K)
-    table, rows, context = guarded(torch.tensor([[5, 0], [1, 3], [4, 2]]).int()), ints(2, 0, -1, 1), ints(30, 0, -1, 6)
+    table, context = guarded(torch.tensor([[5, 0], [1, 3], [4, 2]]).int()), ints(30, 0, -1, 6)
     if is_prefill:
         q, out = normal(42, 6, K), normal(42, 6, K)
-        ops.attention_prefill(q, *caches, table, rows, ints(0, 2, 31, 41, 42), context, 29, 0.3, out)
+        OPS.attention.prefill(q, *caches, table, rows((0, 2, 31, 41, 42), 29), context, 0.3, out)
     else:
         q, out = normal(4, 6, K), normal(4, 6, K)
-        ops.attention_decode(q, *caches, table, rows, context, 0.3, out)
+        OPS.attention.decode(q, *caches, table, rows(ONES, 1), context, 0.3, out)
 
 
 def rope() -> None:
     caches = normal(6, 5, 2, K), normal(6, 5, 2, K)
     q, key, value = normal(4, 6, K), normal(4, 2, K), normal(4, 2, K)
     places = ints(7, 0, 2, 1, dtype=torch.int64), normal(8, 10), *caches, ints(29, -1, 0, 11, dtype=torch.int64)
-    ops.rope_and_store_kv(q, key, value, *places)
+    OPS.attention.rope_and_store_kv(q, key, value, *places)
 
 
 def sample() -> None:
     num, vocab = 3, 1037
     options = guarded(torch.tensor([0.0, 1.0, 0.7])), ints(0, 5, 0), guarded(torch.tensor([1.0, 0.9, 0.5]))
-    ops.sample(normal(num, vocab), *options, guarded(torch.tensor([0.0, 0.01, 0.0])), guarded(torch.rand(num)))
+    OPS.sample(normal(num, vocab), *options, guarded(torch.tensor([0.0, 0.01, 0.0])), guarded(torch.rand(num)))
 
 
 CALLS: dict[str, Callable[[], object]] = {
-    "linear of one": lambda: ops.linear(normal(1, 20), normal(19, 20)),
-    "linear of many": lambda: ops.linear(normal(33, 20), normal(19, 20)),
-    "moe of few": lambda: moe(1, 5),
-    "moe of many": lambda: moe(9, 5),
-    "route": lambda: ops.route(normal(5, 7), 2),
-    "rms_norm": lambda: ops.rms_norm(normal(5, 37), normal(37), 1e-5),
-    "add_rms_norm": lambda: ops.add_rms_norm(normal(5, 37), normal(5, 37), normal(37), 1e-5, 0.5, 2.0),
-    "gated_rms_norm": lambda: ops.gated_rms_norm(normal(5, 38), normal(5, 38), normal(38), 1e-5, 2),
-    "silu_": lambda: ops.silu_(normal(5, 37)),
-    "silu_and_mul": lambda: ops.silu_and_mul(normal(5, 74)),
-    "rope_and_store_kv": rope,
-    "attention_prefill": lambda: attention(is_prefill=True),
-    "attention_decode": lambda: attention(is_prefill=False),
-    "lightning_prefill": lambda: lightning("lightning_prefill", ints(*ROWS["starts"]), 40, num_tokens=52),
-    "lightning_segments": lambda: lightning("lightning_segments", ints(*ROWS["starts"]), 40, num_tokens=52),
-    "lightning_decode": lambda: lightning("lightning_decode", num_tokens=4),
-    "lightning_replay": lambda: lightning("lightning_replay", ints(15, 0, 0, 7), num_tokens=4, ring=16),
-    "lightning_verify": lambda: lightning(
-        "lightning_verify", ints(3, 0, 0, 12), ints(0, 8, 9, 13, 17), num_tokens=17, ring=16
-    ),
-    "lightning_fold": fold,
-    "lightning_snapshot": snapshot,
+    "dense.linear of one": lambda: OPS.dense.linear(normal(1, 20), weight(19, 20)),
+    "dense.linear of many": lambda: OPS.dense.linear(normal(33, 20), weight(19, 20)),
+    "dense.rms_norm": lambda: OPS.dense.rms_norm(normal(5, 37), normal(37), 1e-5),
+    "dense.add_rms_norm": lambda: OPS.dense.add_rms_norm(normal(5, 37), normal(5, 37), normal(37), 1e-5, 0.5, 2.0),
+    "dense.gated_rms_norm": lambda: OPS.dense.gated_rms_norm(normal(5, 38), normal(5, 38), normal(38), 1e-5, 2),
+    "dense.silu_": lambda: OPS.dense.silu_(normal(5, 37)),
+    "dense.silu_and_mul": lambda: OPS.dense.silu_and_mul(normal(5, 74)),
+    "experts.moe of few": lambda: moe(1, 5),
+    "experts.moe of many": lambda: moe(9, 5),
+    "experts.route": lambda: OPS.experts.route(normal(5, 7), 2),
+    "attention.rope_and_store_kv": rope,
+    "attention.prefill": lambda: attention(is_prefill=True),
+    "attention.decode": lambda: attention(is_prefill=False),
+    "lightning.minimax": lambda: lightning(OPS.lightning.minimax, rows(PROMPTS, 40), 52),
+    "lightning.seg_la": lambda: lightning(OPS.lightning.seg_la, rows(PROMPTS, 40), 52),
+    "lightning.decode": lambda: lightning(OPS.lightning.decode, rows(ONES, 1), 4),
+    "lightning.replay": lambda: lightning(OPS.lightning.replay, rows(ONES, 1), 4, (15, 0, 0, 7)),
+    "lightning.verify": lambda: lightning(OPS.lightning.verify, rows(DRAFTS, 8), 17, (3, 0, 0, 12)),
+    "lightning.fold": fold,
+    "lightning.snapshot": snapshot,
     "sample": sample,
 }
 

@@ -16,25 +16,17 @@ class PlainBackend:
     replays = False
 
     def __init__(self, kernels: Kernels, *, speculative: bool = False) -> None:
-        self._ops = kernels
+        self._ops = kernels.lightning
         self.ring_size = 16 if speculative else 0
 
     def forward(self, call: LightningCall) -> Tensor:
-        batch, (state, keys, values) = call.batch, call.state.pools
+        batch, state = call.batch, call.state
+        inputs = (call.q, call.k, call.v, call.slopes, call.scale, state.state)
         for part in (batch.prompts, batch.decodes):
-            if part.rows.stop > part.rows.start:
-                rows, tokens = part
-                starts = batch.query_start_loc[rows.start : rows.stop + 1] - tokens.start
-                slots, is_old = batch.state_indices[rows], batch.has_initial_state[rows]
-                inputs = (call.q[tokens], call.k[tokens], call.v[tokens], call.slopes, call.scale)
-                longest = batch.max_query_len
-                self._ops.lightning_segments(*inputs, state, slots, is_old, starts, longest, call.out[tokens])
-        if batch.num_drafted:
-            rows = batch.drafts.rows
-            slots, is_old = batch.state_indices[rows], batch.has_initial_state[rows]
-            where = (slots, is_old, batch.num_pending[rows], batch.query_start_loc[rows.start : rows.stop + 1])
-            inputs = (call.q, call.k, call.v, call.slopes, call.scale)
-            self._ops.lightning_verify(*inputs, state, keys, values, *where, call.out)
+            if part:
+                self._ops.seg_la(*inputs, part.rows, call.out)
+        if batch.drafts:
+            self._ops.verify(*inputs, state.ring(batch.drafts.num_pending), batch.drafts.rows, call.out)
         return call.out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+from types import SimpleNamespace
 
 import engines
 import numpy as np
@@ -589,9 +590,8 @@ def test_half_precision_takes_half_the_memory(tiny):
 
 def test_an_error_leaves_nothing_in_the_cache(tiny, monkeypatch):
     core = make_core(tiny.folder, async_scheduling=False, cuda_graphs=False)
-    monkeypatch.setattr(
-        core.runner.sampler.kernels, "sample", lambda logits, *_: logits.new_full((len(logits),), -1).int()
-    )
+    broken = SimpleNamespace(sample=lambda logits, *_: logits.new_full((len(logits),), -1).int())
+    monkeypatch.setattr(core.runner.sampler, "kernels", broken)
     failed = answer(core, random_prompt(1, seed=1), max_tokens=4)
     assert failed.finish_reason == "error"
     assert_nothing_held(core)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from leyden.kernels import torch_ops, triton_ops
+from leyden.kernels import load
 from leyden.kernels.attention.decode import num_splits
+from leyden.kernels.bundles import Rows
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
-KERNELS = {"torch": torch_ops, "triton": triton_ops}
+KERNELS = {name: load(name).attention for name in ("torch", "triton")}
 HEAD_DIMS = [16, 64, 96, 128, 256]
 GROUPS = [(1, 1), (3, 3), (4, 2), (6, 1), *([(64, 8), (40, 2)] if ON_GPU else [])]
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -35,6 +36,9 @@ class Case:
     scale: float
     out: Tensor
     expected: Tensor
+
+    def rows(self, max_len: int) -> Rows:
+        return Rows(self.table_rows, self.context_lens > 0, self.query_start_loc, max_len)
 
 
 def make_case(
@@ -94,15 +98,13 @@ def plain_attention(q: Tensor, keys: Tensor, values: Tensor, context: int, scale
 
 
 def prefill(backend: str, case: Case, max_query_len: int) -> Tensor:
-    returned = KERNELS[backend].attention_prefill(
+    returned = KERNELS[backend].prefill(
         case.q,
         case.key_cache,
         case.value_cache,
         case.block_table,
-        case.table_rows,
-        case.query_start_loc,
+        case.rows(max_query_len),
         case.context_lens,
-        max_query_len,
         case.scale,
         case.out,
     )
@@ -111,12 +113,12 @@ def prefill(backend: str, case: Case, max_query_len: int) -> Tensor:
 
 
 def decode(backend: str, case: Case) -> Tensor:
-    returned = KERNELS[backend].attention_decode(
+    returned = KERNELS[backend].decode(
         case.q,
         case.key_cache,
         case.value_cache,
         case.block_table,
-        case.table_rows,
+        case.rows(1),
         case.context_lens,
         case.scale,
         case.out,
@@ -346,7 +348,7 @@ def test_no_kernel_synchronises_with_the_host(device):
     cos_sin = torch.randn(21, 32, device=device)
 
     def everything() -> None:
-        triton_ops.rope_and_store_kv(q, key, value, slots, cos_sin, step.key_cache, step.value_cache, slots)
+        KERNELS["triton"].rope_and_store_kv(q, key, value, slots, cos_sin, step.key_cache, step.value_cache, slots)
         prefill("triton", case, 20)
         decode("triton", step)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from leyden.kernels import torch_ops, triton_ops
+from leyden.kernels import load
+from leyden.kernels.bundles import Weight
 
-KERNELS = {"torch": torch_ops, "triton": triton_ops}
+KERNELS = {name: load(name).dense for name in ("torch", "triton")}
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 if not torch.cuda.is_available():
     BOUNDS[torch.bfloat16] = 6e-3  # Triton's interpreter truncates to bfloat16
@@ -23,7 +24,7 @@ def test_it_is_the_product(backend, dtype, num_tokens, size, num_channels, devic
     wide = torch.randn(num_channels, size + 3, generator=rng).to(device, dtype)
     weight = wide[:, :size]
     wide[:, size:] = float("nan")  # a row's neighbour in memory is no part of it
-    y = KERNELS[backend].linear(x, weight)
+    y = KERNELS[backend].linear(x, Weight(weight))
     assert y.dtype == dtype
     if num_tokens:
         assert_close("y", y, x.double() @ weight.double().T, BOUNDS[dtype])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from leyden.kernels import torch_ops, triton_ops
+from leyden.kernels import load
 
-KERNELS = {"torch": torch_ops, "triton": triton_ops}
+KERNELS = {name: load(name).dense for name in ("torch", "triton")}
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 if not torch.cuda.is_available():
     BOUNDS[torch.bfloat16] = 6e-3  # Triton's interpreter truncates to bfloat16
@@ -114,7 +114,7 @@ def test_rope_turns_the_first_channels_in_pairs_and_keeps_the_rest(
     kept = projected.clone()
     caches = torch.full((2, 4, 4, kv_heads, D), float("nan"), dtype=dtype, device=device)
     parts = projected.split([heads, kv_heads, kv_heads], dim=1)
-    KERNELS[backend].rope_and_store_kv(*parts, positions, cos_sin, caches[0], caches[1], slots)
+    load(backend).attention.rope_and_store_kv(*parts, positions, cos_sin, caches[0], caches[1], slots)
 
     q, stored = parts[0], caches.flatten(1, 2)
     assert_close("q", q, expected[:, :heads], BOUNDS[dtype])  # of padding rows too
@@ -167,10 +167,10 @@ def test_no_kernel_synchronises_with_the_host(device):
     weight = torch.ones(128, device=device)
 
     def everything() -> None:
-        triton_ops.rms_norm(x, weight, 1e-5)
-        triton_ops.add_rms_norm(x, x, weight, 1e-5, 1.0, 1.0)
-        triton_ops.gated_rms_norm(x, x, weight, 1e-5, 2)
-        triton_ops.silu_and_mul(x)
+        KERNELS["triton"].rms_norm(x, weight, 1e-5)
+        KERNELS["triton"].add_rms_norm(x, x, weight, 1e-5, 1.0, 1.0)
+        KERNELS["triton"].gated_rms_norm(x, x, weight, 1e-5, 2)
+        KERNELS["triton"].silu_and_mul(x)
 
     everything()  # compiles
     torch.cuda.set_sync_debug_mode("error")

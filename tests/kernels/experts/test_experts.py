@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from leyden.kernels import torch_ops, triton_ops
+from leyden.kernels import load
+from leyden.kernels.bundles import Weight
 from leyden.kernels.experts.routing import sort_pairs
 
 ON_GPU = torch.cuda.is_available()
-KERNELS = {"torch": torch_ops, "triton": triton_ops}
+KERNELS = {name: load(name).experts for name in ("torch", "triton")}
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 every_kernel = pytest.mark.parametrize("backend", KERNELS)
@@ -20,6 +21,10 @@ def make_case(device, rng, T, *, d=48, F=40, E=4, top_k=2, dtype=torch.float32):
     down = (torch.randn(E, d, F, generator=rng) * F**-0.5).to(device, dtype)
     weights, experts = torch.rand(T, E, generator=rng).topk(top_k, dim=-1)
     return x, gate_up, down, weights.to(device), experts.to(device)
+
+
+def moe(backend, x, gate_up, down, weights, experts):
+    return KERNELS[backend].moe(x, Weight(gate_up), Weight(down), weights, experts)
 
 
 def plain_moe(x, gate_up, down, weights, experts):
@@ -64,14 +69,14 @@ def test_equal_experts_are_chosen_alike_for_every_token(backend, device):
 def test_a_token_of_nan_takes_experts_that_exist(device):
     logits = torch.full((3, 5), float("nan"), device=device)
     logits[1] = torch.arange(5.0)
-    weights, experts = triton_ops.route(logits, 2)
+    weights, experts = KERNELS["triton"].route(logits, 2)
     assert ((experts >= 0) & (experts < 5)).all()
     assert experts[1].tolist() == [4, 3]
     assert weights.isfinite().all(dim=-1).tolist() == [False, True, False]
 
 
 def test_no_token_has_no_experts(device):
-    assert [t.shape for t in triton_ops.route(torch.empty(0, 4, device=device), 2)] == [(0, 2), (0, 2)]
+    assert [t.shape for t in KERNELS["triton"].route(torch.empty(0, 4, device=device), 2)] == [(0, 2), (0, 2)]
 
 
 # pairs of each expert; a block holds 16
@@ -105,7 +110,7 @@ def test_pairs_are_sorted_stably_and_cut_into_blocks_of_one_expert(counts, devic
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_a_token_is_the_weighted_sum_of_its_experts(backend, T, top_k, device, rng, assert_close):
     case = make_case(device, rng, T, top_k=top_k)
-    assert_close("y", KERNELS[backend].moe(*case), plain_moe(*case), 1e-6)
+    assert_close("y", moe(backend, *case), plain_moe(*case), 1e-6)
 
 
 @every_kernel
@@ -113,7 +118,7 @@ def test_a_token_is_the_weighted_sum_of_its_experts(backend, T, top_k, device, r
 def test_any_sizes(backend, d, F, E, top_k, device, rng, assert_close):
     for T in (1, 9 if ON_GPU else 3):
         case = make_case(device, rng, T, d=d, F=F, E=E, top_k=top_k)
-        assert_close(f"y of {T}", KERNELS[backend].moe(*case), plain_moe(*case), 1e-6)
+        assert_close(f"y of {T}", moe(backend, *case), plain_moe(*case), 1e-6)
 
 
 @every_kernel
@@ -123,7 +128,7 @@ def test_half_precision_stays_in_its_error_bound(backend, dtype, T, device, rng,
     if backend == "triton" and dtype == torch.bfloat16 and not ON_GPU:
         pytest.skip("the interpreter has no bfloat16 dot")
     case = make_case(device, rng, T, dtype=dtype)
-    y = KERNELS[backend].moe(*case)
+    y = moe(backend, *case)
     assert y.dtype == dtype
     assert_close("y", y, plain_moe(*case), BOUNDS[dtype])
 
@@ -135,7 +140,7 @@ def test_experts_of_any_number_of_tokens(backend, counts, device, rng, assert_cl
     experts = torch.cat([torch.full((n,), e) for e, n in enumerate(counts)])
     experts = experts[torch.randperm(len(experts), generator=rng)][:, None].to(device)
     case = x, gate_up, down, weights, experts
-    assert_close("y", KERNELS[backend].moe(*case), plain_moe(*case), 1e-6)
+    assert_close("y", moe(backend, *case), plain_moe(*case), 1e-6)
 
 
 @every_kernel
@@ -144,7 +149,7 @@ def test_rows_may_be_slices_of_something_wider(backend, device, rng, assert_clos
     wide = torch.cat([x, x + 1], dim=1)[:, : x.shape[1]]
     for T in (1, 5):
         case = wide[:T], gate_up, down, weights[:T], experts[:T]
-        assert_close(f"y of {T}", KERNELS[backend].moe(*case), plain_moe(*case), 1e-6)
+        assert_close(f"y of {T}", moe(backend, *case), plain_moe(*case), 1e-6)
 
 
 @every_kernel
@@ -154,24 +159,24 @@ def test_one_expert_takes_every_token_and_unused_experts_are_not_read(backend, d
     expected = plain_moe(x, gate_up, down, weights, experts)
     for e in (0, 1, 3):
         gate_up[e] = down[e] = float("nan")
-    assert_close("y", KERNELS[backend].moe(x, gate_up, down, weights, experts), expected, 1e-6)
+    assert_close("y", moe(backend, x, gate_up, down, weights, experts), expected, 1e-6)
 
 
 @every_kernel
 def test_a_token_does_not_depend_on_its_neighbours(backend, device, rng, assert_close):
     x, gate_up, down, weights, experts = make_case(device, rng, 20)
-    together = KERNELS[backend].moe(x, gate_up, down, weights, experts)
+    together = moe(backend, x, gate_up, down, weights, experts)
     for t in (0, 7, 19):
         one = slice(t, t + 1)
-        alone = KERNELS[backend].moe(x[one], gate_up, down, weights[one], experts[one])
+        alone = moe(backend, x[one], gate_up, down, weights[one], experts[one])
         assert_close(f"token {t}", together[one], alone, 1e-6)
 
 
 @every_kernel
 def test_the_sum_over_experts_is_deterministic(backend, device, rng):
     case = make_case(device, rng, 50 if ON_GPU else 10, top_k=3)
-    first = KERNELS[backend].moe(*case)
-    assert all(torch.equal(first, KERNELS[backend].moe(*case)) for _ in range(3))
+    first = moe(backend, *case)
+    assert all(torch.equal(first, moe(backend, *case)) for _ in range(3))
 
 
 @pytest.mark.gpu
@@ -179,7 +184,7 @@ def test_the_sum_over_experts_is_deterministic(backend, device, rng):
 @pytest.mark.parametrize("T", [1, 4, 64, 130, 700, 2000])
 def test_a_served_shape_stays_in_its_error_bound(dtype, T, device, rng, assert_close):
     case = make_case(device, rng, T, d=512, F=384, E=32, top_k=8, dtype=dtype)
-    assert_close("y", triton_ops.moe(*case), plain_moe(*case), BOUNDS[dtype])
+    assert_close("y", moe("triton", *case), plain_moe(*case), BOUNDS[dtype])
 
 
 @pytest.mark.gpu
@@ -191,14 +196,14 @@ def test_a_large_shape_stays_in_its_error_bound(T, device, assert_close):
     x = torch.randn(T, d, generator=rng, device=device).bfloat16()
     gate_up = (torch.randn(E, 2 * F, d, generator=rng, device=device) * d**-0.5).bfloat16()
     down = (torch.randn(E, d, F, generator=rng, device=device) * F**-0.5).bfloat16()
-    weights, experts = triton_ops.route(torch.randn(T, E, generator=rng, device=device), top_k)
+    weights, experts = KERNELS["triton"].route(torch.randn(T, E, generator=rng, device=device), top_k)
     expected = torch.zeros(T, d, device=device)
     for e in range(E):
         token, j = (experts == e).nonzero(as_tuple=True)
         gate, up = (x[token].float() @ gate_up[e].float().T).chunk(2, dim=-1)
         y = (torch.nn.functional.silu(gate) * up) @ down[e].float().T
         expected.index_add_(0, token, weights[token, j, None] * y)
-    assert_close("y", triton_ops.moe(x, gate_up, down, weights, experts), expected, BOUNDS[torch.bfloat16])
+    assert_close("y", moe("triton", x, gate_up, down, weights, experts), expected, BOUNDS[torch.bfloat16])
 
 
 @pytest.mark.gpu
@@ -206,15 +211,15 @@ def test_a_large_shape_stays_in_its_error_bound(T, device, assert_close):
 def test_it_never_synchronises_and_can_be_captured(T, device, rng, assert_close):
     case = make_case(device, rng, T, top_k=2)
     logits = torch.randn(T, 4, device=device)
-    triton_ops.moe(*case), triton_ops.route(logits, 2)  # compiles
+    moe("triton", *case), KERNELS["triton"].route(logits, 2)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        triton_ops.moe(*case), triton_ops.route(logits, 2)
+        moe("triton", *case), KERNELS["triton"].route(logits, 2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = triton_ops.moe(*case)
+        y = moe("triton", *case)
     case[4].copy_(torch.rand(T, 4, generator=rng).topk(2)[1])
     graph.replay()
     assert_close("y", y, plain_moe(*case), 1e-6)

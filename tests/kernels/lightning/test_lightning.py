@@ -6,17 +6,19 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from leyden.kernels import torch_ops, triton_ops
+from leyden.kernels import load
+from leyden.kernels.bundles import Rows
 from leyden.kernels.lightning import minimax
 from leyden.kernels.lightning.reference import recurrence
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
+TORCH_OPS, TRITON_OPS = load("torch").lightning, load("triton").lightning
 PREFILL = {
-    "torch": torch_ops.lightning_prefill,
-    "torch_segments": torch_ops.lightning_segments,
-    "minimax": triton_ops.lightning_prefill,
-    "seg_la": triton_ops.lightning_segments,
+    "torch": TORCH_OPS.minimax,
+    "torch_segments": TORCH_OPS.seg_la,
+    "minimax": TRITON_OPS.minimax,
+    "seg_la": TRITON_OPS.seg_la,
 }
 TRITON = ("minimax", "seg_la")
 DECODE = ("torch", "minimax", "seg_la")
@@ -52,7 +54,10 @@ class Case:
     def lengths(self) -> list[int]:
         return self.query_start_loc.diff().tolist()
 
-    def rows_of(self, row: int) -> slice:
+    def rows(self, max_len: int) -> Rows:
+        return Rows(self.state_indices, self.has_initial_state, self.query_start_loc, max_len)
+
+    def tokens_of(self, row: int) -> slice:
         return slice(int(self.query_start_loc[row]), int(self.query_start_loc[row + 1]))
 
 
@@ -107,10 +112,7 @@ def run_prefill(backend: str, case: Case) -> tuple[Tensor, Tensor]:
         case.slopes,
         case.scale,
         state,
-        case.state_indices,
-        case.has_initial_state,
-        case.query_start_loc,
-        max(case.lengths),
+        case.rows(max(case.lengths)),
         case.out,
     )
     assert returned is case.out
@@ -119,47 +121,14 @@ def run_prefill(backend: str, case: Case) -> tuple[Tensor, Tensor]:
 
 def decode_step(backend: str, case: Case, state: Tensor) -> Tensor:
     """One token for each row of the case, `state` in place."""
-    if backend == "seg_la":
-        return PREFILL["seg_la"](
-            case.q,
-            case.k,
-            case.v,
-            case.slopes,
-            case.scale,
-            state,
-            case.state_indices,
-            case.has_initial_state,
-            case.query_start_loc,
-            1,
-            case.out,
-        )
-    kernels = torch_ops if backend == "torch" else triton_ops
-    return kernels.lightning_decode(
-        case.q,
-        case.k,
-        case.v,
-        case.slopes,
-        case.scale,
-        state,
-        case.state_indices,
-        case.has_initial_state,
-        case.out,
-    )
+    decode = {"torch": TORCH_OPS.decode, "minimax": TRITON_OPS.decode, "seg_la": TRITON_OPS.seg_la}[backend]
+    return decode(case.q, case.k, case.v, case.slopes, case.scale, state, case.rows(1), case.out)
 
 
 def oracle(case: Case) -> tuple[Tensor, Tensor]:
     """Outputs and the rows' final states, in float64."""
-    return recurrence(
-        case.q,
-        case.k,
-        case.v,
-        case.slopes,
-        case.scale,
-        case.state,
-        case.state_indices,
-        case.has_initial_state,
-        case.query_start_loc,
-    )
+    rows = case.rows(max(case.lengths))
+    return recurrence(case.q, case.k, case.v, case.slopes, case.scale, case.state, rows)
 
 
 def states_of(case: Case, pool: Tensor) -> Tensor:
@@ -359,7 +328,7 @@ def test_a_row_does_not_depend_on_its_neighbours(backend, device, assert_close):
     together, pool = run_prefill(backend, case)
     together = together.clone()
     for row in range(5):
-        tokens = case.rows_of(row)
+        tokens = case.tokens_of(row)
         alone = replace(
             case,
             q=case.q[tokens],
@@ -383,11 +352,11 @@ def test_a_tail_block_has_its_true_length_and_absorbs_nothing_of_the_next_row(ba
     expected_out, expected_state = oracle(case)
     for row in range(1, len(lengths), 2):
         for x in (case.q, case.k, case.v):
-            x[case.rows_of(row)] = float("nan")
+            x[case.tokens_of(row)] = float("nan")
     out, pool = run_prefill(backend, case)
     final = states_of(case, pool)
     for row in range(0, len(lengths), 2):
-        assert_close(f"out of row {row}", out[case.rows_of(row)], expected_out[case.rows_of(row)], 1e-6)
+        assert_close(f"out of row {row}", out[case.tokens_of(row)], expected_out[case.tokens_of(row)], 1e-6)
         assert_close(f"state of row {row}", final[row], expected_state[row], 1e-6)
 
 
@@ -420,7 +389,7 @@ def test_padding_rows_write_zeros_and_leave_the_pool_alone(backend, device, asse
     expected_out, expected_state = oracle(case)
     case.state[6:].fill_(float("nan"))  # where slot -1 would land
     for x in (case.q, case.k, case.v):
-        x[case.rows_of(3)] = float("nan")
+        x[case.tokens_of(3)] = float("nan")
     out, pool = run_prefill(backend, case)
     assert torch.equal(bits(out[34:]), torch.zeros_like(bits(out[34:])))
     assert_close("out", out[:34], expected_out[:34], 1e-6)
@@ -477,10 +446,7 @@ def test_strided_pool_and_output_need_no_copy(backend, device, assert_close):
         case.slopes,
         case.scale,
         pool,
-        case.state_indices,
-        case.has_initial_state,
-        case.query_start_loc,
-        65,
+        case.rows(65),
         wide[:, :, 16:32],
     )
     assert_close("out", out, expected_out, 1e-6)
@@ -544,22 +510,13 @@ def test_slots_beyond_two_to_the_31_elements_are_addressed(backend, device, asse
         small = torch.randn(2, heads, K, K, device=device).bfloat16()
         pool.zero_()
         pool[2099], pool[2050] = small
-        expected_out, expected_state = recurrence(
-            case.q,
-            case.k,
-            case.v,
-            case.slopes,
-            case.scale,
-            small,
-            torch.tensor([0, 1]),
-            case.has_initial_state,
-            case.query_start_loc,
-        )
-        arguments = (case.q, case.k, case.v, case.slopes, case.scale, pool, case.state_indices)
+        inputs = (case.q, case.k, case.v, case.slopes, case.scale)
+        rows = case.rows(max(lengths))
+        expected_out, expected_state = recurrence(*inputs, small, rows._replace(slots=torch.tensor([0, 1])))
         if max(lengths) == 1 and backend == "minimax":
-            triton_ops.lightning_decode(*arguments, case.has_initial_state, case.out)
+            TRITON_OPS.decode(*inputs, pool, rows, case.out)
         else:
-            PREFILL[backend](*arguments, case.has_initial_state, case.query_start_loc, max(lengths), case.out)
+            PREFILL[backend](*inputs, pool, rows, case.out)
         assert_close("out", case.out, expected_out, 1e-6)
         assert_close("state", pool[[2099, 2050]], expected_state, 3e-3)
         assert not pool[:2050].any()
@@ -591,11 +548,11 @@ def test_a_served_shape_stays_in_its_error_bound(backend, dtype, device, assert_
 def test_no_kernel_synchronises_with_the_host(device):
     case = make_case(device, [300, 1, 17], heads=4, K=64, dtype=torch.bfloat16)
     step = make_case(device, [1] * 4, heads=4, K=64, dtype=torch.bfloat16)
-    arguments = (case.q, case.k, case.v, case.slopes, case.scale, case.state, case.state_indices)
+    arguments = (case.q, case.k, case.v, case.slopes, case.scale, case.state, case.rows(300), case.out)
 
     def everything() -> None:
-        for prefill in (triton_ops.lightning_prefill, triton_ops.lightning_segments):
-            prefill(*arguments, case.has_initial_state, case.query_start_loc, 300, case.out)
+        TRITON_OPS.minimax(*arguments)
+        TRITON_OPS.seg_la(*arguments)
         decode_step("minimax", step, step.state)
         decode_step("seg_la", step, step.state)
 
@@ -627,7 +584,7 @@ def test_a_captured_decode_serves_other_slots_and_padding(backend, device, asser
     assert torch.equal(pool[[1, 2, 4, 5]], case.state[[1, 2, 4, 5]])
 
 
-SNAPSHOT = {"torch": torch_ops.lightning_snapshot, "triton": triton_ops.lightning_snapshot}
+SNAPSHOT = {"torch": TORCH_OPS.snapshot, "triton": TRITON_OPS.snapshot}
 
 
 @pytest.mark.parametrize("ops", SNAPSHOT)
@@ -648,9 +605,7 @@ def test_a_snapshot_is_the_state_that_a_row_passes(ops, dtype, K, V, device, ass
         case.v,
         case.slopes,
         case.state,
-        case.state_indices,
-        case.has_initial_state,
-        case.query_start_loc,
+        case.rows(300),
         torch.tensor([(77, 5, -1), *snapshots, (-1, -1, -1)], dtype=torch.int32, device=device),
         pool[:, 1],
     )
@@ -659,6 +614,6 @@ def test_a_snapshot_is_the_state_that_a_row_passes(ops, dtype, K, V, device, ass
     for (row, n), place in zip(asked, places, strict=True):
         cut = case.query_start_loc.clone()
         cut[row + 1 :] = cut[row] + n
-        inputs = (case.q, case.k, case.v, case.slopes, case.scale, case.state, case.state_indices)
-        _, states = recurrence(*inputs, case.has_initial_state, cut)
+        rows = case.rows(300)._replace(starts=cut)
+        _, states = recurrence(case.q, case.k, case.v, case.slopes, case.scale, case.state, rows)
         assert_close(f"{n} tokens of row {row}", pool[place, 1], states[row], BOUNDS[dtype][1])

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from leyden.kernels import torch_ops, triton_ops
+from leyden.kernels import load
+from leyden.kernels.bundles import Ring, Rows
 from leyden.kernels.lightning.reference import recurrence
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
-KERNELS = {"torch": torch_ops, "triton": triton_ops}
+KERNELS = {name: load(name).lightning for name in ("torch", "triton")}
 RING = 16
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
@@ -34,14 +35,17 @@ class Decoding:
     continues: Tensor  # of the first step
     pending: Tensor
 
+    @property
+    def ring(self) -> Ring:
+        return Ring(self.key_ring, self.value_ring, self.pending)
+
     def step(self, backend: str, t: int) -> Tensor:
         """Outputs [B, H, V] of step t; counts what waits as the contract says."""
         out = torch.full_like(self.v[:, t], float("nan"))
         continues = self.continues | (t > 0)
-        KERNELS[backend].lightning_replay(
-            self.q[:, t], self.k[:, t], self.v[:, t], self.slopes, self.scale,
-            self.state, self.key_ring, self.value_ring, self.slots, continues, self.pending, out,
-        )  # fmt: skip
+        rows = Rows(self.slots, continues, torch.arange(len(out) + 1, device=out.device).int(), 1)
+        inputs = (self.q[:, t], self.k[:, t], self.v[:, t], self.slopes, self.scale)
+        KERNELS[backend].replay(*inputs, self.state, self.ring, rows, out)
         self.pending = torch.where(continues, (self.pending + 1) % RING, 0).int()
         return out
 
@@ -49,18 +53,15 @@ class Decoding:
         return torch.stack([self.step(backend, t) for t in range(self.q.shape[1])], dim=1)
 
     def fold(self, backend: str) -> None:
-        continues = torch.ones_like(self.continues)
-        KERNELS[backend].lightning_fold(
-            self.slopes, self.state, self.key_ring, self.value_ring, self.slots, continues, self.pending
-        )
+        KERNELS[backend].fold(self.slopes, self.state, self.ring, self.slots)
         self.pending = torch.zeros_like(self.pending)
 
     def oracle(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs [B, steps, H, V] and final states [B, H, K, V] from the pool as it was, in float64."""
         rows, steps = self.q.shape[:2]
-        starts = torch.arange(rows + 1) * steps
+        whole = Rows(self.slots, self.continues, torch.arange(rows + 1) * steps, steps)
         flat = [x.flatten(0, 1) for x in (self.q, self.k, self.v)]
-        out, final = recurrence(*flat, self.slopes, self.scale, state, self.slots, self.continues, starts)
+        out, final = recurrence(*flat, self.slopes, self.scale, state, whole)
         return out.unflatten(0, (rows, steps)), final
 
     @property
@@ -229,12 +230,13 @@ def test_a_captured_step_serves_every_place_in_the_ring(device, assert_close):
     expected, _ = case.oracle(case.state.clone())
     q, k, v = (x[:, 0].clone() for x in (case.q, case.k, case.v))
     out = torch.empty_like(v)
-    arguments = (q, k, v, case.slopes, case.scale, case.state, case.key_ring, case.value_ring)
+    arguments = (q, k, v, case.slopes, case.scale, case.state, case.ring)
+    rows = Rows(case.slots, case.continues, torch.arange(len(q) + 1, device=device).int(), 1)
     graph = torch.cuda.CUDAGraph()
-    padding = torch.full_like(case.slots, -1)
-    triton_ops.lightning_replay(*arguments, padding, case.continues, case.pending, out)  # compiles
+    padding = rows._replace(slots=torch.full_like(case.slots, -1))
+    KERNELS["triton"].replay(*arguments, padding, out)  # compiles
     with torch.cuda.graph(graph):
-        triton_ops.lightning_replay(*arguments, case.slots, case.continues, case.pending, out)
+        KERNELS["triton"].replay(*arguments, rows, out)
     outs = []
     for t in range(case.q.shape[1]):
         for buffer, x in ((q, case.q), (k, case.k), (v, case.v)):

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from leyden.kernels import torch_ops, triton_ops
+from leyden.kernels import load
+from leyden.kernels.bundles import Ring, Rows
 from leyden.kernels.lightning.reference import recurrence
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
-KERNELS = {"torch": torch_ops, "triton": triton_ops}
+KERNELS = {name: load(name).lightning for name in ("torch", "triton")}
 RING = 16
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -46,12 +47,15 @@ class Case:
     def pools(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.state, self.key_ring, self.value_ring
 
+    @property
+    def ring(self) -> Ring:
+        return Ring(self.key_ring, self.value_ring, self.pending)
+
     def run(self, backend: str) -> Tensor:
         """The outputs; the pools are changed in place."""
-        returned = KERNELS[backend].lightning_verify(
-            self.q, self.k, self.v, self.slopes, self.scale, *self.pools,
-            self.slots, self.continues, self.pending, self.starts, self.out,
-        )  # fmt: skip
+        rows = Rows(self.slots, self.continues, self.starts, RING)
+        inputs = (self.q, self.k, self.v, self.slopes, self.scale)
+        returned = KERNELS[backend].verify(*inputs, self.state, self.ring, rows, self.out)
         assert returned is self.out
         return self.out
 
@@ -64,9 +68,9 @@ class Case:
             keys, values = (ring[slot, :, :p].transpose(0, 1).double() for ring in (self.key_ring, self.value_ring))
             k, v = torch.cat([keys, self.k[tokens].double()]), torch.cat([values, self.v[tokens].double()])
             q = torch.cat([torch.zeros_like(keys), self.q[tokens].double()])
-            one = torch.tensor([0, len(q)])
-            whose = (self.slots[row : row + 1], self.continues[row : row + 1])
-            out[tokens] = recurrence(q, k, v, self.slopes, self.scale, self.state, *whose, one)[0][p:].cpu()
+            one = slice(row, row + 1)
+            whole = Rows(self.slots[one], self.continues[one], torch.tensor([0, len(q)]), len(q))
+            out[tokens] = recurrence(q, k, v, self.slopes, self.scale, self.state, whole)[0][p:].cpu()
         return out
 
 
@@ -217,8 +221,12 @@ class Walk:
         case = self.case
         return *qkv.split(16, dim=-1), case.slopes, case.scale, case.state
 
-    def _waiting(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.case.slots, self.case.continues, torch.full_like(self.case.pending, self.pending)
+    def _ring(self) -> Ring:
+        return self.case.ring._replace(num_pending=torch.full_like(self.case.pending, self.pending))
+
+    def _rows(self, m: int) -> Rows:
+        starts = torch.tensor([0, m], dtype=torch.int32, device=self.case.slots.device)
+        return Rows(self.case.slots, self.case.continues, starts, m)
 
     def _keep(self, out: Tensor, n: int) -> None:
         self.outs.append(out[:n])
@@ -232,42 +240,35 @@ class Walk:
         if self.pending + m > RING:
             self.fold()
         qkv = torch.cat([self.next(kept), torch.full_like(self.next(m - kept), 100.0)])
-        starts = torch.tensor([0, m], dtype=torch.int32, device=qkv.device)
         out = torch.full_like(qkv[..., :16], float("nan"))
-        rings = (self.case.key_ring, self.case.value_ring)
-        self.ops.lightning_verify(*self._arguments(qkv), *rings, *self._waiting(), starts, out)
+        self.ops.verify(*self._arguments(qkv), self._ring(), self._rows(m), out)
         self._keep(out, kept)
         self.pending += kept
 
     def decode(self) -> None:
         qkv = self.next(1)
         out = torch.full_like(qkv[..., :16], float("nan"))
-        rings = (self.case.key_ring, self.case.value_ring)
-        self.ops.lightning_replay(*self._arguments(qkv), *rings, *self._waiting(), out)
+        self.ops.replay(*self._arguments(qkv), self._ring(), self._rows(1), out)
         self._keep(out, 1)
         self.pending = self.pending + 1 if self.pending < RING - 1 else 0
 
     def fold(self) -> None:
-        case = self.case
-        self.ops.lightning_fold(case.slopes, *case.pools, *self._waiting())
+        self.ops.fold(self.case.slopes, self.case.state, self._ring(), self.case.slots)
         self.pending = 0
 
     def prefill(self, n: int) -> None:
         self.fold()
         qkv = self.next(n)
-        starts = torch.tensor([0, n], dtype=torch.int32, device=qkv.device)
         out = torch.full_like(qkv[..., :16], float("nan"))
-        self.ops.lightning_segments(*self._arguments(qkv), *self._waiting()[:2], starts, n, out)
+        self.ops.seg_la(*self._arguments(qkv), self._rows(n), out)
         self._keep(out, n)
 
     def check(self, assert_close, bound: float, state_bound: float) -> None:
         """Every output so far and the state, against the recurrence token by token."""
         self.fold()
         case, qkv = self.case, self.qkv[: self.computed]
-        one = torch.tensor([0, self.computed])
-        expected, final = recurrence(
-            *qkv.split(16, dim=-1), case.slopes, case.scale, self.first_state, case.slots, case.continues, one
-        )
+        q, k, v = qkv.split(16, dim=-1)
+        expected, final = recurrence(q, k, v, case.slopes, case.scale, self.first_state, self._rows(self.computed))
         assert_close("out", torch.cat(self.outs), expected, bound)
         assert_close("state", case.state[case.slots.long()], final, state_bound)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from backends import BACKENDS, PlainBackend
 from leyden.kernels import load
+from leyden.kernels.bundles import Rows
 from leyden.kernels.lightning.reference import recurrence
 from leyden.models.forward_batch import ForwardBatch
 from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS, LightningCall, LinearState
@@ -87,7 +88,7 @@ class Layer:
         if rows and self.backend.ring_size:
             slots = torch.tensor([row.slot for row in rows], dtype=torch.int32, device=self.device)
             pending = torch.tensor([row.pending for row in rows], dtype=torch.int32, device=self.device)
-            self.kernels.lightning_fold(self.slopes, *self.state.pools, slots, pending > 0, pending)
+            self.kernels.lightning.fold(self.slopes, self.state.state, self.state.ring(pending), slots)
         for row in rows:
             row.pending = 0
 
@@ -123,8 +124,8 @@ class Layer:
         one = torch.tensor([0, row.computed])
         q, k, v = row.qkv[: row.computed].split(DIM, -1)
         nothing = torch.zeros(1, HEADS, DIM, DIM)
-        new = torch.tensor([False])
-        expected, _ = recurrence(q, k, v, self.slopes.cpu(), DIM**-0.5, nothing, torch.tensor([0]), new, one)
+        rows = Rows(torch.tensor([0]), torch.tensor([False]), one, row.computed)
+        expected, _ = recurrence(q, k, v, self.slopes.cpu(), DIM**-0.5, nothing, rows)
         error = (torch.cat(row.outs).double() - expected).norm() / expected.norm()
         assert error < 1e-6, f"error {error:.1e}"
 
@@ -158,21 +159,25 @@ class Recorder:
     def __init__(self) -> None:
         self.called: list[str] = []
 
+    @property
+    def lightning(self) -> Recorder:
+        return self
+
     def __getattr__(self, name: str):
-        return lambda *_: self.called.append(name.removeprefix("lightning_"))
+        return lambda *_: self.called.append(name)
 
 
 @pytest.mark.parametrize(
     ("heads", "prompts", "decodes", "expected"),
     [
-        (64, [8192], 0, ["segments"]),
-        (16, [8192], 0, ["prefill"]),
-        (16, [4096] * 2, 0, ["prefill"]),
-        (16, [4096] * 3, 0, ["segments"]),
-        (16, [1023], 0, ["segments"]),
-        (16, [1024], 0, ["prefill"]),
-        (16, [8192], 5, ["prefill", "replay"]),
-        (64, [2048] * 4, 60, ["segments", "replay"]),
+        (64, [8192], 0, ["seg_la"]),
+        (16, [8192], 0, ["minimax"]),
+        (16, [4096] * 2, 0, ["minimax"]),
+        (16, [4096] * 3, 0, ["seg_la"]),
+        (16, [1023], 0, ["seg_la"]),
+        (16, [1024], 0, ["minimax"]),
+        (16, [8192], 5, ["minimax", "replay"]),
+        (64, [2048] * 4, 60, ["seg_la", "replay"]),
         (16, [], 7, ["replay"]),
     ],
 )
@@ -299,13 +304,13 @@ def test_drafts_alone_and_beside_one_other_kind(speculating):
 def test_each_kind_of_row_has_its_own_operation(name):
     kernels = Recorder()
     layer = Layer(name, "torch", "cpu", speculative=True)
-    layer.backend.kernels = kernels
+    backend = LINEAR_BACKENDS[name](kernels, speculative=True)
     row = make_row(20, slot=0)
     row.computed, row.pending = 5, 9
     batch = layer.batch([row], [7], 0, 1)
     q = torch.empty(7, HEADS, DIM)
-    layer.backend.forward(LightningCall(q, q, q, q, 1.0, layer.state, batch, q))
+    backend.forward(LightningCall(q, q, q, q, 1.0, layer.state, batch, q))
     assert kernels.called == ["verify"]
     kernels.called.clear()
-    layer.backend.forward(LightningCall(q, q, q, q, 1.0, layer.state, layer.batch([row], [1], 0, 0), q))
-    assert kernels.called == {"minimax": ["decode"], "seg_la": ["segments"], "replay": ["replay"]}[name]
+    backend.forward(LightningCall(q, q, q, q, 1.0, layer.state, layer.batch([row], [1], 0, 0), q))
+    assert kernels.called == {"minimax": ["decode"], "seg_la": ["seg_la"], "replay": ["replay"]}[name]

@@ -196,7 +196,7 @@ TILE = (8192, 1024, 8, 3, 16)
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
-    """logits [N, V] -> tokens [N] int32. Contract: `Kernels.sample`."""
+    """logits [N, V] -> tokens [N] int32. Contract: `Sample`."""
     num_rows, vocab = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if num_rows:

@@ -1,0 +1,37 @@
+"""Products, norms and activations around attention and experts."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..bundles import Weight
+
+
+class Dense(Protocol):
+    def linear(self, x: Tensor, weight: Weight) -> Tensor:
+        """x [T, K] @ weight [N, K]^T -> [T, N], of one dtype, sums in float32; x contiguous.
+
+        Raises NotImplementedError for a matrix with a scale.
+        """
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., d] / sqrt(mean(x^2) + eps) * weight [d], statistics in float32, in x's dtype."""
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, alpha: float, beta: float
+    ) -> tuple[Tensor, Tensor]:
+        """h = alpha * residual + beta * x; returns (rms_norm(h), h). x, residual: [T, d]."""
+
+    def gated_rms_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float, num_groups: int = 1) -> Tensor:
+        """rms_norm(x) * sigmoid(gate), rounded once; x, gate: [T, W], weight: [W].
+
+        The norm is over each of `num_groups` equal parts of the last dim.
+        """
+
+    def silu_(self, x: Tensor) -> Tensor:
+        """x * sigmoid(x), in place; x: [T, W]. Returns x."""
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """x [T, 2F] = [gate | up] -> silu(gate) * up, [T, F]."""

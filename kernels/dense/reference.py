@@ -1,0 +1,50 @@
+"""Products, norms and activations in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..bundles import Weight
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """x [T, K], weight [N, K] -> [T, N]. Contract: `Dense.linear`."""
+    return F.linear(x, weight.plain())
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., d] -> [..., d] (Zhang and Sennrich 2019). Contract: `Dense.rms_norm`."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(h), h) with h = alpha * residual + beta * x. Contract: `Dense.add_rms_norm`."""
+    if x.dtype == torch.float32 and alpha == 1.0:
+        h = torch.add(residual, x, alpha=beta)
+    else:
+        h = torch.add(residual.float() * alpha, x.float(), alpha=beta).to(x.dtype)
+    return rms_norm(h, weight, eps), h
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, num_groups: int = 1) -> Tensor:
+    """x, gate [T, W] -> [T, W]. Contract: `Dense.gated_rms_norm`."""
+    groups = x.float().unflatten(-1, (num_groups, -1))
+    normed = F.rms_norm(groups, groups.shape[-1:], None, eps).flatten(-2)
+    return normed.mul_(weight).mul_(torch.sigmoid(gate.float())).to(x.dtype)
+
+
+def silu_(x: Tensor) -> Tensor:
+    """x [T, W] in place. Contract: `Dense.silu_`."""
+    return F.silu(x, inplace=True)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """x [T, 2F] = [gate | up] -> silu(gate) * up, [T, F] (SwiGLU, Shazeer 2020)."""
+    gate, up = x.chunk(2, dim=-1)
+    if x.dtype == torch.float32:
+        return F.silu(gate).mul_(up)
+    return F.silu(gate.float()).mul_(up).to(x.dtype)

@@ -1,0 +1,6 @@
+"""`Experts` as Triton kernels."""
+
+from __future__ import annotations
+
+from .products import moe as moe
+from .routing import route as route
