@@ -12,11 +12,11 @@ from ..configs.schema import ServerConfig
 from ..engine.async_llm import AsyncLLM
 from ..engine.messages import EngineInfo
 from ..engine.text.grammar import GrammarCompiler
-from .answers.logprobs import TokenNames
-from .door.fields import IgnoredNames, ignored_header
 from .errors import overloaded
 from .metrics import ServerMetrics
 from .parsers.formats import ChatFormat
+from .wire.ignored import IgnoredNames, ignored_header
+from .wire.token_names import TokenNames
 
 BODY_BYTES_PER_TOKEN = 8  # an id of six digits with its comma and blank; English has half as many
 LEAST_BODY_BYTES = 2_000_000

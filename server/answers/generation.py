@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
@@ -14,18 +14,14 @@ from starlette.types import Receive
 from ...engine.errors import QueueFullError, QueueTimeoutError, RequestError
 from ...engine.outputs import RequestOutput
 from ..door.choices import Choice
+from ..door.validation import Prepared
 from ..errors import ApiError
 from ..metrics import SequenceTimer
 from ..off_loop import CHARS_PER_SCORE, CHARS_PER_TEXT
 from ..state import ServerState
-
-if TYPE_CHECKING:
-    from ..door.validation import Prepared
-    from ..http.tracing import RequestTrace
+from .events import Event, Events, Watch
 
 T = TypeVar("T")
-Event = tuple[Choice, RequestOutput]
-Events = AsyncGenerator[Event, None]
 
 # Outputs per choice that may wait for a slow reader here before its choices stop pulling from the engine.
 QUEUE_PER_CHOICE = 2
@@ -42,11 +38,9 @@ def generate(state: ServerState, choices: list[Choice]) -> Events:
 
 
 def traced(http: Request, prepared: Prepared[Any], answer_id: str, events: Events) -> Events:
-    """The same events, seen by the request's trace when traces are asked for."""
-    trace: RequestTrace | None = http.scope["state"].get("trace")
-    if trace is None:
-        return events
-    return trace.watch(prepared.request, prepared.choices, ServerState.of(http).model_name, answer_id, events)
+    """The same events, observed by the request's trace if it has one."""
+    watch: Watch | None = http.scope["state"].get("watch")
+    return events if watch is None else watch(prepared, ServerState.of(http).model_name, answer_id, events)
 
 
 async def _run_side_by_side(state: ServerState, choices: list[Choice]) -> Events:

@@ -6,48 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from ...engine.outputs import TokenLogprobs
-from ...engine.text.tokenizer import Tokenizer
 from ..wire.answers import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
+from ..wire.token_names import TokenNames
 from .pieces import Splicer, joined, joined_entries
 
 TOKENS_AT_ONCE = 64  # whose log-probabilities are written by one call
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's stand-in
-HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 E = TypeVar("E")
-
-
-class TokenNames:
-    """Token id -> how logprobs show it, remembered. Part of a character is shown as its bytes, as OpenAI does."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._names: dict[int, str] = {}  # never more entries than the vocabulary
-        self._bytes: dict[int, list[int]] = {}  # likewise
-
-    def __getitem__(self, token_id: int) -> str:
-        name = self._names.get(token_id)
-        if name is None:
-            name = self._names[token_id] = self._make(token_id)
-        return name
-
-    def _make(self, token_id: int) -> str:
-        text = self._tokenizer.token_text(token_id)
-        if HALF_CHARACTER not in text:
-            return text
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._tokenizer.token_bytes(token_id))
-
-    def at_start(self, token_id: int) -> str:
-        """The name of a text's first token, where a decoder may drop a blank."""
-        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return self[token_id] if HALF_CHARACTER in text else text
-
-    def raw(self, token_id: int) -> list[int]:
-        """Its bytes. The list is shared: it is not to be changed."""
-        found = self._bytes.get(token_id)
-        if found is None:
-            found = self._bytes[token_id] = list(self._tokenizer.token_bytes(token_id))
-        return found
 
 
 class CompletionLogprobsWriter:

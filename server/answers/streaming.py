@@ -15,7 +15,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ..errors import ApiError, describe, log_failure
 from ..off_loop import CHARS_PER_SCORE, off_loop
-from .generation import Event, Events, cancel_all, num_chars, unless_disconnected
+from .events import Event, Events
+from .generation import cancel_all, num_chars, unless_disconnected
 
 ENCODE = msgspec.json.Encoder().encode
 TOKENS_PER_EVENT = 256  # whose log-probabilities one chunk may hold

@@ -34,7 +34,7 @@ from ..http.middleware import load_keys
 from ..http.starting import refusing
 from ..http.trace_export import exporting_tracer
 from ..parsers.formats import ChatFormat
-from .info import banner
+from .banner import banner
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer

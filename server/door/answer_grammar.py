@@ -18,8 +18,8 @@ from ...engine.text.schema_subset import supported_subset
 from ..errors import UnsupportedParameterError
 from ..parsers.forced import after_thought, forced_grammar
 from ..parsers.formats import AnswerFormat
+from ..wire.requests import ToolChoice
 from .structured import ANY_OBJECT, Asked
-from .tools import ToolChoice
 
 MAX_SHOWN_PATHS = 5
 MAX_PARAMETERS_CHARS = 1 << 20  # of all tools whose arguments are held to a schema, as JSON

@@ -4,13 +4,12 @@ them."""
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 from ...engine.errors import RequestError
 from ...engine.text.template_inputs import TemplateInputs
+from ..wire.requests import Effort
 from .body import drop_nulls
-
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 MAX_SETTINGS = 32
 MAX_SETTINGS_CHARS = 16_384  # of all of them, as JSON

@@ -6,31 +6,18 @@ Calls of earlier answers, which come back in assistant messages, are read here, 
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ...engine.errors import RequestError
 from ..errors import UnsupportedParameterError
+from ..wire.requests import MAX_TOOLS, NAME, ToolChoice
 from .body import drop_nulls, json_type, parse_object, require_type
 
 MAX_ARGUMENTS_DEPTH = 32
-MAX_TOOLS = 128  # OpenAI's
 MAX_TOOL_CHARS = 65_536  # of one definition, as JSON
 MAX_ID_CHARS = 256
-NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 STRICT = "function.strict"
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}  # what OpenAI reads where they are left out
-
-ToolMode = Literal["none", "auto", "required"]
-
-
-@dataclass(frozen=True)
-class ToolChoice:
-    """`name` is the only function that may be called; "required" without it: any of them, but one at least."""
-
-    mode: ToolMode
-    name: str | None = None
 
 
 def read_tools(value: Any) -> tuple[list[dict[str, Any]], list[str]]:

@@ -17,13 +17,13 @@ from ... import __version__
 from ...configs.schema import ServerConfig
 from ...engine.async_llm import AsyncLLM
 from ...engine.text.grammar import GrammarCompiler
-from ..answers.logprobs import TokenNames
 from ..errors import ApiError, describe, unknown_route
 from ..metrics import ServerMetrics
 from ..parsers.formats import ChatFormat
 from ..responses_api import route as responses
 from ..routes import chat, completions, health, models, pages, sessions, status, tokenize
 from ..state import ServerState, max_body_bytes
+from ..wire.token_names import TokenNames
 from .middleware import (
     AccessLogMiddleware,
     AuthMiddleware,

@@ -17,8 +17,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...configs.schema import ServerConfig
 from ...engine.logs import printable
-from ..door.fields import IGNORED_HEADER
 from ..errors import ApiError, error_response
+from ..wire.ignored import IGNORED_HEADER
 
 ANY = "*"
 LOCAL_NAMES = frozenset({"localhost", "host.docker.internal", "host.containers.internal"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import aclosing
+from typing import Any
 
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -15,10 +16,9 @@ from opentelemetry.util.types import AttributeValue
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..answers.generation import Events
-from ..door.choices import Choice
+from ..answers.events import Events
+from ..door.validation import Prepared
 from ..errors import describe
-from ..wire.requests import GenerationRequest
 
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/responses": "chat", "/v1/completions": "text_completion"}
 ABORTED = "client_disconnected"
@@ -47,7 +47,7 @@ class TracingMiddleware:
                 _note_status(span, message["status"])
             await send(message)
 
-        scope["state"]["trace"] = RequestTrace(span, operation)
+        scope["state"]["watch"] = RequestTrace(span, operation).watch
         try:
             await self.app(scope, receive, watch_status)
         finally:
@@ -62,11 +62,9 @@ class RequestTrace:
         self.operation = operation
         self.started = time.perf_counter()
 
-    def watch(
-        self, request: GenerationRequest, choices: list[Choice], model_name: str, answer_id: str, events: Events
-    ) -> Events:
-        """The same events, looked at as they pass."""
-        params = choices[0].request.sampling_params
+    def watch(self, prepared: Prepared[Any], model_name: str, answer_id: str, events: Events) -> Events:
+        """The same events, observed as they pass."""
+        request, params = prepared.request, prepared.choices[0].request.sampling_params
         self.span.update_name(f"{self.operation} {model_name}")
         asked: dict[str, AttributeValue | None] = {
             "gen_ai.request.model": model_name,
@@ -81,7 +79,7 @@ class RequestTrace:
             "gen_ai.request.stream": request.stream,
             "gen_ai.response.model": model_name,
             "gen_ai.response.id": answer_id,
-            "gen_ai.usage.input_tokens": sum(len(c.request.prompt_token_ids) for c in choices if c.is_first),
+            "gen_ai.usage.input_tokens": sum(len(prompt.token_ids) for prompt in prepared.prompts),
         }
         self.span.set_attributes({name: value for name, value in asked.items() if value is not None})
         return self._watch(events)

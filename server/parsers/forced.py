@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from ...engine.text.grammar import json_rule
-from ..door.tools import ToolChoice
+from ..wire.requests import ToolChoice
 from . import reasoning
 from .formats import NUMBER, AnswerFormat
 

@@ -13,7 +13,6 @@ from .wire import (
     CustomCallItem,
     CustomInputDelta,
     CustomInputDone,
-    Event,
     FunctionCallItem,
     ItemAdded,
     ItemDone,
@@ -27,6 +26,7 @@ from .wire import (
     ReasoningDone,
     ReasoningItem,
     ReasoningText,
+    ResponseEvent,
     TextDelta,
     TextDone,
 )
@@ -48,15 +48,15 @@ class GrowingItem:
     def text(self) -> str:
         return "".join(self._pieces)
 
-    def begin(self) -> Iterator[Event]:
+    def begin(self) -> Iterator[ResponseEvent]:
         yield ItemAdded(output_index=self.output_index, item=self.item("in_progress"))
 
-    def add(self, text: str, logprobs: Logprobs) -> Iterator[Event]:
+    def add(self, text: str, logprobs: Logprobs) -> Iterator[ResponseEvent]:
         """`logprobs` are kept by items that show some."""
         self._pieces.append(text)
         yield from ()
 
-    def end(self, status: ItemStatus) -> Iterator[Event]:
+    def end(self, status: ItemStatus) -> Iterator[ResponseEvent]:
         yield ItemDone(output_index=self.output_index, item=self.item(status))
 
     def item(self, status: ItemStatus) -> OutputItem:
@@ -67,15 +67,15 @@ class GrowingItem:
 class GrowingReasoning(GrowingItem):
     prefix = "rs"
 
-    def begin(self) -> Iterator[Event]:
+    def begin(self) -> Iterator[ResponseEvent]:
         yield from super().begin()
         yield PartAdded(output_index=self.output_index, item_id=self.id, part=ReasoningText(""))
 
-    def add(self, text: str, logprobs: Logprobs) -> Iterator[Event]:
+    def add(self, text: str, logprobs: Logprobs) -> Iterator[ResponseEvent]:
         yield from super().add(text, logprobs)
         yield ReasoningDelta(output_index=self.output_index, item_id=self.id, delta=text)
 
-    def end(self, status: ItemStatus) -> Iterator[Event]:
+    def end(self, status: ItemStatus) -> Iterator[ResponseEvent]:
         yield ReasoningDone(output_index=self.output_index, item_id=self.id, text=self.text)
         yield PartDone(output_index=self.output_index, item_id=self.id, part=ReasoningText(self.text))
         yield from super().end(status)
@@ -91,16 +91,16 @@ class GrowingMessage(GrowingItem):
         super().__init__(output_index)
         self._logprobs: Logprobs = []
 
-    def begin(self) -> Iterator[Event]:
+    def begin(self) -> Iterator[ResponseEvent]:
         yield ItemAdded(output_index=self.output_index, item=MessageItem(self.id, [], "in_progress"))
         yield PartAdded(output_index=self.output_index, item_id=self.id, part=OutputText(""))
 
-    def add(self, text: str, logprobs: Logprobs) -> Iterator[Event]:
+    def add(self, text: str, logprobs: Logprobs) -> Iterator[ResponseEvent]:
         yield from super().add(text, logprobs)
         self._logprobs += logprobs
         yield TextDelta(output_index=self.output_index, item_id=self.id, delta=text, logprobs=logprobs)
 
-    def end(self, status: ItemStatus) -> Iterator[Event]:
+    def end(self, status: ItemStatus) -> Iterator[ResponseEvent]:
         yield TextDone(output_index=self.output_index, item_id=self.id, text=self.text, logprobs=self._logprobs)
         yield PartDone(output_index=self.output_index, item_id=self.id, part=self._part())
         yield from super().end(status)
@@ -120,11 +120,11 @@ class GrowingCall(GrowingItem):
         self.name = name
         self.call_id = call_id or make_id("call")
 
-    def add(self, text: str, logprobs: Logprobs) -> Iterator[Event]:
+    def add(self, text: str, logprobs: Logprobs) -> Iterator[ResponseEvent]:
         yield from super().add(text, logprobs)
         yield ArgumentsDelta(output_index=self.output_index, item_id=self.id, delta=text)
 
-    def end(self, status: ItemStatus) -> Iterator[Event]:
+    def end(self, status: ItemStatus) -> Iterator[ResponseEvent]:
         yield ArgumentsDone(output_index=self.output_index, item_id=self.id, name=self.name, arguments=self.text)
         yield from super().end(status)
 
@@ -143,10 +143,10 @@ class GrowingCustomCall(GrowingItem):
         self.call_id = call_id or make_id("call")
         self._arguments = CustomInput()
 
-    def add(self, text: str, logprobs: Logprobs) -> Iterator[Event]:
+    def add(self, text: str, logprobs: Logprobs) -> Iterator[ResponseEvent]:
         yield from self._add_input(self._arguments.push(text))
 
-    def end(self, status: ItemStatus) -> Iterator[Event]:
+    def end(self, status: ItemStatus) -> Iterator[ResponseEvent]:
         yield from self._add_input(self._arguments.finish())
         yield CustomInputDone(output_index=self.output_index, item_id=self.id, input=self.text)
         yield from super().end(status)
@@ -154,7 +154,7 @@ class GrowingCustomCall(GrowingItem):
     def item(self, status: ItemStatus) -> CustomCallItem:
         return CustomCallItem(self.id, self.call_id, self.name, self.text, status)
 
-    def _add_input(self, text: str) -> Iterator[Event]:
+    def _add_input(self, text: str) -> Iterator[ResponseEvent]:
         if text:
             self._pieces.append(text)
             yield CustomInputDelta(output_index=self.output_index, item_id=self.id, delta=text)

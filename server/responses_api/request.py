@@ -13,10 +13,17 @@ from ...engine.errors import RequestError
 from ...engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from ..door.body import drop_nulls, json_type, of_body
 from ..door.fields import NEUTRAL_VALUES, refuse_unless_neutral, split_fields
-from ..door.tools import MAX_TOOLS
 from ..door.validation import Prepared, prepare_conversation, read_body, typed
 from ..errors import UnsupportedParameterError
-from ..wire.requests import FUNCTION_FIELDS, INT32_MAX, ChatRequest, CompletionRequest, SamplingRequest, ToolChoiceInput
+from ..wire.requests import (
+    FUNCTION_FIELDS,
+    INT32_MAX,
+    MAX_TOOLS,
+    ChatRequest,
+    CompletionRequest,
+    SamplingRequest,
+    ToolChoiceInput,
+)
 from .input import Conversation, FieldNames
 from .tools import read_tool_choice, read_tools, repeated_tools
 from .wire import Settings

@@ -127,13 +127,13 @@ class ResponseObject(Settings, kw_only=True):
     object: Literal["response"] = "response"
 
 
-class Event(Struct, kw_only=True):
+class ResponseEvent(Struct, kw_only=True):
     """The writer numbers events as they leave, from 0."""
 
     sequence_number: int = 0
 
 
-class _OfResponse(Event, kw_only=True):
+class _OfResponse(ResponseEvent, kw_only=True):
     response: ResponseObject
 
 
@@ -157,13 +157,13 @@ class Failed(_OfResponse, tag="response.failed"):
     pass
 
 
-class ErrorEvent(Event, tag="error", kw_only=True):
+class ErrorEvent(ResponseEvent, tag="error", kw_only=True):
     message: str
     code: str | None
     param: str | None
 
 
-class _OfItem(Event, kw_only=True):
+class _OfItem(ResponseEvent, kw_only=True):
     output_index: int
 
 

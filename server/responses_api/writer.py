@@ -10,8 +10,10 @@ from functools import partial
 import msgspec
 
 from ...engine.outputs import RequestOutput
-from ..answers import generation
+from ..answers.events import Event, Events
+from ..answers.generation import num_chars
 from ..answers.logprobs import TOKENS_AT_ONCE, chat_logprobs
+from ..answers.writer import AnswerWriter
 from ..door.validation import Prepared
 from ..errors import ApiError
 from ..off_loop import off_loop
@@ -32,7 +34,6 @@ from .wire import (
     Completed,
     Created,
     ErrorEvent,
-    Event,
     Failed,
     Incomplete,
     IncompleteDetails,
@@ -41,6 +42,7 @@ from .wire import (
     ItemStatus,
     OutputItem,
     OutputTokensDetails,
+    ResponseEvent,
     ResponseFailure,
     ResponseObject,
     ResponseStatus,
@@ -49,19 +51,16 @@ from .wire import (
 )
 
 
-class ResponseWriter:
-    """Writes one response. A whole answer is what its stream ends in."""
+class ResponseWriter(AnswerWriter[ChatRequest]):
+    """Writes one response. A whole answer is the last event of its stream."""
 
     def __init__(self, state: ServerState, asked: ResponsesRequest, prepared: Prepared[ChatRequest]) -> None:
-        self.id = f"resp_{prepared.key}"
-        self.created_at = int(time.time())
+        super().__init__("resp_", state, prepared)
         self.response = self._make(
             "in_progress", asked.settings(state.model_name, prepared.choices[0].request.sampling_params)
         )
         self._token_names = state.token_names
         self._num_top = asked.top_logprobs
-        self._num_input_tokens = len(prepared.prompts[0].token_ids)
-        self._num_cached_tokens = 0
         self._num_reasoning_tokens = 0
         self._parser = prepared.answer.parser()
         self._custom_names = custom_names(asked.tools)
@@ -71,35 +70,35 @@ class ResponseWriter:
         self._num_events = 0
         self.num_chars = 0  # that writing all of the answer costs, for `off_loop`
 
-    async def whole(self, events: generation.Events) -> ResponseObject:
+    async def whole(self, events: Events) -> ResponseObject:
         async with aclosing(events) as closing:
             async for choice, output in closing:
                 for part in output.cut(TOKENS_AT_ONCE):
-                    await off_loop(generation.num_chars(part), partial(self._take_in, (choice, part)))
+                    await off_loop(num_chars(part), partial(self._take_in, (choice, part)))
         return self.response
 
-    def _take_in(self, event: generation.Event) -> None:
+    def _take_in(self, event: Event) -> None:
         for _ in self.render(event):
             pass
 
-    def render(self, event: generation.Event) -> Iterator[Event]:
+    def render(self, event: Event) -> Iterator[ResponseEvent]:
         """The events of one output, which the last one follows with the answer as a whole."""
-        self.num_chars += generation.num_chars(event[1])
-        yield from self._numbered(self._events(event[1]))
+        self.num_chars += num_chars(event[1])
+        yield from self._numbered(self._events(event))
 
-    def render_failure(self, error: ApiError) -> Iterator[Event]:
+    def render_failure(self, error: ApiError) -> Iterator[ResponseEvent]:
         """Of a stream that was begun: the error, and the response as far as it came."""
         yield from self._numbered(self._failure_events(error))
 
-    def _numbered(self, events: Iterator[Event]) -> Iterator[Event]:
+    def _numbered(self, events: Iterator[ResponseEvent]) -> Iterator[ResponseEvent]:
         for event in events:
             event.sequence_number = self._num_events
             self._num_events += 1
             yield event
 
-    def _events(self, output: RequestOutput) -> Iterator[Event]:
-        if output.num_cached_tokens is not None:
-            self._num_cached_tokens = output.num_cached_tokens
+    def _events(self, event: Event) -> Iterator[ResponseEvent]:
+        self.usage.observe(*event)
+        output = event[1]
         yield from self._begin()
         self._logprobs += chat_logprobs(output.logprobs or [], self._num_top, self._token_names).content
         for delta in self._read(output):
@@ -107,8 +106,8 @@ class ResponseWriter:
         if output.finish_reason is not None:
             yield from self._finish(output)
 
-    def _begin(self) -> Iterator[Event]:
-        if not self._num_events:
+    def _begin(self) -> Iterator[ResponseEvent]:
+        if self.begins(0):
             yield Created(response=self.response)
             yield InProgress(response=self.response)
 
@@ -124,7 +123,7 @@ class ResponseWriter:
             deltas += read
         return merged(deltas if output.finish_reason is None else [*deltas, *self._parser.finish()])
 
-    def _take(self, delta: Delta) -> Iterator[Event]:
+    def _take(self, delta: Delta) -> Iterator[ResponseEvent]:
         match delta:
             case CallBegin():
                 call = GrowingCustomCall if delta.name in self._custom_names else GrowingCall
@@ -151,19 +150,19 @@ class ResponseWriter:
     def _next_index(self) -> int:
         return len(self._output) + (self._growing is not None)
 
-    def _grow(self, item: GrowingItem) -> Iterator[Event]:
+    def _grow(self, item: GrowingItem) -> Iterator[ResponseEvent]:
         """Another item, which ends the one before."""
         yield from self._end_item("completed")
         self._growing = item
         yield from item.begin()
 
-    def _end_item(self, status: ItemStatus) -> Iterator[Event]:
+    def _end_item(self, status: ItemStatus) -> Iterator[ResponseEvent]:
         if self._growing is not None:
             yield from self._growing.end(status)
             self._output.append(self._growing.item(status))
             self._growing = None
 
-    def _finish(self, output: RequestOutput) -> Iterator[Event]:
+    def _finish(self, output: RequestOutput) -> Iterator[ResponseEvent]:
         is_complete = output.finish_reason == "stop"
         status: ItemStatus = "completed" if is_complete else "incomplete"
         if not self._next_index:  # an answer without a word
@@ -172,7 +171,7 @@ class ResponseWriter:
             yield from self._growing.add("", self._take_logprobs())
         yield from self._end_item(status)
         self.response = self._now(status)
-        self.response.usage = self._usage(output.num_output_tokens)
+        self.response.usage = self._usage()
         if is_complete:
             self.response.completed_at = int(time.time())
             yield Completed(response=self.response)
@@ -180,7 +179,7 @@ class ResponseWriter:
             self.response.incomplete_details = IncompleteDetails("max_output_tokens")
             yield Incomplete(response=self.response)
 
-    def _failure_events(self, error: ApiError) -> Iterator[Event]:
+    def _failure_events(self, error: ApiError) -> Iterator[ResponseEvent]:
         yield from self._begin()
         yield ErrorEvent(message=error.message, code=error.reason, param=error.param)
         failed = self._now("failed")
@@ -191,17 +190,18 @@ class ResponseWriter:
 
     def _make(self, status: ResponseStatus, settings: Settings) -> ResponseObject:
         return ResponseObject(
-            id=self.id, created_at=self.created_at, status=status, output=[], **msgspec.structs.asdict(settings)
+            id=self.id, created_at=self.created, status=status, output=[], **msgspec.structs.asdict(settings)
         )
 
     def _now(self, status: ResponseStatus) -> ResponseObject:
         return msgspec.structs.replace(self.response, status=status, output=list(self._output))
 
-    def _usage(self, num_output_tokens: int) -> ResponseUsage:
+    def _usage(self) -> ResponseUsage:
+        used = self.usage.total()
         return ResponseUsage(
-            self._num_input_tokens,
-            InputTokensDetails(self._num_cached_tokens),
-            num_output_tokens,
+            used.prompt_tokens,
+            InputTokensDetails(used.prompt_tokens_details.cached_tokens),
+            used.completion_tokens,
             OutputTokensDetails(self._num_reasoning_tokens),
-            self._num_input_tokens + num_output_tokens,
+            used.total_tokens,
         )

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-
 from fastapi import APIRouter
-from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...engine.outputs import TokenLogprobs
-from ..answers.generation import Event, collect, generate, num_chars, traced, unless_disconnected
-from ..answers.logprobs import CompletionLogprobsWriter, splice_completion_logprobs
-from ..answers.pieces import PiecedResponse, Splicer
-from ..answers.streaming import EventStream
-from ..answers.usage import UsageCounter
-from ..door.validation import Prepared, prepare_completion
-from ..off_loop import off_loop
+from ..answers.completions import CompletionWriter
+from ..answers.respond import respond
+from ..door.validation import prepare_completion
 from ..state import ServerState, refuse_unless_ready
-from ..wire.answers import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    Usage,
-)
+from ..wire.answers import Completion
 from ..wire.document import GENERATING, documented
 from ..wire.requests import CompletionRequest
 
@@ -36,71 +22,4 @@ async def create_completion(http: Request) -> Response:
     """Continue one prompt or several, in text or as token ids."""
     refuse_unless_ready(http)
     prepared = await prepare_completion(http)
-    writer = CompletionWriter(ServerState.of(http), prepared)
-    headers = writer.state.tell_ignored(prepared.ignored)
-    events = traced(http, prepared, writer.id, generate(writer.state, prepared.choices))
-    if not prepared.request.stream:
-        outputs = await unless_disconnected(http.receive, collect(events))
-        cost = sum(num_chars(output) for _, output in outputs)
-        return await off_loop(cost, lambda: PiecedResponse(writer.whole(outputs), headers))
-    return EventStream(events, writer.render, writer.render_end, headers)
-
-
-class CompletionWriter:
-    """Engine outputs -> OpenAI's completion objects, for one request."""
-
-    def __init__(self, state: ServerState, prepared: Prepared[CompletionRequest]) -> None:
-        self.id = f"cmpl-{prepared.key}"
-        self.state = state
-        self.request = prepared.request
-        self.prompts = prepared.prompts
-        self.created = int(time.time())
-        self.usage = UsageCounter(prepared.prompts, len(prepared.choices), prepared.request.stream_options)
-        self.is_begun = [False] * len(prepared.choices)
-        self.logprobs = [CompletionLogprobsWriter(state.token_names) for _ in prepared.choices]
-
-    def render(self, event: Event) -> Iterator[Completion]:
-        """The chunk of one output, if it shows anything."""
-        choice, output = event
-        chunk = self.choice(event)
-        if chunk.text or chunk.logprobs or chunk.finish_reason or chunk.token_ids:
-            yield self.envelope([chunk], self.usage.of_chunk(choice, output.num_output_tokens))
-
-    def render_end(self) -> Iterator[Completion]:
-        options = self.request.stream_options
-        if options is not None and options.include_usage:
-            yield self.envelope([], self.usage.total())
-
-    def whole(self, outputs: list[Event]) -> list[bytes]:
-        """The JSON of the answer in one object, from one merged output per choice."""
-        splicer = Splicer()
-        choices = [self.choice(output, splicer) for output in outputs]
-        return splicer.encode(self.envelope(choices, self.usage.total()))
-
-    def choice(self, event: Event, splicer: Splicer | None = None) -> CompletionChoice:
-        """What one output adds to its choice; the first one begins with the prompt when `echo` asks for it. With a
-        `splicer` log-probabilities are left to that."""
-        choice, output = event
-        prompt_token_ids = choice.request.prompt_token_ids
-        self.usage.observe(choice, output)
-        is_first, self.is_begun[choice.index] = not self.is_begun[choice.index], True
-        text = output.text
-        entries: list[TokenLogprobs | None] = [*(output.prompt_logprobs or []), *(output.logprobs or [])]
-        if is_first and self.request.echo:
-            text = self.prompts[choice.prompt_index].text + text
-        logprobs: CompletionLogprobs | None = None
-        if self.request.logprobs is not None and (entries or splicer):
-            writer, first_id = self.logprobs[choice.index], prompt_token_ids[0]
-            if splicer is None:
-                logprobs = writer.write(entries, first_id)
-            else:
-                logprobs = splice_completion_logprobs(splicer, writer, entries, first_id)
-        reason = output.finish_reason
-        written = CompletionChoice(choice.index, text, logprobs, reason if reason in ("stop", "length") else None)
-        if self.request.return_token_ids:
-            written.token_ids = output.token_ids
-            written.prompt_token_ids = prompt_token_ids.tolist() if is_first else UNSET
-        return written
-
-    def envelope(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
-        return Completion(self.id, "text_completion", self.created, self.state.model_name, choices, usage)
+    return await respond(http, prepared, CompletionWriter(ServerState.of(http), prepared))

@@ -9,8 +9,9 @@ from starlette.responses import Response
 
 from ... import __version__
 from ..state import ServerState, refuse_unless_ready
-from ..wire.answers import Health, Version, json_response
+from ..wire.answers import json_response
 from ..wire.document import documented
+from ..wire.service import Health, Version
 from . import reading
 
 router = APIRouter()

@@ -9,8 +9,9 @@ from starlette.responses import Response
 
 from ..errors import UnknownModelError
 from ..state import ServerState
-from ..wire.answers import ModelCard, ModelList, json_response
+from ..wire.answers import json_response
 from ..wire.document import documented
+from ..wire.service import ModelCard, ModelList
 from . import reading
 
 router = APIRouter()

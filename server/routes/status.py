@@ -9,8 +9,9 @@ from starlette.responses import Response
 
 from ... import __version__
 from ..state import ServerState, max_body_bytes
-from ..wire.answers import Load, ModelInfo, ServerInfo, json_response
+from ..wire.answers import json_response
 from ..wire.document import documented
+from ..wire.service import Load, ModelInfo, ServerInfo
 from . import reading
 
 router = APIRouter()

@@ -9,9 +9,10 @@ from starlette.responses import Response
 from ..door.validation import prepare_detokenize, prepare_tokenize
 from ..off_loop import off_loop
 from ..state import ServerState
-from ..wire.answers import Detokenized, Tokenized, json_response
+from ..wire.answers import json_response
 from ..wire.document import documented
 from ..wire.requests import DetokenizeRequest, TokenizeRequest
+from ..wire.service import Detokenized, Tokenized
 
 router = APIRouter()
 

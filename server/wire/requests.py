@@ -5,22 +5,35 @@ Responses are in `responses`. Names and meanings are OpenAI's; those marked vLLM
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
 
 from ...configs.schema import ServerConfig
 from ...engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS
 from ...engine.sessions.folder import SESSION_ID, SESSION_ID_FORM
-from ..door.template_settings import Effort
-from ..door.tools import MAX_TOOLS, NAME
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 MAX_CACHE_SALT_CHARS = 256
+MAX_TOOLS = 128  # OpenAI's
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # of a function
 # What the document says; the settings may say otherwise, and `validation` asks them.
 MAX_N = ServerConfig.model_fields["max_n"].default
 MAX_PROMPTS = ServerConfig.model_fields["max_prompts"].default
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+ToolMode = Literal["none", "auto", "required"]
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """`name` is the only function that may be called; "required" without it: any of them, but one at least."""
+
+    mode: ToolMode
+    name: str | None = None
 
 
 def _bound_entries(value: Any) -> Any:

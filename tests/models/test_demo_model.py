@@ -14,9 +14,9 @@ from leyden.engine.messages import AddRequest
 from leyden.engine.sampling_params import SamplingParams
 from leyden.engine.text.tokenizer import Tokenizer
 from leyden.models.loading.checkpoint import DEMO_FOLDER
-from leyden.server.door.tools import ToolChoice
 from leyden.server.parsers.forced import forced_grammar
 from leyden.server.parsers.formats import TOOL_FORMATS, ChatFormat
+from leyden.server.wire.requests import ToolChoice
 from tiny_models import greedy
 from transformers import MiniMaxForCausalLM
 

@@ -8,7 +8,8 @@ import pytest
 from leyden.engine.outputs import TokenLogprobs
 from leyden.engine.text.tokenizer import Tokenizer
 from leyden.models.loading.checkpoint import DEMO_FOLDER
-from leyden.server.answers.logprobs import CompletionLogprobsWriter, TokenNames, chat_logprobs
+from leyden.server.answers.logprobs import CompletionLogprobsWriter, chat_logprobs
+from leyden.server.wire.token_names import TokenNames
 from tiny_models import sentencepiece_tokenizer
 
 

@@ -11,8 +11,9 @@ import pytest
 from engines import engine_config, make_core
 from leyden.engine.errors import CheckpointError, ConfigError
 from leyden.models.loading.checkpoint import DEMO_FOLDER
+from leyden.server.commands.banner import banner
 from leyden.server.commands.cli import main
-from leyden.server.commands.info import banner, describe_model
+from leyden.server.commands.info import describe_model
 from safetensors.torch import load_file, save_file
 from tiny_models import FULL, LINEAR, save_minimax
 

@@ -97,7 +97,7 @@ class Writers:
             note(entries)
             return write(writer, entries, first_token_id)
 
-        for name in ("answers.logprobs", "routes.chat", "responses_api.writer"):
+        for name in ("answers.logprobs", "answers.chat", "responses_api.writer"):
             monkeypatch.setattr(f"leyden.server.{name}.chat_logprobs", chat_noted)
         monkeypatch.setattr(logprobs.CompletionLogprobsWriter, "write", write_noted)
 

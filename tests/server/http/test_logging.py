@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 import pytest
-from leyden.server.door.fields import MAX_TOLD_NAMES
+from leyden.server.wire.ignored import MAX_TOLD_NAMES
 
 SECRET = "my-secret-diary"
 REFUSALS = [

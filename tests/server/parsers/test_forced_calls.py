@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 from leyden.engine.text.grammar import json_rule
-from leyden.server.door.tools import ToolChoice, read_tools
+from leyden.server.door.tools import read_tools
 from leyden.server.parsers.forced import forced_grammar
 from leyden.server.parsers.formats import TOOL_FORMATS, AnswerFormat
 from leyden.server.parsers.reasoning import CLOSE, OPEN
+from leyden.server.wire.requests import ToolChoice
 from tiny_models import byte_tokenizer
 from written_calls import FORMATS, MARKERS, write
 
