@@ -28,8 +28,8 @@ import torch
 from leyden.engine.startup.device import pick_device
 from leyden.kernels import load
 from leyden.models.decoder import Decoder
+from leyden.models.families.registry import names_of, read_config
 from leyden.models.layers.build import Build
-from leyden.models.loading.checkpoint import read_config
 from leyden.models.loading.weights import INDEX_FILE, load_weights
 from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
 from safetensors.torch import save_file
@@ -109,7 +109,7 @@ def measure(folder: Path, device: torch.device, rounds: int) -> dict[str, Any]:
     for i in range(rounds):
         with watched_memory() as resident:
             started = time.perf_counter()
-            load_weights(folder, model.targets(), ignored=model.ignored_names(), progress=False)
+            load_weights(folder, model.targets(), names_of(model.spec), ignored=model.ignored_names(), progress=False)
             seconds = time.perf_counter() - started
         speeds.append(round(num_bytes / seconds / 1e9, 3))
         growth = max(growth, max(resident) - resident[0])

@@ -21,7 +21,7 @@ from .layers.experts import SparseMoe
 from .layers.mlp import DenseMlp, SharedExpertMlp
 from .layers.norm import RMSNorm
 from .layers.rotary import RotaryTables
-from .loading.weights import Target
+from .loading.target import Target
 from .mixers.cache import CacheSpec, LayerCache
 from .mixers.lightning import LightningAttention
 from .mixers.lightning_backends import LinearAttentionBackend

@@ -201,7 +201,8 @@ def run_http(arguments: argparse.Namespace) -> int:
 
 
 def _vocab_size(checkpoint: str) -> int:
-    from ...models.loading.checkpoint import read_config, resolve
+    from ...models.families.registry import read_config
+    from ...models.loading.checkpoint import resolve
 
     return read_config(resolve(checkpoint, None, weights=False)).vocab_size
 

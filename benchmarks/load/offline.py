@@ -16,7 +16,8 @@ from ...configs.schema import EngineConfig
 from ...configs.sources import SettingsError, load_settings
 from ...engine.core import EngineCore
 from ...engine.messages import EngineStats
-from ...models.loading.checkpoint import read_config, resolve
+from ...models.families.registry import read_config
+from ...models.loading.checkpoint import resolve
 from .errors import BenchError
 from .flags import OFFLINE_CASES, OfflineCase
 from .machine import hardware, software

@@ -14,9 +14,10 @@ from ...configs.schema import EngineConfig
 from ...kernels import load as load_kernels
 from ...kernels import use_device
 from ...models.decoder import Decoder
+from ...models.families.registry import names_of, read_config
 from ...models.forward_batch import ForwardBatch
 from ...models.layers.build import Build
-from ...models.loading.checkpoint import read_config, resolve
+from ...models.loading.checkpoint import resolve
 from ...models.loading.weights import fill_with_noise, load_weights
 from ...models.mixers.cache import CacheSpec, LayerCache
 from ...models.mixers.lightning_backends import LINEAR_BACKENDS, LinearAttentionBackend
@@ -100,7 +101,8 @@ class ModelRunner:
         if config.load_format == "dummy":
             fill_with_noise(model.parameters())
         else:
-            load_weights(self.folder, model.targets(), ignored=model.ignored_names(), progress=progress)
+            names, ignored = names_of(model.spec), model.ignored_names()
+            load_weights(self.folder, model.targets(), names, ignored=ignored, progress=progress)
         return model
 
     @torch.inference_mode()

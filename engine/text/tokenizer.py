@@ -18,7 +18,8 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from ...configs.schema import EngineConfig
-from ...models.loading.checkpoint import GENERATION_FILE, read_config, read_generation_config, resolve
+from ...models.families.registry import read_config
+from ...models.loading.checkpoint import GENERATION_FILE, read_generation_config, resolve
 from ..errors import CheckpointError, RequestError
 from ..sampling_params import SamplingParams
 from .template_inputs import TemplateInputs, template_inputs

@@ -8,20 +8,37 @@ slopes of a number of heads that is no power of two, a 1e-5 in the layer factor,
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
-from ..specs import (
-    Fields,
-    LayerSpec,
-    LightningSpec,
-    MlpSpec,
-    ModelSpec,
-    Residual,
-    SoftmaxSpec,
-    token_ids,
+from ..loading.names import Names, Released, Rename
+from ..specs import LayerSpec, LightningSpec, MlpSpec, ModelSpec, Residual, SoftmaxSpec
+from .fields import Fields, token_ids
+
+# Hugging Face's in-memory models give the canonical names, released checkpoints have others.
+NAMES = Names(
+    renames=(
+        Rename(re.compile(r"^model\."), ""),
+        Rename(re.compile(r"\.block_sparse_moe\."), ".mlp."),
+        Rename(re.compile(r"(\.experts\.\d+)\.w1\."), r"\1.gate_proj."),
+        Rename(re.compile(r"(\.experts\.\d+)\.w3\."), r"\1.up_proj."),
+        Rename(re.compile(r"(\.experts\.\d+)\.w2\."), r"\1.down_proj."),
+    ),
+    released=(
+        Released(re.compile(r"(\.experts\.\d+)\.gate_proj\."), r"\1.w1.", re.compile(r"\.experts\.\d+\.gate_proj\.")),
+        Released(re.compile(r"(\.experts\.\d+)\.up_proj\."), r"\1.w3.", re.compile(r"\.experts\.\d+\.up_proj\.")),
+        Released(re.compile(r"(\.experts\.\d+)\.down_proj\."), r"\1.w2.", re.compile(r"\.experts\.\d+\.down_proj\.")),
+        Released(
+            re.compile(r"\.mlp\.(experts|gate)\."), r".block_sparse_moe.\1.", re.compile(r"\.mlp\.(experts|gate)\.")
+        ),
+        Released(re.compile(r"^(?!lm_head\.)"), "model.", re.compile(r"^(?!model\.|lm_head\.)")),
+    ),
+    # Buffers that Hugging Face's class used to save, and that follow from the config.
+    ignored=re.compile(r"(^|\.)(slope_rate|query_decay|key_decay|diagonal_decay|rotary_emb\.inv_freq)$"),
 )
+
 
 # What a config.json that leaves a field out means: the defaults of both reference codes' classes.
 DEFAULT_KV_HEADS = 8
@@ -35,7 +52,12 @@ DEFAULT_EOS = 2  # of Hugging Face's class alone
 INNER_NORM_EPS = 1e-6
 
 
-def parse_hf(config: Mapping[str, Any], architecture: str) -> ModelSpec:
+def names(spec: ModelSpec) -> Names:
+    """The spellings of all MiniMax checkpoints, whatever the model."""
+    return NAMES
+
+
+def read_hf(config: Mapping[str, Any], architecture: str) -> ModelSpec:
     """`MiniMaxForCausalLM`. Raises `CheckpointError`."""
     config = {"eos_token_id": DEFAULT_EOS} | dict(config)
     fields = Fields(config)
@@ -63,7 +85,7 @@ def parse_hf(config: Mapping[str, Any], architecture: str) -> ModelSpec:
     return _model(fields, config, layers, postnorm=True, architecture=architecture)
 
 
-def parse_original(config: Mapping[str, Any], architecture: str) -> ModelSpec:
+def read_original(config: Mapping[str, Any], architecture: str) -> ModelSpec:
     """`MiniMaxText01ForCausalLM` and `MiniMaxM1ForCausalLM`. Raises `CheckpointError`."""
     fields = Fields(config)
     num_layers = fields.positive("num_hidden_layers")

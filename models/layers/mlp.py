@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..loading.weights import Target
+from ..loading.target import Target
 from .build import Build
 from .experts import SparseMoe
 from .projection import Projection

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..loading.weights import Target
+from ..loading.target import Target
 from .build import Build
 
 

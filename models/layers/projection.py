@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.bundles import Weight
-from ..loading.weights import Target
+from ..loading.target import Target
 from .build import Build
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..specs import ModelSpec, token_ids
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 SMALL_FILES = ["*.json", "*.jinja", "additional_chat_templates/*.jinja", "tokenizer.model", "*.txt"]
@@ -95,14 +93,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got a {type(loaded).__name__}")
     return loaded
-
-
-def read_config(folder: Path) -> ModelSpec:
-    """The model's normal form, with the stop ids of generation_config.json joined in. Raises `CheckpointError`."""
-    config = ModelSpec.from_hf(read_json(folder / "config.json"))
-    more = token_ids(read_generation_config(folder).get("eos_token_id"), GENERATION_FILE)
-    eos = dict.fromkeys(config.eos_token_ids + more)
-    return replace(config, eos_token_ids=tuple(eos))
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

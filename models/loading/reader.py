@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from ...kernels import use_device
 from ..errors import CheckpointError
 from .checkpoint import refuse_pointer
+from .target import Cut, Target
 
 NUM_READERS = 8
 BUFFER_BYTES = 16 << 20  # per reader, a multiple of every item's size; large enough for the cost of a call to vanish
@@ -59,15 +60,23 @@ class StoredTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def rows(self, start: int, count: int) -> StoredTensor:
+        """`count` rows of the first dim from `start`: bytes in one piece."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return replace(self, shape=(count, *self.shape[1:]), offset=self.offset + start * row)
+
+    def row(self, i: int) -> StoredTensor:
+        """One row of the first dim, without that dim."""
+        return replace(self.rows(i, 1), shape=self.shape[1:])
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one reader moves at a time: items of `dtype` from byte `offset` of a file to a part of a parameter."""
+    """A stretch of a file that one reader moves at a time, and the part of a parameter that it, or its cut, fills."""
 
-    path: Path
-    offset: int
-    dtype: torch.dtype
+    stored: StoredTensor
     part: Tensor
+    cut: Cut | None
 
 
 def read_header(path: Path) -> list[StoredTensor]:
@@ -114,9 +123,9 @@ def _is_cut_off(path: Path) -> bool:
     return False
 
 
-def fill(pairs: list[tuple[StoredTensor, Tensor]], device: torch.device, advance: Callable[[int], object]) -> None:
-    """Copy every stored tensor into the view of equal shape beside it, which lies on `device`, converting its dtype
-    there. `advance` is told of bytes that have arrived. Raises `CheckpointError` when a file cannot be read."""
+def fill(pairs: list[tuple[StoredTensor, Target]], device: torch.device, advance: Callable[[int], object]) -> None:
+    """Copy every stored tensor, or its cut, into the target's view, which lies on `device`, converting its dtype there.
+    `advance` is called with each number of bytes read. Raises `CheckpointError` when a file cannot be read."""
     stream = None
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # whatever else was to happen to that memory
@@ -149,14 +158,16 @@ class _Staging:
     def move(self, piece: Piece) -> int:
         """Read, send, and wait until the buffer may be used again; host memory of the right dtype takes the bytes at
         once. Returns their number."""
-        part = piece.part
-        num_bytes = part.numel() * piece.dtype.itemsize
-        if part.device.type == "cpu" and part.dtype == piece.dtype and part.is_contiguous():
+        stored, part, cut = piece.stored, piece.part, piece.cut
+        num_bytes = stored.nbytes
+        if cut is None and part.device.type == "cpu" and part.dtype == stored.dtype and part.is_contiguous():
             flat = part.as_strided((part.numel(),), (1,))  # a lone item may have any stride
-            read(piece.path, piece.offset, flat.view(torch.uint8))
+            read(stored.path, stored.offset, flat.view(torch.uint8))
             return num_bytes
-        read(piece.path, piece.offset, self.buffer[:num_bytes])
-        items = self.buffer[:num_bytes].view(piece.dtype).view(part.shape)
+        read(stored.path, stored.offset, self.buffer[:num_bytes])
+        items = self.buffer[:num_bytes].view(stored.dtype).view(stored.shape)
+        if cut is not None:
+            items = cut.part(items)
         with torch.cuda.stream(self.stream):
             part.copy_(items, non_blocking=True)
             if self.arrived is not None:
@@ -180,25 +191,34 @@ def read(path: Path, offset: int, into: Tensor) -> None:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _pieces(pairs: list[tuple[StoredTensor, Tensor]]) -> Iterator[Piece]:
+def read_bytes(stored: StoredTensor, target: Target) -> int:
+    """Bytes that `fill` reads for this target: of rows it reads its own alone, of columns all."""
+    cut = target.cut
+    return stored.nbytes // cut.of if cut is not None and cut.dim == 0 else stored.nbytes
+
+
+def _pieces(pairs: list[tuple[StoredTensor, Target]]) -> Iterator[Piece]:
     """Pieces that fit a buffer, in the order of the files."""
-    for stored, view in sorted(pairs, key=lambda pair: (pair[0].path, pair[0].offset)):
-        offset = stored.offset
-        for part in _parts(view, BUFFER_BYTES // stored.dtype.itemsize):
-            yield Piece(stored.path, offset, stored.dtype, part)
-            offset += part.numel() * stored.dtype.itemsize
+    for stored, target in sorted(pairs, key=lambda pair: (pair[0].path, pair[0].offset)):
+        yield from _split(stored, target.view, target.cut, BUFFER_BYTES // stored.dtype.itemsize)
 
 
-def _parts(view: Tensor, limit: int) -> Iterator[Tensor]:
-    """The view cut into parts of at most `limit` items, in row-major order."""
-    if view.numel() <= limit:
-        yield view
+def _split(stored: StoredTensor, view: Tensor, cut: Cut | None, limit: int) -> Iterator[Piece]:
+    """Pieces of at most `limit` stored items, in row-major order."""
+    if cut is not None and cut.dim == 0:
+        stored, cut = stored.rows(cut.index * view.shape[0], view.shape[0]), None
+    num_items = math.prod(stored.shape)
+    if num_items <= limit:
+        yield Piece(stored, view, cut)
         return
-    if view.is_contiguous():
-        view = view.view(-1)
-    rows = limit // view[0].numel()
-    if rows:
-        yield from view.split(rows)
+    if cut is None and view.is_contiguous():
+        stored, view = replace(stored, shape=(num_items,)), view.view(-1)
+    num_rows = limit // math.prod(stored.shape[1:])
+    if num_rows:
+        for start in range(0, stored.shape[0], num_rows):
+            part = view[start : start + num_rows]
+            yield Piece(stored.rows(start, part.shape[0]), part, cut)
     else:
-        for row in view:
-            yield from _parts(row, limit)
+        inner = replace(cut, dim=cut.dim - 1) if cut is not None else None
+        for i, row in enumerate(view):
+            yield from _split(stored.row(i), row, inner, limit)

@@ -1,8 +1,8 @@
 """safetensors -> parameters: complete or an error, which the headers tell before any data is read.
 
-A module says which checkpoint tensors it wants by yielding `Target`s: a canonical name and the view of a parameter
-that the tensor fills. So fused parameters (q, k and v in one matrix, all experts in one tensor) are filled in place
-from whatever pieces a file holds, and nothing is ever held twice.
+A module yields a `Target` for each checkpoint tensor that it wants: a canonical name and the view of a parameter that
+the tensor fills. So fused parameters (q, k and v in one matrix, all experts in one tensor) are filled in place from the
+pieces that a file holds, and no tensor is ever held twice. Family-specific spellings come in as `Names`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,52 +18,19 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError
 from .checkpoint import OTHER_WEIGHTS, read_json
-from .reader import StoredTensor, fill, read_header
+from .names import Names
+from .reader import StoredTensor, fill, read_bytes, read_header
+from .target import Target
 
 logger = logging.getLogger("leyden.models")
 
 INDEX_FILE = "model.safetensors.index.json"
 UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-# Spellings of the same tensor, rewritten to the left-hand names of Hugging Face's in-memory models.
-_RENAMES = (
-    (re.compile(r"^model\."), ""),
-    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
-    (re.compile(r"(\.experts\.\d+)\.w1\."), r"\1.gate_proj."),
-    (re.compile(r"(\.experts\.\d+)\.w3\."), r"\1.up_proj."),
-    (re.compile(r"(\.experts\.\d+)\.w2\."), r"\1.down_proj."),
-)
-# Buffers that Hugging Face's class used to save, and that follow from the config.
-_IGNORED = re.compile(r"(^|\.)(slope_rate|query_decay|key_decay|diagonal_decay|rotary_emb\.inv_freq)$")
-# Canonical names as the released checkpoints spell them, unless the files at hand have names of the other spelling.
-_RELEASED = (
-    (re.compile(r"(\.experts\.\d+)\.gate_proj\."), r"\1.w1.", re.compile(r"\.experts\.\d+\.gate_proj\.")),
-    (re.compile(r"(\.experts\.\d+)\.up_proj\."), r"\1.w3.", re.compile(r"\.experts\.\d+\.up_proj\.")),
-    (re.compile(r"(\.experts\.\d+)\.down_proj\."), r"\1.w2.", re.compile(r"\.experts\.\d+\.down_proj\.")),
-    (re.compile(r"\.mlp\.(experts|gate)\."), r".block_sparse_moe.\1.", re.compile(r"\.mlp\.(experts|gate)\.")),
-    (re.compile(r"^(?!lm_head\.)"), "model.", re.compile(r"^(?!model\.|lm_head\.)")),
-)
 MAIN_FILE = "model.safetensors"
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where a checkpoint tensor goes. `covers` names the pieces that a fused tensor stands for."""
-
-    name: str
-    view: Tensor
-    covers: tuple[str, ...] = ()
-
-
-def canonical_name(name: str) -> str:
-    """The project's spelling of a tensor name."""
-    for pattern, replacement in _RENAMES:
-        name = pattern.sub(replacement, name)
-    return name
-
-
 def fill_with_noise(parameters: Iterable[Tensor], std: float = 0.02) -> None:
-    """Random weights in place, the same each time: matrices N(0, std), vectors (norms) 1. To measure, not to read."""
+    """Random weights in place, the same each time, for measurements: matrices N(0, std), vectors (norms) 1."""
     for seed, parameter in enumerate(parameters):
         if parameter.ndim > 1:
             parameter.normal_(0.0, std, generator=torch.Generator(parameter.device).manual_seed(seed))
@@ -73,64 +39,58 @@ def fill_with_noise(parameters: Iterable[Tensor], std: float = 0.02) -> None:
 
 
 def load_weights(
-    folder: Path, targets: Iterable[Target], *, ignored: Iterable[str] = (), progress: bool = True
+    folder: Path, targets: Iterable[Target], names: Names, *, ignored: Iterable[str] = (), progress: bool = True
 ) -> None:
     """Fill every target from the folder's safetensors files, in place.
 
-    `ignored` holds canonical names that may be present and are not wanted. Raises `CheckpointError` for a missing,
-    unexpected, repeated or wrongly shaped tensor, naming the tensor, the file and both shapes.
+    `names`: the family's spellings. `ignored`: canonical names that may be present beside the targets'. Raises
+    `CheckpointError` for a missing, unexpected, repeated or wrongly shaped tensor, naming the tensor, the file and both
+    shapes.
     """
-    wanted = {target.name: target for target in targets}
-    pairs = _match(folder, wanted, set(ignored))
-    num_bytes = sum(stored.nbytes for stored, _ in pairs)
-    device = next(iter(wanted.values())).view.device
+    pairs = _match(folder, targets, names, set(ignored))
+    device = pairs[0][1].view.device
+    num_bytes = sum(read_bytes(stored, target) for stored, target in pairs)
     with tqdm(total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
         fill(pairs, device, bar.update)
 
 
-def check_weights(folder: Path, targets: Iterable[Target], *, ignored: Iterable[str] = ()) -> None:
-    """What `load_weights` would refuse, from the headers alone. Targets may lie on the meta device."""
-    _match(folder, {target.name: target for target in targets}, set(ignored))
+def check_weights(folder: Path, targets: Iterable[Target], names: Names, *, ignored: Iterable[str] = ()) -> None:
+    """Raise the errors of `load_weights` from the headers alone. Targets may lie on the meta device."""
+    _match(folder, targets, names, set(ignored))
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the folder holds weights at all, in files that are taken or refused; a config.json may come alone."""
+    """Whether the folder holds weight files of any format, safe or refused, beside its config.json."""
     return any(path.suffix in (".safetensors", *UNSAFE_SUFFIXES) for path in folder.iterdir())
 
 
-def _match(folder: Path, wanted: dict[str, Target], ignored: set[str]) -> list[tuple[StoredTensor, Tensor]]:
-    """Every stored tensor that is wanted, with the view it fills. Reads headers alone."""
-    required = {name for name, target in wanted.items() if not target.covers}
+def _match(
+    folder: Path, targets: Iterable[Target], names: Names, ignored: set[str]
+) -> list[tuple[StoredTensor, Target]]:
+    """Every stored tensor that is wanted, with its target. Reads headers alone."""
+    wanted = {target.name: target for target in targets}
     found: dict[str, Path] = {}
     pairs = []
-    names = []
+    present = []
     for stored in (stored for path in find_files(folder) for stored in read_header(path)):
-        names.append(stored.name)
-        canonical = canonical_name(stored.name)
-        if _IGNORED.search(canonical) or canonical in ignored:
+        present.append(stored.name)
+        canonical = names.canonical(stored.name)
+        if names.is_ignored(canonical) or canonical in ignored:
             continue
         target = wanted.get(canonical)
         if target is None:
             raise CheckpointError(f"{stored.path}: unexpected tensor {stored.name} of shape {list(stored.shape)}")
         pieces = target.covers or (canonical,)
         _check_new(stored, pieces, found)
-        _check_fits(stored, target.view)
+        _check_fits(stored, target)
         found.update(dict.fromkeys(pieces, stored.path))
-        pairs.append((stored, target.view))
-    missing = sorted(required - found.keys())
+        pairs.append((stored, target))
+    missing = sorted({name for name, target in wanted.items() if not target.covers} - found.keys())
     if missing:
-        shown = ", ".join(f"{_as_spelt(name, names)} {list(wanted[name].view.shape)}" for name in missing[:4])
+        shown = ", ".join(f"{names.as_spelt(name, present)} {list(wanted[name].stored_shape)}" for name in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise CheckpointError(f"{folder}: missing tensors: {shown}{more}")
     return pairs
-
-
-def _as_spelt(name: str, names: list[str]) -> str:
-    """A canonical name in the spelling of files that hold tensors of these names."""
-    for pattern, released, is_other in _RELEASED:
-        if not any(map(is_other.search, names)):
-            name = pattern.sub(released, name)
-    return name
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -187,11 +147,11 @@ def _check_new(stored: StoredTensor, pieces: tuple[str, ...], found: dict[str, P
             raise CheckpointError(f"{stored.path}: tensor {stored.name} repeats what {found[piece].name} already gave")
 
 
-def _check_fits(stored: StoredTensor, view: Tensor) -> None:
-    if view.shape != stored.shape:
+def _check_fits(stored: StoredTensor, target: Target) -> None:
+    if target.stored_shape != stored.shape:
         raise CheckpointError(
             f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}, "
-            f"the config asks for {list(view.shape)}"
+            f"the config asks for {list(target.stored_shape)}"
         )
     if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
         raise CheckpointError(

@@ -14,7 +14,7 @@ from ..forward_batch import ForwardBatch
 from ..layers.build import Build
 from ..layers.norm import RMSNorm
 from ..layers.projection import Projection
-from ..loading.weights import Target
+from ..loading.target import Target
 from ..specs import LightningSpec
 from .cache import CacheSpec, LayerCache, Part
 from .lightning_backends import LightningCall, LinearAttentionBackend, LinearState

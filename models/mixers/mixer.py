@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..forward_batch import ForwardBatch
-from ..loading.weights import Target
+from ..loading.target import Target
 from .cache import CacheSpec, LayerCache
 
 

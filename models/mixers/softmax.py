@@ -10,7 +10,7 @@ from ..forward_batch import ForwardBatch
 from ..layers.build import Build
 from ..layers.projection import Projection
 from ..layers.rotary import RotaryTables
-from ..loading.weights import Target
+from ..loading.target import Target
 from ..specs import SoftmaxSpec
 from .cache import CacheSpec, LayerCache, Part
 from .mixer import Mixer

@@ -36,8 +36,9 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     from ...engine.text.tokenizer_files import TOKENIZER_FILE
     from ...kernels import load
     from ...models.decoder import Decoder
+    from ...models.families.registry import names_of, read_config
     from ...models.layers.build import Build
-    from ...models.loading.checkpoint import read_config, resolve
+    from ...models.loading.checkpoint import resolve
     from ...models.loading.weights import check_weights, has_weights
     from ...models.mixers.lightning_backends import LINEAR_BACKENDS
 
@@ -51,7 +52,7 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
     if (folder / TOKENIZER_FILE).exists() or config.tokenizer or config.chat_template:
         Tokenizer.of(config)
     if config.load_format != "dummy" and has_weights(folder):
-        check_weights(folder, model.targets(), ignored=model.ignored_names())
+        check_weights(folder, model.targets(), names_of(model.spec), ignored=model.ignored_names())
     weight_bytes = sum(p.nbytes for p in model.parameters())
     state_dtype = getattr(torch, config.state_dtype)
     state = model_config.state_bytes_per_sequence(state_dtype.itemsize)

@@ -8,8 +8,7 @@ import math
 import pytest
 from leyden.models.errors import CheckpointError
 from leyden.models.families.minimax import alibi_slopes, geometric_slopes, hf_layer_factor, layer_factor
-from leyden.models.families.registry import FAMILIES
-from leyden.models.loading.checkpoint import read_config
+from leyden.models.families.registry import FAMILIES, from_hf, read_config
 from leyden.models.specs import LightningSpec, ModelSpec, SoftmaxSpec
 from transformers import MiniMaxConfig
 
@@ -73,12 +72,12 @@ del TEXT_01_HF["rope_theta"]
 def parse(**changes) -> ModelSpec:
     """The released config with changes; ... removes a key."""
     merged = TEXT_01 | changes
-    return ModelSpec.from_hf({key: value for key, value in merged.items() if value is not ...})
+    return from_hf({key: value for key, value in merged.items() if value is not ...})
 
 
 def refused(match: str, base: dict = TEXT_01, **changes) -> None:
     with pytest.raises(CheckpointError, match=match):
-        ModelSpec.from_hf({key: value for key, value in (base | changes).items() if value is not ...})
+        from_hf({key: value for key, value in (base | changes).items() if value is not ...})
 
 
 def test_released_config_in_normal_form():
@@ -108,7 +107,7 @@ def test_m1_is_the_same_network():
 
 
 def test_both_spellings_of_the_released_model_agree_but_for_a_rounding_of_the_slopes():
-    original, hf = parse(), ModelSpec.from_hf(TEXT_01_HF)
+    original, hf = parse(), from_hf(TEXT_01_HF)
     for field in ("vocab_size", "hidden_size", "rms_norm_eps", "postnorm", "max_model_len", "dtype"):
         assert getattr(original, field) == getattr(hf, field)
     for i, (a, b) in enumerate(zip(original.layers, hf.layers, strict=True)):
@@ -123,7 +122,7 @@ def test_both_spellings_of_the_released_model_agree_but_for_a_rounding_of_the_sl
 
 def test_residual_factors_go_to_their_own_kind_of_layer():
     changes = {key: float(i) for i, key in enumerate(RENAMED, start=1)}
-    for config in (parse(**changes), ModelSpec.from_hf(TEXT_01_HF | {RENAMED[k]: v for k, v in changes.items()})):
+    for config in (parse(**changes), from_hf(TEXT_01_HF | {RENAMED[k]: v for k, v in changes.items()})):
         linear, full = config.layers[0], config.layers[7]
         assert (full.mixer_residual.alpha, full.mixer_residual.beta) == (1.0, 2.0)
         assert (linear.mixer_residual.alpha, linear.mixer_residual.beta) == (3.0, 4.0)
@@ -136,12 +135,12 @@ def test_absent_factors_are_one():
 
 
 def test_hugging_face_is_always_postnorm_and_the_original_only_when_it_says_so():
-    assert ModelSpec.from_hf(TEXT_01_HF | {"postnorm": False}).postnorm
+    assert from_hf(TEXT_01_HF | {"postnorm": False}).postnorm
     assert not parse(postnorm=False).postnorm and not parse(postnorm=...).postnorm
 
 
 def test_hugging_face_without_layer_types_begins_with_softmax():
-    config = ModelSpec.from_hf({k: v for k, v in TEXT_01_HF.items() if k != "layer_types"})
+    config = from_hf({k: v for k, v in TEXT_01_HF.items() if k != "layer_types"})
     assert [isinstance(layer.mixer, SoftmaxSpec) for layer in config.layers[:4]] == [True, False, True, False]
 
 
@@ -175,7 +174,7 @@ def test_number_of_experts_has_another_name():
         same = {"num_experts": 4, "num_local_experts": 4}
         for names in ({"num_experts": 4, "num_local_experts": ...}, same):
             config = {key: value for key, value in (base | names).items() if value is not ...}
-            assert ModelSpec.from_hf(config).layers[0].mlp.num_experts == 4
+            assert from_hf(config).layers[0].mlp.num_experts == 4
         refused("num_experts = 4 contradicts num_local_experts = 32", base, num_experts=4)
 
 
@@ -186,9 +185,9 @@ def test_dtype_auto_says_as_little_as_nothing():
 @pytest.mark.parametrize("base", [TEXT_01, TEXT_01_HF], ids=["original", "hf"])
 @pytest.mark.parametrize("kind", ["rope_type", "type"])
 def test_rope_that_is_not_scaled_may_be_said_to_be_so(base, kind):
-    plain = ModelSpec.from_hf(base)
+    plain = from_hf(base)
     theta = base.get("rope_theta") or base["rope_parameters"]["rope_theta"]
-    assert ModelSpec.from_hf(base | {"rope_scaling": {kind: "default", "rope_theta": theta}}) == plain
+    assert from_hf(base | {"rope_scaling": {kind: "default", "rope_theta": theta}}) == plain
 
 
 # -- defaults -------------------------------------------------------------------------------------------------
@@ -244,7 +243,7 @@ PATHS += [("rope_parameters", name) for name in UNUSUAL["rope_parameters"]]
 def test_field_that_is_left_out_has_the_default_of_transformers_own_class(path):
     partial = without(UNUSUAL, path)
     filled = MiniMaxConfig.from_dict(partial).to_dict()
-    assert ModelSpec.from_hf(partial) == ModelSpec.from_hf(filled)
+    assert from_hf(partial) == from_hf(filled)
 
 
 # eos_token_id: the original's class has none.
@@ -257,12 +256,12 @@ def test_field_that_the_original_spells_alike_has_the_same_default(name):
     default = (own | own["rope_parameters"])[name]
     unusual = {key: UNUSUAL[key] for key in SHARED if key in UNUSUAL and UNUSUAL[key] is not None}
     base = TEXT_01 | unusual | {"rope_theta": 123.0, "num_attention_heads": 16, "hidden_size": 256, "rotary_dim": 8}
-    assert ModelSpec.from_hf(without(base, (name,))) == ModelSpec.from_hf(base | {name: default})
+    assert from_hf(without(base, (name,))) == from_hf(base | {name: default})
 
 
 def test_null_key_value_heads_are_as_many_as_heads():
     for base in (TEXT_01, TEXT_01_HF):
-        heads = ModelSpec.from_hf(base | {"num_key_value_heads": None}).full_layers[0]
+        heads = from_hf(base | {"num_key_value_heads": None}).full_layers[0]
         assert heads.num_kv_heads == heads.num_heads == 64
 
 
@@ -288,7 +287,7 @@ def test_slopes_of_six_heads_interleave_as_alibi_and_not_as_hugging_face():
     six = {"num_attention_heads": 6, "num_key_value_heads": 2}
     f = layer_factor(0, 80)
     assert parse(**six).linear_layers[0].slopes == pytest.approx([f * s for s in alibi_slopes(6)])
-    hf = ModelSpec.from_hf(TEXT_01_HF | six).linear_layers[0].slopes
+    hf = from_hf(TEXT_01_HF | six).linear_layers[0].slopes
     assert hf == pytest.approx([hf_layer_factor(0, 80) * s for s in geometric_slopes(6)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import time
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from leyden.models.errors import CheckpointError
 from leyden.models.loading import reader as weight_reader
+from leyden.models.loading.names import Names
 from leyden.models.loading.reader import BUFFER_BYTES, StoredTensor, fill, read_header
-from leyden.models.loading.weights import Target, load_weights
+from leyden.models.loading.target import Cut, Target
+from leyden.models.loading.weights import load_weights
 from safetensors.torch import save_file
 
 CPU = torch.device("cpu")
+AS_STORED = Names(renames=())
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -124,7 +128,7 @@ def check_fill(tmp_path, layout, stored_dtype, dtype, device) -> None:
     expected.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(tensor)
     arrived: list[int] = []
     stored = next(each for each in read_header(tmp_path / "x.safetensors") if each.name == "x")
-    fill([(stored, view)], device, arrived.append)
+    fill([(stored, Target("x", view))], device, arrived.append)
     assert torch.equal(whole.cpu(), expected), "wrong items, or items beside the view"
     assert sum(arrived) == tensor.nbytes
 
@@ -144,13 +148,47 @@ def test_every_item_lands_in_its_place_on_a_gpu(tmp_path, buffers, layout, store
     check_fill(tmp_path, layout, stored_dtype, dtype, torch.device("cuda"))
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cut_fills_its_part_of_the_stored_tensor_and_nothing_beside_it(tmp_path, buffers, layout, dtype, dim):
+    shape = [3, 5, 7]
+    shape[dim] *= 2
+    tensor = random(*shape)
+    save_file({"before": random(11), "x": tensor}, tmp_path / "x.safetensors")
+    for index, part in enumerate(tensor.chunk(2, dim)):
+        view = LAYOUTS[layout](CPU, dtype)
+        whole = view if view._base is None else view._base
+        whole.fill_(7.0)
+        expected = whole.clone()
+        expected.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(part)
+        target = Target("x", view, cut=Cut(dim, index, of=2))
+        load_weights(tmp_path, [target], Names((), ignored=re.compile("before")), progress=False)
+        assert torch.equal(whole, expected), f"part {index}"
+
+
+def test_cut_of_rows_reads_its_rows_alone(tmp_path):
+    save_file({"x": random(8, 100)}, tmp_path / "x.safetensors")
+    (stored,) = read_header(tmp_path / "x.safetensors")
+    arrived: list[int] = []
+    fill([(stored, Target("x", torch.empty(2, 100), cut=Cut(0, 3, of=4)))], CPU, arrived.append)
+    assert sum(arrived) == stored.nbytes // 4
+
+
+def test_cut_of_a_tensor_that_it_does_not_divide_is_refused_with_the_stored_shape(tmp_path):
+    save_file({"x": random(7, 3)}, tmp_path / "x.safetensors")
+    target = Target("x", torch.empty(4, 3), cut=Cut(0, 0, of=2))
+    with pytest.raises(CheckpointError, match=r"\[7, 3\], the config asks for \[8, 3\]"):
+        load_weights(tmp_path, [target], AS_STORED, progress=False)
+
+
 def test_many_files_and_pieces_arrive_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(weight_reader, "BUFFER_BYTES", 256)
     tensors = {f"t{i}": torch.full((100 + i,), float(i)) for i in range(40)}
     for i in range(4):
         save_file(dict(list(tensors.items())[i::4]), tmp_path / f"{i}.safetensors")
     parameters = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-    load_weights(tmp_path, [Target(name, view) for name, view in parameters.items()], progress=False)
+    load_weights(tmp_path, [Target(name, view) for name, view in parameters.items()], AS_STORED, progress=False)
     assert all(torch.equal(parameters[name], tensor) for name, tensor in tensors.items())
 
 
@@ -171,7 +209,7 @@ def test_a_wrong_checkpoint_fails_before_a_byte_is_moved(tmp_path, monkeypatch, 
     save_file(WRONG[kind], tmp_path / "x.safetensors")
     a, b = torch.ones(4), torch.ones(4)
     with pytest.raises(CheckpointError, match=kind):
-        load_weights(tmp_path, [Target("a", a), Target("b", b)], progress=False)
+        load_weights(tmp_path, [Target("a", a), Target("b", b)], AS_STORED, progress=False)
     assert moved == []
     assert a.tolist() == b.tolist() == [1.0] * 4
 
@@ -182,13 +220,13 @@ def test_a_file_cut_after_its_header_was_read_is_an_error(tmp_path):
     (stored,) = read_header(path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"x\.safetensors ends before byte"):
-        fill([(stored, torch.empty(1000))], CPU, lambda num_bytes: None)
+        fill([(stored, Target("x", torch.empty(1000)))], CPU, lambda num_bytes: None)
 
 
 def test_a_file_that_has_gone_is_an_error(tmp_path):
     stored = StoredTensor(tmp_path / "gone.safetensors", "x", torch.float32, (4,), 8)
     with pytest.raises(CheckpointError, match=r"cannot read .*gone\.safetensors"):
-        fill([(stored, torch.empty(4))], CPU, lambda num_bytes: None)
+        fill([(stored, Target("x", torch.empty(4)))], CPU, lambda num_bytes: None)
 
 
 def test_after_an_error_the_rest_is_not_read(tmp_path, monkeypatch):
@@ -201,7 +239,8 @@ def test_after_an_error_the_rest_is_not_read(tmp_path, monkeypatch):
         time.sleep(0.002)
 
     monkeypatch.setattr(weight_reader, "read", failing)
-    stored = [(StoredTensor(tmp_path / "x", str(i), torch.float32, (1,), 4 * i), torch.empty(1)) for i in range(2000)]
+    target = Target("x", torch.empty(1))
+    stored = [(StoredTensor(tmp_path / "x", str(i), torch.float32, (1,), 4 * i), target) for i in range(2000)]
     with pytest.raises(CheckpointError, match="broken"):
         fill(stored, CPU, lambda num_bytes: None)
     assert len(begun) < 2000

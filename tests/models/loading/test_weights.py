@@ -13,8 +13,9 @@ from engines import answer, make_core
 from leyden.kernels import load as load_kernels
 from leyden.models.decoder import Decoder
 from leyden.models.errors import CheckpointError
+from leyden.models.families.registry import names_of, read_config
 from leyden.models.layers.build import Build
-from leyden.models.loading.checkpoint import read_config, resolve
+from leyden.models.loading.checkpoint import resolve
 from leyden.models.loading.weights import INDEX_FILE, load_weights
 from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
 from safetensors.torch import load_file, save_file
@@ -53,7 +54,7 @@ def load(folder) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    load_weights(folder, model.targets(), ignored=model.ignored_names(), progress=False)
+    load_weights(folder, model.targets(), names_of(config), ignored=model.ignored_names(), progress=False)
     parameters = dict(model.named_parameters())
     assert all(parameter.isfinite().all() for parameter in parameters.values()), "a part was never filled"
     return parameters

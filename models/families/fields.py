@@ -1,0 +1,99 @@
+"""Typed reading of a config.json, for the families' `read` functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import CheckpointError
+
+
+class Fields:
+    """Typed reading of a config.json: a missing or wrongly typed field is an error that names it."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+
+    def has(self, name: str) -> bool:
+        return self._config.get(name) is not None
+
+    def is_null(self, name: str) -> bool:
+        """The field is there, and null."""
+        return name in self._config and self._config[name] is None
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise CheckpointError(f"config.json: {name} must be a non-negative integer, got {value!r}")
+        return value
+
+    def positive(self, name: str, default: int | None = None) -> int:
+        value = self.integer(name, default)
+        if value == 0:
+            raise CheckpointError(f"config.json: {name} must be positive, got 0")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise CheckpointError(f"config.json: {name} must be a number, got {value!r}")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"config.json: {name} must be true or false, got {value!r}")
+        return value
+
+    def text(self, name: str) -> str | None:
+        value = self._config.get(name)
+        if value is not None and not isinstance(value, str):
+            raise CheckpointError(f"config.json: {name} must be a string, got {value!r}")
+        return value
+
+    def section(self, name: str) -> Fields:
+        """The fields of a nested object; empty when it is absent."""
+        value = self._config.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise CheckpointError(f"config.json: {name} must be an object, got {value!r}")
+        return Fields(value or {})
+
+    def integers(self, name: str, length: int, default: int) -> list[int]:
+        """One non-negative integer per layer; a single number stands for the same in every layer."""
+        value = self._get(name, default)
+        entries = value if isinstance(value, list) else [value] * length
+        if len(entries) != length:
+            raise CheckpointError(f"config.json: {name} has {len(entries)} entries for {length} layers")
+        return [Fields({name: entry}).integer(name) for entry in entries]
+
+    def must_be(self, name: str, *allowed: Any) -> None:
+        """Refuse a value that would change the mathematics and is not implemented; absent or null is fine."""
+        value = self._config.get(name)
+        if value is not None and value not in allowed:
+            options = ", ".join(repr(option) for option in allowed) or "absent"
+            raise CheckpointError(f"config.json: {name} = {value!r} is not supported (supported: {options})")
+
+    def must_be_same(self, name: str, other: str) -> None:
+        """Refuse two names of one field that contradict each other."""
+        a, b = self._config.get(name), self._config.get(other)
+        if a != b:
+            raise CheckpointError(f"config.json: {name} = {a!r} contradicts {other} = {b!r}; keep one of them")
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self._config.get(name)
+        if value is not None:
+            return value
+        if default is None:
+            raise CheckpointError(f"config.json: {name} is missing")
+        return default
+
+
+def token_ids(value: Any, file: str = "config.json") -> tuple[int, ...]:
+    """eos_token_id is an int, a list or null. Raises `CheckpointError`, which names `file`."""
+    if value is None:
+        return ()
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+        raise CheckpointError(f"{file}: eos_token_id must be an integer or a list of them, got {value!r}")
+    return tuple(dict.fromkeys(values))

@@ -1,0 +1,45 @@
+"""Where a checkpoint's tensor goes: what a module tells the loader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Part `index` of `of` equal parts of a stored tensor along `dim`: one rank's."""
+
+    dim: int
+    index: int
+    of: int
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The stored shape of which a part has this one."""
+        return (*shape[: self.dim], shape[self.dim] * self.of, *shape[self.dim + 1 :])
+
+    def part(self, whole: Tensor) -> Tensor:
+        """The part as a view of the stored tensor."""
+        size = whole.shape[self.dim] // self.of
+        return whole.narrow(self.dim, self.index * size, size)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The view of a parameter that a stored tensor, or its `cut`, fills.
+
+    `name` is canonical (`Names`). `covers` lists the canonical names of the targets in whose place a fused tensor may
+    come; a target without `covers` must be filled, by its own tensor or by one that covers it.
+    """
+
+    name: str
+    view: Tensor
+    covers: tuple[str, ...] = ()
+    cut: Cut | None = None  # None: the whole tensor
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape that the tensor has in a file."""
+        shape = tuple(self.view.shape)
+        return shape if self.cut is None else self.cut.whole(shape)
