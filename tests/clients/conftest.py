@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +25,7 @@ def demo() -> Iterator[Served]:
     served = launch("--max-num-seqs", "8", "--cpu-memory-gb", "0.5")
     yield served
     served.wait_idle()
-    served.process.send_signal(signal.SIGTERM)
-    assert served.process.wait(timeout=30) == 0
+    assert served.terminate() == 0
 
 
 def _run(command: list[str], env: dict[str, str]) -> Any:

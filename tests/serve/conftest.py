@@ -31,8 +31,7 @@ def shared(checkpoint) -> Iterator[Served]:
     served = launch(str(checkpoint), "--max-num-seqs", "64", "--served-model-name", "tiny")
     yield served
     served.wait_idle()
-    served.process.send_signal(signal.SIGTERM)
-    assert served.process.wait(timeout=30) == 0
+    assert served.terminate() == 0
 
 
 @pytest.fixture
@@ -46,5 +45,4 @@ def serve(checkpoint) -> Iterator[Callable[..., Served]]:
 
     yield start
     for served in started:
-        served.process.kill()
-        served.process.wait()
+        served.kill()

@@ -342,6 +342,7 @@ def test_json_logs_are_json_alone_in_both_processes(checkpoint, tmp_path):
         httpx.post(f"{address}/v1/completions", json=prompt, headers={"x-request-id": "r-7"}, timeout=30)
         os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()), signal.SIGKILL)
         assert process.wait(timeout=10) == 1
+        process.stdout.close()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {"time", "level", "logger", "message"} <= set.intersection(*(set(line) for line in lines))
     assert any("generation" in line["message"] for line in lines)

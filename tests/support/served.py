@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,20 @@ class Served:
     def wait_idle(self) -> None:
         """Every slot and block has come back."""
         self.wait_for(lambda: self.gauge("state_slots_used") == 0 and self.gauge("kv_cache_usage_perc") == 0)
+
+    def terminate(self) -> int:
+        """The exit code after SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout=30)
+        finally:
+            self.process.stdout.close()
+
+    def kill(self) -> None:
+        """End the process, whether or not it still runs."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
 
 
 def launch(*arguments: str, env: dict[str, str] | None = None) -> Served:

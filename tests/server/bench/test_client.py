@@ -41,12 +41,14 @@ async def answering(*parts: bytes, pause: float = 0.0):
             await writer.drain()
             await asyncio.sleep(pause)
         writer.close()
+        await writer.wait_closed()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     try:
         yield Target("127.0.0.1", server.sockets[0].getsockname()[1], False, "", None), asked
     finally:
         server.close()
+        await server.wait_closed()
 
 
 def event(text: str) -> bytes:
