@@ -1,6 +1,7 @@
 """Imports run strictly downwards: server -> engine -> models -> kernels. `configs` is a leaf beside them.
 
-Read from the source alone; nothing is imported.
+Inside a layer they run in the order of its rooms, and no module imports itself through others. Read from the source
+alone; nothing is imported.
 """
 
 from __future__ import annotations
@@ -22,6 +23,24 @@ MAY_IMPORT = {
 }
 FOLDERS = [layer if layer != "benchmarks" else "benchmarks/load" for layer in MAY_IMPORT]
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+ROOMS = {  # of a layer: folders and single files, each of which imports itself and those after it
+    "server": "commands http routes responses_api answers door state metrics pages parsers wire errors off_loop",
+    "engine": "llm async_llm boundary core collector startup sessions execution scheduling prefix memory sequence "
+    "messages text outputs sampling_params errors logs",
+    "models": "families decoder mixers layers loading forward_batch specs errors",
+}
+# Imports against that order which are still there: remove an entry with its import, and add none.
+STILL = {
+    ("engine/execution/graphs.py", "engine/startup/trial_steps.py"),
+    ("engine/execution/runner.py", "engine/startup/device.py"),
+    ("engine/execution/runner.py", "engine/startup/measuring.py"),
+    ("engine/execution/runner.py", "engine/startup/trial_steps.py"),
+    ("engine/messages.py", "engine/memory/plan.py"),
+    ("engine/sequence.py", "engine/scheduling/ngrams.py"),
+    ("models/loading/fingerprint.py", "models/decoder.py"),
+}
+STILL_IN_CIRCLES = {"engine/execution/runner.py", "engine/startup/measuring.py"}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -87,6 +106,71 @@ def test_kernels_know_tensors_alone(path):
         "leyden",
     }
     assert {name.split(".")[0] for name, _ in imports(path)} <= allowed
+
+
+def imported_modules(path: Path, *, at_import: bool) -> set[str]:
+    """The project's own files that a file names in `from ... import`.
+
+    `at_import`: without those inside functions, which run later; those for type checkers alone belong to both.
+    """
+    tree, package = ast.parse(path.read_text()), path.relative_to(ROOT).parent.parts
+    late = {inner for node in ast.walk(tree) if isinstance(node, FUNCTIONS) for inner in ast.walk(node)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and not (at_import and node in late):
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            names = [base, *([*base, alias.name] for alias in node.names)]
+            stems = [ROOT.joinpath(*filter(None, name)) for name in names if any(name)]
+            files = [file for stem in stems for file in (stem.with_suffix(".py"), stem / "__init__.py")]
+            found |= {relative_name(file) for file in files if file.exists()}
+    return found
+
+
+def room_of(name: str) -> str:
+    return Path(name).parts[1].removesuffix(".py")
+
+
+def in_circles(graph: dict[str, set[str]]) -> set[str]:
+    """The nodes that are left when those without a successor, or without a predecessor, are taken away."""
+    left = {node: {other for other in others if other in graph and other != node} for node, others in graph.items()}
+    while True:
+        reached = {other for others in left.values() for other in others}
+        ends = {node for node, others in left.items() if not others or node not in reached}
+        if not ends:
+            return set(left)
+        left = {node: others - ends for node, others in left.items() if node not in ends}
+
+
+def test_rooms_import_only_rooms_after_them():
+    against = set()
+    for path in MODULES:
+        name = relative_name(path)
+        layer, order = path.relative_to(ROOT).parts[0], ROOMS.get(path.relative_to(ROOT).parts[0], "").split()
+        for imported in imported_modules(path, at_import=False) if order and path.stem != "__init__" else ():
+            same_layer = Path(imported).parts[0] == layer and room_of(imported) != "__init__"
+            if same_layer and order.index(room_of(name)) > order.index(room_of(imported)):
+                against.add((name, imported))
+    assert against - STILL == set(), "rooms import rooms before them"
+    assert STILL - against == set(), "repaired: take these out of STILL"
+
+
+def test_every_room_has_its_place_in_the_order():
+    for layer, order in ROOMS.items():
+        rooms = {room_of(relative_name(path)) for path in (ROOT / layer).rglob("*.py")} - {"__init__", "__main__"}
+        assert rooms <= set(order.split()), layer
+
+
+def test_no_module_imports_itself_through_others():
+    names = {relative_name(path): path for path in MODULES}
+    found = in_circles({name: imported_modules(path, at_import=True) for name, path in names.items()})
+    assert found - STILL_IN_CIRCLES == set(), "these import each other"
+    assert STILL_IN_CIRCLES - found == set(), "repaired: take these out of STILL_IN_CIRCLES"
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a"}}
+    assert in_circles(graph) == {"b", "c"}
+    assert in_circles(graph | {"c": {"d"}}) == set()
 
 
 TORCH_FREE = ["sampling_params", "sequence", "scheduling/scheduler", "memory/blocks", "memory/slots", "memory/plan",
