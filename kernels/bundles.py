@@ -29,6 +29,14 @@ class Ring(NamedTuple):
     num_pending: Tensor  # [B] int32, tokens that wait in each row's ring, 0 .. C, oldest first
 
 
+class HeadNorm(NamedTuple):
+    """An RMS norm of each head's query and key, before they are rotated."""
+
+    query: Tensor  # [D], in the dtype of q and k
+    key: Tensor  # [D]
+    eps: float
+
+
 class Weight(NamedTuple):
     """A matrix as it is stored."""
 

@@ -6,12 +6,21 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..bundles import Rows
+from ..bundles import HeadNorm, Rows
 
 
 class Attention(Protocol):
     """Common to all: q, out: [T, H, D], H a multiple of H_kv; key_cache, value_cache: [num_blocks, block_size, H_kv,
     D]; all of one dtype, float32, bfloat16 or float16."""
+
+    def rope_(self, q: Tensor, key: Tensor, positions: Tensor, cos_sin: Tensor, norm: HeadNorm | None = None) -> None:
+        """Norm each head of queries and keys, then rotate it by its token's position, both in place.
+
+        key: [T, H_kv, D]. Token t turns by positions[t] in its first R <= D channels, NeoX pairs (j, j + R/2); the
+        others are normed alone, and without `norm` they stay bit for bit. positions: [T] int64, below max_positions,
+        those of padding too; cos_sin: [max_positions, R] float32, cosines of the R/2 angles, then their sines. Computed
+        in float32, rounded once.
+        """
 
     def rope_and_store_kv(
         self,
@@ -23,16 +32,13 @@ class Attention(Protocol):
         key_cache: Tensor,
         value_cache: Tensor,
         slot_mapping: Tensor,
+        norm: HeadNorm | None = None,
     ) -> None:
-        """Rotate queries and keys by their positions, and scatter keys and values into the paged caches.
+        """`rope_`, and scatter keys and values into the paged caches.
 
-        key, value: [T, H_kv, D]. Token t turns by positions[t] in its first R <= D channels, NeoX pairs (j, j + R/2);
-        the others stay bit for bit. positions: [T] int64, below max_positions; cos_sin: [max_positions, R] float32,
-        cosines of the R/2 angles, then their sines; slot_mapping: [T] int64, block * block_size + offset, no slot
-        twice.
-
-        q is rotated in place, value only read; key is scratch: it may hold either afterwards. Only the slots named are
-        written. Slot -1 = padding: nothing is stored, but q is rotated all the same, so its position must be valid.
+        value: [T, H_kv, D], only read; slot_mapping: [T] int64, block * block_size + offset, no slot twice. q is
+        changed in place as by `rope_`; key is scratch: it may hold its old or its new content afterwards. Only the
+        slots named are written. Slot -1 = padding: nothing is stored, but q is rotated all the same.
         """
 
     def prefill(

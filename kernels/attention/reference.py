@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bundles import Rows
+from ..bundles import HeadNorm, Rows
 
 LONGEST_PADDED = 256  # tokens of history up to which decode rows are padded to one batch
 
@@ -145,6 +145,19 @@ def _visible_tokens(blocks: Tensor, context_lens: Tensor, block_size: int, longe
     return tokens.view(-1), seen[:, None, None, :]
 
 
+def rope_(q: Tensor, key: Tensor, positions: Tensor, cos_sin: Tensor, norm: HeadNorm | None = None) -> None:
+    """q [T, H, D], key [T, H_kv, D] in place. Contract: `Attention.rope_`."""
+    cos, sin = cos_sin.index_select(0, positions)[:, None, :].chunk(2, dim=-1)  # [T, 1, R/2] each
+    if norm is None:
+        _rotate(q, cos, sin)
+        _rotate(key, cos, sin)
+        return
+    for x, weight in ((q, norm.query), (key, norm.key)):
+        normed = F.rms_norm(x.float(), weight.shape, weight.float(), norm.eps)
+        _rotate(normed, cos, sin)
+        x.copy_(normed)
+
+
 def rope_and_store_kv(
     q: Tensor,
     key: Tensor,
@@ -154,11 +167,10 @@ def rope_and_store_kv(
     key_cache: Tensor,
     value_cache: Tensor,
     slot_mapping: Tensor,
+    norm: HeadNorm | None = None,
 ) -> None:
     """Rotates key in place on its way. Contract: `Attention.rope_and_store_kv`."""
-    cos, sin = cos_sin.index_select(0, positions)[:, None, :].chunk(2, dim=-1)  # [T, 1, R/2] each
-    _rotate(q, cos, sin)
-    _rotate(key, cos, sin)
+    rope_(q, key, positions, cos_sin, norm)
     if -1 in slot_mapping.tolist():
         real = (slot_mapping >= 0).nonzero()[:, 0]
         key, value, slot_mapping = key[real], value[real], slot_mapping[real]

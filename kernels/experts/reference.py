@@ -19,6 +19,22 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return chosen.softmax(dim=-1), experts
 
 
+def route_groups(
+    logits: Tensor, bias: Tensor, top_k: int, num_groups: int, top_groups: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """logits [T, E], bias [E] -> weights, experts [T, k]. Contract: `Experts.route_groups`."""
+    scores = torch.sigmoid(logits)
+    choice = scores + bias
+    if top_groups < num_groups:
+        groups = choice.unflatten(-1, (num_groups, -1))  # [T, N, E / N]
+        best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1).topk(top_groups, dim=-1).indices
+        is_out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        choice = groups.masked_fill(is_out[..., None], -torch.inf).flatten(-2)
+    experts = choice.topk(top_k, dim=-1).indices
+    weights = scores.gather(1, experts)
+    return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * scale, experts
+
+
 def moe(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, experts: Tensor) -> Tensor:
     """Each used expert once, over its tokens. Contract: `Experts.moe`."""
     matrices = gate_up.plain(), down.plain()

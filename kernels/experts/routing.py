@@ -69,6 +69,103 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return weights, experts
 
 
+@triton.jit
+def _best_groups(b_choice, TOP_GROUPS: tl.constexpr, NUM_GROUPS: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr):
+    """b_choice [BT, BN, BG] with -inf for all experts of a group that is not among the best."""
+    o_n, o_g = tl.arange(0, BN), tl.arange(0, BG)
+    b_first, b_g = tl.max(b_choice, axis=2, return_indices=True)
+    b_second = tl.max(tl.where(o_g[None, None, :] == b_g[:, :, None], float("-inf"), b_choice), axis=2)
+    b_group = b_first + tl.where(b_second == float("-inf"), 0.0, b_second)  # [BT, BN]
+    b_group = tl.where((o_n < NUM_GROUPS)[None, :], b_group, float("-inf"))
+    b_kept = tl.zeros(b_group.shape, tl.int32)
+    for _ in range(TOP_GROUPS):
+        _, b_n = tl.max(b_group, axis=1, return_indices=True)  # of equals the first
+        is_best = o_n[None, :] == b_n[:, None]
+        b_kept = tl.where(is_best, 1, b_kept)
+        b_group = tl.where(is_best, float("-inf"), b_group)
+    return tl.where((b_kept == 1)[:, :, None], b_choice, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _route_groups_kernel(
+    p_logits,
+    p_bias,
+    p_weights,
+    p_experts,
+    num_tokens,
+    scale,
+    l_t,
+    TOP_K: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    BG: tl.constexpr,
+):
+    """SIZE experts a group. A tile is [BT, BN, BG]: tokens, groups, places within a group."""
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_k, o_n, o_g, o_p = tl.arange(0, BK), tl.arange(0, BN), tl.arange(0, BG), tl.arange(0, BN * BG)
+    m_t = o_t < num_tokens
+    o_e = o_n[:, None] * SIZE + o_g[None, :]
+    m_e = (o_n < NUM_GROUPS)[:, None] & (o_g < SIZE)[None, :]
+    p_logits += o_t[:, None, None] * l_t + o_e[None, :, :]
+    b_logits = tl.load(p_logits, mask=m_t[:, None, None] & m_e[None, :, :], other=0.0)
+    b_score = 1.0 / (1.0 + tl.exp(-b_logits))
+    b_choice = b_score + tl.load(p_bias + o_e, mask=m_e, other=0.0)[None, :, :]
+    b_choice = tl.where(m_e[None, :, :], b_choice, float("-inf"))
+    if TOP_GROUPS < NUM_GROUPS:
+        b_choice = _best_groups(b_choice, TOP_GROUPS, NUM_GROUPS, BN, BG)
+    b_score = tl.reshape(b_score, [BT, BN * BG])
+    b_choice = tl.reshape(b_choice, [BT, BN * BG])
+    b_experts = tl.zeros([BT, BK], tl.int32)
+    b_weights = tl.zeros([BT, BK], tl.float32)
+    for i_k in range(TOP_K):
+        _, b_p = tl.max(b_choice, axis=1, return_indices=True)  # of equals the first
+        is_best = o_p[None, :] == b_p[:, None]
+        b_e = tl.minimum(b_p // BG * SIZE + b_p % BG, NUM_GROUPS * SIZE - 1)  # whatever a NaN did to the comparisons
+        b_weight = tl.sum(tl.where(is_best, b_score, 0.0), axis=1)
+        b_experts = tl.where((o_k == i_k)[None, :], b_e[:, None], b_experts)
+        b_weights = tl.where((o_k == i_k)[None, :], b_weight[:, None], b_weights)
+        b_choice = tl.where(is_best, float("-inf"), b_choice)
+    b_weights = b_weights / (tl.sum(b_weights, axis=1) + 1e-20)[:, None] * scale
+    o_pair = o_t[:, None] * TOP_K + o_k[None, :]
+    m_pair = m_t[:, None] & (o_k < TOP_K)[None, :]
+    tl.store(p_weights + o_pair, b_weights, mask=m_pair)
+    tl.store(p_experts + o_pair, b_experts, mask=m_pair)
+
+
+def route_groups(
+    logits: Tensor, bias: Tensor, top_k: int, num_groups: int, top_groups: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """logits [T, E], bias [E] -> weights, experts [T, k]. Contract: `Experts.route_groups`."""
+    num_tokens, num_experts = logits.shape
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
+    experts = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
+    if num_tokens:
+        BT = 4
+        _route_groups_kernel[(triton.cdiv(num_tokens, BT),)](
+            logits,
+            bias,
+            weights,
+            experts,
+            num_tokens,
+            float(scale),
+            logits.stride(0),
+            TOP_K=top_k,
+            TOP_GROUPS=top_groups,
+            NUM_GROUPS=num_groups,
+            SIZE=num_experts // num_groups,
+            BT=BT,
+            BK=triton.next_power_of_2(top_k),
+            BN=triton.next_power_of_2(num_groups),
+            BG=triton.next_power_of_2(num_experts // num_groups),
+            num_warps=4,
+        )
+    return weights, experts
+
+
 @triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["p_experts"])
 def _count_kernel(p_experts, p_counts, num_pairs, BE: tl.constexpr, BP: tl.constexpr):
     o_pair = tl.program_id(0) * BP + tl.arange(0, BP)

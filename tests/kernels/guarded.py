@@ -16,7 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from leyden.kernels import load
-from leyden.kernels.bundles import Ring, Rows, Weight
+from leyden.kernels.bundles import HeadNorm, Ring, Rows, Weight
 from torch import Tensor
 
 PAGE = mmap.PAGESIZE
@@ -112,11 +112,18 @@ def attention(*, is_prefill: bool) -> None:
         OPS.attention.decode(q, *caches, table, rows(ONES, 1), context, 0.3, out)
 
 
-def rope() -> None:
-    caches = normal(6, 5, 2, K), normal(6, 5, 2, K)
+def head_norm() -> HeadNorm:
+    return HeadNorm(normal(K), normal(K), 1e-6)
+
+
+def rope(*, stores: bool, norm: HeadNorm | None = None) -> None:
     q, key, value = normal(4, 6, K), normal(4, 2, K), normal(4, 2, K)
-    places = ints(7, 0, 2, 1, dtype=torch.int64), normal(8, 10), *caches, ints(29, -1, 0, 11, dtype=torch.int64)
-    OPS.attention.rope_and_store_kv(q, key, value, *places)
+    positions, cos_sin = ints(7, 0, 2, 1, dtype=torch.int64), normal(8, 10)
+    if not stores:
+        OPS.attention.rope_(q, key, positions, cos_sin, norm)
+        return
+    caches, slots = (normal(6, 5, 2, K), normal(6, 5, 2, K)), ints(29, -1, 0, 11, dtype=torch.int64)
+    OPS.attention.rope_and_store_kv(q, key, value, positions, cos_sin, *caches, slots, norm)
 
 
 def sample() -> None:
@@ -136,7 +143,11 @@ CALLS: dict[str, Callable[[], object]] = {
     "experts.moe of few": lambda: moe(1, 5),
     "experts.moe of many": lambda: moe(9, 5),
     "experts.route": lambda: OPS.experts.route(normal(5, 7), 2),
-    "attention.rope_and_store_kv": rope,
+    "experts.route_groups": lambda: OPS.experts.route_groups(normal(5, 30), normal(30), 4, 5, 2, 2.5),
+    "attention.rope_ of heads alone": lambda: rope(stores=False),
+    "attention.rope_ of normed heads": lambda: rope(stores=False, norm=head_norm()),
+    "attention.rope_and_store_kv of heads alone": lambda: rope(stores=True),
+    "attention.rope_and_store_kv of normed heads": lambda: rope(stores=True, norm=head_norm()),
     "attention.prefill": lambda: attention(is_prefill=True),
     "attention.decode": lambda: attention(is_prefill=False),
     "lightning.minimax": lambda: lightning(OPS.lightning.minimax, rows(PROMPTS, 40), 52),

@@ -63,6 +63,7 @@ def test_a_step_without_tokens_is_harmless(name, device):
     ops.lightning.fold(slopes, state, ring, none)
     ops.lightning.snapshot(q, q, slopes, state, rows, none.view(0, 3), state)
     ops.attention.rope_and_store_kv(q, q, q, positions, zeros(4, 8), cache, cache, positions)
+    ops.attention.rope_(q, q, positions, zeros(4, 8))
     assert ops.attention.prefill(q, cache, cache, table, rows, none, 1.0, q).shape == q.shape
     assert ops.attention.decode(q, cache, cache, table, rows, none, 1.0, q).shape == q.shape
     x, weight = zeros(0, 32), zeros(32)
@@ -71,5 +72,6 @@ def test_a_step_without_tokens_is_harmless(name, device):
     assert ops.dense.gated_rms_norm(x, x, weight, 1e-5).shape == (0, 32)
     assert ops.dense.silu_and_mul(x).shape == (0, 16)
     assert ops.experts.route(zeros(0, 4), 2)[1].shape == (0, 2)
+    assert ops.experts.route_groups(zeros(0, 4), zeros(4), 2, 2, 1, 1.0)[1].shape == (0, 2)
     pairs = zeros(0, 2), zeros(0, 2, dtype=torch.int64)
     assert ops.experts.moe(x, Weight(zeros(4, 16, 32)), Weight(zeros(4, 32, 8)), *pairs).shape == (0, 32)

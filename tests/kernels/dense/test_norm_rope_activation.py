@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from leyden.kernels import load
+from leyden.kernels.bundles import HeadNorm
 
 KERNELS = {name: load(name).dense for name in ("torch", "triton")}
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
@@ -93,6 +94,30 @@ def test_a_shut_gate_lets_nothing_through_and_one_group_is_the_default(backend, 
 
 
 @every_kernel
+def test_groups_of_a_gated_norm_are_a_ranks_own(backend, device, rng, assert_close):
+    """Half the groups over half the channels are half of the whole: no rank needs another's statistics."""
+    x, gate = torch.randn(2, 5, 6 * 40, generator=rng).to(device)
+    weight = torch.rand(6 * 40, generator=rng).to(device)
+    gated = KERNELS[backend].gated_rms_norm
+    halves = [gated(x[:, part], gate[:, part], weight[part], 1e-6, 3) for part in (slice(0, 120), slice(120, 240))]
+    assert_close("y", torch.cat(halves, dim=1), gated(x, gate, weight, 1e-6, 6), 1e-7)
+
+
+def angles(R):
+    """[500, R]: cosines, then sines."""
+    turned = torch.arange(500)[:, None] * 10000.0 ** (-torch.arange(0, R, 2) / R)
+    return torch.cat([turned.cos(), turned.sin()], -1)
+
+
+def rotate(x, cos, sin):
+    """x [T, H, D] in place in its first channels; cos, sin: [T, 1, R/2]."""
+    half = cos.shape[-1]
+    first, second = x[..., :half].clone(), x[..., half : 2 * half].clone()
+    x[..., :half] = first * cos - second * sin
+    x[..., half : 2 * half] = second * cos + first * sin
+
+
+@every_kernel
 @every_dtype
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 2), (18, 18), (20, 1)])
 @pytest.mark.parametrize(("D", "R"), [(16, 8), (64, 32), (128, 64), (96, 96), (80, 20)])
@@ -103,13 +128,9 @@ def test_rope_turns_the_first_channels_in_pairs_and_keeps_the_rest(
     slots = torch.tensor([13, 2, -1, 8, 5, -1], device=device)
     real = slots >= 0
     projected = torch.randn(len(slots), heads + 2 * kv_heads, D, generator=rng).to(device, dtype)
-    angles = torch.arange(500)[:, None] * 10000.0 ** (-torch.arange(0, R, 2) / R)
-    cos_sin = torch.cat([angles.cos(), angles.sin()], -1).to(device)
-    cos, sin = (x.double()[positions][:, None] for x in cos_sin.chunk(2, -1))
+    cos_sin = angles(R).to(device)
     expected = projected.double()
-    first, second = expected[..., : R // 2].clone(), expected[..., R // 2 : R].clone()
-    expected[..., : R // 2] = first * cos - second * sin
-    expected[..., R // 2 : R] = second * cos + first * sin
+    rotate(expected, *(x.double()[positions][:, None] for x in cos_sin.chunk(2, -1)))
 
     kept = projected.clone()
     caches = torch.full((2, 4, 4, kv_heads, D), float("nan"), dtype=dtype, device=device)
@@ -126,6 +147,54 @@ def test_rope_turns_the_first_channels_in_pairs_and_keeps_the_rest(
     assert torch.equal(parts[2], kept[:, heads + kv_heads :])
     others = torch.ones(stored.shape[1], dtype=torch.bool, device=device).index_fill(0, slots[real], False)
     assert stored[:, others].isnan().all()
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize("is_normed", [False, True], ids=["rope alone", "after a norm"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 2), (16, 16), (20, 1)])
+@pytest.mark.parametrize(("D", "R"), [(16, 8), (128, 64), (96, 96), (80, 20)])
+def test_heads_are_normed_then_rotated_in_place(
+    backend, dtype, is_normed, heads, kv_heads, D, R, device, rng, assert_close
+):
+    """q and key as views of one projection, alone and on their way into the cache."""
+    positions = torch.tensor([0, 7, 499, 250], device=device)
+    projected = (torch.randn(4, heads + 2 * kv_heads, D, generator=rng) * 3).to(device, dtype)
+    q_weight, key_weight = torch.rand(2, D, generator=rng).to(device, dtype)
+    cos_sin = angles(R).to(device)
+    norm = HeadNorm(q_weight, key_weight, 1e-2) if is_normed else None
+    weights = torch.cat([q_weight.expand(heads, D), key_weight.expand(kv_heads, D)])
+    expected = projected[:, : heads + kv_heads].double()
+    if is_normed:
+        expected = plain_norm(expected, weights, 1e-2)
+    rotate(expected, *(x.double()[positions][:, None] for x in cos_sin.chunk(2, -1)))
+
+    alone, stored = projected.clone(), projected.clone()
+    q, key, value = alone.split([heads, kv_heads, kv_heads], dim=1)
+    load(backend).attention.rope_(q, key, positions, cos_sin, norm)
+    assert_close("q and key", alone[:, : heads + kv_heads], expected, BOUNDS[dtype])
+    assert torch.equal(value, projected[:, heads + kv_heads :])
+    if not is_normed:
+        assert torch.equal(alone[..., R:], projected[..., R:])
+
+    q, key, value = stored.split([heads, kv_heads, kv_heads], dim=1)
+    caches = torch.full((2, 2, 2, kv_heads, D), float("nan"), dtype=dtype, device=device)
+    slots = torch.tensor([3, 0, 2, 1], device=device)
+    load(backend).attention.rope_and_store_kv(q, key, value, positions, cos_sin, *caches, slots, norm)
+    assert torch.equal(q, alone[:, :heads])
+    assert torch.equal(caches[0].flatten(0, 1)[slots], alone[:, heads : heads + kv_heads])
+    assert torch.equal(caches[1].flatten(0, 1)[slots], value)
+
+
+@every_kernel
+def test_rope_takes_queries_and_keys_interleaved_per_head_and_flat(backend, device, rng, assert_close):
+    positions, cos_sin = torch.tensor([3, 0, 11], device=device), angles(8).to(device)
+    norm = HeadNorm(*torch.rand(2, 16, generator=rng).to(device), 1e-6)
+    flat = torch.randn(3, 3, 4, 16, generator=rng).to(device)
+    interleaved = flat.transpose(1, 2).contiguous()
+    load(backend).attention.rope_(flat[:, 0], flat[:, 1], positions, cos_sin, norm)
+    load(backend).attention.rope_(interleaved[:, :, 0], interleaved[:, :, 1], positions, cos_sin, norm)
+    assert torch.equal(interleaved.transpose(1, 2), flat)
 
 
 @every_kernel

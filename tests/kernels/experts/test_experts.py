@@ -66,6 +66,72 @@ def test_equal_experts_are_chosen_alike_for_every_token(backend, device):
     assert torch.allclose(weights, torch.full_like(weights, 1 / 3))
 
 
+# (E, groups, kept groups, k): Ring-mini, Ling-3, one group, groups of one, sizes that are no powers of two
+GROUPS = [(256, 8, 4, 8), (512, 8, 4, 8), (64, 1, 1, 6), (8, 8, 3, 3), (30, 5, 2, 7), (12, 3, 3, 1), (2, 1, 1, 2)]
+
+
+def check_groups(choice, scores, weights, experts, num_groups, top_groups, scale):
+    """That weights and experts [T, k] are a right answer to float64 choice and scores [T, E]; of equal ones any is."""
+    groups = choice.unflatten(-1, (num_groups, -1))
+    group_scores = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
+    for t in range(len(choice)):
+        chosen = experts[t].tolist()
+        assert len(set(chosen)) == len(chosen)
+        picked = choice[t, experts[t]]
+        assert (picked.diff() <= 0).all(), "largest first"
+        bound = group_scores[t].topk(top_groups).values[-1]
+        groups_of = {e // groups.shape[-1] for e in chosen}
+        assert all(group_scores[t, n] >= bound for n in groups_of) and len(groups_of) <= top_groups
+        certain = (group_scores[t] > bound).repeat_interleave(groups.shape[-1])  # groups that must be kept
+        certain[experts[t]] = False
+        assert not (choice[t, certain] > picked[-1]).any(), "a better expert was left"
+        expected = scores[t, experts[t]]
+        torch.testing.assert_close(weights[t].double(), expected / expected.sum() * scale, rtol=1e-6, atol=0)
+
+
+@every_kernel
+@pytest.mark.parametrize(("E", "num_groups", "top_groups", "top_k"), GROUPS)
+@pytest.mark.parametrize("T", [1, 5, 300])
+def test_a_token_takes_the_best_experts_of_its_best_groups(backend, E, num_groups, top_groups, top_k, T, device, rng):
+    wide = torch.randn(T, E + 3, generator=rng) * 2
+    bias = torch.randn(E, generator=rng) * 0.1
+    scores = wide[:, :E].double().sigmoid()
+    logits = wide.to(device)[:, :E]
+    weights, experts = KERNELS[backend].route_groups(logits, bias.to(device), top_k, num_groups, top_groups, 2.5)
+    assert weights.dtype == torch.float32 and experts.dtype == torch.int64
+    choice = (scores + bias.double()).float().double()  # what float32 cannot tell apart is equal
+    check_groups(choice, scores, weights.cpu(), experts.cpu(), num_groups, top_groups, 2.5)
+
+
+@every_kernel
+@pytest.mark.parametrize(("E", "num_groups", "top_groups", "top_k"), GROUPS)
+def test_of_equal_experts_and_groups_any_is_right(backend, E, num_groups, top_groups, top_k, device, rng):
+    logits = torch.randint(0, 3, (20, E), generator=rng).float()
+    logits[0], logits[1] = 0.0, 100.0  # all alike; all at the end of the sigmoid's range
+    bias = torch.randint(0, 2, (E,), generator=rng) * 0.25
+    answer = KERNELS[backend].route_groups(logits.to(device), bias.to(device), top_k, num_groups, top_groups, 1.0)
+    scores = logits.sigmoid()  # float32, where equal logits have equal scores
+    check_groups((scores + bias).double(), scores.double(), *(x.cpu() for x in answer), num_groups, top_groups, 1.0)
+
+
+@every_kernel
+def test_a_bias_chooses_and_weighs_nothing(backend, device):
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]], device=device)
+    bias = torch.tensor([-10.0, 0.0, 0.0, 10.0], device=device)
+    weights, experts = KERNELS[backend].route_groups(logits, bias, 2, 1, 1, 1.0)
+    assert experts.tolist() == [[3, 1]]
+    expected = torch.sigmoid(torch.tensor([0.0, 2.0]))
+    torch.testing.assert_close(weights[0].cpu(), expected / expected.sum())
+
+
+@every_kernel
+def test_a_negative_bias_beats_no_expert_outside_the_groups(backend, device):
+    """All choices below zero: what is masked must lie below them too."""
+    bias = torch.tensor([-5.0, -5.0, -3.0, -9.0, -4.0, -4.5], device=device)
+    _, experts = KERNELS[backend].route_groups(torch.zeros(1, 6, device=device), bias, 2, 3, 1, 1.0)
+    assert experts.tolist() == [[4, 5]]  # -8.5 is more than -10 and -12
+
+
 def test_a_token_of_nan_takes_experts_that_exist(device):
     logits = torch.full((3, 5), float("nan"), device=device)
     logits[1] = torch.arange(5.0)
