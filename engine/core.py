@@ -222,7 +222,7 @@ class EngineCore:
             device=str(device),
             device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             dtype=str(runner.dtype).removeprefix("torch."),
-            state_dtype=str(runner.state_dtype).removeprefix("torch."),
+            state_dtype=str(runner.dtypes.state).removeprefix("torch."),
             linear_backend=self.runner.linear_backend,
             kernels=runner.kernel_name,
             num_state_slots=plan.num_state_slots,

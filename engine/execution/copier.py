@@ -48,15 +48,15 @@ class Copier:
         for operation in operations:
             match operation:
                 case Fork(source, target, blocks):
-                    self.states.slot(target).copy_(self.states.slot(source))
+                    _copy(self.states.slot(source), self.states.slot(target))
                     self._copy_blocks(blocks)
                 case Save(slot, snapshot):
-                    self.snapshots[snapshot].copy_(self.states.slot(slot))
+                    _copy(self.states.slot(slot), self.snapshots[snapshot])
                 case Restore(snapshot, slot, blocks):
-                    self.states.slot(slot).copy_(self.snapshots[snapshot], non_blocking=True)
+                    _copy(self.snapshots[snapshot], self.states.slot(slot))
                     self._copy_blocks(blocks)
                 case Move(source, target):
-                    self.snapshots[target].copy_(self.snapshots[source], non_blocking=True)
+                    self.snapshots.row(target).copy_(self.snapshots.row(source), non_blocking=True)
 
     def _copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """pairs: (from, to) of each block."""
@@ -64,3 +64,9 @@ class Copier:
             source, target = np.array(pairs, dtype=np.int64).T
             sent = upload({"source": source, "target": target}, self._device)
             self.kv.copy(sent["source"], sent["target"])
+
+
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    """Copy each tensor to the one in the same place of `target`, which may have another dtype or device."""
+    for a, b in zip(source, target, strict=True):
+        b.copy_(a, non_blocking=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +18,11 @@ from ...models.forward_batch import ForwardBatch
 from ...models.layers.build import Build
 from ...models.loading.checkpoint import resolve
 from ...models.loading.weights import fill_with_noise, load_weights
-from ...models.mixers.cache import CacheSpec, LayerCache
+from ...models.mixers.cache import slot_bytes, token_bytes
 from ...models.mixers.lightning_backends import LINEAR_BACKENDS, LinearAttentionBackend
 from ..errors import ConfigError
-from ..memory.pools import KVPool, SnapshotPool, StatePool
+from ..memory.groups import snapshot_bytes
+from ..memory.pools import DTypes, KVPool, SnapshotPool, StatePool, layer_caches
 from ..memory.ring import RingRule
 from ..outputs import TokenLogprobs
 from ..scheduling.step import ScheduledBatch
@@ -70,8 +70,8 @@ class ModelRunner:
         self.device = pick_device(config.device)
         use_device(self.device)
         self.dtype = pick_dtype(config.dtype, self.model_config, self.device)
-        self.state_dtype = getattr(torch, config.state_dtype)
-        self.snapshot_dtype = getattr(torch, config.saved_state_dtype)
+        self.dtypes = DTypes(getattr(torch, config.state_dtype), self.dtype)
+        self.snapshot_dtypes = DTypes(getattr(torch, config.saved_state_dtype), self.dtype)
         self.kernel_name = pick_kernels(config.kernels, self.device)
         self.block_size = config.block_size
         torch.set_num_threads(config.num_threads or spare_cores())
@@ -232,35 +232,25 @@ class ModelRunner:
 
     @property
     def state_bytes_per_slot(self) -> int:
-        state = self.model_config.state_bytes_per_sequence(self.state_dtype.itemsize)
-        return state + self.model_config.ring_bytes_per_sequence(self.ring.capacity, self.dtype.itemsize)
+        return slot_bytes(self.model.caches, self.dtypes.sizes)
 
     @property
     def snapshot_bytes(self) -> int:
-        return self.model_config.state_bytes_per_sequence(self.snapshot_dtype.itemsize)
+        return snapshot_bytes(self.model.caches, self.snapshot_dtypes.sizes)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.model_config.kv_bytes_per_token(self.dtype.itemsize)
+        return token_bytes(self.model.caches, self.dtypes.sizes)
 
     def allocate(self, num_slots: int, num_blocks: int, max_model_len: int, num_snapshots: int = 0) -> None:
         """Make the device's pools, uninitialised, and the tables of the sampler and of blocks."""
-        config = self.model_config
-        self.states = StatePool(
-            config.linear_layers,
-            num_slots,
-            device=self.device,
-            dtype=self.state_dtype,
-            ring_size=self.ring.capacity,
-            ring_dtype=self.dtype,
-        )
-        self.snapshots = SnapshotPool(
-            config.linear_layers, num_snapshots, device=self.device, dtype=self.snapshot_dtype
-        )
-        self.kv = KVPool(config.full_layers, num_blocks, self.block_size, device=self.device, dtype=self.dtype)
+        caches = self.model.caches
+        self.states = StatePool(caches, num_slots, self.dtypes, device=self.device)
+        self.snapshots = SnapshotPool(caches, num_snapshots, self.snapshot_dtypes, device=self.device)
+        self.kv = KVPool(caches, num_blocks, self.block_size, self.dtypes, device=self.device)
         self.tables = BlockTables(num_slots, -(-max_model_len // self.block_size), self.device)
-        self.caches = _caches_by_layer(self.model.caches, self.states, self.snapshots, self.kv)
-        self.sampler = Sampler(self.kernels, num_slots, config.vocab_size, self.device)
+        self.caches = layer_caches(caches, self.states, self.snapshots, self.kv)
+        self.sampler = Sampler(self.kernels, num_slots, self.model_config.vocab_size, self.device)
         self.copier = Copier(
             self.states, self.snapshots, self.kv, functools.partial(self.model.fold_pending, self.caches), self.device
         )
@@ -300,11 +290,3 @@ def _places_of_draws(scheduled: ScheduledBatch, counts: Counts, shape: GraphShap
     rows = np.array(scheduled.completing_rows, dtype=np.int64)
     rows[rows >= counts.num_prefills] += shape.num_prefills - counts.num_prefills
     return rows
-
-
-def _caches_by_layer(
-    specs: list[CacheSpec], states: StatePool, snapshots: SnapshotPool, kv: KVPool
-) -> list[LayerCache]:
-    """One entry per layer, in the model's order."""
-    linear, full = itertools.count(), itertools.count()
-    return [states.layer(next(linear), snapshots) if spec.slot else kv.layer(next(full)) for spec in specs]

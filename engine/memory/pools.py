@@ -1,110 +1,184 @@
-"""The two pools of device memory: recurrent states by slot, keys and values by block. Sized once, never grown."""
+"""The pools of device memory: states by slot, keys and values by block, snapshots. Sized once, never grown.
+
+Layers that keep equal parts share a tensor per part, with the layers as its first dim. Nothing is ever zeroed: the
+first user of a slot, a block or a snapshot ignores its content.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...models.mixers.cache import LayerCache
-from ...models.specs import LightningSpec, SoftmaxSpec
+from ...models.mixers.cache import CacheSpec, ItemSizes, LayerCache, Part
+from .groups import Region, slot_groups, snapshot_bytes, snapshot_regions, token_groups
+
+
+class DTypes(NamedTuple):
+    """The dtype of a part, by what the part holds."""
+
+    state: torch.dtype
+    activation: torch.dtype
+
+    def of(self, part: Part) -> torch.dtype:
+        dtype: torch.dtype = getattr(self, part.holds)
+        return dtype
+
+    @property
+    def sizes(self) -> ItemSizes:
+        return ItemSizes(self.state.itemsize, self.activation.itemsize)
 
 
 class StatePool:
-    """state [L_linear, num_slots, H, K, V] in `dtype`, and beside each state a ring of the last `ring_size` keys
-    [.., H, C, K] and values [.., H, C, V] in `ring_dtype`, none unless the backend wants them.
+    """Slots and rings of all layers.
 
-    Never zeroed: a slot's first user ignores what it finds there.
+    slots: per group and slot part [L, num_slots, *shape]; rings: per group and ring part
+    [L, num_slots, shape[0], C, *shape[1:]] with the group's C = ring_size.
     """
 
-    def __init__(
-        self,
-        layers: list[LightningSpec],
-        num_slots: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        ring_size: int,
-        ring_dtype: torch.dtype,
-    ) -> None:
-        heads, K, V = layers[0].state_shape
-        shape = (len(layers), num_slots, heads)
-        self.state = torch.empty(*shape, K, V, device=device, dtype=dtype)
-        self.key_ring = torch.empty(*shape, ring_size, K, device=device, dtype=ring_dtype)
-        self.value_ring = torch.empty(*shape, ring_size, V, device=device, dtype=ring_dtype)
+    def __init__(self, caches: Sequence[CacheSpec], num_slots: int, dtypes: DTypes, *, device: torch.device) -> None:
+        self.groups = slot_groups(caches)
+        self.slots: list[list[Tensor]] = []
+        self.rings: list[list[Tensor]] = []
+        for layers, cache in self.groups:
+            lead = (len(layers), num_slots)
+            self.slots.append(
+                [torch.empty(*lead, *part.shape, device=device, dtype=dtypes.of(part)) for part in cache.slot]
+            )
+            self.rings.append(
+                [
+                    torch.empty(
+                        *lead, part.shape[0], cache.ring_size, *part.shape[1:], device=device, dtype=dtypes.of(part)
+                    )
+                    for part in cache.ring
+                ]
+            )
+        self._flat = [tensor for group in self.slots for tensor in group]
 
-    def slot(self, i: int) -> Tensor:
-        """A slot's states [L_linear, H, K, V]. Tokens that wait in its ring are not in them."""
-        return self.state[:, i]
+    def slot(self, i: int) -> list[Tensor]:
+        """The slot parts of slot i, each [L, *shape], in the order of a snapshot's regions. Tokens that wait in its
+        rings are not in them."""
+        return [tensor[:, i] for tensor in self._flat]
 
-    def layer(self, i: int, snapshots: SnapshotPool) -> LayerCache:
-        """The i-th lightning layer's part, and that of the kept states on the device."""
-        ring = (self.key_ring[i], self.value_ring[i]) if self.key_ring.shape[3] else ()
-        return LayerCache(slot=(self.state[i],), ring=ring, snapshots=(snapshots.states[:, i],))
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, each [L, num_slots, ...]."""
+        return [tensor for group in (*self.slots, *self.rings) for tensor in group]
 
     @property
     def nbytes(self) -> int:
-        return self.state.nbytes + self.key_ring.nbytes + self.value_ring.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class SnapshotPool:
-    """States of the prefix cache, each [L_linear, H, K, V] in `dtype`: `num_snapshots` on the device and, counted on
-    from there, those that `allocate_on_host` adds. Each lies in one piece, so that a copy between the two is one."""
+    """The snapshots of the prefix cache: `num_snapshots` on the device, and after them those on the host.
+
+    A snapshot is a row of bytes in which each part has its region, so that moving one to the host is a single copy.
+    rows: [num_snapshots, row_bytes] uint8; parts: per region [num_snapshots, L, *shape], views of `rows`.
+    """
 
     def __init__(
-        self,
-        layers: list[LightningSpec],
-        num_snapshots: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, caches: Sequence[CacheSpec], num_snapshots: int, dtypes: DTypes, *, device: torch.device
     ) -> None:
-        shape = (len(layers), *layers[0].state_shape)
-        self.states = torch.empty(num_snapshots, *shape, device=device, dtype=dtype)
-        self.host_states = torch.empty(0, *shape, dtype=dtype)
+        self.regions = snapshot_regions(caches, dtypes.sizes)
+        self.row_bytes = snapshot_bytes(caches, dtypes.sizes)
+        self.dtypes = dtypes
+        self.rows = torch.empty(num_snapshots, self.row_bytes, dtype=torch.uint8, device=device)
+        self.parts = self._views(self.rows)
+        self.host_rows = torch.empty(0, self.row_bytes, dtype=torch.uint8)
+        self._host_parts = self._views(self.host_rows)
+        self._of_layer: dict[int, list[tuple[int, int]]] = {}  # of each part: its region, and the layer's place there
+        for r, region in enumerate(self.regions):
+            for i, layer in enumerate(region.group.layers):
+                self._of_layer.setdefault(layer, []).append((r, i))
 
     def allocate_on_host(self, num_on_host: int) -> None:
-        """Take host memory for so many more, pinned where the others are on a GPU."""
-        is_pinned = self.states.is_cuda and num_on_host > 0
-        shape = (num_on_host, *self.states.shape[1:])
-        self.host_states = torch.empty(shape, dtype=self.states.dtype, pin_memory=is_pinned)
+        """Take host memory for `num_on_host` snapshots, pinned where the device is a GPU."""
+        is_pinned = self.rows.is_cuda and num_on_host > 0
+        self.host_rows = torch.empty(num_on_host, self.row_bytes, dtype=torch.uint8, pin_memory=is_pinned)
+        self._host_parts = self._views(self.host_rows)
 
-    def __getitem__(self, i: int) -> Tensor:
-        on_device = self.states.shape[0]
-        return self.states[i] if i < on_device else self.host_states[i - on_device]
+    def row(self, i: int) -> Tensor:
+        """The bytes [row_bytes] uint8 of snapshot i, on the device or the host."""
+        on_device = self.rows.shape[0]
+        return self.rows[i] if i < on_device else self.host_rows[i - on_device]
+
+    def __getitem__(self, i: int) -> list[Tensor]:
+        """The parts of snapshot i, each [L, *shape], in the order of the regions."""
+        on_device = self.rows.shape[0]
+        if i < on_device:
+            return [part[i] for part in self.parts]
+        return [part[i - on_device] for part in self._host_parts]
+
+    def layer(self, i: int, layer: int) -> list[Tensor]:
+        """The parts of one layer in snapshot i, each [*shape], in the order of the layer's slot parts."""
+        parts = self[i]
+        return [parts[region][place] for region, place in self._of_layer[layer]]
+
+    def _views(self, rows: Tensor) -> list[Tensor]:
+        return [self._view(rows, region) for region in self.regions]
+
+    def _view(self, rows: Tensor, region: Region) -> Tensor:
+        """The region in every row, [N, L, *shape]."""
+        dtype = self.dtypes.of(region.part)
+        items = rows.view(dtype).narrow(1, region.offset // dtype.itemsize, region.size)
+        return items.unflatten(1, (len(region.group.layers), *region.part.shape))
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return self.states.nbytes
+        return self.rows.nbytes
 
 
 class KVPool:
-    """keys and values, each [L_full, num_blocks, block_size, H_kv, D]."""
+    """What layers keep of every token, in blocks. tokens: per group and part [L, num_blocks, block_size, *shape]."""
 
     def __init__(
-        self,
-        layers: list[SoftmaxSpec],
-        num_blocks: int,
-        block_size: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, caches: Sequence[CacheSpec], num_blocks: int, block_size: int, dtypes: DTypes, *, device: torch.device
     ) -> None:
-        heads, dim = (layers[0].num_kv_heads, layers[0].head_dim) if layers else (0, 0)
-        shape = (len(layers), num_blocks, block_size, heads, dim)
         self.num_blocks = num_blocks
-        self.key = torch.empty(shape, device=device, dtype=dtype)
-        self.value = torch.empty(shape, device=device, dtype=dtype)
+        self.groups = token_groups(caches)
+        self.tokens = [
+            [
+                torch.empty(len(layers), num_blocks, block_size, *part.shape, device=device, dtype=dtypes.of(part))
+                for part in cache.token
+            ]
+            for layers, cache in self.groups
+        ]
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """The contents of blocks [N] int64 to others."""
-        for cache in (*self.key, *self.value):  # layer by layer: what lies between is a copy
-            cache.index_copy_(0, target, cache.index_select(0, source))
+        """Copy blocks `source` [N] int64 to blocks `target` [N] int64, which are others."""
+        for tensor in self.tensors:
+            for layer in tensor:  # one by one, so that the copy in between is small
+                layer.index_copy_(0, target, layer.index_select(0, source))
 
-    def layer(self, i: int) -> LayerCache:
-        """Key and value cache [num_blocks, block_size, H_kv, D] of the i-th softmax layer."""
-        return LayerCache(token=(self.key[i], self.value[i]))
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, each [L, num_blocks, block_size, ...]."""
+        return [tensor for group in self.tokens for tensor in group]
 
     @property
     def nbytes(self) -> int:
-        return self.key.nbytes + self.value.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def layer_caches(
+    caches: Sequence[CacheSpec], states: StatePool, snapshots: SnapshotPool, kv: KVPool
+) -> list[LayerCache]:
+    """The views of the pools that each layer works on, in the model's order."""
+    found = [LayerCache()] * len(caches)
+    kept = iter(snapshots.parts)
+    for group, slots, rings in zip(states.groups, states.slots, states.rings, strict=True):
+        regions = [next(kept) for _ in slots]
+        for i, layer in enumerate(group.layers):
+            found[layer] = LayerCache(
+                slot=tuple(tensor[i] for tensor in slots),
+                ring=tuple(tensor[i] for tensor in rings),
+                snapshots=tuple(region[:, i] for region in regions),
+            )
+    for group, tokens in zip(kv.groups, kv.tokens, strict=True):
+        for i, layer in enumerate(group.layers):
+            found[layer] = found[layer]._replace(token=tuple(tensor[i] for tensor in tokens))
+    return found

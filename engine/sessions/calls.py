@@ -25,7 +25,7 @@ from ..execution.runner import ModelRunner
 from ..messages import SessionCall, SessionDone
 from ..prefix.reuse import Reuse
 from . import folder as session_folder
-from .carrier import Carrier, Place, slots_of
+from .carrier import Carrier, Location, slots_of
 from .file import MAX_STATES, Layout, read_session
 from .folder import SESSION_ID, SESSION_ID_FORM, SUFFIX, delete_file, list_files
 
@@ -45,7 +45,7 @@ class Sessions:
         self._refused: list[SessionDone] = []
         self._current: tuple[SessionCall, Work, Future[Any]] | None = None
         if self.folder is not None:
-            self._carrier = Carrier(runner.snapshots, runner.kv)
+            self._carrier = Carrier(runner.snapshots, runner.caches, runner.device)
             self._layout = _layout(runner)
             self._thread = ThreadPoolExecutor(1, "session", use_device, (runner.device,))
 
@@ -137,8 +137,8 @@ class Sessions:
         self._runner.copier.make(self._reuse.take_operations())  # an idle engine has no step that would
         tokens, ends, hold = cache.hold(conversation.node, MAX_STATES)
         try:
-            place = Place(hold.snapshots, slots_of(hold.blocks, len(tokens), cache.blocks.block_size))
-            write = partial(self._carrier.save, self._path(call), self._layout, tokens, ends, salt, place)
+            location = Location(hold.snapshots, slots_of(hold.blocks, len(tokens), cache.blocks.block_size))
+            write = partial(self._carrier.save, self._path(call), self._layout, tokens, ends, salt, location)
             num_bytes = yield partial(_after, self._carrier.mark(), write)
         finally:
             cache.let_go(hold)
@@ -157,8 +157,8 @@ class Sessions:
                 raise _no_room(len(tokens), num_blocks, cache.num_snapshots, cache.blocks.num_blocks)
             try:
                 self._runner.copier.make(reuse.take_operations())  # moves read what the load overwrites
-                place = Place(hold.snapshots, slots_of(hold.blocks, len(tokens), cache.blocks.block_size))
-                yield partial(_after, self._carrier.mark(), partial(self._carrier.load, header, place))
+                location = Location(hold.snapshots, slots_of(hold.blocks, len(tokens), cache.blocks.block_size))
+                yield partial(_after, self._carrier.mark(), partial(self._carrier.load, header, self._layout, location))
             except BaseException:
                 cache.let_go(hold)
                 raise
@@ -180,13 +180,10 @@ class Sessions:
 
 
 def _layout(runner: ModelRunner) -> Layout:
-    layers, _, _, heads, dim = runner.kv.key.shape
     return Layout(
         fingerprint=fingerprint(runner.model_config, runner.model),
-        state_shape=tuple(runner.snapshots.states.shape[1:]),
-        state_dtype=runner.snapshot_dtype,
-        kv_shape=(layers, heads, dim),
-        kv_dtype=runner.dtype,
+        caches=runner.model.caches,
+        dtypes=runner.snapshot_dtypes,
         vocab_size=runner.model_config.vocab_size,
         max_model_len=runner.plan.max_model_len,
     )

@@ -20,16 +20,9 @@ from torch import Tensor
 
 from ...kernels import use_device
 from ...models.loading.reader import NUM_READERS
-from ..memory.pools import KVPool, SnapshotPool
-from .file import (
-    PIECE_BYTES,
-    Layout,
-    SessionHeader,
-    checksum,
-    make_header,
-    read_piece,
-    rows_per_piece,
-)
+from ...models.mixers.cache import LayerCache
+from ..memory.pools import SnapshotPool
+from .file import PIECE_BYTES, Layout, Piece, SessionHeader, checksum, make_header, read_piece
 from .folder import new_file
 
 T = TypeVar("T")
@@ -40,36 +33,30 @@ def device_bytes(max_model_len: int) -> int:
     return NUM_READERS * PIECE_BYTES + 8 * max_model_len
 
 
-class Place(NamedTuple):
-    """Where a session lies in the pools. `slots` [N] int64: block * block_size + place in it, of each token."""
+class Location(NamedTuple):
+    """Where a session lies in the pools. `slots` [N] int64: block * block_size + place in the block, of each token."""
 
     snapshots: list[int]
     slots: np.ndarray
 
 
-class Piece(NamedTuple):
-    """What is moved at a time: rows [R, ...] of a pool, or those at `slots` [N] int64, from `offset` of the file's data
-    on."""
+class Transfer(NamedTuple):
+    """A piece of the file and its memory: rows [R, ...] of a pool, all of them or those at `slots` [R'] int64."""
 
-    offset: int
+    piece: Piece
     rows: Tensor
     slots: Tensor | None
 
     @property
-    def num_rows(self) -> int:
-        return len(self.rows) if self.slots is None else len(self.slots)
-
-    @property
-    def nbytes(self) -> int:
-        return self.num_rows * self.rows[0].nbytes
+    def shape(self) -> tuple[int, ...]:
+        return (self.piece.num_rows, *self.rows.shape[1:])
 
 
 class Carrier:
     """Moves sessions, one at a time, in whatever thread asks."""
 
-    def __init__(self, snapshots: SnapshotPool, kv: KVPool) -> None:
-        device = kv.key.device
-        self._snapshots, self._kv, self._device = snapshots, kv, device
+    def __init__(self, snapshots: SnapshotPool, caches: list[LayerCache], device: torch.device) -> None:
+        self._snapshots, self._caches, self._device = snapshots, caches, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._free: SimpleQueue[_Staging] = SimpleQueue()
         for _ in range(NUM_READERS):
@@ -84,70 +71,66 @@ class Carrier:
         return event.synchronize
 
     def save(
-        self, path: Path, layout: Layout, tokens: np.ndarray, ends: list[int], salt: str | None, place: Place
+        self, path: Path, layout: Layout, tokens: np.ndarray, ends: list[int], salt: str | None, location: Location
     ) -> int:
-        """Write the session's file. Returns its bytes. Raises `SessionError`; then what was there before is still."""
-        pieces = self._pieces(place)
-        blank = make_header(layout, len(tokens), ends, salt, [0] * (len(pieces) + 1))
+        """Write the session's file. Returns its bytes. Raises `SessionError`; then the former file is still there."""
+        transfers = self._transfers(layout.pieces(len(tokens), len(ends)), location, num_skipped=0)
+        blank = make_header(layout, len(tokens), ends, salt, [0] * (len(transfers) + 1))
         with new_file(path) as file:
 
-            def write(piece: Piece, staging: _Staging) -> int:
-                data = staging.fetch(piece)
-                _write(file, len(blank) + piece.offset, data)
+            def write(transfer: Transfer, staging: _Staging) -> int:
+                data = staging.fetch(transfer)
+                _write(file, len(blank) + transfer.piece.offset, data)
                 return checksum(data)
 
-            checksums = self._move(write, pieces)
-            at = len(blank) + sum(piece.nbytes for piece in pieces)
+            checksums = self._move(write, transfers)
+            at = len(blank) + sum(transfer.piece.nbytes for transfer in transfers)
             _write(file, at, tokens.view(np.uint8))
             checksums.append(checksum(tokens.view(np.uint8)))
             _write(file, 0, np.frombuffer(make_header(layout, len(tokens), ends, salt, checksums), dtype=np.uint8))
         return at + tokens.nbytes
 
-    def load(self, header: SessionHeader, place: Place) -> None:
-        """Read states, keys and values to their places. `place` may want the last states alone. Raises `SessionError`;
-        then anything may lie there."""
-        unwanted = len(header.ends) - len(place.snapshots)
-        pieces = self._pieces(place, unwanted)
-        start = header.stored["states"].offset
-        skipped = len(header.checksums) - 1 - len(pieces)
-        expected = dict(zip((piece.offset for piece in pieces), header.checksums[skipped:-1], strict=True))
+    def load(self, header: SessionHeader, layout: Layout, location: Location) -> None:
+        """Read what layers keep to its location, which may have room for the last states alone. Raises `SessionError`;
+        then the location's content is undefined."""
+        num_skipped = len(header.ends) - len(location.snapshots)
+        pieces = layout.pieces(len(header.tokens), len(header.ends))
+        expected = dict(zip((piece.offset for piece in pieces), header.checksums, strict=False))
 
-        def read(piece: Piece, staging: _Staging) -> None:
-            data = staging.bytes(piece)
-            read_piece(header.path, start + piece.offset, data, expected[piece.offset])
-            staging.send(piece)
+        def read(transfer: Transfer, staging: _Staging) -> None:
+            at = transfer.piece.offset
+            read_piece(header.path, header.start + at, staging.bytes(transfer), expected[at])
+            staging.send(transfer)
 
-        self._move(read, pieces)
+        self._move(read, self._transfers(pieces, location, num_skipped))
 
-    def _move(self, work: Callable[[Piece, _Staging], T], pieces: list[Piece]) -> list[T]:
-        """`work` of every piece. When it raises, nothing is being moved any more, and the first error is raised."""
+    def _move(self, work: Callable[[Transfer, _Staging], T], transfers: list[Transfer]) -> list[T]:
+        """The results of `work` for every transfer. The first error is raised, once no transfer is under way."""
 
         @torch.inference_mode()
-        def move(piece: Piece) -> T:
+        def move(transfer: Transfer) -> T:
             staging = self._free.get()
             try:
-                return work(piece, staging)
+                return work(transfer, staging)
             finally:
                 self._free.put(staging)
 
         with ThreadPoolExecutor(NUM_READERS, "sessions", use_device, (self._device,)) as threads:
-            return list(threads.map(move, pieces))  # an error cancels what has not begun
+            return list(threads.map(move, transfers))  # an error cancels what has not begun
 
-    def _pieces(self, place: Place, num_skipped: int = 0) -> list[Piece]:
-        """All pieces of the data but the tokens, in their order; without those of the first `num_skipped` states."""
+    def _transfers(self, pieces: list[Piece], location: Location, num_skipped: int) -> list[Transfer]:
+        """The pieces with their memory, without those of the first `num_skipped` states."""
         with torch.cuda.stream(self._stream):
-            slots = torch.from_numpy(place.slots).to(self._device)
-        found: list[Piece] = []
-        at = num_skipped * self._snapshots[0].nbytes
-        for rows in (self._snapshots[snapshot].flatten(2).flatten(0, 1) for snapshot in place.snapshots):
-            for part in rows.split(rows_per_piece(rows[0].nbytes)):
-                found.append(Piece(at, part, None))
-                at += part.nbytes
-        for cache in (*self._kv.key, *self._kv.value):
-            rows = cache.flatten(0, 1)
-            for some in slots.split(rows_per_piece(rows[0].nbytes)):
-                found.append(Piece(at, rows, some))
-                at += found[-1].nbytes
+            slots = torch.from_numpy(location.slots).to(self._device)
+        found: list[Transfer] = []
+        for piece in pieces:
+            (layer, part, state, *_), stop = piece.stretch, piece.start + piece.num_rows
+            if state is None:
+                rows = self._caches[layer].token[part].flatten(0, 1)
+                found.append(Transfer(piece, rows, slots[piece.start : stop]))
+            elif state >= num_skipped:
+                rows = self._snapshots.layer(location.snapshots[state - num_skipped], layer)[part]
+                found.append(Transfer(piece, rows[piece.start : stop], None))
         return found
 
 
@@ -161,42 +144,41 @@ class _Staging:
         self._on_device = torch.empty(PIECE_BYTES, dtype=torch.uint8, device=device) if is_cuda else None
         self._done = torch.cuda.Event(blocking=True) if is_cuda else None
 
-    def bytes(self, piece: Piece) -> Tensor:
+    def bytes(self, transfer: Transfer) -> Tensor:
         """[N] uint8, the part of the host's buffer that the piece takes."""
-        return self._buffer[: piece.nbytes]
+        return self._buffer[: transfer.piece.nbytes]
 
-    def fetch(self, piece: Piece) -> np.ndarray:
+    def fetch(self, transfer: Transfer) -> np.ndarray:
         """The piece's bytes [N] uint8, until the buffer is used again."""
-        host, near = self._views(piece)
+        host, near = self._views(transfer)
         with torch.cuda.stream(self._stream):
-            if piece.slots is None:
-                host.copy_(piece.rows, non_blocking=True)
+            if transfer.slots is None:
+                host.copy_(transfer.rows, non_blocking=True)
             else:
-                torch.index_select(piece.rows, 0, piece.slots, out=near)
+                torch.index_select(transfer.rows, 0, transfer.slots, out=near)
                 if near is not host:
                     host.copy_(near, non_blocking=True)
         self._wait()
-        return self.bytes(piece).numpy()
+        return self.bytes(transfer).numpy()
 
-    def send(self, piece: Piece) -> None:
+    def send(self, transfer: Transfer) -> None:
         """What is in the host's buffer to the piece's place."""
-        host, near = self._views(piece)
+        host, near = self._views(transfer)
         with torch.cuda.stream(self._stream):
-            if piece.slots is None:
-                piece.rows.copy_(host, non_blocking=True)
+            if transfer.slots is None:
+                transfer.rows.copy_(host, non_blocking=True)
             else:
                 if near is not host:
                     near.copy_(host, non_blocking=True)
-                piece.rows.index_copy_(0, piece.slots, near)
+                transfer.rows.index_copy_(0, transfer.slots, near)
         self._wait()
 
-    def _views(self, piece: Piece) -> tuple[Tensor, Tensor]:
+    def _views(self, transfer: Transfer) -> tuple[Tensor, Tensor]:
         """The host's buffer as the piece's rows, and the one beside the pools, on a CPU the same."""
-        shape = (piece.num_rows, *piece.rows.shape[1:])
-        host = self.bytes(piece).view(piece.rows.dtype).view(shape)
+        host = self.bytes(transfer).view(transfer.rows.dtype).view(transfer.shape)
         if self._on_device is None:
             return host, host
-        return host, self._on_device[: piece.nbytes].view(piece.rows.dtype).view(shape)
+        return host, self._on_device[: transfer.piece.nbytes].view(transfer.rows.dtype).view(transfer.shape)
 
     def _wait(self) -> None:
         if self._done is not None:

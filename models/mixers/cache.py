@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:  # plans are made without torch
+    from torch import Tensor
 
 
 class Part(NamedTuple):
@@ -59,11 +60,6 @@ class ItemSizes(NamedTuple):
 def slot_bytes(caches: Iterable[CacheSpec], sizes: ItemSizes) -> int:
     """Bytes that a slot takes in all layers, rings included."""
     return sum(sizes.of(cache.slot) + cache.ring_size * sizes.of(cache.ring) for cache in caches)
-
-
-def snapshot_bytes(caches: Iterable[CacheSpec], sizes: ItemSizes) -> int:
-    """Bytes that a snapshot takes in all layers. `sizes.state`: of `snapshot_dtype`."""
-    return sum(sizes.of(cache.slot) for cache in caches)
 
 
 def token_bytes(caches: Iterable[CacheSpec], sizes: ItemSizes) -> int:

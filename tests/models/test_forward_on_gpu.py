@@ -48,7 +48,7 @@ def logits(runner: ModelRunner, batch: ForwardBatch) -> Tensor:
 def reset(runner: ModelRunner) -> None:
     """The same content of every pool, whatever ran before."""
     generator = torch.Generator("cuda").manual_seed(0)
-    for pool in (runner.states.state, runner.states.key_ring, runner.states.value_ring, runner.kv.key, runner.kv.value):
+    for pool in (*runner.states.tensors, *runner.kv.tensors):
         pool.normal_(generator=generator)
 
 

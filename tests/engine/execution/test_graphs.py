@@ -82,8 +82,8 @@ def test_padding_rows_touch_no_slot_and_no_block(folder, backend):
     own = core.scheduler.running[0]
     slots = [slot for slot in range(runner.plan.num_state_slots) if slot != own.state_slot]
     blocks = [block for block in range(runner.kv.num_blocks) if block not in own.block_table]
-    strange = [(pool, slots) for pool in (runner.states.state, runner.states.key_ring, runner.states.value_ring)]
-    strange += [(runner.kv.key, blocks), (runner.kv.value, blocks)]
+    strange = [(pool, slots) for pool in runner.states.tensors]
+    strange += [(pool, blocks) for pool in runner.kv.tensors]
     for pool, others in strange:
         pool[:, others] = 7
     for _ in range(5):
@@ -140,8 +140,8 @@ def test_the_padding_of_prompts_touches_no_slot_and_no_block(folder, backend):
     own = batch.sequences[0]
     slots = [slot for slot in range(runner.plan.num_state_slots) if slot != own.state_slot]
     blocks = [block for block in range(runner.kv.num_blocks) if block not in own.block_table]
-    pools = [(pool, slots) for pool in (runner.states.state, runner.states.key_ring, runner.states.value_ring)]
-    pools += [(runner.kv.key, blocks), (runner.kv.value, blocks)]
+    pools = [(pool, slots) for pool in runner.states.tensors]
+    pools += [(pool, blocks) for pool in runner.kv.tensors]
     for pool, others in pools:
         pool[:, others] = 7
     runner.launch(batch).wait()
@@ -158,7 +158,7 @@ def test_states_on_the_way_of_a_prompt_come_from_a_graph_as_they_come_without(fo
     for core in (plain(folder, **settings), with_graphs(folder, MIXED, **settings)):
         replay = core.runner._replay
         core.runner._replay = lambda *step, replay=replay: taken.append(len(step[2].snapshots)) or replay(*step)
-        pool = core.runner.snapshots.states.fill_(7)
+        pool = core.runner.snapshots.parts[0].fill_(7)
         drain(core, *(request(str(i), random_prompt(30, i), max_tokens=1) for i in range(2)))
         nodes = [node for node in core.scheduler.cache.tree.nodes if node.snapshot is not None]
         kept.append({(node.end, int(node.tokens[-1])): pool[node.snapshot].clone() for node in nodes})

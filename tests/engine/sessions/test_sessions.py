@@ -389,8 +389,9 @@ def rewritten(path: Path, change) -> None:
     save_file(tensors, path, {"format": "leyden.session", "session": text, "sha256": digest})
 
 
+KEY = "layers.1.key"
 FORGERIES = {
-    "version": lambda facts, _: facts.update(version=2),
+    "version": lambda facts, _: facts.update(version=3),
     "no version": lambda facts, _: facts.pop("version"),
     "a field more": lambda facts, _: facts.update(more=1),
     "a wrong type": lambda facts, _: facts.update(ends="all"),
@@ -405,9 +406,11 @@ FORGERIES = {
     "no tokens": lambda _, tensors: tensors.pop("tokens"),
     "tokens of another dtype": lambda _, tensors: tensors.update(tokens=tensors["tokens"].float()),
     "fewer tokens": lambda _, tensors: tensors.update(tokens=tensors["tokens"][:-1].clone()),
-    "keys of another shape": lambda _, tensors: tensors.update(keys=tensors["keys"][:, :, :1].clone()),
+    "keys of another shape": lambda _, tensors: tensors.update(
+        {"layers.1.key": tensors["layers.1.key"][:, :1].clone()}
+    ),
     "a tensor more": lambda _, tensors: tensors.update(more=tensors["tokens"].clone()),
-    "no states": lambda _, tensors: tensors.pop("states"),
+    "no states": lambda _, tensors: tensors.pop("layers.0.state"),
 }
 
 
@@ -420,6 +423,13 @@ def test_a_forged_file_is_refused(make_core, forge):
     found = call(again, "restore")
     assert found.error_code in ("session_damaged", "session_mismatch"), found
     nothing_taken(again)
+
+
+def test_a_file_of_an_earlier_format_is_refused_and_the_remedy_told(make_core):
+    core = make_core()
+    saved(core)
+    rewritten(path_of(core), lambda facts, _: facts.update(version=1))
+    refused(make_core(), "restore", "session_mismatch", "format 1", "reads format 2", "delete the session")
 
 
 @pytest.mark.parametrize("token", [-1, 320, 2**31 - 1])
@@ -487,8 +497,8 @@ def test_other_programs_read_it(make_core):
     with safe_open(path_of(core), framework="pt") as file:
         tokens = file.get_tensor("tokens").tolist()
         assert conversation[: len(tokens)] == tokens
-        assert file.get_tensor("keys").shape[1] == file.get_tensor("values").shape[1] == len(tokens)
-        assert file.get_tensor("states").shape[0] == len(json.loads(file.metadata()["session"])["ends"])
+        assert all(len(file.get_tensor(f"layers.1.{part}")) == len(tokens) for part in ("key", "value"))
+        assert len(file.get_tensor("layers.0.state")) == len(json.loads(file.metadata()["session"])["ends"])
 
 
 def test_sessions_are_listed_and_deleted(make_core, monkeypatch):

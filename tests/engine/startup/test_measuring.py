@@ -257,7 +257,7 @@ def test_the_first_steps_leave_numbers(tiny, monkeypatch, backend):
 
     def poisoned(self, *sizes):
         allocate(self, *sizes)
-        for pool in (self.states.state, self.states.key_ring, self.states.value_ring, self.kv.key, self.kv.value):
+        for pool in (*self.states.tensors, *self.kv.tensors):
             pool.fill_(float("nan"))
 
     def launched(self, step):
@@ -282,7 +282,7 @@ def test_a_decoding_dummy_reads_what_a_prompt_wrote_before(tiny, backend):
     """A state that nobody wrote may hold NaN, and choose experts that do not exist."""
     core = make_core(tiny.folder, linear_backend=backend, speculative_tokens=7)
     runner = core.runner
-    for pool in (runner.states.state, runner.states.key_ring, runner.states.value_ring, runner.kv.key, runner.kv.value):
+    for pool in (*runner.states.tensors, *runner.kv.tensors):
         pool.fill_(float("nan"))
     limits = StepLimits(4, 64, 16, 256, 64, max_drafts=7, max_drafted=4)
     for step in serving_steps(limits):
