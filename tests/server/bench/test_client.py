@@ -32,9 +32,10 @@ async def samples_of(target: Target, load: Load, workload: Workload = WORKLOAD, 
 @asynccontextmanager
 async def answering(*parts: bytes, pause: float = 0.0):
     """A server that answers every request with the same bytes and then closes the connection."""
-    asked = []
+    asked, handlers = [], []
 
     async def serve(reader, writer):
+        handlers.append(asyncio.current_task())
         asked.append(await reader.readuntil(b"\r\n\r\n"))
         for part in parts:
             writer.write(part)
@@ -48,7 +49,7 @@ async def answering(*parts: bytes, pause: float = 0.0):
         yield Target("127.0.0.1", server.sockets[0].getsockname()[1], False, "", None), asked
     finally:
         server.close()
-        await server.wait_closed()
+        await asyncio.gather(*handlers, return_exceptions=True)
 
 
 def event(text: str) -> bytes:
