@@ -36,19 +36,22 @@ async def answering(*parts: bytes, pause: float = 0.0):
 
     async def serve(reader, writer):
         handlers.append(asyncio.current_task())
-        asked.append(await reader.readuntil(b"\r\n\r\n"))
-        for part in parts:
-            writer.write(part)
-            await writer.drain()
-            await asyncio.sleep(pause)
-        writer.close()
-        await writer.wait_closed()
+        try:
+            asked.append(await reader.readuntil(b"\r\n\r\n"))
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(pause)
+        finally:
+            writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     try:
         yield Target("127.0.0.1", server.sockets[0].getsockname()[1], False, "", None), asked
     finally:
         server.close()
+        for handler in handlers:
+            handler.cancel()
         await asyncio.gather(*handlers, return_exceptions=True)
 
 
