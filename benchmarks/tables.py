@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from leyden.benchmarks.kernel_tables import choices_table, kernels_table, versions
 from leyden.benchmarks.step_table import steps_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,10 +79,6 @@ def case_of(report: dict[str, Any], label: str) -> dict[str, Any]:
     """The case "REQUESTSxPROMPTxANSWER" of an offline run."""
     sizes = tuple(map(int, label.split("x")))
     return next(case for case in report["cases"] if (case["requests"], case["prompt"], case["answer"]) == sizes)
-
-
-def versions(software: dict[str, str | None]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in software.items() if version)
 
 
 def api_process_table(report: dict[str, Any]) -> str:
@@ -155,6 +152,25 @@ def pairs_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def spared_table(cache: dict[str, Any], pairs: dict[str, Any], drafts: dict[str, Any], session: dict[str, Any]) -> str:
+    """What each kind of reuse spares, in a row of its own."""
+    turns = [cache["runs"][run]["first_token_ms"]["turn 2"]["median"] for run in ("off", "on")]
+    seconds = [pairs["runs"][run]["second_ms"] for run in ("off", "on")]
+    rates = [drafts["tasks"]["edit"][run]["tokens_per_s"] for run in ("off", "on")]
+    returns = session["compute_s"], statistics.median(session["restore_s"])
+    tokens = f"{pairs['prompt_tokens']:,} tokens"
+    rows = [
+        (f"second turn of a chat after {cache['system_tokens']:,} tokens: first token", "{:.0f} ms", *turns),
+        (f"prompt of {tokens} whose beginning another one shares: first token", "{:.0f} ms", *seconds),
+        ("one stream that edits a given file, with drafts from the text", "{:.0f} tokens/s", *rates),
+        (f"return to a conversation of {session['tokens']:,} tokens from a file", "{:.2f} s", *returns),
+    ]
+    lines = [f"Model dense, {session['device']}.", "", "| | without | with | |", "|---|---:|---:|---:|"]
+    for name, unit, off, on in rows:
+        lines.append(f"| {name} | {unit.format(off)} | {unit.format(on)} | {max(off, on) / min(off, on):.1f}x |")
+    return "\n".join(lines)
+
+
 def responsiveness_table(report: dict[str, Any]) -> str:
     """What waits while a long prompt is computed."""
     steps = report["steps_of_the_long_prompt_after_its_abort"]
@@ -206,95 +222,27 @@ def sessions_table(report: dict[str, Any]) -> str:
     )
 
 
-KERNEL_GROUPS = {
-    "prefill": "Lightning prefill and mixed steps, time over the floor",
-    "decode": "Lightning decode, time per step over the floor",
-    "verify": "Rows of 8 tokens with drafts, after 8 that wait in the ring, time over the floor",
-    "attention-decode": "Softmax attention, decode over a paged cache, time and share of the copy bandwidth",
-    "attention-prefill": "Softmax attention, prefill, time and share of the matrix rate",
-    "linear": "One row times a bfloat16 matrix, N x K, time and share of the copy bandwidth",
-    "around": "Around attention at hidden size 4096 (silu_ on 12,288 of 16,384 channels, silu_and_mul from 22,016 to "
-    "11,008), time and share of the copy bandwidth",
-    "sampling": "A token for each of 256 rows of bfloat16 logits, time and share of the copy bandwidth for one read",
-    "moe": "64 experts of 1408, 4 per token, hidden size 2048: time and share of the rate that bounds it",
-}
-
-
-def kernels_table(report: dict[str, Any]) -> str:
-    """One table per group of `benchmarks/kernels.py`; implementations that were not measured have no column."""
-    lines = [
-        f"{report['hardware']}; {versions(report['software'])}. The floor is the time to move the bytes that must be "
-        "read and written once "
-        f"at the bandwidth of a copy ({report['copy_tb_per_s']:.2f} TB/s), or to multiply at the rate of a large "
-        f"bfloat16 product ({report['matrix_tflop_per_s']:.0f} Tflop/s), whichever is longer."
-    ]
-    for group, title in KERNEL_GROUPS.items():
-        cases = [case for case in report["cases"] if case["group"] == group]
-        if cases:
-            lines += ["", f"{title}:", "", *group_table(cases)]
-    results = [result for case in report["cases"] for result in case["results"].values()]
-    if any("inaccurate" in result for result in results):
-        lines += ["", "\\* error above 5 % of the result."]
-    if any(result.get("timed_by") == "events" for result in results):
-        lines += ["", "† called from Python, which is part of the time: a CUDA graph cannot hold it."]
-    return "\n".join(lines)
-
-
-def group_table(cases: list[dict[str, Any]]) -> list[str]:
-    names = list(dict.fromkeys(name for case in cases for name in case["results"]))
-    lines = [f"| case | floor | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
-    for case in cases:
-        label = f"{case['heads']} heads, {case['label']}" if "heads" in case else case["label"]
-        cells = [kernel_cell(case, name) for name in names]
-        lines.append(f"| {label} | {case['floor_us']:.0f} µs | {' | '.join(cells)} |")
-    return lines
-
-
-def kernel_cell(case: dict[str, Any], name: str) -> str:
-    """Lightning kernels as a multiple of the floor, the others as a time and a share of what bounds them."""
-    result = case["results"].get(name, {})
-    if "us" not in result:
-        return f"failed: {result['failure']}".replace("|", "\\|") if "failure" in result else "–"
-    mark = ("\\*" if "inaccurate" in result else "") + ("†" if result.get("timed_by") == "events" else "")
-    if "heads" in case:
-        return f"{result['times_floor']:.2f}x{mark}"
-    return f"{result['us']:.0f} µs, {100 / result['times_floor']:.0f} %{mark}"
-
-
-# Where `auto` has to choose: (heads, rows, tokens of each).
-CHOICES = ((64, 1, 8192), (16, 3, 4096), (32, 1, 8192), (16, 2, 4096), (8, 4, 2048), (16, 2, 512))
-LONG_TOKENS = 1024
-
-
-def choices_table(report: dict[str, Any]) -> str:
-    """A row per case of `CHOICES`, the faster kernel in bold."""
-    cases = {case["case"]: case["results"] for case in report["cases"]}
-    lines = ["| heads | rows x tokens | long rows x heads | minimax | seg_la |", "|---:|---:|---:|---:|---:|"]
-    for heads, rows, tokens in CHOICES:
-        results = cases[f"prefill/h{heads}/{rows}x{tokens}"]
-        times = [results[name]["times_floor"] for name in ("minimax", "seg_la")]
-        cells = [f"**{t:.2f}x**" if t == min(times) else f"{t:.2f}x" for t in times]
-        long = str(heads * rows) if tokens >= LONG_TOKENS else "–"
-        lines.append(f"| {heads} | {rows} x {tokens} | {long} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 README, PERFORMANCE, KERNELS = "README.md", "docs/performance.md", "docs/kernels.md"
 RELIABILITY = "docs/reliability.md"
 OFFLINE = ("serving-dense-h200", "serving-moe-h200", "serving-dense-bf16-h200", "serving-moe-bf16-h200")
 # A table's name -> the page it is on, how it is made, and the recorded runs that it needs.
 TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
-    "serving-cpu": (README, serving_table, ["serving-cpu"]),
+    "serving-cpu": (PERFORMANCE, serving_table, ["serving-cpu"]),
     "serving-offline-h200": (README, offline_table, ["vllm-0.23-h200", *OFFLINE]),
-    "serving-http-h200": (README, serving_table, ["serving-http-h200"]),
-    "prefix-cache-h200": (README, prefix_cache_table, ["prefix-cache-dense-h200"]),
-    "prefix-cache-pairs-h200": (README, pairs_table, ["prefix-cache-pairs-dense-h200"]),
+    "serving-http-h200": (PERFORMANCE, serving_table, ["serving-http-h200"]),
+    "prefix-cache-h200": (PERFORMANCE, prefix_cache_table, ["prefix-cache-dense-h200"]),
+    "prefix-cache-pairs-h200": (PERFORMANCE, pairs_table, ["prefix-cache-pairs-dense-h200"]),
+    "spared-h200": (
+        README,
+        spared_table,
+        ["prefix-cache-dense-h200", "prefix-cache-pairs-dense-h200", "prompt-lookup-dense-h200", "sessions-h200"],
+    ),
     "responsiveness-h200": (PERFORMANCE, responsiveness_table, ["responsiveness-h200"]),
-    "prompt-lookup-h200": (README, prompt_lookup_table, ["prompt-lookup-dense-h200", "prompt-lookup-moe-h200"]),
-    "sessions-h200": (README, sessions_table, ["sessions-h200"]),
-    "api-process-cpu": (README, api_process_table, ["api-process-cpu"]),
+    "prompt-lookup-h200": (PERFORMANCE, prompt_lookup_table, ["prompt-lookup-dense-h200", "prompt-lookup-moe-h200"]),
+    "sessions-h200": (PERFORMANCE, sessions_table, ["sessions-h200"]),
+    "api-process-cpu": (PERFORMANCE, api_process_table, ["api-process-cpu"]),
     "stalls-cpu": (RELIABILITY, stalls_table, ["stalls-cpu"]),
-    "kernels-h100": (README, kernels_table, ["kernels-h100"]),
+    "kernels-h100": (KERNELS, kernels_table, ["kernels-h100"]),
     "choices-h100": (KERNELS, choices_table, ["kernels-h100"]),
     "kernels-h200": (KERNELS, kernels_table, ["kernels-h200"]),
     "steps-dense-h100": (PERFORMANCE, steps_table, ["profile-dense-h100", "../configs/dense/config", "kernels-h100"]),

@@ -1,4 +1,4 @@
-"""The README's tables are made from the recorded runs, not typed in."""
+"""The tables of README and docs are made from the recorded runs, not typed in."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def http_report() -> dict:
     return told | {"cases": [case | {"errors": {}}, case | {"name": "64 streams", "errors": {"timeout": 2}}]}
 
 
-def test_readme_shows_what_was_recorded():
+def test_every_page_shows_what_was_recorded():
     command = [sys.executable, "-P", "benchmarks/tables.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -106,6 +106,22 @@ def test_a_session_is_shown_beside_computing_it(tables):
     assert "| 30.0 s | 1.00 s | 0.90 s | 0.50 s | 60x |" in text and "100,000 tokens" in text
 
 
+def test_each_kind_of_reuse_has_a_row_with_its_factor(tables):
+    def runs(measure: str, off: float, on: float) -> dict:
+        return {"off": {measure: off}, "on": {measure: on}}
+
+    turns = {run: {"first_token_ms": {"turn 2": {"median": ms}}} for run, ms in (("off", 90.0), ("on", 30.0))}
+    text = tables.spared_table(
+        {"system_tokens": 8192, "runs": turns},
+        {"prompt_tokens": 4096, "runs": runs("second_ms", 50.0, 40.0)},
+        {"tasks": {"edit": runs("tokens_per_s", 100.0, 250.0)}},
+        {"device": "a GPU", "tokens": 1000, "compute_s": 3.0, "restore_s": [0.4, 0.5, 0.9]},
+    )
+    for row in ("| 90 ms | 30 ms | 3.0x |", "| 50 ms | 40 ms | 1.2x |", "| 100 tokens/s | 250 tokens/s | 2.5x |"):
+        assert row in text
+    assert "1,000 tokens" in text and "| 3.00 s | 0.50 s | 6.0x |" in text
+
+
 def test_gaps_are_shown_by_case_and_whether_the_goal_is_met(tables):
     case = {"case": "nothing", "health_ms": 1.2, "stream_ms": 60.4, "short_chat_ms": 9.0}
     text = tables.stalls_table({"hardware": "a machine", "goal_ms": 50.0, "is_met": False, "cases": [case]})
@@ -113,15 +129,17 @@ def test_gaps_are_shown_by_case_and_whether_the_goal_is_met(tables):
 
 
 def test_a_table_has_a_place_if_and_only_if_its_run_is_recorded(tables, tmp_path):
-    for name in ("serving-cpu", "kernels-h100"):
+    names = ("serving-cpu", "api-process-cpu")
+    for name in names:
         (tmp_path / f"{name}.json").write_text((RESULTS / f"{name}.json").read_text())
-    readme = "".join(f"<!-- {name} -->\nyesterday\n<!-- /{name} -->\n" for name in ("serving-cpu", "kernels-h100"))
-    assert "yesterday" not in tables.render("README.md", readme, tmp_path)
+    text = "".join(f"<!-- {name} -->\nyesterday\n<!-- /{name} -->\n" for name in names)
+    page = "docs/performance.md"
+    assert "yesterday" not in tables.render(page, text, tmp_path)
     with pytest.raises(SystemExit, match=r"serving-http-h200, which is not recorded"):
-        tables.render("README.md", readme + "<!-- serving-http-h200 -->\n<!-- /serving-http-h200 -->", tmp_path)
+        tables.render(page, text + "<!-- serving-http-h200 -->\n<!-- /serving-http-h200 -->", tmp_path)
     (tmp_path / "serving-http-h200.json").write_text(json.dumps(http_report()))
     with pytest.raises(SystemExit, match="no place for it: <!-- serving-http-h200 -->"):
-        tables.render("README.md", readme, tmp_path)
+        tables.render(page, text, tmp_path)
 
 
 CONFIG = json.loads((ROOT / "benchmarks" / "configs" / "dense" / "config.json").read_text())
