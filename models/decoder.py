@@ -8,8 +8,8 @@ With `postnorm` the residual is the normed tensor x, otherwise h.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,16 +18,22 @@ from ..kernels.bundles import Weight
 from .forward_batch import ForwardBatch
 from .layers.build import Build
 from .layers.experts import SparseMoe
-from .layers.mlp import DenseMlp, SharedExpertMlp
+from .layers.mlp import DenseMlp, SharedExpert
 from .layers.norm import RMSNorm
 from .layers.rotary import RotaryTables
 from .loading.target import Target
 from .mixers.cache import CacheSpec, LayerCache
 from .mixers.lightning import LightningAttention
 from .mixers.lightning_backends import LinearAttentionBackend
-from .mixers.mixer import Mixer
+from .mixers.mixer import Mixer, MixerBuild
 from .mixers.softmax import SoftmaxAttention
-from .specs import LayerSpec, LightningSpec, MlpSpec, ModelSpec, Residual
+from .specs import DenseSpec, LayerSpec, LightningSpec, ModelSpec, Residual, SoftmaxSpec
+
+# The module of each spec of a mixer.
+MIXERS: dict[type, Callable[[Any, MixerBuild], Mixer]] = {
+    LightningSpec: LightningAttention,
+    SoftmaxSpec: SoftmaxAttention,
+}
 
 
 class ResidualStream(NamedTuple):
@@ -52,7 +58,12 @@ class DecoderLayer(nn.Module):
         self.spec = spec
         self.postnorm = model.postnorm
         self.mixer = mixer
-        self.mlp = _build_mlp(model.hidden_size, spec.mlp, build)
+        self.mlp: DenseMlp | SparseMoe
+        if isinstance(spec.mlp, DenseSpec):
+            self.mlp = DenseMlp(model.hidden_size, spec.mlp.width, build)
+        else:
+            self.mlp = SparseMoe(model.hidden_size, spec.mlp, build)
+        self.shared = SharedExpert(model.hidden_size, spec.shared, build) if spec.shared is not None else None
         self.input_norm = RMSNorm(model.hidden_size, model.rms_norm_eps, build)
         self.mlp_norm = RMSNorm(model.hidden_size, model.rms_norm_eps, build)
 
@@ -60,13 +71,18 @@ class DecoderLayer(nn.Module):
         x, h = stream.normed(self.input_norm)
         mixed = self.mixer(x, batch, cache)
         x, h = ResidualStream(x if self.postnorm else h, mixed, self.spec.mixer_residual).normed(self.mlp_norm)
-        return ResidualStream(x if self.postnorm else h, self.mlp(x), self.spec.mlp_residual)
+        y = self.mlp(x)
+        if self.shared is not None:
+            y = self.shared(x, y)
+        return ResidualStream(x if self.postnorm else h, y, self.spec.mlp_residual)
 
     def targets(self, layer: str) -> Iterator[Target]:
         yield from self.input_norm.targets(f"{layer}input_layernorm")
         yield from self.mixer.targets(f"{layer}self_attn.")
         yield from self.mlp_norm.targets(f"{layer}post_attention_layernorm")
-        yield from self.mlp.targets(layer if isinstance(self.mlp, SharedExpertMlp) else f"{layer}mlp.")
+        yield from self.mlp.targets(f"{layer}mlp.")
+        if self.shared is not None:
+            yield from self.shared.targets(layer)
 
 
 class Decoder(nn.Module):
@@ -79,16 +95,18 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec, build: Build, linear_backend: LinearAttentionBackend) -> None:
         super().__init__()
         self.spec = spec
-        self.kernels = build.kernels
+        self.dense = build.kernels.dense
+        self.shard = build.shard
         self.embedding = build.parameter(spec.vocab_size, spec.hidden_size)
         self.rotary = RotaryTables(build.device)
-        self.layers = nn.ModuleList()
-        for layer in spec.layers:
-            mixer = self._build_mixer(layer, build, linear_backend)
-            self.layers.append(DecoderLayer(spec, layer, mixer, build))
+        common = MixerBuild(spec.hidden_size, build, self.rotary, linear_backend)
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, layer, MIXERS[type(layer.mixer)](layer.mixer, common), build) for layer in spec.layers
+        )
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, build)
         is_tied = spec.tie_word_embeddings
         self.lm_head = self.embedding if is_tied else build.parameter(spec.vocab_size, spec.hidden_size)
+        self.head = Weight(self.lm_head)
 
     @property
     def caches(self) -> list[CacheSpec]:
@@ -111,7 +129,7 @@ class Decoder(nn.Module):
 
     def compute_logits(self, h: Tensor) -> Tensor:
         """h [N, d], rows of the forward's result -> logits [N, vocab]."""
-        return self.kernels.dense.linear(self.norm(h), Weight(self.lm_head))
+        return self.shard.gather(self.dense.linear(self.norm(h), self.head))
 
     def reserve_positions(self, max_positions: int) -> None:
         """Make the tables by position long enough; must be called before a forward reaches those positions."""
@@ -138,16 +156,3 @@ class Decoder(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             yield layer
-
-    def _build_mixer(self, layer: LayerSpec, build: Build, linear_backend: LinearAttentionBackend) -> Mixer:
-        hidden_size = self.spec.hidden_size
-        if isinstance(layer.mixer, LightningSpec):
-            return LightningAttention(hidden_size, layer.mixer, build, linear_backend)
-        return SoftmaxAttention(hidden_size, layer.mixer, build, self.rotary)
-
-
-def _build_mlp(hidden_size: int, spec: MlpSpec, build: Build) -> SparseMoe | DenseMlp | SharedExpertMlp:
-    mlp = SparseMoe(hidden_size, spec, build) if spec.router else DenseMlp(hidden_size, spec.width, build)
-    if spec.shared_width == 0:
-        return mlp
-    return SharedExpertMlp(mlp, hidden_size, spec.shared_width, build)

@@ -1,10 +1,22 @@
-"""The normal form of a model: whatever a config.json calls its fields, a `ModelSpec` says it once per layer."""
+"""The normal form of a model: a `ModelSpec` says once per layer what any config.json says in its own fields.
+
+A field of a spec that changes the mathematics is an option of the module that the spec builds. An option needs two
+families that use it; a mixer that shares little with its neighbours gets a spec and a module of its own.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """A rotation of the first `dim` channels of each head by the token's position, in pairs (j, j + dim/2)."""
+
+    dim: int
+    theta: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +39,14 @@ class LightningSpec:
 
 @dataclass(frozen=True, slots=True)
 class SoftmaxSpec:
-    """A softmax-attention mixer with grouped key/value heads and rope on the first `rotary_dim` channels."""
+    """A softmax-attention mixer with grouped key/value heads."""
 
     kind: ClassVar[str] = "softmax"
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rotary_dim: int
-    rope_theta: float
+    rope: RopeSpec
 
     @property
     def scale(self) -> float:
@@ -43,18 +54,36 @@ class SoftmaxSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class MlpSpec:
-    """A gated MLP: dense when `num_experts` is 1, otherwise `top_k` of `num_experts` chosen by softmax.
+class DenseSpec:
+    """A gated MLP of inner width `width`."""
 
-    `router` tells whether a checkpoint stores router and expert tensors even for one expert. A shared expert of width
-    `shared_width` > 0 is mixed in by a learned sigmoid coefficient.
-    """
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxRoute:
+    """Softmax over all experts; the weights of the chosen ones are renormalised to a sum of 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """A mixture of `num_experts` gated MLPs of inner width `width`; each token takes `top_k` of them, by `route`."""
 
     width: int
     num_experts: int
     top_k: int
-    router: bool
-    shared_width: int = 0
+    route: SoftmaxRoute
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSpec:
+    """A gated MLP of inner width `width` beside a layer's MLP or experts, for all tokens.
+
+    `is_mixed`: c = sigmoid(coefficient x) weighs the two, (1 - c) * mlp(x) + c * shared(x). Otherwise they are added.
+    """
+
+    width: int
+    is_mixed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +94,16 @@ class Residual:
     beta: float
 
 
+MixerSpec = LightningSpec | SoftmaxSpec
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    mixer: LightningSpec | SoftmaxSpec
-    mlp: MlpSpec
+    mixer: MixerSpec
+    mlp: DenseSpec | ExpertsSpec
     mixer_residual: Residual
     mlp_residual: Residual
+    shared: SharedSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +141,9 @@ class ModelSpec:
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values that one token adds."""
         return sum(2 * spec.num_kv_heads * spec.head_dim for spec in self.full_layers) * itemsize
+
+    @property
+    def layer_counts(self) -> dict[str, int]:
+        """The number of layers of each kind of mixer, in the order of first appearance."""
+        kinds = [layer.mixer.kind for layer in self.layers]
+        return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}

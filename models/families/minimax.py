@@ -14,7 +14,18 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..loading.names import Names, Released, Rename
-from ..specs import LayerSpec, LightningSpec, MlpSpec, ModelSpec, Residual, SoftmaxSpec
+from ..specs import (
+    DenseSpec,
+    ExpertsSpec,
+    LayerSpec,
+    LightningSpec,
+    ModelSpec,
+    Residual,
+    RopeSpec,
+    SharedSpec,
+    SoftmaxRoute,
+    SoftmaxSpec,
+)
 from .fields import Fields, token_ids
 
 # Hugging Face's in-memory models give the canonical names, released checkpoints have others.
@@ -72,12 +83,7 @@ def read_hf(config: Mapping[str, Any], architecture: str) -> ModelSpec:
         layers.append(
             LayerSpec(
                 mixer=_lightning(fields, slopes) if kind == "linear_attention" else _softmax(fields),
-                mlp=MlpSpec(
-                    width=fields.positive("intermediate_size"),
-                    num_experts=fields.positive(_experts_field(fields), DEFAULT_EXPERTS),
-                    top_k=fields.positive("num_experts_per_tok", DEFAULT_TOP_K),
-                    router=True,
-                ),
+                mlp=_experts(fields, fields.positive(_experts_field(fields), DEFAULT_EXPERTS)),
                 mixer_residual=_residual(fields, f"{prefix}_alpha_factor", f"{prefix}_beta_factor"),
                 mlp_residual=_residual(fields, "mlp_alpha_factor", "mlp_beta_factor"),
             )
@@ -103,13 +109,8 @@ def read_original(config: Mapping[str, Any], architecture: str) -> ModelSpec:
         layers.append(
             LayerSpec(
                 mixer=_lightning(fields, slopes) if kind == 0 else _softmax(fields),
-                mlp=MlpSpec(
-                    width=fields.positive("intermediate_size"),
-                    num_experts=num_experts[i],
-                    top_k=fields.positive("num_experts_per_tok", DEFAULT_TOP_K) if num_experts[i] > 1 else 1,
-                    router=num_experts[i] > 1,
-                    shared_width=shared[i],
-                ),
+                mlp=_experts(fields, num_experts[i]) if num_experts[i] > 1 else _dense(fields),
+                shared=SharedSpec(shared[i], is_mixed=True) if shared[i] else None,
                 mixer_residual=_residual(fields, f"{prefix}_alpha", f"{prefix}_beta"),
                 mlp_residual=_residual(fields, "layernorm_mlp_alpha", "layernorm_mlp_beta"),
             )
@@ -180,8 +181,7 @@ def _softmax(fields: Fields) -> SoftmaxSpec:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rotary_dim=rotary_dim,
-        rope_theta=rope.number("rope_theta", fields.number("rope_theta", DEFAULT_ROPE_THETA)),
+        rope=RopeSpec(rotary_dim, rope.number("rope_theta", fields.number("rope_theta", DEFAULT_ROPE_THETA))),
     )
 
 
@@ -194,6 +194,17 @@ def _rope(fields: Fields) -> Fields:
         fields.must_be(name, {"rope_type": "default"})
     rope.must_be("rope_type", "default")
     return rope
+
+
+def _dense(fields: Fields) -> DenseSpec:
+    return DenseSpec(fields.positive("intermediate_size"))
+
+
+def _experts(fields: Fields, num_experts: int) -> ExpertsSpec:
+    top_k = fields.positive("num_experts_per_tok", DEFAULT_TOP_K)
+    if top_k > num_experts:
+        raise CheckpointError(f"config.json: num_experts_per_tok ({top_k}) exceeds num_local_experts ({num_experts})")
+    return ExpertsSpec(fields.positive("intermediate_size"), num_experts, top_k, SoftmaxRoute())
 
 
 def _experts_field(fields: Fields) -> str:
@@ -232,12 +243,6 @@ def _model(
         fields.must_be(name, *allowed)
     if not any(isinstance(layer.mixer, LightningSpec) for layer in layers):
         raise CheckpointError("config.json: no lightning layer; Leyden serves hybrid linear-attention models")
-    for layer in layers:
-        if layer.mlp.top_k > layer.mlp.num_experts:
-            raise CheckpointError(
-                f"config.json: num_experts_per_tok ({layer.mlp.top_k}) exceeds "
-                f"num_local_experts ({layer.mlp.num_experts})"
-            )
     eps = fields.number("rms_norm_eps", 1e-5)
     if not math.isfinite(eps) or eps <= 0:
         raise CheckpointError(f"config.json: rms_norm_eps must be positive, got {eps}")

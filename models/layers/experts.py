@@ -4,34 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from ...kernels.bundles import Weight
 from ..loading.target import Target
-from ..specs import MlpSpec
+from ..specs import ExpertsSpec
 from .build import Build
-from .projection import Projection
+from .router import build_router
 
 
 class SparseMoe(nn.Module):
-    """p = softmax(router x) over all experts; the top k, renormalised, weigh down(silu(gate x) * up x)."""
+    """The sum over a token's experts of weight * down(silu(gate x) * up x)."""
 
-    def __init__(self, hidden_size: int, spec: MlpSpec, build: Build) -> None:
+    def __init__(self, hidden_size: int, spec: ExpertsSpec, build: Build) -> None:
         super().__init__()
-        self.kernels = build.kernels
-        self.top_k = spec.top_k
+        self.experts = build.kernels.experts
+        self.shard = build.shard
         self.num_experts = spec.num_experts
         self.width = spec.width
-        # float32: which experts a token takes is a comparison, and rounding flips near ties.
-        self.router = Projection(hidden_size, {"gate": spec.num_experts}, build, dtype=torch.float32)
+        self.router = build_router(hidden_size, spec, build)
         self.gate_up = build.parameter(spec.num_experts, 2 * spec.width, hidden_size)
         self.down = build.parameter(spec.num_experts, hidden_size, spec.width)
+        self.matrices = Weight(self.gate_up), Weight(self.down)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, d] -> [T, d]."""
-        weights, experts = self.kernels.experts.route(self.router(x.float()), self.top_k)
-        return self.kernels.experts.moe(x, Weight(self.gate_up), Weight(self.down), weights, experts)
+        return self.shard.sum(self.experts.moe(x, *self.matrices, *self.router(x)))
 
     def targets(self, prefix: str) -> Iterator[Target]:
         """Per-expert names, and the fused ones ([E, 2F, d] gate rows first, [E, d, F]) that cover them."""

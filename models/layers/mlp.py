@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..loading.target import Target
+from ..specs import SharedSpec
 from .build import Build
-from .experts import SparseMoe
 from .projection import Projection
 
 
@@ -18,13 +18,13 @@ class DenseMlp(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, build: Build) -> None:
         super().__init__()
-        self.kernels = build.kernels
+        self.dense = build.kernels.dense
         self.gate_up = Projection(hidden_size, {"gate_proj": width, "up_proj": width}, build)
-        self.down = Projection(width, {"down_proj": hidden_size}, build)
+        self.down = Projection(width, {"down_proj": hidden_size}, build, split="in")
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, d] -> [T, d]."""
-        return self.down(self.kernels.dense.silu_and_mul(self.gate_up(x)))
+        return self.down(self.dense.silu_and_mul(self.gate_up(x)))
 
     def targets(self, prefix: str) -> Iterator[Target]:
         """`{prefix}gate_proj`, `up_proj` and `down_proj`."""
@@ -32,21 +32,27 @@ class DenseMlp(nn.Module):
         yield from self.down.targets(prefix)
 
 
-class SharedExpertMlp(nn.Module):
-    """c = sigmoid(coefficient x); (1 - c) * mlp(x) + c * shared(x)."""
+class SharedExpert(nn.Module):
+    """shared(x), added to the output y of a layer's MLP, or mixed with it: (1 - c) * y + c * shared(x) with
+    c = sigmoid(coefficient x)."""
 
-    def __init__(self, mlp: SparseMoe | DenseMlp, hidden_size: int, width: int, build: Build) -> None:
+    def __init__(self, hidden_size: int, spec: SharedSpec, build: Build) -> None:
         super().__init__()
-        self.mlp = mlp
-        self.shared = DenseMlp(hidden_size, width, build)
-        self.coefficient = Projection(hidden_size, {"coefficient": 1}, build, dtype=torch.float32)
+        self.mlp = DenseMlp(hidden_size, spec.width, build)
+        self.coefficient: Projection | None = None
+        if spec.is_mixed:
+            self.coefficient = Projection(hidden_size, {"coefficient": 1}, build, dtype=torch.float32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, d] -> [T, d]."""
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y [T, d] -> [T, d]."""
+        shared = self.mlp(x)
+        if self.coefficient is None:
+            return y + shared
         c = torch.sigmoid(self.coefficient(x.float())).to(x.dtype)
-        return torch.lerp(self.mlp(x), self.shared(x), c)
+        return torch.lerp(y, shared, c)
 
     def targets(self, layer: str) -> Iterator[Target]:
-        yield from self.mlp.targets(f"{layer}mlp.")
-        yield from self.shared.targets(f"{layer}shared_mlp.")
-        yield from self.coefficient.targets(layer)
+        """`{layer}shared_mlp.*` and, where it is mixed, `{layer}coefficient`."""
+        yield from self.mlp.targets(f"{layer}shared_mlp.")
+        if self.coefficient is not None:
+            yield from self.coefficient.targets(layer)

@@ -16,20 +16,20 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, build: Build) -> None:
         super().__init__()
         self.eps = eps
-        self.kernels = build.kernels
+        self.dense = build.kernels.dense
         self.weight = build.parameter(size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, size] -> norm(x)."""
-        return self.kernels.dense.rms_norm(x, self.weight, self.eps)
+        return self.dense.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
         """(norm(h), h) with h = alpha * residual + beta * x."""
-        return self.kernels.dense.add_rms_norm(x, residual, self.weight, self.eps, alpha, beta)
+        return self.dense.add_rms_norm(x, residual, self.weight, self.eps, alpha, beta)
 
     def gated(self, x: Tensor, gate: Tensor) -> Tensor:
         """norm(x) * sigmoid(gate). x, gate: [T, size]."""
-        return self.kernels.dense.gated_rms_norm(x, gate, self.weight, self.eps)
+        return self.dense.gated_rms_norm(x, gate, self.weight, self.eps)
 
     def targets(self, name: str) -> Iterator[Target]:
         """`{name}.weight`."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ..specs import RopeSpec
+
 PIECE = 1 << 16  # positions whose float64 angles exist at once
 
 
@@ -15,18 +17,18 @@ class RotaryTable:
     inv_freq_j = theta^{-2j/R} (Su et al. 2021), angles in float64 so that far positions stay exact.
     """
 
-    def __init__(self, rotary_dim: int, theta: float, device: torch.device) -> None:
-        self.rotary_dim = rotary_dim
-        self.theta = theta
+    def __init__(self, spec: RopeSpec, device: torch.device) -> None:
+        self.spec = spec
         self.device = device
-        self.cos_sin = torch.empty(0, rotary_dim, device=device)
+        self.cos_sin = torch.empty(0, spec.dim, device=device)
 
     def reserve(self, max_positions: int) -> None:
         """Hold positions 0 to `max_positions` - 1 at least."""
         if max_positions <= self.cos_sin.shape[0]:
             return
-        inv_freq = self.theta ** (-torch.arange(0, self.rotary_dim, 2, dtype=torch.float64) / self.rotary_dim)
-        self.cos_sin = torch.empty(max_positions, self.rotary_dim, device=self.device)
+        dim, theta = self.spec.dim, self.spec.theta
+        inv_freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        self.cos_sin = torch.empty(max_positions, dim, device=self.device)
         for start in range(0, max_positions, PIECE):
             end = min(start + PIECE, max_positions)
             angles = torch.arange(start, end, dtype=torch.float64)[:, None] * inv_freq
@@ -34,21 +36,21 @@ class RotaryTable:
 
     def nbytes(self, max_positions: int) -> int:
         """Bytes of a table for so many positions."""
-        return max_positions * self.rotary_dim * self.cos_sin.element_size()
+        return max_positions * self.spec.dim * self.cos_sin.element_size()
 
 
 class RotaryTables:
-    """A model's tables, one for each (rotary_dim, theta): layers that rotate alike share one."""
+    """A model's tables, one for each `RopeSpec`: layers that rotate alike share one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._tables: dict[tuple[int, float], RotaryTable] = {}
+        self._tables: dict[RopeSpec, RotaryTable] = {}
 
-    def table(self, rotary_dim: int, theta: float) -> RotaryTable:
-        """The table of these two, empty until `reserve`."""
-        if (rotary_dim, theta) not in self._tables:
-            self._tables[rotary_dim, theta] = RotaryTable(rotary_dim, theta, self._device)
-        return self._tables[rotary_dim, theta]
+    def table(self, spec: RopeSpec) -> RotaryTable:
+        """The table of this rotation, empty until `reserve`."""
+        if spec not in self._tables:
+            self._tables[spec] = RotaryTable(spec, self._device)
+        return self._tables[spec]
 
     def __iter__(self) -> Iterator[RotaryTable]:
         return iter(self._tables.values())

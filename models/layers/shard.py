@@ -9,7 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Rank `rank` of `size` ranks that compute each layer together. Rank 0 of 1 is the whole model."""
+    """Rank `rank` of `size` ranks that compute each layer together. Rank 0 of 1 is the whole model.
+
+    Modules of a rank have its share of the heads, or of the inner width, and no part knows that other ranks exist but
+    these: products whose input is split sum their outputs, and the head gathers its logits.
+
+    Raises:
+        NotImplementedError: for more than one rank.
+    """
 
     rank: int = 0
     size: int = 1

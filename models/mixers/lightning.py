@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ..forward_batch import ForwardBatch
-from ..layers.build import Build
 from ..layers.norm import RMSNorm
 from ..layers.projection import Projection
 from ..loading.target import Target
 from ..specs import LightningSpec
 from .cache import CacheSpec, LayerCache, Part
-from .lightning_backends import LightningCall, LinearAttentionBackend, LinearState
-from .mixer import Mixer
+from .lightning_backends import LightningCall, LinearState
+from .mixer import Mixer, MixerBuild
 
 
 class LightningAttention(Mixer):
@@ -27,16 +26,17 @@ class LightningAttention(Mixer):
     Keeps a state per sequence and, where the backend has a ring, the keys and values of the last tokens.
     """
 
-    def __init__(self, hidden_size: int, spec: LightningSpec, build: Build, backend: LinearAttentionBackend) -> None:
+    def __init__(self, spec: LightningSpec, common: MixerBuild) -> None:
         super().__init__()
+        hidden_size, build = common.hidden_size, common.build
         self.spec = spec
-        self.backend = backend
+        self.backend = common.linear_backend
         self.kernels = build.kernels
-        self.cache = _cache(spec, backend.ring_size)
+        self.cache = _cache(spec, self.backend.ring_size)
         width = spec.num_heads * spec.head_dim
         self.in_proj = Projection(hidden_size, {"qkv_proj": 3 * width, "output_gate": width}, build)
         self.norm = RMSNorm(width, spec.norm_eps, build)
-        self.out_proj = Projection(width, {"out_proj": hidden_size}, build)
+        self.out_proj = Projection(width, {"out_proj": hidden_size}, build, split="in")
         self.slopes = torch.tensor(spec.slopes, dtype=torch.float32, device=build.device)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: LayerCache) -> Tensor:

@@ -1,18 +1,31 @@
 """The contract of a mixer: the part of a layer that lets a token see those before it.
 
-To add one: a module here that fills this class, its operations under kernels/<kind>/, a spec in `models.specs`, and a
-case in `decoder.build_mixer`. Pools, memory plans, snapshots and sessions follow from `cache`.
+To add one: a spec in `models.specs`, a module here that fills this class, its operations under kernels/<kind>/, and a
+line in `decoder.MIXERS`. Pools, memory plans, snapshots and sessions follow from `cache`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ..forward_batch import ForwardBatch
+from ..layers.build import Build
+from ..layers.rotary import RotaryTables
 from ..loading.target import Target
 from .cache import CacheSpec, LayerCache
+from .lightning_backends import LinearAttentionBackend
+
+
+class MixerBuild(NamedTuple):
+    """What all mixers of one model are built with, beside a spec of their own."""
+
+    hidden_size: int
+    build: Build
+    rotary: RotaryTables  # a mixer that rotates asks for its table here
+    linear_backend: LinearAttentionBackend  # computes the lightning layers
 
 
 class Mixer(nn.Module):

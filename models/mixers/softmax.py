@@ -7,29 +7,28 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..forward_batch import ForwardBatch
-from ..layers.build import Build
 from ..layers.projection import Projection
-from ..layers.rotary import RotaryTables
 from ..loading.target import Target
 from ..specs import SoftmaxSpec
 from .cache import CacheSpec, LayerCache, Part
-from .mixer import Mixer
+from .mixer import Mixer, MixerBuild
 
 
 class SoftmaxAttention(Mixer):
     """o_proj(softmax(scale * q k^T) v) with rope on the first channels of each head. Keeps the key and the value of
     each token."""
 
-    def __init__(self, hidden_size: int, spec: SoftmaxSpec, build: Build, rotary: RotaryTables) -> None:
+    def __init__(self, spec: SoftmaxSpec, common: MixerBuild) -> None:
         super().__init__()
+        hidden_size, build = common.hidden_size, common.build
         self.spec = spec
         self.attention = build.kernels.attention
-        self.rotary = rotary.table(spec.rotary_dim, spec.rope_theta)
+        self.rotary = common.rotary.table(spec.rope)
         shape = (spec.num_kv_heads, spec.head_dim)
         self.cache = CacheSpec(token=(Part("key", shape, "activation"), Part("value", shape, "activation")))
         q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.qkv_proj = Projection(hidden_size, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}, build)
-        self.o_proj = Projection(q_width, {"o_proj": hidden_size}, build)
+        self.o_proj = Projection(q_width, {"o_proj": hidden_size}, build, split="in")
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: LayerCache) -> Tensor:
         spec = self.spec

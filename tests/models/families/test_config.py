@@ -9,7 +9,16 @@ import pytest
 from leyden.models.errors import CheckpointError
 from leyden.models.families.minimax import alibi_slopes, geometric_slopes, hf_layer_factor, layer_factor
 from leyden.models.families.registry import FAMILIES, from_hf, read_config
-from leyden.models.specs import LightningSpec, ModelSpec, SoftmaxSpec
+from leyden.models.specs import (
+    DenseSpec,
+    ExpertsSpec,
+    LightningSpec,
+    ModelSpec,
+    RopeSpec,
+    SharedSpec,
+    SoftmaxRoute,
+    SoftmaxSpec,
+)
 from transformers import MiniMaxConfig
 
 # As released.
@@ -91,10 +100,10 @@ def test_released_config_in_normal_form():
     assert isinstance(linear.mixer, LightningSpec)
     assert (linear.mixer.num_heads, linear.mixer.head_dim, linear.mixer.scale) == (64, 128, 1.0)
     assert linear.mixer.norm_eps == 1e-6, "not rms_norm_eps"
-    assert full.mixer == SoftmaxSpec(num_heads=64, num_kv_heads=8, head_dim=128, rotary_dim=64, rope_theta=1e7)
+    assert full.mixer == SoftmaxSpec(num_heads=64, num_kv_heads=8, head_dim=128, rope=RopeSpec(dim=64, theta=1e7))
     for layer in config.layers:
-        assert layer.mlp.num_experts == 32 and layer.mlp.top_k == 2 and layer.mlp.width == 9216
-        assert layer.mlp.router and layer.mlp.shared_width == 0
+        assert layer.mlp == ExpertsSpec(width=9216, num_experts=32, top_k=2, route=SoftmaxRoute())
+        assert layer.shared is None
         assert layer.mixer_residual.alpha == layer.mlp_residual.alpha == 3.5565588200778455
         assert layer.mixer_residual.beta == layer.mlp_residual.beta == 1.0
     assert config.state_bytes_per_sequence(4) == 280 * 2**20
@@ -154,7 +163,7 @@ def test_hugging_face_without_layer_types_begins_with_softmax():
     ],
 )
 def test_width_of_the_rotation(changes, rotary_dim):
-    assert parse(**changes).full_layers[0].rotary_dim == rotary_dim
+    assert parse(**changes).full_layers[0].rope.dim == rotary_dim
 
 
 def test_head_dim_follows_from_the_width_when_it_is_absent():
@@ -163,10 +172,9 @@ def test_head_dim_follows_from_the_width_when_it_is_absent():
 
 def test_layers_may_differ_in_experts_and_shared_width():
     config = parse(num_local_experts=[1, 32] * 40, shared_intermediate_size=[64] + [0] * 79)
-    assert [layer.mlp.router for layer in config.layers[:3]] == [False, True, False]
-    assert [layer.mlp.shared_width for layer in config.layers[:3]] == [64, 0, 0]
-    one = parse(num_local_experts=1).layers[0].mlp
-    assert (one.num_experts, one.top_k, one.router) == (1, 1, False)
+    assert [isinstance(layer.mlp, ExpertsSpec) for layer in config.layers[:3]] == [False, True, False]
+    assert [layer.shared for layer in config.layers[:3]] == [SharedSpec(64, is_mixed=True), None, None]
+    assert parse(num_local_experts=1).layers[0].mlp == DenseSpec(width=9216)
 
 
 def test_number_of_experts_has_another_name():

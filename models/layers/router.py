@@ -1,0 +1,41 @@
+"""Routers: which experts a token takes, and with which weights.
+
+To add one: a route in `models.specs`, an operation in `kernels/experts/contract.py`, and a class here with the same
+forward, which `build_router` makes for that route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..loading.target import Target
+from ..specs import ExpertsSpec
+from .build import Build
+from .projection import Projection
+
+
+class SoftmaxRouter(nn.Module):
+    """p = softmax(gate x) over all experts; the top k, renormalised."""
+
+    def __init__(self, hidden_size: int, spec: ExpertsSpec, build: Build) -> None:
+        super().__init__()
+        self.experts = build.kernels.experts
+        self.top_k = spec.top_k
+        # float32: the choice of experts is a comparison, and rounding flips near ties.
+        self.gate = Projection(hidden_size, {"gate": spec.num_experts}, build, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, d] -> weights [T, k] float32, experts [T, k] int64."""
+        return self.experts.route(self.gate(x.float()), self.top_k)
+
+    def targets(self, prefix: str) -> Iterator[Target]:
+        """`{prefix}gate.weight`."""
+        yield from self.gate.targets(prefix)
+
+
+def build_router(hidden_size: int, spec: ExpertsSpec, build: Build) -> SoftmaxRouter:
+    """The router of `spec.route`."""
+    return SoftmaxRouter(hidden_size, spec, build)
