@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from fastapi import Depends
 from starlette.requests import Request
 
 from ..configs.schema import ServerConfig
@@ -38,11 +40,6 @@ class ServerState:
     ignored_names: IgnoredNames = field(default_factory=IgnoredNames)
     long_texts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(max((os.cpu_count() or 1) // 2, 1)))
 
-    @classmethod
-    def of(cls, request: Request) -> ServerState:
-        state: ServerState = request.app.state.server
-        return state
-
     def tell_ignored(self, names: list[str]) -> dict[str, str]:
         """The header that names the fields left out of a request, which is counted; the log tells each name once."""
         if names:
@@ -57,9 +54,21 @@ def max_body_bytes(settings: ServerConfig, info: EngineInfo) -> int:
     return derived if settings.max_body_bytes is None else settings.max_body_bytes
 
 
-def refuse_unless_ready(request: Request) -> None:
-    """New work is taken only while the engine answers and the process is not about to stop."""
+async def _state(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state
+
+
+async def _ready_state(request: Request) -> ServerState:
+    """Raises `ApiError` 503 when the engine is dead or the server is draining."""
     if request.app.state.draining:
         raise overloaded("the server is draining and takes no new requests; retry elsewhere or later")
-    if not ServerState.of(request).llm.client.is_healthy:
+    state = await _state(request)
+    if not state.llm.client.is_healthy:
         raise overloaded("the engine is not running; retry later")
+    return state
+
+
+# A route's parameter of this type: the app's state; with `Ready` the route refuses new work when it cannot be done.
+State = Annotated[ServerState, Depends(_state)]
+ReadyState = Annotated[ServerState, Depends(_ready_state)]

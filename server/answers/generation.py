@@ -37,10 +37,10 @@ def generate(state: ServerState, choices: list[Choice]) -> Events:
     return _run(state, choices[0]) if len(choices) == 1 else _run_side_by_side(state, choices)
 
 
-def traced(http: Request, prepared: Prepared[Any], answer_id: str, events: Events) -> Events:
+def traced(http: Request, state: ServerState, prepared: Prepared[Any], answer_id: str, events: Events) -> Events:
     """The same events, observed by the request's trace if it has one."""
     watch: Watch | None = http.scope["state"].get("watch")
-    return events if watch is None else watch(prepared, ServerState.of(http).model_name, answer_id, events)
+    return events if watch is None else watch(prepared, state.model_name, answer_id, events)
 
 
 async def _run_side_by_side(state: ServerState, choices: list[Choice]) -> Events:

@@ -23,7 +23,7 @@ async def respond(
     """Generate, and write what comes by `writer`. Raises the error of a choice that fails before the answer begins."""
     state = writer.state
     headers = state.tell_ignored(prepared.ignored)
-    events = traced(http, prepared, writer.id, generate(state, prepared.choices))
+    events = traced(http, state, prepared, writer.id, generate(state, prepared.choices))
     if prepared.request.stream:
         return EventStream(events, writer.render, writer.render_end, headers)
     outputs = await unless_disconnected(http.receive, collect(events))

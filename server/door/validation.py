@@ -72,9 +72,8 @@ class Prepared(Generic[G]):
         return self.choices[0].request.request_id.removesuffix("-0")
 
 
-async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
-    state = ServerState.of(http)
-    body = await read_body(http)
+async def prepare_completion(http: Request, state: ServerState) -> Prepared[CompletionRequest]:
+    body = await read_body(http, state)
     request, ignored = await of_body(http, lambda: _as_typed(body, state, CompletionRequest, ChatRequest))
     _check_generation(request, state)
     if request.max_tokens == 0 and not request.echo:
@@ -90,15 +89,14 @@ async def prepare_completion(http: Request) -> Prepared[CompletionRequest]:
     return Prepared(request, prompts, choices, _not_held([*ignored, *unknown], form))
 
 
-async def prepare_chat(http: Request) -> Prepared[ChatRequest]:
-    return await prepare_conversation(await read_body(http), http)
+async def prepare_chat(http: Request, state: ServerState) -> Prepared[ChatRequest]:
+    return await prepare_conversation(await read_body(http, state), http, state)
 
 
 async def prepare_conversation(
-    body: dict[str, Any], http: Request, left_out: Sequence[str] = ()
+    body: dict[str, Any], http: Request, state: ServerState, left_out: Sequence[str] = ()
 ) -> Prepared[ChatRequest]:
     """`body` is chat's, whichever route took it; `left_out` names the fields that this route left out of it."""
-    state = ServerState.of(http)
     request, ignored = await of_body(http, lambda: _as_typed(body, state, ChatRequest, CompletionRequest, left_out))
     _check_generation(request, state)
     length = _read_chat_length(request)
@@ -132,9 +130,8 @@ def _not_held(ignored: list[str], form: Form | None) -> list[str]:
     return [*(name for name in ignored if name != held), *form.left_out]
 
 
-async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], dict[str, str]]:
-    state = ServerState.of(http)
-    body = await read_body(http)
+async def prepare_tokenize(http: Request, state: ServerState) -> tuple[TokenizeRequest, list[int], dict[str, str]]:
+    body = await read_body(http, state)
     request, ignored = await of_body(http, lambda: _as_typed(body, state, TokenizeRequest))
     headers = state.tell_ignored(ignored)
     if (request.prompt is None) == (request.messages is None):
@@ -152,17 +149,16 @@ async def prepare_tokenize(http: Request) -> tuple[TokenizeRequest, list[int], d
     return request, tokens, headers
 
 
-async def prepare_detokenize(http: Request) -> tuple[DetokenizeRequest, dict[str, str]]:
-    state = ServerState.of(http)
-    body = await read_body(http)
+async def prepare_detokenize(http: Request, state: ServerState) -> tuple[DetokenizeRequest, dict[str, str]]:
+    body = await read_body(http, state)
     request, ignored = await of_body(http, lambda: _as_typed(body, state, DetokenizeRequest))
     check_token_ids(TokenIds(request.tokens), state.llm.client.info, "tokens")
     return request, state.tell_ignored(ignored)
 
 
-async def read_body(http: Request) -> dict[str, Any]:
+async def read_body(http: Request, state: ServerState) -> dict[str, Any]:
     """The fields of a request that are not null. Raises `RequestError`."""
-    return drop_nulls(await read_json(http, ServerState.of(http).settings.max_body_depth))
+    return drop_nulls(await read_json(http, state.settings.max_body_depth))
 
 
 def _as_typed(

@@ -15,6 +15,7 @@ from ..door.body import drop_nulls, json_type, of_body
 from ..door.fields import NEUTRAL_VALUES, refuse_unless_neutral, split_fields
 from ..door.validation import Prepared, prepare_conversation, read_body, typed
 from ..errors import UnsupportedParameterError
+from ..state import ServerState
 from ..wire.requests import (
     FUNCTION_FIELDS,
     INT32_MAX,
@@ -138,15 +139,15 @@ class PreparedResponse:
     chat: Prepared[ChatRequest]
 
 
-async def prepare_response(http: Request) -> PreparedResponse:
+async def prepare_response(http: Request, state: ServerState) -> PreparedResponse:
     foreign = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
-    body = await read_body(http)
+    body = await read_body(http, state)
     fields, ignored = split_fields(body, ResponsesRequest.model_fields, foreign, RESPONSES_NEUTRAL_VALUES)
     request = await of_body(http, lambda: typed(ResponsesRequest, fields))
     names = FieldNames()
     chat_body, unknown = await of_body(http, lambda: _as_chat(request, names))
     try:
-        chat = await prepare_conversation(chat_body, http, ignored + unknown)
+        chat = await prepare_conversation(chat_body, http, state, ignored + unknown)
     except RequestError as error:
         raise names.renamed(error) from None
     choices = [replace(choice, form_field=names.of(choice.form_field)) for choice in chat.choices]

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from ..answers.generation import generate, traced, unless_disconnected
 from ..answers.streaming import NamedEventStream
 from ..off_loop import off_loop
-from ..state import ServerState, refuse_unless_ready
+from ..state import ReadyState
 from ..wire.answers import json_response
 from ..wire.document import GENERATING, documented
 from .request import ResponsesRequest, prepare_response
@@ -23,15 +23,13 @@ router = APIRouter()
     "/v1/responses",
     **documented(ResponseObject, *GENERATING, body=ResponsesRequest, named_events=StreamEvent),
 )
-async def create_response(http: Request) -> Response:
+async def create_response(http: Request, state: ReadyState) -> Response:
     """Answer a conversation in OpenAI's newer shape. Nothing is stored: the client sends the conversation each time."""
-    refuse_unless_ready(http)
-    prepared = await prepare_response(http)
+    prepared = await prepare_response(http, state)
     request, chat = prepared.request, prepared.chat
-    state = ServerState.of(http)
     writer = ResponseWriter(state, request, chat)
     headers = state.tell_ignored(chat.ignored)
-    events = traced(http, chat, writer.id, generate(state, chat.choices))
+    events = traced(http, state, chat, writer.id, generate(state, chat.choices))
     if not request.stream:
         whole = await unless_disconnected(http.receive, writer.whole(events))
         return await off_loop(writer.num_chars, lambda: json_response(whole, headers))

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from ..answers.chat import ChatWriter
 from ..answers.respond import respond
 from ..door.validation import prepare_chat
-from ..state import ServerState, refuse_unless_ready
+from ..state import ReadyState
 from ..wire.answers import ChatChunk, ChatCompletion
 from ..wire.document import GENERATING, documented
 from ..wire.requests import ChatRequest
@@ -18,8 +18,7 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", **documented(ChatCompletion, *GENERATING, body=ChatRequest, chunk=ChatChunk))
-async def create_chat_completion(http: Request) -> Response:
+async def create_chat_completion(http: Request, state: ReadyState) -> Response:
     """Answer a conversation, laid out by the checkpoint's own chat template."""
-    refuse_unless_ready(http)
-    prepared = await prepare_chat(http)
-    return await respond(http, prepared, ChatWriter(ServerState.of(http), prepared))
+    prepared = await prepare_chat(http, state)
+    return await respond(http, prepared, ChatWriter(state, prepared))

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from ..answers.completions import CompletionWriter
 from ..answers.respond import respond
 from ..door.validation import prepare_completion
-from ..state import ServerState, refuse_unless_ready
+from ..state import ReadyState
 from ..wire.answers import Completion
 from ..wire.document import GENERATING, documented
 from ..wire.requests import CompletionRequest
@@ -18,8 +18,7 @@ router = APIRouter()
 
 
 @router.post("/v1/completions", **documented(Completion, *GENERATING, body=CompletionRequest, chunk=Completion))
-async def create_completion(http: Request) -> Response:
+async def create_completion(http: Request, state: ReadyState) -> Response:
     """Continue one prompt or several, in text or as token ids."""
-    refuse_unless_ready(http)
-    prepared = await prepare_completion(http)
-    return await respond(http, prepared, CompletionWriter(ServerState.of(http), prepared))
+    prepared = await prepare_completion(http, state)
+    return await respond(http, prepared, CompletionWriter(state, prepared))

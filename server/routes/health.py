@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from starlette.requests import Request
 from starlette.responses import Response
 
 from ... import __version__
-from ..state import ServerState, refuse_unless_ready
+from ..state import ReadyState, State
 from ..wire.answers import json_response
 from ..wire.document import documented
 from ..wire.service import Health, Version
@@ -18,9 +17,8 @@ router = APIRouter()
 
 
 @reading(router, "/health", **documented(Health))
-async def health(http: Request) -> Response:
+async def health(state: ReadyState) -> Response:
     """200 while the engine answers; 503 when it is dead or the server is draining."""
-    refuse_unless_ready(http)
     return json_response(Health("ok"))
 
 
@@ -30,6 +28,6 @@ async def version() -> Response:
 
 
 @reading(router, "/metrics", **documented(None))
-async def metrics(http: Request) -> Response:
+async def metrics(state: State) -> Response:
     """Prometheus text."""
-    return Response(ServerState.of(http).metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    return Response(state.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

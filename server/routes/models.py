@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..errors import UnknownModelError
-from ..state import ServerState
+from ..state import ServerState, State
 from ..wire.answers import json_response
 from ..wire.document import documented
 from ..wire.service import ModelCard, ModelList
@@ -18,16 +18,16 @@ router = APIRouter()
 
 
 @reading(router, "/v1/models", **documented(ModelList))
-async def list_models(http: Request) -> Response:
+async def list_models(state: State) -> Response:
     """The one model that is served."""
-    return json_response(ModelList("list", [_card(ServerState.of(http))]))
+    return json_response(ModelList("list", [_card(state)]))
 
 
 # A path: names may look like "organisation/model".
 @reading(router, "/v1/models/{model_id:path}", **documented(ModelCard, 404, path="model_id"))
-async def retrieve_model(http: Request) -> Response:
+async def retrieve_model(http: Request, state: State) -> Response:
     """The model by its name."""
-    state, model_id = ServerState.of(http), http.path_params["model_id"]
+    model_id = http.path_params["model_id"]
     if not model_id:
         raise HTTPException(404)  # as behind any other slash too many
     if model_id != state.model_name:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from ...engine.messages import SessionAction, SessionDone
 from ..door.validation import read_body
-from ..state import ServerState, refuse_unless_ready
+from ..state import ReadyState, ServerState
 from ..wire.answers import json_response
 from ..wire.document import WITH_BODY, documented
 from . import reading
@@ -59,50 +59,48 @@ class SessionList(msgspec.Struct):
 
 
 @reading(router, "/v1/sessions", **documented(SessionList, 400, 429))
-async def list_sessions(http: Request) -> Response:
+async def list_sessions(state: ReadyState) -> Response:
     """The files of saved sessions."""
-    refuse_unless_ready(http)
-    done = await ServerState.of(http).llm.client.call_session("list")
+    done = await state.llm.client.call_session("list")
     saved = [SavedSession(file.session_id, "session", file.num_bytes, file.modified) for file in done.files]
     return json_response(SessionList("list", saved, done.is_cut))
 
 
 @router.post("/v1/sessions/{session_id}/save", **documented(SessionState, *MOVING, path="session_id"))
-async def save_session(http: Request) -> Response:
+async def save_session(http: Request, state: ReadyState) -> Response:
     """Write the latest conversation of this `session_id` to its file."""
-    return await _move(http, "save")
+    return await _move(http, state, "save")
 
 
 @router.post("/v1/sessions/{session_id}/restore", **documented(SessionState, *MOVING, path="session_id"))
-async def restore_session(http: Request) -> Response:
+async def restore_session(http: Request, state: ReadyState) -> Response:
     """Read the session's file, so that the next turn of the conversation computes its new tokens alone."""
-    return await _move(http, "restore")
+    return await _move(http, state, "restore")
 
 
 @router.delete("/v1/sessions/{session_id}", **documented(DeletedSession, *DELETING, path="session_id"))
 @router.post("/v1/sessions/{session_id}/delete", **documented(DeletedSession, *DELETING, path="session_id"))
-async def delete_session(http: Request) -> Response:
+async def delete_session(http: Request, state: ReadyState) -> Response:
     """Delete the session's file, and forget its id."""
-    session_id, _, headers = await _call(http, "delete")
+    session_id, _, headers = await _call(http, state, "delete")
     return json_response(DeletedSession(session_id, "session", True), headers)
 
 
-async def _move(http: Request, action: SessionAction) -> Response:
-    session_id, done, headers = await _call(http, action)
-    state = SessionState(session_id, "session", done.num_tokens, done.num_bytes, round(done.seconds, 4))
-    return json_response(state, headers)
+async def _move(http: Request, state: ServerState, action: SessionAction) -> Response:
+    session_id, done, headers = await _call(http, state, action)
+    moved = SessionState(session_id, "session", done.num_tokens, done.num_bytes, round(done.seconds, 4))
+    return json_response(moved, headers)
 
 
-async def _call(http: Request, action: SessionAction) -> tuple[str, SessionDone, dict[str, str]]:
+async def _call(http: Request, state: ServerState, action: SessionAction) -> tuple[str, SessionDone, dict[str, str]]:
     """The session's id, what was done, and the headers of the answer."""
-    refuse_unless_ready(http)
     session_id: str = http.path_params["session_id"]
-    headers = await _name_fields(http)
-    return session_id, await ServerState.of(http).llm.client.call_session(action, session_id), headers
+    headers = await _name_fields(http, state)
+    return session_id, await state.llm.client.call_session(action, session_id), headers
 
 
-async def _name_fields(http: Request) -> dict[str, str]:
+async def _name_fields(http: Request, state: ServerState) -> dict[str, str]:
     """These routes take no body: whatever fields one has are named in a header. Raises `RequestError`."""
     if not await http.body():
         return {}
-    return ServerState.of(http).tell_ignored(list(await read_body(http)))
+    return state.tell_ignored(list(await read_body(http, state)))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import msgspec
 from fastapi import APIRouter
-from starlette.requests import Request
 from starlette.responses import Response
 
 from ... import __version__
-from ..state import ServerState, max_body_bytes
+from ..state import State, max_body_bytes
 from ..wire.answers import json_response
 from ..wire.document import documented
 from ..wire.service import Load, ModelInfo, ServerInfo
@@ -20,10 +19,10 @@ PRIVATE_FACTS = {"model_path"}  # clients are not told where files lie on the se
 
 
 @reading(router, "/load", **documented(Load))
-async def load(http: Request) -> Response:
+async def load(state: State) -> Response:
     """Sequences and memory in use after the engine's latest step, and drafts so far; `server_load` is vLLM's name for
     all sequences."""
-    client = ServerState.of(http).llm.client
+    client = state.llm.client
     stats, info = client.stats, client.info
     answer = Load(
         server_load=stats.num_running + stats.num_waiting,
@@ -45,9 +44,8 @@ async def load(http: Request) -> Response:
 
 
 @reading(router, "/server_info", **documented(ServerInfo))
-async def server_info(http: Request) -> Response:
+async def server_info(state: State) -> Response:
     """What the engine turned out to be: model, numbers, backend, memory."""
-    state = ServerState.of(http)
     facts = msgspec.structs.asdict(state.llm.client.info)
     shown = {name: fact for name, fact in facts.items() if name not in PRIVATE_FACTS}
     bound = max_body_bytes(state.settings, state.llm.client.info)
@@ -56,7 +54,6 @@ async def server_info(http: Request) -> Response:
 
 
 @reading(router, "/get_model_info", **documented(ModelInfo))
-async def model_info(http: Request) -> Response:
+async def model_info(state: State) -> Response:
     """SGLang's shape, for its router. The paths are the served name: clients are not told where files lie."""
-    state = ServerState.of(http)
     return json_response(ModelInfo(state.model_name, state.model_name, state.model_name))

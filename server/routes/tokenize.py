@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from ..door.validation import prepare_detokenize, prepare_tokenize
 from ..off_loop import off_loop
-from ..state import ServerState
+from ..state import State
 from ..wire.answers import json_response
 from ..wire.document import documented
 from ..wire.requests import DetokenizeRequest, TokenizeRequest
@@ -18,10 +18,9 @@ router = APIRouter()
 
 
 @router.post("/tokenize", **documented(Tokenized, 404, body=TokenizeRequest))
-async def tokenize(http: Request) -> Response:
+async def tokenize(http: Request, state: State) -> Response:
     """Token ids of a prompt, or of messages laid out by the chat template."""
-    request, tokens, headers = await prepare_tokenize(http)
-    state = ServerState.of(http)
+    request, tokens, headers = await prepare_tokenize(http, state)
     names: list[str] | None = None
     if request.return_token_strs:
         names = await off_loop(len(tokens), lambda: [state.token_names[token_id] for token_id in tokens])
@@ -30,9 +29,9 @@ async def tokenize(http: Request) -> Response:
 
 
 @router.post("/detokenize", **documented(Detokenized, 404, body=DetokenizeRequest))
-async def detokenize(http: Request) -> Response:
+async def detokenize(http: Request, state: State) -> Response:
     """Text of token ids, control tokens included."""
-    request, headers = await prepare_detokenize(http)
-    decode = ServerState.of(http).llm.tokenizer.decode
+    request, headers = await prepare_detokenize(http, state)
+    decode = state.llm.tokenizer.decode
     text = await off_loop(len(request.tokens), lambda: decode(request.tokens, skip_special_tokens=False))
     return json_response(Detokenized(text), headers)
