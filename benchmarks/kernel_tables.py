@@ -15,6 +15,7 @@ KERNEL_GROUPS = {
     "11,008), time and share of the copy bandwidth",
     "sampling": "A token for each of 256 rows of bfloat16 logits, time and share of the copy bandwidth for one read",
     "moe": "64 experts of 1408, 4 per token, hidden size 2048: time and share of the rate that bounds it",
+    "routing": "8 of 256 experts from the 4 best of 8 groups, time and share of the copy bandwidth",
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from leyden.benchmarks.kernel_cases.around import OPERATIONS, AroundCase, LinearCase
 from leyden.benchmarks.kernel_cases.attention import AttentionCase
 from leyden.benchmarks.kernel_cases.base import Case
-from leyden.benchmarks.kernel_cases.experts import MoeCase
+from leyden.benchmarks.kernel_cases.experts import MoeCase, RoutingCase
 from leyden.benchmarks.kernel_cases.lightning import LightningCase, VerifyCase
 from leyden.benchmarks.kernel_cases.sampling import SAMPLERS, SamplingCase
 
@@ -48,6 +48,8 @@ def all_cases() -> Iterator[Case]:
         yield AttentionCase(is_prefill=True, num_rows=rows, length=length, head_dim=128)
     for tokens in (1, 8, 32, 64, 128, 256, 8192):
         yield MoeCase(tokens)
+    for tokens in (1, 128, 8192):
+        yield RoutingCase(tokens)
     for channels, size in ((22016, 4096), (4096, 11008), (4096, 4096), (16384, 4096), (32000, 4096)):
         yield LinearCase(channels, size)
     for sampler in SAMPLERS:

@@ -1,4 +1,4 @@
-"""A layer of experts."""
+"""A layer of experts, and how a token comes to its own."""
 
 from __future__ import annotations
 
@@ -81,3 +81,60 @@ class MoeCase:
         kernels = base.our_kernels()
         gate_up, down = Weight(inputs.gate_up), Weight(inputs.down)
         return in_one_step(lambda: (kernels.experts.moe(inputs.x, gate_up, down, inputs.weights, inputs.experts),))
+
+
+class RoutingInputs(NamedTuple):
+    logits: Tensor  # [T, E] float32
+    bias: Tensor  # [E] float32
+
+
+@dataclass(frozen=True)
+class RoutingCase:
+    """Ring-mini's router: the best experts of the best groups, by sigmoid and bias."""
+
+    tokens: int
+    num_experts: int = 256
+    num_groups: int = 8
+    top_groups: int = 4
+    top_k: int = 8
+    scale: float = 2.5
+    group: str = "routing"
+    num_steps: int = 1
+
+    @property
+    def label(self) -> str:
+        return f"T={self.tokens}"
+
+    @property
+    def name(self) -> str:
+        return f"routing/t{self.tokens}"
+
+    def inputs(self, seed: int, *, checked: bool) -> RoutingInputs:
+        return RoutingInputs(normal(seed, self.tokens, self.num_experts).float(), normal(1, self.num_experts).float())
+
+    def work(self, inputs: RoutingInputs | None = None) -> Work:
+        """Logits are read once; weights are float32, experts int64."""
+        return Work(self.tokens * (4 * self.num_experts + (4 + 8) * self.top_k))
+
+    def expected(self, inputs: RoutingInputs) -> dict[str, Tensor]:
+        """The weights of all experts, [T, E]."""
+        scores = inputs.logits.double().sigmoid()
+        groups = (scores + inputs.bias.double()).unflatten(1, (self.num_groups, -1))
+        best = groups.topk(2, dim=-1).values.sum(dim=-1).topk(self.top_groups, dim=-1).indices
+        is_kept = torch.zeros_like(groups[..., 0]).scatter_(1, best, 1.0)
+        experts = torch.where(is_kept[..., None] > 0, groups, -torch.inf).flatten(1).topk(self.top_k, dim=-1).indices
+        chosen = scores.gather(1, experts)
+        return {"out": torch.zeros_like(scores).scatter_(1, experts, chosen / chosen.sum(1, True) * self.scale)}
+
+    def implementations(self) -> dict[str, Implementation]:
+        return {"leyden": Implementation(self.bind)}
+
+    def bind(self, inputs: RoutingInputs) -> Bound:
+        kernels = base.our_kernels()
+        kept: list[Tensor] = []
+        arguments = (self.top_k, self.num_groups, self.top_groups, self.scale)
+
+        def step(_: int) -> None:
+            kept[:] = kernels.experts.route_groups(*inputs, *arguments)
+
+        return Bound(step, lambda: (torch.zeros_like(inputs.logits).scatter_(1, kept[1], kept[0]),))

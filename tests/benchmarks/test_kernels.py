@@ -47,6 +47,7 @@ SMALL_CASES = [
     attention.AttentionCase(is_prefill=False, num_rows=2, length=48, head_dim=16, heads=4, kv_heads=2),
     attention.AttentionCase(is_prefill=True, num_rows=2, length=32, head_dim=16, heads=4, kv_heads=2),
     experts.MoeCase(5, num_experts=4, top_k=2, size=24, width=16),
+    experts.RoutingCase(5, num_experts=12, num_groups=3, top_groups=2, top_k=4),
     around.LinearCase(24, 40),
     *[around.AroundCase(operation, 3) for operation in around.OPERATIONS],
     *[sampling.SamplingCase(sampler, rows=6, vocab=300) for sampler in sampling.SAMPLERS],

@@ -125,11 +125,14 @@ def test_a_bias_chooses_and_weighs_nothing(backend, device):
 
 
 @every_kernel
-def test_a_negative_bias_beats_no_expert_outside_the_groups(backend, device):
-    """All choices below zero: what is masked must lie below them too."""
+def test_experts_worse_than_nothing_are_chosen_all_the_same(backend, device):
+    """All choices below zero: places of a tile without an expert, and experts outside the groups, must lie below."""
     bias = torch.tensor([-5.0, -5.0, -3.0, -9.0, -4.0, -4.5], device=device)
-    _, experts = KERNELS[backend].route_groups(torch.zeros(1, 6, device=device), bias, 2, 3, 1, 1.0)
+    logits = torch.zeros(1, 6, device=device)
+    _, experts = KERNELS[backend].route_groups(logits, bias, 2, 3, 1, 1.0)
     assert experts.tolist() == [[4, 5]]  # -8.5 is more than -10 and -12
+    _, experts = KERNELS[backend].route_groups(logits, bias, 3, 2, 2, 1.0)
+    assert experts.tolist() == [[2, 4, 5]]
 
 
 def test_a_token_of_nan_takes_experts_that_exist(device):
