@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,15 @@ def test_the_readme_is_short_and_tells_the_size_of_the_heart():
     assert len(text.splitlines()) < 250
     told = int(re.search(r"The heart is about ([\d,]+) lines", text)[1].replace(",", ""))
     assert told == pytest.approx(sum(num_lines(ROOT / folder) for folder in HEART), rel=0.03)
+
+
+def test_the_guide_to_the_architecture_has_lines_of_at_most_120_characters():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_every_room_has_its_line_in_the_guide():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    layers = ("kernels", "models", "engine", "server")
+    rooms = chain.from_iterable((ROOT / layer).glob("*/__init__.py") for layer in layers)
+    assert [room for room in (f"{path.parent.relative_to(ROOT)}/" for path in rooms) if f"`{room}`" not in text] == []
