@@ -82,7 +82,7 @@ def main() -> int:
 def run_pairs(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the second of two prompts finds of the first, with states on the way and without."""
     core = make_core(arguments, "true", length=arguments.system_tokens + 1, budget=2048)
-    reuse, vocabulary = core.scheduler.reuse, range(core.runner.model_config.vocab_size)
+    reuse, vocabulary = core.scheduler.reuse, range(core.runner.served.spec.vocab_size)
     ladders = {"on": reuse.ladder, "off": Ladder(reuse.cache.min_tokens, 0)}
     rng = random.Random(0)
     pairs: list[dict[str, Any]] = []
@@ -197,7 +197,7 @@ def make_core(arguments: argparse.Namespace, prefix_cache: str, *, length: int, 
 def make_conversations(arguments: argparse.Namespace, core: EngineCore, seed: int) -> list[Conversation]:
     """The same for the same seed; prompts of one seed share nothing with those of another."""
     rng = random.Random(seed)
-    vocabulary = range(core.runner.model_config.vocab_size)
+    vocabulary = range(core.runner.served.spec.vocab_size)
     systems = [rng.choices(vocabulary, k=arguments.system_tokens) for _ in range(arguments.systems)]
     weights = [(i + 1) ** -arguments.zipf for i in range(arguments.systems)]
     params = SamplingParams(temperature=0.0, max_tokens=arguments.answer_tokens, ignore_eos=True)

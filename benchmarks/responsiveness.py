@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def prompt_of(core: EngineCore, length: int) -> list[int]:
     rng = random.Random(length)
-    return [rng.randrange(core.runner.model_config.vocab_size) for _ in range(min(length, core.max_model_len - 2))]
+    return [rng.randrange(core.runner.served.spec.vocab_size) for _ in range(min(length, core.max_model_len - 2))]
 
 
 def asked(name: str, prompt: list[int]) -> AddRequest:

@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> dict[st
     """Compute, save, start again, restore."""
     core = start(arguments, model, folder)
     rng = random.Random(0)
-    vocab = core.runner.model_config.vocab_size
+    vocab = core.runner.served.spec.vocab_size
     prompt = [rng.randrange(vocab) for _ in range(arguments.tokens)]
     turn = [rng.randrange(vocab) for _ in range(TURN_TOKENS)]
     first, computed_s = answer(core, prompt)

@@ -13,7 +13,7 @@ import torch
 from ..configs.schema import EngineConfig
 from .collector import Collector, prompt_scores
 from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, RequestError
-from .execution.runner import LaunchedStep, ModelRunner
+from .execution.runner import LaunchedStep
 from .memory.blocks import BlockManager
 from .memory.slots import SlotManager
 from .messages import AddRequest, EngineInfo, EngineStats
@@ -23,6 +23,8 @@ from .scheduling.scheduler import Scheduler
 from .scheduling.speculation import Speculation, can_draft
 from .sequence import Sequence, Status
 from .sessions.calls import Sessions
+from .startup.build import build
+from .startup.device_memory import hold_share
 from .text.grammar import Grammar, GrammarCompiler
 from .text.grammar import require as require_grammars
 from .text.token_ids import TokenIds
@@ -40,8 +42,8 @@ class EngineCore:
     def __init__(self, config: EngineConfig, *, progress: bool = True, grammars: GrammarCompiler | None = None) -> None:
         """`grammars`: the result of `grammar_compiler(config)`, so that its tokenizer loads while the model does."""
         self.config = config
-        self.runner = ModelRunner(config, progress=progress)
-        plan = self.runner.plan
+        self.runner, self.plan, self.memory = build(config, progress=progress)
+        plan = self.plan
         self.max_model_len = plan.max_model_len
         blocks = BlockManager(plan.num_kv_blocks, config.block_size)
         self.scheduler = Scheduler(
@@ -52,10 +54,10 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
             mixed_prefill_tokens=config.mixed_prefill_tokens,
-            ring=self.runner.ring,
+            ring=self.runner.served.ring,
             speculation=Speculation(config.speculative_tokens, config.speculative_max_rows),
         )
-        self.sessions = Sessions(config.session_folder, self.runner, self.scheduler.reuse)
+        self.sessions = Sessions(config.session_folder, self.runner, self.scheduler.reuse, plan.max_model_len)
         self._stats = EngineStats()
         self._collector = Collector(self.scheduler, self._stats)
         self._arrivals = 0
@@ -83,7 +85,7 @@ class EngineCore:
             prompt_token_ids=request.prompt_token_ids.tolist(),
             _prompt=request.prompt_token_ids.numpy,
             sampling_params=params,
-            eos_token_ids=frozenset(self.runner.model_config.eos_token_ids if eos is None else eos),
+            eos_token_ids=frozenset(self.runner.served.spec.eos_token_ids if eos is None else eos),
             max_tokens=max_tokens,
             priority=request.priority,
             arrival=self._arrivals,
@@ -114,7 +116,7 @@ class EngineCore:
     def check(self, request: AddRequest) -> int:
         """Refuse what can never be served, by `RequestError`. Returns the answer's bound in tokens."""
         params, prompt = request.sampling_params, request.prompt_token_ids
-        vocab = self.runner.model_config.vocab_size
+        vocab = self.runner.served.spec.vocab_size
         if request.request_id in self.scheduler:
             raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
         if not prompt:
@@ -207,24 +209,24 @@ class EngineCore:
 
     def info(self) -> EngineInfo:
         """What the engine turned out to be."""
-        runner, plan, config = self.runner, self.runner.plan, self.runner.model_config
-        device = runner.device
+        served, plan = self.runner.served, self.plan
+        spec, device = served.spec, served.device
         speculation = self.scheduler.speculation
         return EngineInfo(
-            model_path=str(runner.folder),
-            architecture=config.architecture,
-            num_parameters=runner.num_parameters,
-            num_linear_layers=len(config.linear_layers),
-            num_full_layers=len(config.full_layers),
-            vocab_size=config.vocab_size,
+            model_path=str(served.folder),
+            architecture=spec.architecture,
+            num_parameters=served.num_parameters,
+            num_linear_layers=len(spec.linear_layers),
+            num_full_layers=len(spec.full_layers),
+            vocab_size=spec.vocab_size,
             max_model_len=plan.max_model_len,
-            eos_token_ids=list(config.eos_token_ids),
+            eos_token_ids=list(spec.eos_token_ids),
             device=str(device),
             device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-            dtype=str(runner.dtype).removeprefix("torch."),
-            state_dtype=str(runner.dtypes.state).removeprefix("torch."),
-            linear_backend=self.runner.linear_backend,
-            kernels=runner.kernel_name,
+            dtype=str(served.dtype).removeprefix("torch."),
+            state_dtype=str(served.dtypes.state).removeprefix("torch."),
+            linear_backend=served.linear_backend,
+            kernels=served.kernel_name,
             num_state_slots=plan.num_state_slots,
             max_waiting=self.config.max_waiting,
             num_kv_blocks=plan.num_kv_blocks,
@@ -233,13 +235,17 @@ class EngineCore:
             block_size=self.config.block_size,
             speculative_tokens=speculation.max_drafts,
             speculative_max_rows=speculation.max_rows if speculation.max_drafts else 0,
-            weight_bytes=runner.weight_bytes,
-            memory=runner.memory,
-            state_bytes_per_slot=runner.state_bytes_per_slot,
-            kv_bytes_per_token=runner.kv_bytes_per_token,
+            weight_bytes=served.weight_bytes,
+            memory=self.memory,
+            state_bytes_per_slot=served.state_bytes_per_slot,
+            kv_bytes_per_token=served.kv_bytes_per_token,
             has_sessions=self.sessions.folder is not None,
             notes=plan.notes,
         )
+
+    def hold_share(self) -> None:
+        """For a process that does nothing else: keep all of its memory on the device within the configured share."""
+        hold_share(self.runner.device, self.memory)
 
     def check_integrity(self) -> None:
         """Every slot and block has one owner. Raises AssertionError."""

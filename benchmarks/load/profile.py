@@ -90,7 +90,7 @@ def profile_decode(core: EngineCore, num_requests: int, prompt: int, folder: Pat
 def profile_prefill(core: EngineCore, prompt: int, folder: Path) -> StepProfile:
     """Profile one step that is full of prompts, as many as max_num_batched_tokens holds."""
     wanted = -(-core.config.max_num_batched_tokens // prompt)
-    num_requests = min(wanted, core.config.max_num_seqs, core.runner.plan.num_state_slots)
+    num_requests = min(wanted, core.config.max_num_seqs, core.plan.num_state_slots)
     tokens = min(num_requests * prompt, core.config.max_num_batched_tokens)
     path = folder / f"prefill-{tokens}.trace.json.gz"
     walls = []

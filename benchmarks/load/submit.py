@@ -13,7 +13,7 @@ from ...engine.text.token_ids import TokenIds
 def random_requests(core: EngineCore, num_requests: int, prompt: int, answer: int, *, seed: int) -> list[AddRequest]:
     """Greedy requests of `prompt` random token ids each that answer exactly `answer` tokens."""
     choose = random.Random(f"{seed}/{num_requests}/{prompt}")
-    vocabulary = range(core.runner.model_config.vocab_size)
+    vocabulary = range(core.runner.served.spec.vocab_size)
     params = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True)
     return [
         AddRequest(

@@ -105,7 +105,7 @@ def _serve(config: EngineConfig, link: Link) -> int:
     grammars = grammar_compiler(config)
     grammars.prepare()  # beside the model
     core = EngineCore(config, progress=sys.stderr.isatty(), grammars=grammars)
-    core.runner.hold_share()
+    core.hold_share()
     grammars.wait()
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: no collection need look at it between two steps

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from ...configs.schema import EngineConfig
 from ..errors import ConfigError
 
 MAX_SNAPSHOTS = 4096  # unless more are asked for
@@ -47,6 +48,47 @@ class MemoryPlan:
     num_snapshots: int = 0
     num_host_snapshots: int = 0
     notes: list[str] = field(default_factory=list)
+
+
+def plan_pools(
+    config: EngineConfig,
+    use: MemoryUse,
+    *,
+    max_model_len: int,
+    state_bytes_per_slot: int,
+    kv_bytes_per_token: int,
+    snapshot_bytes: int,
+    cell_bytes: int,
+    context_bytes: Callable[[int], int],
+) -> MemoryPlan:
+    """`plan_memory` as the settings want it, for what `use` leaves. Raises `ConfigError`, which tells all that takes
+    memory."""
+    try:
+        return plan_memory(
+            use.unassigned,
+            state_bytes_per_slot=state_bytes_per_slot,
+            kv_bytes_per_token=kv_bytes_per_token,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            cell_bytes=cell_bytes,
+            context_bytes=context_bytes,
+            num_kv_blocks=config.num_kv_blocks,
+            snapshot_bytes=snapshot_bytes,
+            num_snapshots=config.snapshots if config.prefix_cache else 0,
+            host_bytes=int(config.host_snapshot_gb * 1e9),
+        )
+    except ConfigError as error:
+        taken = ", ".join(f"{kind} {num_bytes:,}" for kind, num_bytes in use.by_kind().items() if num_bytes)
+        raise ConfigError(f"{error} (of {use.total:,} bytes: {taken})") from None
+
+
+def context_length(config: EngineConfig, longest: int) -> int:
+    """The context asked for, which the checkpoint's bounds. Raises `ConfigError`."""
+    wanted = config.max_model_len or longest
+    if wanted > longest:
+        raise ConfigError(f"max_model_len ({wanted}) exceeds the checkpoint's context ({longest}); lower it")
+    return wanted
 
 
 def plan_memory(

@@ -22,6 +22,7 @@ from ...kernels import use_device
 from ...models.loading.fingerprint import fingerprint
 from ..errors import SessionError
 from ..execution.runner import ModelRunner
+from ..execution.served_model import ServedModel
 from ..messages import SessionCall, SessionDone
 from ..prefix.reuse import Reuse
 from . import folder as session_folder
@@ -38,15 +39,15 @@ Work = Generator[Callable[[], Any], Any, SessionDone]
 class Sessions:
     """The calls, and who makes them. `folder` None = every call is refused."""
 
-    def __init__(self, folder: Path | None, runner: ModelRunner, reuse: Reuse) -> None:
+    def __init__(self, folder: Path | None, runner: ModelRunner, reuse: Reuse, max_model_len: int) -> None:
         self.folder = None if folder is None else session_folder.prepare(folder)
         self._runner, self._reuse = runner, reuse
         self._waiting: deque[SessionCall] = deque()
         self._refused: list[SessionDone] = []
         self._current: tuple[SessionCall, Work, Future[Any]] | None = None
         if self.folder is not None:
-            self._carrier = Carrier(runner.snapshots, runner.caches, runner.device)
-            self._layout = _layout(runner)
+            self._carrier = Carrier(runner.pools.snapshots, runner.pools.caches, runner.device)
+            self._layout = _layout(runner.served, max_model_len)
             self._thread = ThreadPoolExecutor(1, "session", use_device, (runner.device,))
 
     @property
@@ -179,13 +180,13 @@ class Sessions:
         return done
 
 
-def _layout(runner: ModelRunner) -> Layout:
+def _layout(served: ServedModel, max_model_len: int) -> Layout:
     return Layout(
-        fingerprint=fingerprint(runner.model_config, runner.model),
-        caches=runner.model.caches,
-        dtypes=runner.snapshot_dtypes,
-        vocab_size=runner.model_config.vocab_size,
-        max_model_len=runner.plan.max_model_len,
+        fingerprint=fingerprint(served.spec, served.model),
+        caches=served.model.caches,
+        dtypes=served.snapshot_dtypes,
+        vocab_size=served.spec.vocab_size,
+        max_model_len=max_model_len,
     )
 
 

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..execution.graph_shapes import doubling
 from ..memory.operations import Fold, Operation, Restore, Save, StepSave
 from ..sampling_params import MAX_LOGPROBS, SamplingParams
 from ..scheduling.step import ScheduledBatch
@@ -159,11 +160,6 @@ def _sequence(
         block_table=array("i", [(first + i) % limits.num_blocks for i in range(num_blocks)]),
         state_slot=slot,
     )
-
-
-def doubling(last: int) -> list[int]:
-    """1, 2, 4, ... and `last`; nothing for 0."""
-    return [*(1 << i for i in range(last.bit_length()) if 1 << i < last), last] if last else []
 
 
 def _both_sides(last: int) -> list[int]:

@@ -366,7 +366,7 @@ def test_state_in_half_precision_serves(tiny):
 def test_the_backend_told_is_the_one_that_runs(tiny, setting, told):
     core = make_core(tiny.folder, linear_backend=setting)
     assert core.info().linear_backend == told
-    assert core.runner.ring.replays is (told == "replay")
+    assert core.runner.served.ring.replays is (told == "replay")
 
 
 def test_rings_beside_the_states_are_counted(tiny):

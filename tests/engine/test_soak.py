@@ -12,9 +12,10 @@ from leyden.configs.schema import EngineConfig
 from leyden.engine import core as core_module
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ContextLengthError, QueueFullError
-from leyden.engine.memory.plan import MemoryPlan
+from leyden.engine.memory.plan import MemoryPlan, MemoryUse
 from leyden.engine.memory.ring import RingRule
 from leyden.engine.scheduling.step import ScheduledBatch
+from leyden.engine.startup.build import Built
 
 VOCAB, EOS = 100, 0
 ABORT_RATE, BAD_LOGITS_RATE = 0.02, 0.001
@@ -37,18 +38,23 @@ class FakeStep:
 
 
 class FakeRunner:
-    """No model: a plan of scarce blocks and slots."""
+    """Draws tokens at random."""
 
-    ring = RingRule(16, replays=True)
     device = torch.device("cpu")
-    model_config = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=(EOS,))
+    served = SimpleNamespace(
+        ring=RingRule(16, replays=True), spec=SimpleNamespace(vocab_size=VOCAB, eos_token_ids=(EOS,))
+    )
 
-    def __init__(self, config: EngineConfig, *, progress: bool) -> None:
-        self.plan = MemoryPlan(num_state_slots=config.max_num_seqs, num_kv_blocks=60, max_model_len=64)
+    def __init__(self) -> None:
         self.rng = random.Random(1)
 
     def launch(self, batch: ScheduledBatch) -> FakeStep:
         return FakeStep(batch, self.rng)
+
+
+def build(config: EngineConfig, *, progress: bool) -> Built:
+    plan = MemoryPlan(num_state_slots=config.max_num_seqs, num_kv_blocks=60, max_model_len=64)
+    return Built(FakeRunner(), plan, MemoryUse(total=0))
 
 
 def soak(core: EngineCore, num_requests: int, rng: random.Random) -> dict[str, int]:
@@ -84,7 +90,7 @@ def soak(core: EngineCore, num_requests: int, rng: random.Random) -> dict[str, i
 
 @pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
 def test_a_soak_of_short_requests_ends_with_every_slot_and_block_free(monkeypatch, lags):
-    monkeypatch.setattr(core_module, "ModelRunner", FakeRunner)
+    monkeypatch.setattr(core_module, "build", build)
     config = EngineConfig(
         max_num_seqs=12, max_num_batched_tokens=40, block_size=4, max_waiting=50, async_scheduling=lags
     )

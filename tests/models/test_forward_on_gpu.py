@@ -10,6 +10,7 @@ from backends import BACKENDS
 from engines import build_batch, engine_config, sequence
 from leyden.engine.execution.runner import ModelRunner
 from leyden.engine.scheduling.step import ScheduledBatch
+from leyden.engine.startup.build import build
 from leyden.models.forward_batch import ForwardBatch
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 from torch import Tensor
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(params=BACKENDS)
 def runner(request, folder) -> ModelRunner:
     settings = {"device": "cuda", "linear_backend": request.param, "num_kv_blocks": 64}
-    return ModelRunner(engine_config(folder, **settings), progress=False)
+    return build(engine_config(folder, **settings), progress=False).runner
 
 
 def mixed_batch(runner: ModelRunner) -> ForwardBatch:
@@ -38,17 +39,17 @@ def mixed_batch(runner: ModelRunner) -> ForwardBatch:
         sequence(random_prompt(18, 3), state_slot=3, block_table=[6, 7], num_computed_tokens=17),
         sequence(random_prompt(9, 4), state_slot=1, block_table=[8], num_computed_tokens=8, num_pending_tokens=3),
     ]
-    return build_batch(ScheduledBatch(rows, [33, 20, 1, 1], 2), runner.tables, runner.block_size)
+    return build_batch(ScheduledBatch(rows, [33, 20, 1, 1], 2), runner.tables, runner.pools.block_size)
 
 
 def logits(runner: ModelRunner, batch: ForwardBatch) -> Tensor:
-    return runner.model.compute_logits(runner.model(batch, runner.caches)[batch.logits_indices])
+    return runner.model.compute_logits(runner.model(batch, runner.pools.caches)[batch.logits_indices])
 
 
 def reset(runner: ModelRunner) -> None:
     """The same content of every pool, whatever ran before."""
     generator = torch.Generator("cuda").manual_seed(0)
-    for pool in (*runner.states.tensors, *runner.kv.tensors):
+    for pool in (*runner.pools.states.tensors, *runner.pools.kv.tensors):
         pool.normal_(generator=generator)
 
 

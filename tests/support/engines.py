@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from leyden.configs.schema import EngineConfig
 from leyden.engine.core import EngineCore
 from leyden.engine.execution.block_tables import BlockTables
+from leyden.engine.execution.graph_shapes import GraphShape
+from leyden.engine.execution.graphs import StepGraphs
+from leyden.engine.execution.runner import ModelRunner
 from leyden.engine.execution.step_input import batch_arrays, count_rows, make_batch, upload
 from leyden.engine.messages import AddRequest
 from leyden.engine.outputs import StepOutput, TokenLogprobs
@@ -56,6 +60,14 @@ def engine_config(folder: Path, **settings: Any) -> EngineConfig:
 
 def make_core(folder: Path, **settings: Any) -> EngineCore:
     return EngineCore(engine_config(folder, **settings), progress=False)
+
+
+def use_graphs(core: EngineCore, shapes: Items[GraphShape]) -> EngineCore:
+    """The engine, whose steps of these shapes run from graphs from now on."""
+    runner = core.runner
+    graphs = StepGraphs(runner.compute, shapes, runner.tables, runner.device)
+    core.runner = ModelRunner(runner.served, runner.pools, graphs)
+    return core
 
 
 def computed(core: EngineCore) -> list[int]:

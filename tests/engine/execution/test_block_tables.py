@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-from engines import DEVICE, drain, make_core, request, sequence
+from engines import DEVICE, drain, make_core, request, sequence, use_graphs
 from leyden.engine.core import EngineCore
 from leyden.engine.execution import runner as model_runner
 from leyden.engine.execution.block_tables import BlockTables
-from leyden.engine.execution.graphs import StepGraphs, shapes_for
+from leyden.engine.execution.graph_shapes import shapes_for
 from leyden.engine.execution.step_input import batch_arrays, packed_size
 from leyden.engine.scheduling.step import ScheduledBatch
 from leyden.engine.sequence import Sequence
@@ -33,11 +33,7 @@ def _played(played_graphs):
 
 def make(folder, *, graphs: bool, **settings) -> EngineCore:
     core = make_core(folder, device=DEVICE, cuda_graphs=False, **settings)
-    if graphs:
-        runner = core.runner
-        shapes = shapes_for(core.config, runner.plan.num_state_slots)
-        runner.graphs = StepGraphs(runner._compute, shapes, runner.tables, runner.device)
-    return core
+    return use_graphs(core, shapes_for(core.config, core.plan.num_state_slots)) if graphs else core
 
 
 def watch(core: EngineCore) -> dict[str, int]:

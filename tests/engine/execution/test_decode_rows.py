@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from engines import DEVICE, drain, make_core, request, sequence
+from engines import DEVICE, drain, make_core, request, sequence, use_graphs
 from leyden.engine.core import EngineCore
 from leyden.engine.execution.decode_rows import FIELDS, STEPS_AHEAD, Answers, DecodeRows
-from leyden.engine.execution.graphs import StepGraphs, graph_shapes
+from leyden.engine.execution.graph_shapes import graph_shapes
 from leyden.engine.execution.staging import StagedTokens, StagingPool
 from leyden.engine.execution.step_input import unpack
 from leyden.engine.sequence import UNSEEN
@@ -31,9 +31,7 @@ def _played(played_graphs):
 
 def with_graphs(folder, **settings) -> EngineCore:
     core = make_core(folder, max_num_seqs=8, device=DEVICE, cuda_graphs=False, block_size=4, **settings)
-    runner = core.runner
-    runner.graphs = StepGraphs(runner._compute, graph_shapes(8, 0), runner.tables, runner.device)
-    return core
+    return use_graphs(core, graph_shapes(8, 0))
 
 
 def watch(core: EngineCore) -> dict[str, int]:
@@ -49,7 +47,9 @@ def watch(core: EngineCore) -> dict[str, int]:
 
     def check(rows):
         batch = scheduled[0]
-        anew = DecodeRows(graphs, batch, runner.sampler.rows(batch.sequences), runner.block_size, runner.ring)
+        anew = DecodeRows(
+            graphs, batch, runner.sampler.rows(batch.sequences), runner.pools.block_size, runner.served.ring
+        )
         assert (rows.shape, rows.sequences, rows.indices) == (anew.shape, anew.sequences, anew.indices)
         found, expected = (unpack(graphs.padding[rows.shape].arrays, each.packed) for each in (rows, anew))
         for each in (found, expected):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from backends import BACKENDS
-from engines import DEVICE, drain, engine_config, make_core, request
+from engines import DEVICE, drain, engine_config, make_core, request, use_graphs
 from leyden.engine.core import EngineCore
 from leyden.engine.execution import graphs as cuda_graph
 from leyden.engine.execution import runner as model_runner
-from leyden.engine.execution.graphs import PREFILL_ROWS, SNAPSHOTS, GraphShape, StepGraphs, graph_shapes, shapes_for
+from leyden.engine.execution.graph_shapes import PREFILL_ROWS, SNAPSHOTS, GraphShape, graph_shapes, shapes_for
 from leyden.engine.execution.step_input import Counts
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 
@@ -39,9 +39,7 @@ def plain(folder, **settings) -> EngineCore:
 
 
 def with_graphs(folder, shapes=DECODES, **settings) -> EngineCore:
-    core = plain(folder, **settings)
-    core.runner.graphs = StepGraphs(core.runner._compute, shapes, core.runner.tables, core.runner.device)
-    return core
+    return use_graphs(plain(folder, **settings), shapes)
 
 
 PARAMS = {
@@ -80,10 +78,10 @@ def test_padding_rows_touch_no_slot_and_no_block(folder, backend):
     core.add_request(request("a", random_prompt(7, 1), max_tokens=12))
     core.step()
     own = core.scheduler.running[0]
-    slots = [slot for slot in range(runner.plan.num_state_slots) if slot != own.state_slot]
-    blocks = [block for block in range(runner.kv.num_blocks) if block not in own.block_table]
-    strange = [(pool, slots) for pool in runner.states.tensors]
-    strange += [(pool, blocks) for pool in runner.kv.tensors]
+    slots = [slot for slot in range(core.plan.num_state_slots) if slot != own.state_slot]
+    blocks = [block for block in range(runner.pools.kv.num_blocks) if block not in own.block_table]
+    strange = [(pool, slots) for pool in runner.pools.states.tensors]
+    strange += [(pool, blocks) for pool in runner.pools.kv.tensors]
     for pool, others in strange:
         pool[:, others] = 7
     for _ in range(5):
@@ -138,10 +136,10 @@ def test_the_padding_of_prompts_touches_no_slot_and_no_block(folder, backend):
     core.add_request(request("a", random_prompt(7, 1), max_tokens=3))
     batch = core.scheduler.schedule()
     own = batch.sequences[0]
-    slots = [slot for slot in range(runner.plan.num_state_slots) if slot != own.state_slot]
-    blocks = [block for block in range(runner.kv.num_blocks) if block not in own.block_table]
-    pools = [(pool, slots) for pool in runner.states.tensors]
-    pools += [(pool, blocks) for pool in runner.kv.tensors]
+    slots = [slot for slot in range(core.plan.num_state_slots) if slot != own.state_slot]
+    blocks = [block for block in range(runner.pools.kv.num_blocks) if block not in own.block_table]
+    pools = [(pool, slots) for pool in runner.pools.states.tensors]
+    pools += [(pool, blocks) for pool in runner.pools.kv.tensors]
     for pool, others in pools:
         pool[:, others] = 7
     runner.launch(batch).wait()
@@ -158,7 +156,7 @@ def test_states_on_the_way_of_a_prompt_come_from_a_graph_as_they_come_without(fo
     for core in (plain(folder, **settings), with_graphs(folder, MIXED, **settings)):
         replay = core.runner._replay
         core.runner._replay = lambda *step, replay=replay: taken.append(len(step[2].snapshots)) or replay(*step)
-        pool = core.runner.snapshots.parts[0].fill_(7)
+        pool = core.runner.pools.snapshots.parts[0].fill_(7)
         drain(core, *(request(str(i), random_prompt(30, i), max_tokens=1) for i in range(2)))
         nodes = [node for node in core.scheduler.cache.tree.nodes if node.snapshot is not None]
         kept.append({(node.end, int(node.tokens[-1])): pool[node.snapshot].clone() for node in nodes})

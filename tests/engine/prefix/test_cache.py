@@ -497,8 +497,8 @@ def test_the_state_on_the_way_is_that_of_a_prompt_that_ends_there(tiny, backend)
     for node in rungs:
         alone = make_core(tiny.folder, linear_backend=backend, prefix_cache=False)
         answer(alone, prompt[: node.end], max_tokens=1)  # the last token drawn is not fed
-        kept = core.runner.snapshots[node.snapshot]
-        for part, expected in zip(kept, alone.runner.states.slot(0), strict=True):
+        kept = core.runner.pools.snapshots[node.snapshot]
+        for part, expected in zip(kept, alone.runner.pools.states.slot(0), strict=True):
             torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -585,7 +585,7 @@ def test_half_precision_takes_half_the_memory(tiny):
     answer(half, prompt, max_tokens=2)
     answer(half, prompt, max_tokens=2)
     assert half.stats().prefix_cache_hits_total == 29
-    (saved,) = half.runner.snapshots[0]
+    (saved,) = half.runner.pools.snapshots[0]
     assert saved.dtype == torch.bfloat16
     assert torch.isfinite(saved).all() and saved.any()
 

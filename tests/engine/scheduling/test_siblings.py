@@ -183,7 +183,7 @@ def test_what_a_copy_leaves_out_is_garbage(tiny):
     """Only the prompt's blocks and the state are copied: what else lies in the pools must not matter."""
     core = make_core(tiny.folder)
     expected = [answer(core, PROMPT, temperature=1.0, max_tokens=12, seed=i).token_ids for i in range(N)]
-    for pool in (*core.runner.states.tensors, *core.runner.kv.tensors):
+    for pool in (*core.runner.pools.states.tensors, *core.runner.pools.kv.tensors):
         pool.fill_(torch.nan)
     answers = drain(core, *choices())
     assert [answers[f"c{i}"].token_ids for i in range(N)] == expected

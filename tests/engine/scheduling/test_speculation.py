@@ -41,7 +41,7 @@ class Oracle:
 
 def knowing(core: EngineCore, prompts: list[list[int]], wrong: float = 0.3, **params) -> EngineCore:
     """The core with an oracle for these prompts."""
-    plain = make_core(core.runner.folder, prefix_cache=False)
+    plain = make_core(core.runner.served.folder, prefix_cache=False)
     texts = {tuple(p): answer(plain, p, **params).token_ids for p in prompts}
     core.scheduler.speculation._propose = Oracle(texts, wrong).propose
     return core
@@ -253,7 +253,7 @@ def test_bad_logits_after_a_right_draft_end_the_text_with_their_error(tiny):
     plain = answer(make_core(tiny.folder, prefix_cache=False), prompt, max_tokens=20).token_ids
     core = speculating(tiny.folder, cuda_graphs=False, async_scheduling=False)
     knowing(core, [prompt], 0.0, max_tokens=20)
-    sample = core.runner.kernels.sample
+    sample = core.runner.served.kernels.sample
 
     def failing(logits, *draw):
         """Bad where the sixth token of the answer is drawn, in whatever step."""

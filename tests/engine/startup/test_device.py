@@ -11,11 +11,11 @@ from engines import answer, engine_config, make_core
 from leyden import kernels
 from leyden.engine import llm
 from leyden.engine.boundary.client import InProcessClient
-from leyden.engine.execution import runner as model_runner
 from leyden.engine.messages import AddRequest
 from leyden.engine.sampling_params import SamplingParams
 from leyden.engine.sessions import calls as sessions
 from leyden.engine.sessions import carrier as session_copies
+from leyden.engine.startup import model as startup_model
 from leyden.models.loading import reader as weight_reader
 from tiny_models import random_prompt
 
@@ -39,7 +39,7 @@ def used(monkeypatch) -> list[tuple[str, torch.device]]:
     def note(device: torch.device) -> None:
         found.append((threading.current_thread().name, device))
 
-    for module in (model_runner, llm, sessions, session_copies, weight_reader):
+    for module in (startup_model, llm, sessions, session_copies, weight_reader):
         monkeypatch.setattr(module, "use_device", note)
     return found
 

@@ -5,6 +5,7 @@ A CUDA device's counters are faked here; `test_memory_on_gpu.py` asks a real one
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -13,22 +14,27 @@ import torch
 from backends import BACKENDS, PlainBackend
 from engines import drain, engine_config, make_core, request
 from leyden.engine.errors import ConfigError
-from leyden.engine.execution import runner as model_runner
-from leyden.engine.execution.graphs import GraphShape, shapes_for
+from leyden.engine.execution import pools as execution_pools
+from leyden.engine.execution.graph_shapes import GraphShape, shapes_for
+from leyden.engine.execution.pools import DevicePools
 from leyden.engine.execution.runner import ModelRunner
 from leyden.engine.memory import pools
 from leyden.engine.memory.operations import Fold
-from leyden.engine.memory.plan import MemoryUse
-from leyden.engine.startup import measuring as sizing
+from leyden.engine.memory.plan import MemoryUse, plan_pools
+from leyden.engine.startup import build as startup
+from leyden.engine.startup import device_memory, measuring
+from leyden.engine.startup import model as startup_model
+from leyden.engine.startup.build import Built, build
 from leyden.engine.startup.trial_steps import StepLimits, serving_steps, smallest_steps
+from leyden.models.decoder import Decoder
+from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
 from tiny_models import FULL, LINEAR, save_minimax
 
 CUDA = torch.device("cuda")
 
 
-@pytest.fixture
-def runner(tiny) -> ModelRunner:
-    return ModelRunner(engine_config(tiny.folder), progress=False)
+def start(folder, **settings) -> Built:
+    return build(engine_config(folder, **settings), progress=False)
 
 
 # -- accounting -----------------------------------------------------------------------------------------------
@@ -40,9 +46,9 @@ def test_every_byte_of_the_share_is_accounted_for(tiny, backend):
     use, info, runner = core.info().memory, core.info(), core.runner
     rope = runner.model.position_bytes(core.max_model_len)
     assert use.weights == info.weight_bytes + rope > info.weight_bytes
-    assert use.state == info.num_state_slots * info.state_bytes_per_slot == runner.states.nbytes
-    assert use.kv == runner.kv.nbytes + runner.tables.nbytes
-    assert runner.kv.nbytes == info.num_kv_blocks * info.block_size * info.kv_bytes_per_token
+    assert use.state == info.num_state_slots * info.state_bytes_per_slot == runner.pools.states.nbytes
+    assert use.kv == runner.pools.kv.nbytes + runner.tables.nbytes
+    assert runner.pools.kv.nbytes == info.num_kv_blocks * info.block_size * info.kv_bytes_per_token
     assert use.sampler == runner.sampler.nbytes
     assert use.total == info.weight_bytes + int(0.05e9)
     assert (use.workspace, use.graphs, use.other) == (0, 0, 0)
@@ -66,7 +72,7 @@ def long_folder(tmp_path):
 def test_a_context_too_long_for_the_share_is_charged_as_it_is_clamped(long_folder, megabytes):
     core = make_core(long_folder, max_model_len=None, cpu_memory_gb=megabytes / 1000)
     use, length = core.info().memory, core.max_model_len
-    assert use.weights == core.runner.weight_bytes + core.runner.model.position_bytes(length)
+    assert use.weights == core.runner.served.weight_bytes + core.runner.model.position_bytes(length)
     assert [len(table.cos_sin) for table in core.runner.model.rotary] == [length] and length < LONG
     assert length * (64 + 256) > 0.8 * megabytes * 10**6, "most of the share goes to keys, values and positions"
     assert 0 <= use.unassigned < 0.02 * megabytes * 10**6
@@ -75,29 +81,40 @@ def test_a_context_too_long_for_the_share_is_charged_as_it_is_clamped(long_folde
 
 
 class FakeDevice:
-    """The counters of a CUDA device of 10 GB with 1 GB in use by others, where each step reserves 3 MB."""
+    """The counters of a CUDA device of 10 GB with 1 GB in use by others, where each step reserves 3 MB. What is started
+    here has its weights on the CPU, no pools, and notes its steps."""
 
-    def __init__(self, monkeypatch, runner: ModelRunner) -> None:
-        self.reserved = runner.weight_bytes
-        monkeypatch.setattr(runner, "device", CUDA)
-        monkeypatch.setattr(runner, "allocate", self.allocate)
-        monkeypatch.setattr(runner, "launch", self.launch)
-        monkeypatch.setattr(sizing, "free_memory", lambda device: (9 * 10**9 - self.reserved, 10**10))
+    def __init__(self, monkeypatch) -> None:
+        self.steps, self.allocated, self.contexts, self.reserved = [], [], [], 0
+        self._load = startup.load_model
+        monkeypatch.setattr(startup, "load_model", self.load_model)
+        monkeypatch.setattr(DevicePools, "allocate", self.allocate)
+        for module in (startup, measuring):
+            monkeypatch.setattr(module, "ModelRunner", self.make_runner)
+        monkeypatch.setattr(measuring, "free_memory", lambda device: (9 * 10**9 - self.reserved, 10**10))
         for name in ("memory_allocated", "memory_reserved"):
             monkeypatch.setattr(torch.cuda, name, lambda device: self.reserved)
             monkeypatch.setattr(torch.cuda, f"max_{name}", lambda device: self.reserved + 3_000_000 * bool(self.steps))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-        self.runner, self.steps, self.allocated, self.contexts = runner, [], [], []
 
-    def allocate(self, num_slots: int, num_blocks: int, max_model_len: int, num_snapshots: int = 0) -> None:
+    def load_model(self, config, *, progress):
+        served = dataclasses.replace(self._load(config, progress=progress), device=CUDA)
+        self.reserved = served.weight_bytes
+        return served
+
+    def allocate(self, served, *, num_slots, num_blocks, block_size, max_model_len, num_snapshots=0):
         self.allocated.append((num_slots, num_blocks))
         self.contexts.append(max_model_len)
-        for name in ("states", "snapshots", "kv", "tables", "caches", "sampler"):
-            setattr(self.runner, name, SimpleNamespace(nbytes=1000, allocate_on_host=lambda num_on_host: None))
+        return SimpleNamespace(snapshots=SimpleNamespace(allocate_on_host=lambda num_on_host: None))
+
+    def make_runner(self, served, pools):
+        self.is_measuring = len(self.allocated) == 1
+        return SimpleNamespace(served=served, pools=pools, device=CUDA, launch=self.launch)
 
     def launch(self, step):
-        self.steps.append(step)
+        if self.is_measuring:
+            self.steps.append(step)
         return self
 
     def wait(self) -> None:
@@ -105,41 +122,39 @@ class FakeDevice:
 
 
 @pytest.fixture
-def device(monkeypatch, runner) -> FakeDevice:
-    return FakeDevice(monkeypatch, runner)
+def device(monkeypatch) -> FakeDevice:
+    return FakeDevice(monkeypatch)
 
 
-def test_a_gpus_share_is_less_what_others_and_the_largest_step_take(device, runner, tiny):
-    config = engine_config(tiny.folder, memory_fraction=0.5, max_num_seqs=3, prefix_cache=False)
-    plan, use = sizing.size_pools(runner, config)
+def test_a_gpus_share_is_less_what_others_and_the_largest_step_take(device, tiny):
+    _, plan, use = start(tiny.folder, memory_fraction=0.5, max_num_seqs=3, prefix_cache=False)
     assert use.total == 5 * 10**9
-    assert use.workspace == 3_000_000 + sizing.FRAGMENTATION_BYTES
+    assert use.workspace == 3_000_000 + measuring.FRAGMENTATION_BYTES
     assert use.other == pytest.approx(10**9, rel=0.02) and use.other > 10**9
     assert device.allocated == [device.allocated[0], (plan.num_state_slots, plan.num_kv_blocks)]
     assert (plan.num_state_slots, plan.num_kv_blocks) == (3, 3 * 256 // 16)
 
 
-def test_states_that_the_plan_would_clamp_are_not_allocated_to_measure(device, runner, tiny):
-    slot = runner.state_bytes_per_slot
-    share = 10**9 + runner.weight_bytes + 41 * slot
-    config = engine_config(tiny.folder, memory_fraction=share / 10**10, max_num_seqs=64)
-    use = sizing._measure(runner, config, 256)
+def test_states_that_the_plan_would_clamp_are_not_allocated_to_measure(device, tiny):
+    served = device.load_model(engine_config(tiny.folder), progress=False)
+    slot = served.state_bytes_per_slot
+    share = 10**9 + served.weight_bytes + 41 * slot
+    use = measuring.measure(
+        served, engine_config(tiny.folder, memory_fraction=share / 10**10, max_num_seqs=64, max_model_len=256)
+    )
     assert device.allocated[0][0] == 20, "half of what is left"
     assert use.unassigned < 41 * slot
 
 
-def test_a_gpus_steps_are_measured_with_the_context_that_its_share_holds(monkeypatch, long_folder):
-    config = engine_config(long_folder, max_model_len=None, memory_fraction=0.14, session_folder=str(long_folder))
-    runner = ModelRunner(config, progress=False)
-    device = FakeDevice(monkeypatch, runner)
+def test_a_gpus_steps_are_measured_with_the_context_that_its_share_holds(monkeypatch, device, long_folder):
     reserved = []
-    monkeypatch.setattr(runner.model, "reserve_positions", reserved.append)
-    plan, use = sizing.size_pools(runner, config)
+    monkeypatch.setattr(Decoder, "reserve_positions", lambda model, length: reserved.append(length))
+    runner, plan, use = start(long_folder, max_model_len=None, memory_fraction=0.14, session_folder=str(long_folder))
     measured, served = device.contexts
     widest = max(len(row.block_table) for step in device.steps for row in step.sequences)
     assert plan.max_model_len == served <= measured < 4 * 10**8 / (64 + 256), "0.4 GB hold no more"
     assert widest * 16 <= measured + 16 and reserved[-1] == served
-    assert use.weights == runner.weight_bytes + runner.model.position_bytes(served)
+    assert use.weights == runner.served.weight_bytes + runner.served.model.position_bytes(served)
     assert use.other < 1.1 * 10**9
 
 
@@ -147,7 +162,8 @@ def test_a_gpus_steps_are_measured_with_the_context_that_its_share_holds(monkeyp
 def test_a_gigabyte_of_the_host_is_a_thousand_million_bytes(gigabytes):
     costs = {"state_bytes_per_slot": 1000, "kv_bytes_per_token": 10, "snapshot_bytes": 4096}
     config = engine_config("x", host_snapshot_gb=gigabytes)
-    plan = sizing.plan_pools(config, MemoryUse(total=10**9), max_model_len=256, context_bytes=lambda length: 0, **costs)
+    costs |= {"cell_bytes": 4, "context_bytes": lambda length: 0}
+    plan = plan_pools(config, MemoryUse(total=10**9), max_model_len=256, **costs)
     assert plan.num_host_snapshots == int(gigabytes * 1e9) // 4096
 
 
@@ -252,27 +268,28 @@ def test_a_fold_is_compiled_at_start_and_finds_a_token_to_fold():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_first_steps_leave_numbers(tiny, monkeypatch, backend):
     """What no step has written may be NaN, and is never read."""
-    allocate, launch = ModelRunner.allocate, ModelRunner.launch
+    allocate, launch = DevicePools.allocate, ModelRunner.launch
     drawn: list[list[int]] = []
 
-    def poisoned(self, *sizes):
-        allocate(self, *sizes)
-        for pool in (*self.states.tensors, *self.kv.tensors):
+    def poisoned(served, **sizes):
+        pools = allocate(served, **sizes)
+        for pool in (*pools.states.tensors, *pools.kv.tensors):
             pool.fill_(float("nan"))
+        return pools
 
     def launched(self, step):
         result = launch(self, step)
         drawn.append(result.wait()[0])
         return result
 
-    monkeypatch.setattr(ModelRunner, "allocate", poisoned)
+    monkeypatch.setattr(DevicePools, "allocate", poisoned)
     monkeypatch.setattr(ModelRunner, "launch", launched)
-    ModelRunner(engine_config(tiny.folder, linear_backend=backend, speculative_tokens=7), progress=False)
+    start(tiny.folder, linear_backend=backend, speculative_tokens=7)
     assert len(drawn) == 5 and min(min(tokens) for tokens in drawn) >= 0
 
 
-def test_the_settings_say_which_steps_with_drafts_are_measured(device, runner, tiny):
-    sizing.size_pools(runner, engine_config(tiny.folder, speculative_tokens=3, speculative_max_rows=2))
+def test_the_settings_say_which_steps_with_drafts_are_measured(device, tiny):
+    start(tiny.folder, speculative_tokens=3, speculative_max_rows=2)
     assert max(len(row.drafts) for step in device.steps for row in step.sequences) == 3
     assert max(step.num_drafted for step in device.steps) == 2
 
@@ -281,8 +298,8 @@ def test_the_settings_say_which_steps_with_drafts_are_measured(device, runner, t
 def test_a_decoding_dummy_reads_what_a_prompt_wrote_before(tiny, backend):
     """A state that nobody wrote may hold NaN, and choose experts that do not exist."""
     core = make_core(tiny.folder, linear_backend=backend, speculative_tokens=7)
-    runner = core.runner
-    for pool in (*runner.states.tensors, *runner.kv.tensors):
+    runner, pools = core.runner, core.runner.pools
+    for pool in (*pools.states.tensors, *pools.kv.tensors):
         pool.fill_(float("nan"))
     limits = StepLimits(4, 64, 16, 256, 64, max_drafts=7, max_drafted=4)
     for step in serving_steps(limits):
@@ -296,13 +313,13 @@ def test_a_decoding_dummy_reads_what_a_prompt_wrote_before(tiny, backend):
 
 @pytest.mark.parametrize("num_seqs", [1, 8, 64])
 @pytest.mark.parametrize("max_rows", [1, 8, 64])
-def test_graphs_are_measured_with_the_most_tokens_and_the_most_rows_of_logits(runner, monkeypatch, num_seqs, max_rows):
+def test_graphs_are_measured_with_the_most_tokens_and_the_most_rows_of_logits(monkeypatch, num_seqs, max_rows):
     settings = {"max_num_seqs": num_seqs, "speculative_tokens": 7, "speculative_max_rows": max_rows}
     shapes = shapes_for(engine_config("x", **settings, max_num_batched_tokens=2048), num_seqs)
     captured: list[list[GraphShape]] = []
-    monkeypatch.setattr(runner, "capture", captured.append)
-    monkeypatch.setattr(sizing, "free_memory", lambda device: (10**10 - 1000 * len(captured), 10**10))
-    sizing._measure_graphs(runner, shapes)
+    monkeypatch.setattr(measuring, "capture", lambda runner, part: captured.append(part))
+    monkeypatch.setattr(measuring, "free_memory", lambda device: (10**10 - 1000 * len(captured), 10**10))
+    measuring._measure_graphs(SimpleNamespace(device=CUDA), shapes)
     for part in captured:
         assert part == sorted(part, key=shapes.index) and len(set(part)) == len(part)
         assert max(shape.num_tokens for shape in part) == max(shape.num_tokens for shape in shapes)
@@ -314,19 +331,17 @@ def test_graphs_are_measured_with_the_most_tokens_and_the_most_rows_of_logits(ru
 
 
 def test_a_backend_without_room_for_drafts_is_told_at_start(tiny, monkeypatch):
-    monkeypatch.setitem(
-        model_runner.LINEAR_BACKENDS, "seg_la", lambda kernels, *, speculative=False: PlainBackend(kernels)
-    )
-    ModelRunner(engine_config(tiny.folder, linear_backend="seg_la"), progress=False)
+    monkeypatch.setitem(LINEAR_BACKENDS, "seg_la", lambda kernels, *, speculative=False: PlainBackend(kernels))
+    start(tiny.folder, linear_backend="seg_la")
     with pytest.raises(ConfigError, match=r"speculative_tokens = 7: linear_backend plain keeps 0 .* need 9"):
-        ModelRunner(engine_config(tiny.folder, linear_backend="seg_la", speculative_tokens=7), progress=False)
+        start(tiny.folder, linear_backend="seg_la", speculative_tokens=7)
 
 
 @pytest.mark.parametrize("drafts", [0, 5])
 def test_an_engine_runs_on_a_backend_that_follows_the_protocol_alone(tiny, monkeypatch, drafts):
     requests = [request(str(i), [i, 7, 8, 9] * 9, max_tokens=30) for i in range(3)]
     expected = drain(make_core(tiny.folder), *requests)
-    monkeypatch.setitem(model_runner.LINEAR_BACKENDS, "seg_la", PlainBackend)
+    monkeypatch.setitem(LINEAR_BACKENDS, "seg_la", PlainBackend)
     core = make_core(tiny.folder, linear_backend="seg_la", speculative_tokens=drafts)
     assert core.info().linear_backend == "plain"
     answers = drain(core, *requests)
@@ -342,20 +357,20 @@ def fail(*arguments, **keywords):
 
 def refused(tiny, *words: str, **settings) -> None:
     with pytest.raises(ConfigError) as error:
-        ModelRunner(engine_config(tiny.folder, **settings), progress=False)
+        start(tiny.folder, **settings)
     for word in ("out of memory", *words):
         assert word in str(error.value)
     assert error.value.__suppress_context__
 
 
 def test_weights_that_do_not_fit(tiny, monkeypatch):
-    monkeypatch.setattr(model_runner, "load_weights", fail)
+    monkeypatch.setattr(startup_model, "load_weights", fail)
     refused(tiny, "weights", "dtype")
 
 
 @pytest.mark.parametrize("part", ["StatePool", "KVPool", "Sampler"])
 def test_pools_that_do_not_fit(tiny, monkeypatch, part):
-    monkeypatch.setattr(model_runner, part, fail)
+    monkeypatch.setattr(execution_pools, part, fail)
     monkeypatch.setattr(fail, "bytes_per_slot", lambda vocab: 1, raising=False)
     refused(tiny, "4 states", "max_num_seqs", "memory_fraction", "cpu_memory_gb")
 
@@ -383,8 +398,8 @@ def test_a_rope_table_that_does_not_fit(tiny, monkeypatch):
 
 def test_a_share_without_room_for_one_sequence_says_what_takes_it(tiny):
     with pytest.raises(ConfigError) as error:
-        ModelRunner(engine_config(tiny.folder, cpu_memory_gb=1e-5), progress=False)
-    weights = ModelRunner(engine_config(tiny.folder), progress=False).weight_bytes
+        start(tiny.folder, cpu_memory_gb=1e-5)
+    weights = start(tiny.folder).runner.served.weight_bytes
     assert "8,976 bytes are free" in str(error.value)
     assert f"(of {weights + 10_000:,} bytes: weights {weights:,})" in str(error.value)
 
@@ -394,18 +409,18 @@ def test_a_first_step_that_does_not_fit(tiny, monkeypatch):
     refused(tiny, "first step", "max_num_batched_tokens", "memory_fraction")
 
 
-def test_a_largest_step_that_does_not_fit(device, runner, tiny, monkeypatch):
-    monkeypatch.setattr(runner, "launch", fail)
+def test_a_largest_step_that_does_not_fit(device, tiny, monkeypatch):
+    monkeypatch.setattr(device, "launch", fail)
     with pytest.raises(
         ConfigError, match=r"max_num_batched_tokens = 64 .*lower max_num_batched_tokens or max_num_seqs"
     ):
-        sizing.size_pools(runner, engine_config(tiny.folder))
+        start(tiny.folder)
 
 
-def test_pools_to_measure_with_that_do_not_fit(device, runner, tiny, monkeypatch):
-    monkeypatch.setattr(runner, "allocate", fail)
-    with pytest.raises(ConfigError, match="max_num_seqs"):
-        sizing.size_pools(runner, engine_config(tiny.folder))
+def test_pools_to_measure_with_that_do_not_fit(device, tiny, monkeypatch):
+    monkeypatch.setattr(DevicePools, "allocate", fail)
+    with pytest.raises(ConfigError, match=r"a step of .* did not fit on the device; .*max_num_seqs"):
+        start(tiny.folder)
 
 
 @pytest.mark.parametrize(
@@ -417,16 +432,17 @@ def test_pools_to_measure_with_that_do_not_fit(device, runner, tiny, monkeypatch
     ],
     ids=["allocator", "driver", "cublas"],
 )
-def test_graphs_that_do_not_fit(runner, monkeypatch, error):
+def test_graphs_that_do_not_fit(tiny, monkeypatch, error):
     def capture(*arguments, **keywords):
         try:
             raise error
         finally:  # as a capture does that ends after an error
             raise RuntimeError("capture failed due to a previous error")
 
-    monkeypatch.setattr(model_runner, "StepGraphs", capture)
+    runner = start(tiny.folder).runner
+    monkeypatch.setattr(measuring, "StepGraphs", capture)
     with pytest.raises(ConfigError, match=r"8 rows.*max_graph_rows.*cuda_graphs"):
-        runner.capture([GraphShape(1), GraphShape(8)])
+        measuring.capture(runner, [GraphShape(1), GraphShape(8)])
 
 
 def test_an_error_that_is_not_about_memory_stays_what_it_is(tiny, monkeypatch):
@@ -435,24 +451,25 @@ def test_an_error_that_is_not_about_memory_stays_what_it_is(tiny, monkeypatch):
 
     monkeypatch.setattr(ModelRunner, "launch", broken)
     with pytest.raises(RuntimeError, match="illegal instruction"):
-        ModelRunner(engine_config(tiny.folder), progress=False)
+        start(tiny.folder)
 
 
-def test_graphs_that_take_more_than_measured_are_noted(runner, monkeypatch):
-    free = [9 * 10**9, 9 * 10**9 - runner.memory.unassigned - 1000]
-    monkeypatch.setattr(model_runner, "free_memory", lambda device: (free.pop(0), 10**10))
-    monkeypatch.setattr(runner, "capture", lambda *arguments, **keywords: None)
-    runner._keep_graphs(engine_config("x"), progress=False)
-    assert runner.memory.unassigned == -1000
-    assert "memory_fraction is exceeded by 1,000 bytes" in runner.plan.notes[-1]
+def test_graphs_that_take_more_than_measured_are_noted(tiny, monkeypatch):
+    built = start(tiny.folder)
+    free = [9 * 10**9, 9 * 10**9 - built.use.unassigned - 1000]
+    monkeypatch.setattr(startup, "free_memory", lambda device: (free.pop(0), 10**10))
+    monkeypatch.setattr(startup, "capture", lambda *arguments, **keywords: "graphs")
+    runner, plan, use = startup._with_graphs(built, engine_config("x"), progress=False)
+    assert runner.graphs == "graphs" and runner.pools is built.runner.pools
+    assert use.unassigned == -1000 and "memory_fraction is exceeded by 1,000 bytes" in plan.notes[-1]
 
 
 def test_the_allocators_bound_is_the_share_less_what_lies_outside(monkeypatch):
     told: list[float] = []
-    monkeypatch.setattr(sizing, "ROUNDING_BYTES", 100)
-    monkeypatch.setattr(sizing, "free_memory", lambda device: (4000, 10_000))
+    monkeypatch.setattr(device_memory, "ROUNDING_BYTES", 100)
+    monkeypatch.setattr(device_memory, "free_memory", lambda device: (4000, 10_000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5000)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
-    sizing.bound_allocator(CUDA, MemoryUse(total=8000, workspace=500))
-    sizing.bound_allocator(CUDA, MemoryUse(total=5800, workspace=500))
+    device_memory.bound_allocator(CUDA, MemoryUse(total=8000, workspace=500))
+    device_memory.bound_allocator(CUDA, MemoryUse(total=5800, workspace=500))
     assert told == [0.69, 0.55], "8000 less 1000 outside; never less than what is held and the workspace"

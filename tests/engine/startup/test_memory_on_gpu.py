@@ -13,7 +13,7 @@ from engines import request
 from leyden.configs.schema import EngineConfig
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ConfigError
-from leyden.engine.startup.measuring import free_memory
+from leyden.engine.startup.device_memory import free_memory
 from leyden.engine.startup.trial_steps import DEMANDING
 
 pytestmark = pytest.mark.gpu
@@ -73,7 +73,7 @@ def make(folder: Path, *, gigabytes: float = GIGABYTES, **settings) -> EngineCor
         model=str(folder), load_format="dummy", device="cuda", memory_fraction=share, **(sizes | settings)
     )
     core = EngineCore(config, progress=False)
-    core.runner.hold_share()
+    core.hold_share()
     return core
 
 

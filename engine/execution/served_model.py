@@ -1,0 +1,59 @@
+"""A model, and what the settings come to for it: where it runs, in which numbers, by which kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...kernels import KernelName, Kernels
+from ...models.decoder import Decoder
+from ...models.mixers.cache import slot_bytes, token_bytes
+from ...models.specs import ModelSpec
+from ..memory.groups import snapshot_bytes
+from ..memory.pools import DTypes
+from ..memory.ring import RingRule
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model lies on `device`; that of a forecast lies on `meta`, has no weights, and tells the same sizes."""
+
+    folder: Path
+    model: Decoder
+    device: torch.device
+    dtype: torch.dtype
+    dtypes: DTypes  # of the parts in the pools
+    snapshot_dtypes: DTypes
+    kernels: Kernels
+    kernel_name: KernelName
+    linear_backend: str
+    ring: RingRule
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    @property
+    def state_bytes_per_slot(self) -> int:
+        """Bytes of one sequence's states and rings in all layers."""
+        return slot_bytes(self.model.caches, self.dtypes.sizes)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of one snapshot of all layers."""
+        return snapshot_bytes(self.model.caches, self.snapshot_dtypes.sizes)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token in the blocks of all layers."""
+        return token_bytes(self.model.caches, self.dtypes.sizes)

@@ -1,0 +1,73 @@
+"""What an engine would be with these settings, without loading weights: the answer to `leyden info`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ...configs.schema import EngineConfig
+from ..errors import ConfigError
+from ..execution.served_model import ServedModel
+from ..memory.plan import MemoryPlan, MemoryUse, context_length
+from ..text.tokenizer import Tokenizer
+from ..text.tokenizer_files import TOKENIZER_FILE
+from .model import check_checkpoint, place_model
+from .planning import context_bytes, plan, planned_use, sequence_bytes
+
+CONTEXTS = (1024, 8192, 32768, 131072, 1048576)
+
+
+class Forecast(NamedTuple):
+    """`plan` and `use` are those of the start by the same arithmetic, but for what only a start can measure."""
+
+    served: ServedModel  # on the device `meta`
+    share: int  # bytes to plan for
+    origin: str  # where the share comes from
+    plan: MemoryPlan | None  # None = not even one sequence fits
+    use: MemoryUse | None  # of the planned share
+    refusal: str  # why nothing fits
+    num_fitting: dict[int, int]  # sequences that fit beside the weights, by tokens of each
+
+
+def forecast(config: EngineConfig, memory_gb: float | None = None) -> Forecast:
+    """The start's plan for `memory_gb`, or for the memory that the settings give. Looks whether the weights that are
+    there are the ones that the config asks for, and whether the tokenizer that is there can be loaded.
+
+    Raises `CheckpointError` or `ConfigError`.
+    """
+    served = place_model(config, on_meta=True)
+    if (served.folder / TOKENIZER_FILE).exists() or config.tokenizer or config.chat_template:
+        Tokenizer.of(config)
+    check_checkpoint(config, served)
+    context_length(config, served.spec.max_model_len)  # a wrong setting is no question of memory
+    use, origin = _share(served, config, memory_gb)
+    memory_plan, planned, refusal = None, None, ""
+    try:
+        memory_plan = plan(served, config, use)
+        planned = planned_use(served, config, memory_plan, use)
+    except ConfigError as error:
+        refusal = str(error)
+    return Forecast(served, use.total, origin, memory_plan, planned, refusal, _num_fitting(served, config, use))
+
+
+def _share(served: ServedModel, config: EngineConfig, memory_gb: float | None) -> tuple[MemoryUse, str]:
+    """The memory to plan for, with the weights in it, and where the number comes from."""
+    weights = served.weight_bytes
+    if memory_gb is not None:
+        return MemoryUse(total=int(memory_gb * 1e9), weights=weights), "as given"
+    if served.device.type == "cuda":
+        total = int(torch.cuda.get_device_properties(served.device).total_memory * config.memory_fraction)
+        return MemoryUse(total=total, weights=weights), f"memory_fraction {config.memory_fraction} of the GPU"
+    total = weights + int(config.cpu_memory_gb * 1e9)
+    return MemoryUse(total=total, weights=weights), "the weights and cpu_memory_gb"
+
+
+def _num_fitting(served: ServedModel, config: EngineConfig, use: MemoryUse) -> dict[int, int]:
+    lengths = sorted({min(context, served.spec.max_model_len) for context in CONTEXTS})
+    return {
+        length: max(
+            0, (use.unassigned - context_bytes(served, config, length)) // sequence_bytes(served, config, length)
+        )
+        for length in lengths
+    }

@@ -1,0 +1,78 @@
+"""The model that the settings name, placed where they want it, and its weights."""
+
+from __future__ import annotations
+
+import torch
+
+from ...configs.schema import EngineConfig
+from ...kernels import load as load_kernels
+from ...kernels import use_device
+from ...models.decoder import Decoder
+from ...models.families.registry import names_of, read_config
+from ...models.layers.build import Build
+from ...models.loading.checkpoint import resolve
+from ...models.loading.weights import check_weights, fill_with_noise, has_weights, load_weights
+from ...models.mixers.lightning_backends import LINEAR_BACKENDS
+from ..errors import ConfigError
+from ..execution.served_model import ServedModel
+from ..memory.pools import DTypes
+from ..memory.ring import RingRule
+from .device import pick_device, pick_dtype, pick_kernels, spare_cores
+from .device_memory import refuse_out_of_memory
+
+
+def load_model(config: EngineConfig, *, progress: bool) -> ServedModel:
+    """The model with its weights. Raises `CheckpointError`, or `ConfigError` where a setting does not fit the model,
+    the machine or another setting. The model's device becomes the calling thread's current one: another thread calls
+    `use_device` before it launches a step."""
+    use_device(pick_device(config.device))
+    torch.set_num_threads(config.num_threads or spare_cores())
+    with refuse_out_of_memory("the weights", "take a device with more memory, or a smaller dtype"):
+        served = place_model(config)
+        if config.load_format == "dummy":
+            fill_with_noise(served.model.parameters())
+        else:
+            model = served.model
+            names, ignored = names_of(served.spec), model.ignored_names()
+            load_weights(served.folder, model.targets(), names, ignored=ignored, progress=progress)
+    return served
+
+
+def place_model(config: EngineConfig, *, on_meta: bool = False) -> ServedModel:
+    """The model without its weights. `on_meta`: for a forecast, which needs no memory, no Triton, and of the
+    checkpoint's files only config.json. Raises `CheckpointError` or `ConfigError`."""
+    folder = resolve(config.model, config.revision, weights=not on_meta)
+    spec = read_config(folder)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, spec, device)
+    kernel_name = "torch" if on_meta else pick_kernels(config.kernels, device)
+    kernels = load_kernels(kernel_name)
+    backend = LINEAR_BACKENDS[config.linear_backend](kernels, speculative=config.speculative_tokens > 0)
+    ring = RingRule(backend.ring_size, backend.replays)
+    if config.speculative_tokens > ring.most_drafts:
+        raise ConfigError(
+            f"speculative_tokens = {config.speculative_tokens}: linear_backend {backend.name} keeps {ring.capacity} "
+            f"tokens beside a state, and drafts need {config.speculative_tokens + 2}; set speculative_tokens to 0 or "
+            "take another linear_backend"
+        )
+    build = Build(kernels, torch.device("meta") if on_meta else device, dtype)
+    return ServedModel(
+        folder=folder,
+        model=Decoder(spec, build, backend),
+        device=device,
+        dtype=dtype,
+        dtypes=DTypes(getattr(torch, config.state_dtype), dtype),
+        snapshot_dtypes=DTypes(getattr(torch, config.saved_state_dtype), dtype),
+        kernels=kernels,
+        kernel_name=kernel_name,
+        linear_backend=backend.name,
+        ring=ring,
+    )
+
+
+def check_checkpoint(config: EngineConfig, served: ServedModel) -> None:
+    """Look at the headers of the weights, as far as they are there, without loading any. Raises `CheckpointError` for a
+    tensor that is missing, strange, or of another shape."""
+    if config.load_format != "dummy" and has_weights(served.folder):
+        model = served.model
+        check_weights(served.folder, model.targets(), names_of(served.spec), ignored=model.ignored_names())

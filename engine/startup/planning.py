@@ -1,0 +1,59 @@
+"""How the memory is shared out: one arithmetic for the engine that starts and for `leyden info`, which forecasts it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ...configs.schema import EngineConfig
+from ..execution.block_tables import BlockTables
+from ..execution.sampler import Sampler
+from ..execution.served_model import ServedModel
+from ..memory.plan import MemoryPlan, MemoryUse, context_length, plan_pools
+from ..sessions.carrier import device_bytes as session_bytes
+
+
+def plan(served: ServedModel, config: EngineConfig, use: MemoryUse) -> MemoryPlan:
+    """Sizes of the pools for the share of memory that `use` leaves. Raises `ConfigError` when not even one sequence
+    fits."""
+    return plan_pools(
+        config,
+        use,
+        max_model_len=context_length(config, served.spec.max_model_len),
+        state_bytes_per_slot=served.state_bytes_per_slot + Sampler.bytes_per_slot(served.spec.vocab_size),
+        kv_bytes_per_token=served.kv_bytes_per_token,
+        snapshot_bytes=served.snapshot_bytes,
+        cell_bytes=BlockTables.CELL_BYTES,
+        context_bytes=lambda length: context_bytes(served, config, length),
+    )
+
+
+def context_bytes(served: ServedModel, config: EngineConfig, length: int) -> int:
+    """Bytes on the device that a context of this length takes once, whatever runs: the model's tables by position and
+    the buffers of sessions."""
+    return served.model.position_bytes(length) + _session_bytes(served, config, length)
+
+
+def sequence_bytes(served: ServedModel, config: EngineConfig, length: int) -> int:
+    """Bytes on the device that each sequence of this length takes."""
+    tables = Sampler.bytes_per_slot(served.spec.vocab_size) + BlockTables.bytes_per_slot(length, config.block_size)
+    return served.state_bytes_per_slot + served.kv_bytes_per_token * length + tables
+
+
+def planned_use(served: ServedModel, config: EngineConfig, plan: MemoryPlan, use: MemoryUse) -> MemoryUse:
+    """`use`, with what the pools and tables of the plan take."""
+    slots, length = plan.num_state_slots, plan.max_model_len
+    block_tables = slots * BlockTables.bytes_per_slot(length, config.block_size)
+    return msgspec.structs.replace(
+        use,
+        weights=use.weights + served.model.position_bytes(length),
+        state=slots * served.state_bytes_per_slot,
+        kv=plan.num_kv_blocks * config.block_size * served.kv_bytes_per_token + block_tables,
+        snapshots=plan.num_snapshots * served.snapshot_bytes,
+        sampler=Sampler.bytes_for(slots, served.spec.vocab_size),
+        other=use.other + _session_bytes(served, config, length),
+    )
+
+
+def _session_bytes(served: ServedModel, config: EngineConfig, length: int) -> int:
+    has_buffers = served.device.type == "cuda" and config.session_folder is not None
+    return session_bytes(length) if has_buffers else 0
