@@ -31,15 +31,10 @@ ROOMS = {  # of a layer: folders and single files, each of which imports itself 
 }
 # Imports against that order which are still there: remove an entry with its import, and add none.
 STILL = {
-    ("engine/execution/graphs.py", "engine/startup/trial_steps.py"),
-    ("engine/execution/runner.py", "engine/startup/device.py"),
-    ("engine/execution/runner.py", "engine/startup/measuring.py"),
-    ("engine/execution/runner.py", "engine/startup/trial_steps.py"),
     ("engine/messages.py", "engine/memory/plan.py"),
     ("engine/sequence.py", "engine/scheduling/ngrams.py"),
     ("models/loading/fingerprint.py", "models/decoder.py"),
 }
-STILL_IN_CIRCLES = {"engine/execution/runner.py", "engine/startup/measuring.py"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
