@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from leyden.benchmarks import kernel_peers as peers
+from leyden.benchmarks import kernel_tables as tables
 from leyden.benchmarks.kernel_cases import all_cases, around, attention, base, experts, lightning, sampling
 from leyden.kernels import load
 from leyden.kernels.bundles import Rows
@@ -26,7 +27,7 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-benchmark, tables = load_script("kernels"), load_script("tables")
+benchmark = load_script("kernels")
 
 
 @pytest.fixture
