@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import get_args
 
 import pytest
 import torch
 from backends import BACKENDS, PlainBackend
+from leyden.configs.schema import LinearBackendName
 from leyden.kernels import load
 from leyden.kernels.bundles import Rows
 from leyden.kernels.lightning.reference import recurrence
@@ -242,7 +244,11 @@ def test_a_preempted_sequence_is_computed_again_in_another_slot(layer):
     assert torch.allclose(torch.cat(row.outs), torch.cat(again.outs)[:14], atol=1e-5)
 
 
-def test_rings_are_made_for_those_who_want_them():
+def test_setting_names_every_backend_of_the_table():
+    assert set(get_args(LinearBackendName)) == set(LINEAR_BACKENDS)
+
+
+def test_backends_have_rings_where_they_replay_or_may_verify_drafts():
     for name in ("minimax", "seg_la", "replay", "auto"):
         make = LINEAR_BACKENDS[name]
         assert make(load("torch")).ring_size == (16 if make(load("torch")).replays else 0)
