@@ -33,7 +33,8 @@ from leyden.engine.messages import AddRequest, EngineInfo, EngineStats, SessionD
 from leyden.engine.outputs import StepOutput
 from leyden.engine.text.tokenizer import Tokenizer
 from leyden.models.loading.checkpoint import resolve
-from leyden.server.commands.serve import Service, bind
+from leyden.server.commands.serve import bind
+from leyden.server.commands.service import Service
 from leyden.server.http.app import create_app
 
 TEXT = "Once upon a time there was a river that ran from the mountains to the sea, past mills and inns. " * 8

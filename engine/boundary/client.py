@@ -75,6 +75,9 @@ class EngineClient(Protocol):
     async def wait_dead(self) -> str:
         """Returns why, when the engine dies by itself; never otherwise."""
 
+    def end_streams(self, reason: str) -> None:
+        """Fail every open stream, and those to come, with `StoppingError`."""
+
     async def close(self) -> None:
         """Stop the engine and free what it holds. May be called twice."""
 

@@ -1,4 +1,4 @@
-"""The HTTP application over an engine that someone else starts and stops."""
+"""The HTTP application over an engine that its caller starts and stops."""
 
 from __future__ import annotations
 
@@ -50,33 +50,20 @@ def create_app(
     tracer: Tracer | None = None,
     grammars: GrammarCompiler | None = None,
 ) -> FastAPI:
-    """Routes and layers around `llm`, whose client knows its `info` already. With a `tracer` requests make spans.
-    `grammars`: a compiler whose tokenizer is already being prepared; None makes one that prepares it on first use.
+    """Routes and middleware around `llm`, whose client has started. With a `tracer` every generation makes a span.
+    `grammars`: a compiler whose tokenizer is already loading; None makes one on first use.
 
     `app.state.draining` may be set to True at any time: from then on new work and /health get 503. Raises `ConfigError`
-    when the API keys cannot be read.
+    when the API keys cannot be read, or when `tool_call_parser` does not fit the chat template.
     """
     metrics = ServerMetrics(llm.client, settings.metrics_prefix, model_name)
-    keys = load_keys(settings)
     app = FastAPI(
         title="Leyden",
         version=__version__,
-        docs_url=None,  # its page loads scripts from a CDN; ours is in `routes.pages`
+        docs_url=None,  # FastAPI's page loads scripts from a CDN; `routes.pages` has one that does not
         redoc_url=None,
         redirect_slashes=False,
-        middleware=[
-            Middleware(RequestIdMiddleware),
-            *([Middleware(AccessLogMiddleware)] if settings.access_log else []),
-            *_cors(settings),
-            *_tracing(tracer),
-            Middleware(ErrorMiddleware, metrics=metrics),
-            *_browser_guards(settings, keys),
-            Middleware(ConnectionLimitMiddleware, bound=settings.max_connections),
-            Middleware(AuthMiddleware, keys=keys),
-            Middleware(
-                SizeLimitMiddleware, settings=settings, max_body_bytes=max_body_bytes(settings, llm.client.info)
-            ),
-        ],
+        middleware=_middleware(settings, metrics, tracer, max_body_bytes(settings, llm.client.info)),
         exception_handlers={HTTPException: _pass_on, RequestValidationError: _pass_on},
     )
     app.state.draining = False
@@ -93,6 +80,24 @@ def create_app(
     for module in MODULES:
         app.include_router(module.router)
     return app
+
+
+def _middleware(
+    settings: ServerConfig, metrics: ServerMetrics, tracer: Tracer | None, max_body_bytes: int
+) -> list[Middleware]:
+    """The layers around the routes, outermost first."""
+    keys = load_keys(settings)
+    return [
+        Middleware(RequestIdMiddleware),
+        *([Middleware(AccessLogMiddleware)] if settings.access_log else []),
+        *_cors(settings),
+        *_tracing(tracer),
+        Middleware(ErrorMiddleware, metrics=metrics),
+        *_browser_guards(settings, keys),
+        Middleware(ConnectionLimitMiddleware, bound=settings.max_connections),
+        Middleware(AuthMiddleware, keys=keys),
+        Middleware(SizeLimitMiddleware, settings=settings, max_body_bytes=max_body_bytes),
+    ]
 
 
 def _tracing(tracer: Tracer | None) -> list[Middleware]:
