@@ -50,6 +50,12 @@ def _grouped(caches: Sequence[CacheSpec], kept: Callable[[CacheSpec], CacheSpec 
     return [Group(tuple(indices), cache) for cache, indices in layers.items()]
 
 
+def num_tensors(caches: Sequence[CacheSpec]) -> int:
+    """How many tensors the pools of slots, rings and blocks are."""
+    slots = sum(len(group.cache.slot) + len(group.cache.ring) for group in slot_groups(caches))
+    return slots + sum(len(group.cache.token) for group in token_groups(caches))
+
+
 def snapshot_regions(caches: Sequence[CacheSpec], sizes: ItemSizes) -> list[Region]:
     """The regions of a snapshot: group by group, and part by part in each."""
     found: list[Region] = []

@@ -10,8 +10,8 @@ import torch
 from ..errors import ConfigError
 from ..memory.plan import MemoryUse
 
-# The allocator takes memory in pieces of 2 MiB: each tensor of the pools and the rope table may leave most of one idle.
-ROUNDING_BYTES = 8 * (2 << 20)
+ALLOCATED_BYTES = 2 << 20  # the allocator takes memory in such pieces; a tensor may leave most of its last one unused
+ROUNDING_BYTES = 8 * ALLOCATED_BYTES  # of the tensors that a model of alike layers has beside its weights
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 

@@ -10,13 +10,15 @@ from ..execution.graphs import StepGraphs
 from ..execution.pools import DevicePools
 from ..execution.runner import ModelRunner
 from ..execution.served_model import ServedModel
+from ..memory.groups import num_tensors
 from ..memory.plan import MemoryUse
-from .device_memory import ROUNDING_BYTES, free_memory, refuse_out_of_memory
+from .device_memory import ALLOCATED_BYTES, free_memory, refuse_out_of_memory
 from .planning import plan
 from .trial_steps import StepLimits, serving_steps
 
 # Tensors of 1 to 10 MB share pieces of 20 MiB; steps that come in another order than those measured fill them worse.
 FRAGMENTATION_BYTES = 4 * (20 << 20)
+OTHER_TENSORS = 3  # large ones beside weights and pools: snapshots, a rope table, block tables
 CUBLAS_BYTES = 32 << 20  # its workspace on this kind of GPU, which the last capture may take once more
 
 
@@ -52,7 +54,7 @@ def _measure(served: ServedModel, config: EngineConfig) -> MemoryUse:
         weights=served.weight_bytes,
         workspace=workspace,
         graphs=graphs,
-        other=everything - free - known + ROUNDING_BYTES,
+        other=everything - free - known + ALLOCATED_BYTES * (num_tensors(served.model.caches) + OTHER_TENSORS),
     )
 
 

@@ -8,23 +8,22 @@ from ...configs.schema import EngineConfig
 from ..execution.block_tables import BlockTables
 from ..execution.sampler import Sampler
 from ..execution.served_model import ServedModel
-from ..memory.plan import MemoryPlan, MemoryUse, context_length, plan_pools
+from ..memory.plan import MemoryPlan, MemoryUse, PoolCosts, context_length, plan_pools
 from ..sessions.carrier import device_bytes as session_bytes
 
 
 def plan(served: ServedModel, config: EngineConfig, use: MemoryUse) -> MemoryPlan:
     """Sizes of the pools for the share of memory that `use` leaves. Raises `ConfigError` when not even one sequence
     fits."""
-    return plan_pools(
-        config,
-        use,
-        max_model_len=context_length(config, served.spec.max_model_len),
-        state_bytes_per_slot=served.state_bytes_per_slot + Sampler.bytes_per_slot(served.spec.vocab_size),
-        kv_bytes_per_token=served.kv_bytes_per_token,
-        snapshot_bytes=served.snapshot_bytes,
-        cell_bytes=BlockTables.CELL_BYTES,
-        context_bytes=lambda length: context_bytes(served, config, length),
+    costs = PoolCosts(
+        slot=served.state_bytes_per_slot + Sampler.bytes_per_slot(served.spec.vocab_size),
+        token=served.kv_bytes_per_token,
+        block_size=config.block_size,
+        cell=BlockTables.CELL_BYTES,
+        snapshot=served.snapshot_bytes,
+        context=lambda length: context_bytes(served, config, length),
     )
+    return plan_pools(config, use, costs, max_model_len=context_length(config, served.spec.max_model_len))
 
 
 def context_bytes(served: ServedModel, config: EngineConfig, length: int) -> int:

@@ -6,13 +6,15 @@ import random
 
 import pytest
 from leyden.engine.errors import ConfigError
-from leyden.engine.memory.plan import plan_memory
+from leyden.engine.memory.plan import MemoryPlan, PoolCosts, plan_memory
 
-SIZES = {"state_bytes_per_slot": 1000, "kv_bytes_per_token": 10, "block_size": 16}
+SIZES = {"slot": 1000, "token": 10, "block_size": 16}
+COSTS = set(PoolCosts.__dataclass_fields__)
 
 
-def plan(budget: int, *, max_num_seqs: int = 8, max_model_len: int = 64, **more):
-    return plan_memory(budget, max_num_seqs=max_num_seqs, max_model_len=max_model_len, **(SIZES | more))
+def plan(budget: int, *, max_num_seqs: int = 8, max_model_len: int = 64, **more) -> MemoryPlan:
+    costs = PoolCosts(**(SIZES | {name: more.pop(name) for name in COSTS & more.keys()}))
+    return plan_memory(budget, costs, max_num_seqs=max_num_seqs, max_model_len=max_model_len, **more)
 
 
 def test_with_plenty_of_memory_every_slot_can_fill_its_context_and_no_more():
@@ -53,7 +55,7 @@ def test_fixed_number_of_blocks_is_taken_or_clamped():
 
 
 def test_model_without_softmax_layers_needs_no_memory_for_blocks():
-    got = plan(16_000, kv_bytes_per_token=0)
+    got = plan(16_000, token=0)
     assert (got.num_state_slots, got.num_kv_blocks, got.max_model_len) == (8, 32, 64)
 
 
@@ -65,14 +67,14 @@ def test_without_room_for_one_state_in_half_the_memory_it_says_what_to_change(bu
 
 def test_without_room_for_one_block_it_says_what_to_change():
     with pytest.raises(ConfigError, match="KV cache"):
-        plan(2000, max_num_seqs=1, kv_bytes_per_token=1000)
+        plan(2000, max_num_seqs=1, token=1000)
 
 
 @pytest.mark.parametrize(("gigabytes", "longest"), [(1, 1_300_000), (2, 2_500_000), (4, 5_000_000), (9, 10_240_000)])
 def test_a_context_is_clamped_before_it_is_charged(gigabytes, longest):
     """10,240,000 positions of 256 bytes are 2.6 GB: more than some of these shares hold."""
     budget = gigabytes * 10**9
-    costs = {"kv_bytes_per_token": 512, "cell_bytes": 4, "context_bytes": lambda length: 256 * length}
+    costs = {"token": 512, "cell": 4, "context": lambda length: 256 * length}
     got = plan(budget, max_model_len=10_240_000, **costs)
     assert got.max_model_len == pytest.approx(longest, rel=0.06) and got.num_state_slots == 8
     tables = 8 * 4 * -(-got.max_model_len // 16)
@@ -86,40 +88,40 @@ def test_plan_never_exceeds_the_budget_and_always_serves_one_sequence():
     planned = 0
     for _ in range(3000):
         sizes = {
-            "state_bytes_per_slot": rng.randint(1, 5000),
-            "kv_bytes_per_token": rng.choice([0, rng.randint(1, 100)]),
+            "slot": rng.randint(1, 5000),
+            "token": rng.choice([0, rng.randint(1, 100)]),
             "block_size": rng.choice([1, 16, 256]),
-            "cell_bytes": rng.choice([0, 4]),
+            "cell": rng.choice([0, 4]),
         }
         each = rng.choice([0, rng.randint(1, 100)])
         budget = rng.randint(0, 200_000)
         seqs, length = rng.randint(1, 64), rng.randint(1, 5000)
         fixed = rng.choice([None, rng.randint(1, 100)])
         try:
-            got = plan_memory(
+            got = plan(
                 budget,
                 max_num_seqs=seqs,
                 max_model_len=length,
                 num_kv_blocks=fixed,
-                context_bytes=lambda length, each=each: each * length,
+                context=lambda length, each=each: each * length,
                 **sizes,
             )
         except ConfigError:
             continue
         planned += 1
 
-        cells, block = sizes["cell_bytes"], sizes["block_size"]
+        cells, block = sizes["cell"], sizes["block_size"]
 
         def spare(num_blocks, length, budget=budget, each=each, sizes=sizes, seqs=seqs, cells=cells, block=block):
             """Bytes that are left, and the slots that half of the memory holds, with such a context."""
-            slot = sizes["state_bytes_per_slot"] + cells * -(-length // block)
+            slot = sizes["slot"] + cells * -(-length // block)
             slots = min(seqs, (budget - each * length) // 2 // slot)
-            return budget - each * length - slots * slot - num_blocks * sizes["kv_bytes_per_token"] * block, slots
+            return budget - each * length - slots * slot - num_blocks * sizes["token"] * block, slots
 
         left, slots = spare(got.num_kv_blocks, got.max_model_len)
         assert left >= 0 and slots == got.num_state_slots
-        more = got.max_model_len // block + 1
-        if more * block <= min(length, fixed * block if fixed else length):
+        most = min(length, fixed * block) if fixed else length
+        for more in range(got.max_model_len // block + 1, most // block + 1):
             left, slots = spare(more, more * block)
             assert left < 0 or slots < 1, "a longer context would fit"
         assert 1 <= got.num_state_slots <= seqs and got.num_kv_blocks >= 1

@@ -20,7 +20,7 @@ from leyden.engine.execution.pools import DevicePools
 from leyden.engine.execution.runner import ModelRunner
 from leyden.engine.memory import pools
 from leyden.engine.memory.operations import Fold
-from leyden.engine.memory.plan import MemoryUse, plan_pools
+from leyden.engine.memory.plan import MemoryUse, PoolCosts, plan_pools
 from leyden.engine.startup import build as startup
 from leyden.engine.startup import device_memory, measuring
 from leyden.engine.startup import model as startup_model
@@ -160,10 +160,9 @@ def test_a_gpus_steps_are_measured_with_the_context_that_its_share_holds(monkeyp
 
 @pytest.mark.parametrize("gigabytes", [0.3, 1.0, 7.5])
 def test_a_gigabyte_of_the_host_is_a_thousand_million_bytes(gigabytes):
-    costs = {"state_bytes_per_slot": 1000, "kv_bytes_per_token": 10, "snapshot_bytes": 4096}
     config = engine_config("x", host_snapshot_gb=gigabytes)
-    costs |= {"cell_bytes": 4, "context_bytes": lambda length: 0}
-    plan = plan_pools(config, MemoryUse(total=10**9), max_model_len=256, **costs)
+    costs = PoolCosts(slot=1000, token=10, block_size=16, snapshot=4096)
+    plan = plan_pools(config, MemoryUse(total=10**9), costs, max_model_len=256)
     assert plan.num_host_snapshots == int(gigabytes * 1e9) // 4096
 
 
@@ -382,7 +381,7 @@ def test_states_that_the_hosts_memory_does_not_hold(tiny, monkeypatch):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return torch.empty(*shape, device=device, **others)
 
-    monkeypatch.setattr(pools, "torch", SimpleNamespace(empty=too_large))
+    monkeypatch.setattr(pools, "torch", SimpleNamespace(empty=too_large, uint8=torch.uint8))
     refused(
         tiny,
         "host_snapshot_gb = 0.001",
