@@ -68,8 +68,7 @@ class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
     model_path: str
     architecture: str
     num_parameters: int
-    num_linear_layers: int
-    num_full_layers: int
+    layer_counts: dict[str, int]  # by the kind of the mixer: lightning, softmax
     vocab_size: int
     max_model_len: int
     eos_token_ids: list[int]

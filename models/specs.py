@@ -6,7 +6,6 @@ families that use it; a mixer that shares little with its neighbours gets a spec
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -120,27 +119,6 @@ class ModelSpec:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     dtype: str | None  # of the checkpoint, as config.json names it
-
-    @property
-    def linear_layers(self) -> list[LightningSpec]:
-        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, LightningSpec)]
-
-    @property
-    def full_layers(self) -> list[SoftmaxSpec]:
-        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, SoftmaxSpec)]
-
-    def state_bytes_per_sequence(self, itemsize: int) -> int:
-        """Bytes of recurrent state that one sequence holds, whatever its length."""
-        return sum(math.prod(spec.state_shape) for spec in self.linear_layers) * itemsize
-
-    def ring_bytes_per_sequence(self, ring_size: int, itemsize: int) -> int:
-        """Bytes of the `ring_size` keys and values that wait beside each state."""
-        shapes = [spec.state_shape for spec in self.linear_layers]
-        return sum(heads * ring_size * (K + V) for heads, K, V in shapes) * itemsize
-
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of keys and values that one token adds."""
-        return sum(2 * spec.num_kv_heads * spec.head_dim for spec in self.full_layers) * itemsize
 
     @property
     def layer_counts(self) -> dict[str, int]:

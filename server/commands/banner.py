@@ -32,7 +32,7 @@ def banner(
     kv_tokens = info.num_kv_blocks * info.block_size
     lines = [
         f"Leyden serves {name} ({info.architecture}, {count(info.num_parameters)} parameters)",
-        f"  layers    {info.num_linear_layers} lightning, {info.num_full_layers} softmax",
+        f"  layers    {layers(info.layer_counts)}",
         f"  backend   {info.linear_backend} ({info.kernels} kernels) on {info.device} ({info.device_name})",
         f"  numbers   {info.dtype} weights, {info.state_dtype} state",
         f"  memory    {split(info.memory)}",
@@ -65,6 +65,11 @@ def _example(name: str, address: str, *, needs_key: bool, can_chat: bool) -> lis
         f"  curl -sN {address}{route}{key} -H 'Content-Type: application/json' \\",
         f"    -d {shlex.quote(json.dumps(body))}",
     ]
+
+
+def layers(counts: dict[str, int]) -> str:
+    """'6 lightning, 2 softmax', of the numbers by kind."""
+    return ", ".join(f"{number} {kind}" for kind, number in counts.items())
 
 
 def snapshots(num: int, num_on_host: int, num_bytes: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...configs.schema import EngineConfig
-from .banner import count, drafts, replaced, size, snapshots, split
+from .banner import count, drafts, layers, replaced, size, snapshots, split
 
 if TYPE_CHECKING:
     from ...engine.startup.forecast import Forecast
@@ -22,7 +22,7 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
         f"{served.folder}",
         *replaced(config, 18),
         f"  architecture       {spec.architecture}",
-        f"  layers             {len(spec.linear_layers)} lightning, {len(spec.full_layers)} softmax",
+        f"  layers             {layers(spec.layer_counts)}",
         f"  parameters         {count(served.num_parameters)} ({size(served.weight_bytes)} in "
         f"{str(served.dtype).removeprefix('torch.')})",
         f"  context            {spec.max_model_len:,} tokens",

@@ -186,7 +186,7 @@ async function describeServer() {
   at("served").textContent = `${model} · ${info.linear_backend} on ${info.device_name}`;
   const facts = {
     Architecture: info.architecture,
-    Layers: `${info.num_linear_layers} lightning, ${info.num_full_layers} softmax`,
+    Layers: Object.entries(info.layer_counts).map(([kind, count]) => `${count} ${kind}`).join(", "),
     "Linear backend": `${info.linear_backend} (${info.kernels} kernels)`,
     Numbers: `${info.dtype} weights, ${info.state_dtype} state`,
     Context: `${counted(info.max_model_len)} tokens`,

@@ -435,7 +435,7 @@ def test_those_whose_prompt_others_computed_tell_their_queue_time_too(tiny, monk
 
 def test_info_tells_what_was_loaded(core, tiny):
     info = core.info()
-    assert (info.architecture, info.num_linear_layers, info.num_full_layers) == ("MiniMaxForCausalLM", 1, 1)
+    assert (info.architecture, info.layer_counts) == ("MiniMaxForCausalLM", {"lightning": 1, "softmax": 1})
     assert (info.vocab_size, info.max_model_len, info.dtype, info.device) == (VOCAB, 256, "float32", "cpu")
     assert info.num_parameters == sum(p.numel() for p in tiny.model.parameters())
     assert info.num_state_slots == 4 and info.notes == []

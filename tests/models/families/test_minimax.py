@@ -6,9 +6,15 @@ import json
 import math
 
 import pytest
+import torch
+from leyden.kernels import load
+from leyden.models.decoder import Decoder
 from leyden.models.errors import CheckpointError
 from leyden.models.families.minimax import alibi_slopes, geometric_slopes, hf_layer_factor, layer_factor
 from leyden.models.families.registry import from_hf
+from leyden.models.layers.build import Build
+from leyden.models.mixers.cache import ItemSizes, slot_bytes, token_bytes
+from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
 from leyden.models.specs import (
     DenseSpec,
     ExpertsSpec,
@@ -84,6 +90,11 @@ def parse(**changes) -> ModelSpec:
     return from_hf({key: value for key, value in merged.items() if value is not ...})
 
 
+def mixer(spec: ModelSpec, kind: str):
+    """The model's first mixer of that kind."""
+    return next(layer.mixer for layer in spec.layers if layer.mixer.kind == kind)
+
+
 def refused(match: str, base: dict = TEXT_01, **changes) -> None:
     with pytest.raises(CheckpointError, match=match):
         from_hf({key: value for key, value in (base | changes).items() if value is not ...})
@@ -91,7 +102,7 @@ def refused(match: str, base: dict = TEXT_01, **changes) -> None:
 
 def test_released_config_in_normal_form():
     config = parse()
-    assert len(config.layers) == 80 and len(config.linear_layers) == 70 and len(config.full_layers) == 10
+    assert config.layer_counts == {"lightning": 70, "softmax": 10}
     assert [i for i, layer in enumerate(config.layers) if isinstance(layer.mixer, SoftmaxSpec)] == list(range(7, 80, 8))
     assert (config.vocab_size, config.hidden_size, config.max_model_len) == (200064, 6144, 10240000)
     assert config.postnorm and not config.tie_word_embeddings
@@ -106,8 +117,13 @@ def test_released_config_in_normal_form():
         assert layer.shared is None
         assert layer.mixer_residual.alpha == layer.mlp_residual.alpha == 3.5565588200778455
         assert layer.mixer_residual.beta == layer.mlp_residual.beta == 1.0
-    assert config.state_bytes_per_sequence(4) == 280 * 2**20
-    assert config.kv_bytes_per_token(2) == 40 * 2**10
+
+
+def test_released_model_keeps_280_mib_of_a_sequence_and_40_kib_of_a_token():
+    kernels, sizes = load("torch"), ItemSizes(state=4, activation=2)
+    build = Build(kernels, torch.device("meta"), torch.bfloat16)
+    caches = Decoder(parse(), build, LINEAR_BACKENDS["minimax"](kernels)).caches
+    assert (slot_bytes(caches, sizes), token_bytes(caches, sizes)) == (280 * 2**20, 40 * 2**10)
 
 
 def test_m1_is_the_same_network():
@@ -163,11 +179,11 @@ def test_hugging_face_without_layer_types_begins_with_softmax():
     ],
 )
 def test_width_of_the_rotation(changes, rotary_dim):
-    assert parse(**changes).full_layers[0].rope.dim == rotary_dim
+    assert mixer(parse(**changes), "softmax").rope.dim == rotary_dim
 
 
 def test_head_dim_follows_from_the_width_when_it_is_absent():
-    assert parse(head_dim=..., rotary_dim=...).full_layers[0].head_dim == 96
+    assert mixer(parse(head_dim=..., rotary_dim=...), "softmax").head_dim == 96
 
 
 def test_layers_may_differ_in_experts_and_shared_width():
@@ -269,7 +285,7 @@ def test_field_that_the_original_spells_alike_has_the_same_default(name):
 
 def test_null_key_value_heads_are_as_many_as_heads():
     for base in (TEXT_01, TEXT_01_HF):
-        heads = from_hf(base | {"num_key_value_heads": None}).full_layers[0]
+        heads = mixer(from_hf(base | {"num_key_value_heads": None}), "softmax")
         assert heads.num_kv_heads == heads.num_heads == 64
 
 
@@ -294,8 +310,8 @@ def test_slopes_of_six_heads_interleave_as_alibi_and_not_as_hugging_face():
     assert geometric_slopes(6)[:2] == pytest.approx([0.39685, 0.15749], rel=1e-4)
     six = {"num_attention_heads": 6, "num_key_value_heads": 2}
     f = layer_factor(0, 80)
-    assert parse(**six).linear_layers[0].slopes == pytest.approx([f * s for s in alibi_slopes(6)])
-    hf = from_hf(TEXT_01_HF | six).linear_layers[0].slopes
+    assert mixer(parse(**six), "lightning").slopes == pytest.approx([f * s for s in alibi_slopes(6)])
+    hf = mixer(from_hf(TEXT_01_HF | six), "lightning").slopes
     assert hf == pytest.approx([hf_layer_factor(0, 80) * s for s in geometric_slopes(6)])
 
 
@@ -306,7 +322,7 @@ def test_layer_factor_falls_from_one_to_almost_nothing_over_all_layers():
     factors = [layer_factor(i, 80) for i in range(80)]
     assert factors == sorted(factors, reverse=True) and min(factors) > 0
     assert layer_factor(0, 1) == 1 + 1e-5
-    assert all(math.isfinite(s) and s > 0 for layer in parse().linear_layers for s in layer.slopes)
+    assert all(math.isfinite(s) and s > 0 for layer in parse().layers[:7] for s in layer.mixer.slopes)
 
 
 def test_layers_are_counted_with_the_softmax_layers():

@@ -172,7 +172,11 @@ async def test_server_info_tells_the_engine_and_not_where_files_lie(client, engi
     response = await client.get("/server_info")
     facts = response.json()
     assert facts["version"] == leyden.__version__
-    assert (facts["served_model_name"], facts["linear_backend"], facts["num_linear_layers"]) == ("tiny", "minimax", 3)
+    assert (facts["served_model_name"], facts["linear_backend"], facts["layer_counts"]["lightning"]) == (
+        "tiny",
+        "minimax",
+        3,
+    )
     assert facts["memory"]["weights"] == 400
     assert facts["max_body_bytes"] == 2_000_000
     assert (facts["speculative_tokens"], facts["speculative_max_rows"]) == (0, 0)
