@@ -14,7 +14,8 @@ from leyden.benchmarks.kernel_cases import base
 from leyden.benchmarks.kernel_cases.base import Bound, Implementation, Work, normal
 from leyden.kernels.bundles import Ring, Rows
 from leyden.models.forward_batch import ForwardBatch
-from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS, LightningCall, LinearState
+from leyden.models.mixers.cache import LayerCache
+from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS, LightningCall
 from torch import Tensor
 
 HEAD_DIM = 128
@@ -188,15 +189,16 @@ def bind_backend(name: str, x: LightningInputs) -> Bound:
     """A backend as the model calls it, the first time with empty rings, if it has any."""
     kernels = base.our_kernels()
     backend = LINEAR_BACKENDS[name](kernels)
-    state = LinearState(x.state, *new_rings(x, backend.ring_size), x.state[:0])
+    rings = new_rings(x, backend.ring_size)
+    cache = LayerCache(slot=(x.state,), ring=rings if backend.ring_size else ())
 
     def step(i: int) -> None:
-        backend.forward(LightningCall(*x.qkv_at(i), x.slopes, x.scale, state, x.batch, x.out[i]))
+        backend.forward(LightningCall(*x.qkv_at(i), x.slopes, x.scale, cache, x.batch, x.out[i]))
 
     def results() -> tuple[Tensor, Tensor]:
         if backend.ring_size and x.batch.decodes:
             slots = x.batch.decodes.rows.slots
-            kernels.lightning.fold(x.slopes, x.state, state.ring(torch.ones_like(slots)), slots)
+            kernels.lightning.fold(x.slopes, x.state, Ring(*rings, torch.ones_like(slots)), slots)
         return sequences(x.out), x.state[x.batch.state_indices]
 
     return Bound(step, results)

@@ -16,7 +16,7 @@ from ..layers.projection import Projection
 from ..loading.target import Target
 from ..specs import LightningSpec
 from .cache import CacheSpec, LayerCache, Part
-from .lightning_backends import LightningCall, LinearState
+from .lightning_backends import LightningCall, ring_of
 from .mixer import Mixer, MixerBuild
 
 
@@ -44,18 +44,16 @@ class LightningAttention(Mixer):
         qkv, gate = self.in_proj(x).split([3 * heads * dim, heads * dim], dim=-1)
         # Interleaved per head: rows [q | k | v] of head 0, then of head 1, ...
         q, k, v = self.kernels.dense.silu_(qkv).view(-1, heads, 3 * dim).split(dim, dim=-1)
-        state = _linear_state(cache)
         if batch.snapshots.shape[0]:
-            lightning = self.kernels.lightning
-            lightning.snapshot(k, v, self.slopes, state.state, batch.rows, batch.snapshots, state.snapshots)
+            (state,), (snapshots,) = cache.slot, cache.snapshots
+            self.kernels.lightning.snapshot(k, v, self.slopes, state, batch.rows, batch.snapshots, snapshots)
         out = x.new_empty(x.shape[0], heads, dim)
-        self.backend.forward(LightningCall(q, k, v, self.slopes, self.spec.scale, state, batch, out))
+        self.backend.forward(LightningCall(q, k, v, self.slopes, self.spec.scale, cache, batch, out))
         return self.out_proj(self.norm.gated(out.flatten(1), gate))
 
     def fold(self, cache: LayerCache, slots: Tensor, num_pending: Tensor) -> None:
         if cache.ring:
-            state = _linear_state(cache)
-            self.kernels.lightning.fold(self.slopes, state.state, state.ring(num_pending), slots)
+            self.kernels.lightning.fold(self.slopes, cache.slot[0], ring_of(cache, num_pending), slots)
 
     def targets(self, prefix: str) -> Iterator[Target]:
         yield from self.in_proj.targets(prefix)
@@ -68,10 +66,3 @@ def _cache(spec: LightningSpec, ring_size: int) -> CacheSpec:
     state = Part("state", spec.state_shape, "state")
     ring = (Part("key", (heads, K), "activation"), Part("value", (heads, V), "activation"))
     return CacheSpec(slot=(state,), ring=ring if ring_size else (), ring_size=ring_size)
-
-
-def _linear_state(cache: LayerCache) -> LinearState:
-    """The layer's tensors by name; rings of no places where there are none."""
-    (state,), (snapshots,) = cache.slot, cache.snapshots
-    key_ring, value_ring = cache.ring or (state[..., :0, :], state[..., :0, :])
-    return LinearState(state, key_ring, value_ring, snapshots)

@@ -11,19 +11,13 @@ from ...kernels import Kernels
 from ...kernels.bundles import Ring, Rows
 from ...kernels.lightning.contract import Lightning
 from ..forward_batch import ForwardBatch, RowsOfKind
+from .cache import LayerCache
 
 
-class LinearState(NamedTuple):
-    """One lightning layer's part of the state pool."""
-
-    state: Tensor  # [num_slots, H, K, V]
-    key_ring: Tensor  # [num_slots, H, C, K], the last keys that the state does not hold yet; C = 0 without a ring
-    value_ring: Tensor  # [num_slots, H, C, V]
-    snapshots: Tensor  # [num_snapshots, H, K, V], this layer's part of the states that the prefix cache keeps
-
-    def ring(self, num_pending: Tensor) -> Ring:
-        """The rings, and how many tokens wait in those of some rows: num_pending [B] int32."""
-        return Ring(self.key_ring, self.value_ring, num_pending)
+def ring_of(cache: LayerCache, num_pending: Tensor) -> Ring:
+    """A layer's keys and values that wait. num_pending: [B] int32, of the rows in question."""
+    key, value = cache.ring
+    return Ring(key, value, num_pending)
 
 
 class LightningCall(NamedTuple):
@@ -34,18 +28,27 @@ class LightningCall(NamedTuple):
     v: Tensor  # [T, H, V]
     slopes: Tensor  # [H] float32
     scale: float
-    state: LinearState  # updated in place for the slots of the batch
+    cache: LayerCache  # one state [num_slots, H, K, V], and a ring's keys and values; updated in place
     batch: ForwardBatch
     out: Tensor  # [T, H, V], written
+
+    @property
+    def state(self) -> Tensor:
+        """[num_slots, H, K, V]."""
+        return self.cache.slot[0]
+
+    def ring(self, part: RowsOfKind) -> Ring:
+        return ring_of(self.cache, part.num_pending)
 
 
 class LinearAttentionBackend(Protocol):
     """Lightning attention for all rows of a batch. Nothing else is asked of a backend.
 
-    `name` is that of the setting. `ring_size` is C of `LinearState`, 0 for none; without a ring there are no verify
-    rows, and the engine refuses `speculative_tokens`. `replays` says that decode rows leave their tokens in the ring
-    too. `ForwardBatch` tells what waits there after a step: the i-th waiting token's key and value at place i, as they
-    came. The model folds them into the state by `Lightning.fold` where the next row does not read the ring.
+    `name` is the value of the setting. `ring_size` is C of `Ring`, 0 for none; without a ring there are no verify rows,
+    and the engine refuses `speculative_tokens`. `replays` says that decode rows leave their tokens in the ring too. The
+    table in `models/forward_batch.py` has how many tokens wait in a ring after a step; the i-th of them has its key and
+    value at place i, unchanged. The model folds them into the state by `Lightning.fold` where the next row does not
+    read the ring.
     """
 
     name: str
@@ -103,8 +106,8 @@ class SegLaBackend:
     def forward(self, call: LightningCall) -> Tensor:
         batch = call.batch
         if not batch.drafts:
-            state = call.state.state
-            return self.lightning.seg_la(call.q, call.k, call.v, call.slopes, call.scale, state, batch.rows, call.out)
+            q, k, v, out = call.q, call.k, call.v, call.out
+            return self.lightning.seg_la(q, k, v, call.slopes, call.scale, call.state, batch.rows, out)
         if batch.prompts:  # drafts lie between them and the decode rows
             _walk(self.lightning.seg_la, call, batch.prompts)
         _verify(self.lightning, call, batch.drafts)
@@ -163,24 +166,22 @@ WalkOperation = Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor, Rows, T
 def _walk(operation: WalkOperation, call: LightningCall, part: RowsOfKind) -> None:
     """Rows of any length, into their states. The operation sees no token behind theirs: it sizes its launch by them."""
     q, k, v, out = (x[: part.tokens.stop] for x in (call.q, call.k, call.v, call.out))
-    operation(q, k, v, call.slopes, call.scale, call.state.state, part.rows, out)
+    operation(q, k, v, call.slopes, call.scale, call.state, part.rows, out)
 
 
 def _verify(lightning: Lightning, call: LightningCall, part: RowsOfKind) -> None:
     """Rows with drafts, into their rings and not into their states."""
-    state, ring = call.state.state, call.state.ring(part.num_pending)
-    lightning.verify(call.q, call.k, call.v, call.slopes, call.scale, state, ring, part.rows, call.out)
+    q, k, v, out = call.q, call.k, call.v, call.out
+    lightning.verify(q, k, v, call.slopes, call.scale, call.state, call.ring(part), part.rows, out)
 
 
 def _decode(lightning: Lightning, call: LightningCall, part: RowsOfKind) -> None:
     """Rows of one token, into their states."""
     q, k, v, out = (x[part.tokens] for x in (call.q, call.k, call.v, call.out))
-    lightning.decode(q, k, v, call.slopes, call.scale, call.state.state, part.rows, out)
+    lightning.decode(q, k, v, call.slopes, call.scale, call.state, part.rows, out)
 
 
 def _replay(lightning: Lightning, call: LightningCall, part: RowsOfKind) -> None:
     """Rows of one token, into their rings, and into their states where a ring is full."""
     q, k, v, out = (x[part.tokens] for x in (call.q, call.k, call.v, call.out))
-    lightning.replay(
-        q, k, v, call.slopes, call.scale, call.state.state, call.state.ring(part.num_pending), part.rows, out
-    )
+    lightning.replay(q, k, v, call.slopes, call.scale, call.state, call.ring(part), part.rows, out)

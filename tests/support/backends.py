@@ -20,13 +20,13 @@ class PlainBackend:
         self.ring_size = 16 if speculative else 0
 
     def forward(self, call: LightningCall) -> Tensor:
-        batch, state = call.batch, call.state
-        inputs = (call.q, call.k, call.v, call.slopes, call.scale, state.state)
+        batch = call.batch
+        inputs = (call.q, call.k, call.v, call.slopes, call.scale, call.state)
         for part in (batch.prompts, batch.decodes):
             if part:
                 self._ops.seg_la(*inputs, part.rows, call.out)
         if batch.drafts:
-            self._ops.verify(*inputs, state.ring(batch.drafts.num_pending), batch.drafts.rows, call.out)
+            self._ops.verify(*inputs, call.ring(batch.drafts), batch.drafts.rows, call.out)
         return call.out
 
 

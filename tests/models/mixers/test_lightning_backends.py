@@ -11,10 +11,11 @@ import torch
 from backends import BACKENDS, PlainBackend
 from leyden.configs.schema import LinearBackendName
 from leyden.kernels import load
-from leyden.kernels.bundles import Rows
+from leyden.kernels.bundles import Ring, Rows
 from leyden.kernels.lightning.reference import recurrence
 from leyden.models.forward_batch import ForwardBatch
-from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS, LightningCall, LinearState
+from leyden.models.mixers.cache import LayerCache
+from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS, LightningCall
 from torch import Tensor
 
 HEADS, DIM = 2, 16
@@ -52,8 +53,10 @@ class Layer:
         self.kernels = load(kernels)
         self.backend = make(self.kernels, speculative=speculative)
         ring = self.backend.ring_size
-        shapes = ((DIM, DIM), (ring, DIM), (ring, DIM), (DIM, DIM))
-        self.state = LinearState(*(torch.full((6, HEADS, *s), float("nan"), device=device) for s in shapes))
+        state, key, value = (
+            torch.full((6, HEADS, size, DIM), float("nan"), device=device) for size in (DIM, ring, ring)
+        )
+        self.cache = LayerCache(slot=(state,), ring=(key, value) if ring else ())
         self.slopes = torch.tensor([0.3, 0.004], device=device)
 
     def step(
@@ -72,7 +75,7 @@ class Layer:
         q, k, v = qkv.to(self.device).split(DIM, -1)
         out = torch.full((len(qkv), HEADS, DIM), float("nan"), device=self.device)
         batch = self.batch(rows, counts, len(prefills), len(drafts))
-        call = LightningCall(q, k, v, self.slopes, DIM**-0.5, self.state, batch, out)
+        call = LightningCall(q, k, v, self.slopes, DIM**-0.5, self.cache, batch, out)
         assert self.backend.forward(call) is out
         verified = [row for row, _, _ in drafts]
         for row, n, part in zip(rows, kept, out.cpu().split(counts), strict=True):
@@ -90,7 +93,7 @@ class Layer:
         if rows and self.backend.ring_size:
             slots = torch.tensor([row.slot for row in rows], dtype=torch.int32, device=self.device)
             pending = torch.tensor([row.pending for row in rows], dtype=torch.int32, device=self.device)
-            self.kernels.lightning.fold(self.slopes, self.state.state, self.state.ring(pending), slots)
+            self.kernels.lightning.fold(self.slopes, self.cache.slot[0], Ring(*self.cache.ring, pending), slots)
         for row in rows:
             row.pending = 0
 
@@ -195,8 +198,8 @@ def test_auto_chooses_by_shape_and_replays(heads, prompts, decodes, expected):
         max_query_len=max(prompts, default=1),
     )
     q = torch.empty(tokens + decodes, heads, 1)
-    state = LinearState(q, q, q, q)
-    LINEAR_BACKENDS["auto"](kernels).forward(LightningCall(q, q, q, q, 1.0, state, batch, q))
+    cache = LayerCache(slot=(q,), ring=(q, q))
+    LINEAR_BACKENDS["auto"](kernels).forward(LightningCall(q, q, q, q, 1.0, cache, batch, q))
     assert kernels.called == expected
 
 
@@ -315,8 +318,8 @@ def test_each_kind_of_row_has_its_own_operation(name):
     row.computed, row.pending = 5, 9
     batch = layer.batch([row], [7], 0, 1)
     q = torch.empty(7, HEADS, DIM)
-    backend.forward(LightningCall(q, q, q, q, 1.0, layer.state, batch, q))
+    backend.forward(LightningCall(q, q, q, q, 1.0, layer.cache, batch, q))
     assert kernels.called == ["verify"]
     kernels.called.clear()
-    backend.forward(LightningCall(q, q, q, q, 1.0, layer.state, layer.batch([row], [1], 0, 0), q))
+    backend.forward(LightningCall(q, q, q, q, 1.0, layer.cache, layer.batch([row], [1], 0, 0), q))
     assert kernels.called == {"minimax": ["decode"], "seg_la": ["seg_la"], "replay": ["replay"]}[name]
