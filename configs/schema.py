@@ -48,7 +48,7 @@ class EngineConfig(_Numbers):
     model: str = Field(DEMO_MODEL, description="checkpoint folder, hub id, or 'demo' for the embedded model")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     tokenizer: Path | None = Field(
-        None, description="folder whose tokenizer and chat template are taken; default: the model's own"
+        None, description="folder of the tokenizer and the chat template; default: the model's own"
     )
     chat_template: Path | None = Field(
         None, description="file whose Jinja template renders conversations; default: the tokenizer's own"
@@ -58,8 +58,8 @@ class EngineConfig(_Numbers):
     )
     linear_backend: LinearBackendName = Field(
         "auto",
-        description="lightning attention; replay = minimax or seg_la by shape, and decode that seldom writes states; "
-        "auto = the fastest measured, today replay",
+        description="how lightning layers are computed; replay = prompts by minimax or seg_la, decode that seldom writes states; "
+        "auto = the fastest by measurement, today replay",
     )
     kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto = triton on CUDA, torch elsewhere")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
@@ -77,34 +77,37 @@ class EngineConfig(_Numbers):
         256,
         ge=1,
         le=1 << 20,
-        description="prompt tokens in a step that also decodes, twice as many if it decodes 128 rows or more; "
-        "more delay its decoding rows",
+        description="most prompt tokens in a step that also decodes, twice as many beside 128 rows or more; more tokens "
+        "delay the decoding rows",
     )
     max_model_len: int | None = Field(None, ge=1, description="context length; default: the checkpoint's")
     max_waiting: int = Field(1024, ge=1, le=1 << 20, description="requests that may queue before 429")
     async_scheduling: bool | None = Field(
-        None, description="launch a step before the tokens of the one before are known; default: on CUDA"
+        None, description="launch a step before the tokens of its predecessor are known; default: on CUDA"
     )
     cuda_graphs: bool = Field(True, description="replay steps from CUDA graphs, captured at start")
     max_graph_rows: int = Field(
         512,
         ge=1,
         le=65536,
-        description="most decoding sequences, with drafts or without, of a step that gets a CUDA graph",
+        description="most decoding sequences of a step that has a CUDA graph, with drafts or without",
     )
     block_size: int = Field(16, ge=1, le=1024, description="tokens per KV block")
     prefix_cache: bool = Field(
-        True, description="resume prompts at what earlier prompts and answers have in common with them"
+        True, description="compute only the part of a prompt that no earlier prompt or answer began with"
     )
     snapshots: int | None = Field(
-        None, ge=0, le=1 << 20, description="states that the prefix cache keeps on the device; default: by its memory"
+        None,
+        ge=0,
+        le=1 << 20,
+        description="snapshots that the prefix cache keeps on the device; default: by its memory",
     )
     snapshot_interval: int = Field(
         4096,
         ge=0,
         le=1 << 20,
-        description="most tokens between snapshots on the way of a prompt, which at first are nearer to each "
-        "other; 0 = none are kept",
+        description="most tokens between snapshots on the way of a prompt, the first of which lie closer; "
+        "0 = none are kept",
     )
     snapshot_min_tokens: int = Field(
         128,
@@ -113,10 +116,11 @@ class EngineConfig(_Numbers):
         description="tokens that a snapshot must spare at least, beyond the one before it; 16 do at an answer's end",
     )
     snapshot_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="numbers in snapshots; auto = state_dtype; less takes half the memory, and a hit is rounded"
+        "auto",
+        description="recurrent states in snapshots; auto = state_dtype; 16 bits take half the memory and round once per hit",
     )
     host_snapshot_gb: float = Field(
-        0.0, ge=0, description="host memory for snapshots that the device has no more room for, in GB"
+        0.0, ge=0, description="host memory for snapshots for which the device has no room, in GB"
     )
     speculative_tokens: int = Field(
         0,
@@ -124,9 +128,7 @@ class EngineConfig(_Numbers):
         le=MAX_DRAFTS,
         description="drafts of a sequence's next tokens, taken from its own text, in one step; 0 = none",
     )
-    speculative_max_rows: int = Field(
-        8, ge=1, le=64, description="most sequences decoding for which steps bring drafts"
-    )
+    speculative_max_rows: int = Field(8, ge=1, le=64, description="most decoding sequences of a step with drafts")
     session_folder: Path | None = Field(
         None, description="folder for saved conversations, /v1/sessions; default: none are saved"
     )
@@ -134,7 +136,7 @@ class EngineConfig(_Numbers):
     cpu_memory_gb: float = Field(2.0, gt=0, description="memory for state and KV cache on a CPU, in GB")
     num_kv_blocks: int | None = Field(None, ge=1, description="fix the KV cache's size instead of measuring")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores but one")
-    seed: int = Field(0, ge=0, description="seed of requests that bring none")
+    seed: int = Field(0, ge=0, description="seed of requests without a seed")
 
     @property
     def saved_state_dtype(self) -> str:
@@ -156,14 +158,14 @@ class EngineConfig(_Numbers):
         for name, none in off.items():
             if value is not None and info.data.get(name, ...) == none:
                 raise ValueError(
-                    f"a session is saved from the prefix cache, which keeps no states with {name} = {none}; "
+                    f"a session is saved from the prefix cache, which keeps no snapshots with {name} = {none}; "
                     f"leave {name} out, or session_folder"
                 )
         return value
 
 
 def _more_than_can_wait(data: dict[str, Any]) -> int:
-    """So that a full queue is told as such, by 429: balancers take a 503 for a sick server."""
+    """The default of `max_connections`: enough that a full queue is a 429. Balancers take a 503 for a sick server."""
     names = ("max_num_seqs", "max_waiting")
     wanted = SPARE_CONNECTIONS + sum(data.get(name, EngineConfig.model_fields[name].default) for name in names)
     return min(wanted, MAX_CONNECTIONS)
@@ -181,20 +183,21 @@ class ServerConfig(_Numbers):
     api_key_file: Path | None = Field(None, description="file with one key per line")
     allowed_hosts: list[str] = Field(
         default_factory=list,
-        description="names, beside local ones, under which a server on loopback without a key is asked; * = any",
+        description="host names, beside local ones, that a server on loopback without a key answers; * = any",
     )
     cors_origins: list[str] = Field(
         default_factory=list,
-        description="origins whose web pages may call, such as https://chat.example; * = any; default: its own alone",
+        description="origins whose web pages may call, such as https://chat.example; * = any; default: the server's own alone",
     )
     generation_defaults: bool = Field(
         True, description="take sampling defaults from the checkpoint's generation_config.json"
     )
     tool_call_parser: ToolCallParserName = Field(
-        "auto", description="format of tool calls in answers; auto = what the chat template shows; none = no tools"
+        "auto", description="format of tool calls in answers; auto = the chat template's; none = no tools"
     )
     reasoning_parser: ReasoningParserName = Field(
-        "auto", description="think = split <think>...</think> off an answer; auto = where the chat template suggests it"
+        "auto",
+        description="think = split <think>...</think> off an answer; auto = only where the chat template suggests it",
     )
     max_header_bytes: int = Field(65_536, ge=1024, le=1 << 20, description="largest request line and headers")
     max_body_bytes: int | None = Field(
@@ -205,7 +208,7 @@ class ServerConfig(_Numbers):
     max_body_depth: int = Field(128, ge=4, le=256, description="deepest nesting of a body's JSON")
     max_n: int = Field(16, ge=1, le=128, description="largest n of a request")
     max_prompts: int = Field(64, ge=1, le=4096, description="most prompts in one completion request")
-    # The bounds of the next four are the engine's own: a setting makes them smaller.
+    # The engine has the upper bounds of these settings as bounds of its own.
     max_stop_strings: int = Field(16, ge=0, le=16, description="most stop strings of a request")
     max_stop_chars: int = Field(256, ge=1, le=256, description="longest stop string")
     max_logprobs: int = Field(20, ge=0, le=20, description="most alternatives per token")
@@ -217,19 +220,19 @@ class ServerConfig(_Numbers):
     step_timeout: float = Field(
         300.0,
         ge=3,
-        description="seconds that one engine step may take; a longer one counts as a hang, and the server ends",
+        description="seconds that one engine step may take; a longer step counts as a hang, and the server ends",
     )
     max_connections: int = Field(
         default_factory=_more_than_can_wait,
         ge=1,
         le=MAX_CONNECTIONS,
-        description="requests open at once before 503, those that only read not counted; of sockets twice as many; "
-        "by default max_num_seqs + max_waiting + 256",
+        description="requests open at once before 503, GET and HEAD not counted; twice as many sockets; "
+        "default: max_num_seqs + max_waiting + 256",
     )
     read_timeout: float = Field(30.0, gt=0, description="seconds for a request's headers, and then for its body")
-    write_timeout: float = Field(60.0, gt=0, description="seconds a client may leave unread what waits for it")
+    write_timeout: float = Field(60.0, gt=0, description="seconds that a client may leave its answer unread")
     idle_timeout: float = Field(
-        75.0, gt=0, description="seconds a connection is kept without a request; longer than a load balancer keeps it"
+        75.0, gt=0, description="seconds that a connection is kept without a request; load balancers keep one for less"
     )
     drain_seconds: float = Field(30.0, ge=0, description="time for open requests after SIGTERM")
     metrics_prefix: str = Field("leyden", pattern=r"^[a-zA-Z_]\w*$", description="'vllm' fits existing dashboards")
@@ -239,14 +242,14 @@ class ServerConfig(_Numbers):
     otlp_endpoint: str | None = Field(
         None,
         pattern=r"^https?://\S+$",
-        description="where traces go, such as http://collector:4318/v1/traces; needs leyden[otel]",
+        description="URL to which traces are sent, such as http://collector:4318/v1/traces; needs leyden[otel]",
     )
     stats_interval: float = Field(5.0, ge=0, description="seconds between throughput lines while busy; 0 = never")
 
     @field_validator("api_key", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _one_item_need_not_be_a_list(cls, value: Any) -> Any:
-        """A text holds items separated by commas, as in the environment."""
+        """Split a text at its commas, as in the environment."""
         return as_list(value) if isinstance(value, str) else value
 
     @field_validator("api_key", mode="before")
@@ -259,7 +262,7 @@ class ServerConfig(_Numbers):
     @field_validator("host")
     @classmethod
     def _an_empty_host_does_not_open_every_interface(cls, value: str) -> str:
-        if not value.strip():  # sockets take it for all of them
+        if not value.strip():  # sockets bind all interfaces then
             raise ValueError("is no address; write 127.0.0.1 for this machine alone, or 0.0.0.0 for all interfaces")
         return value
 
@@ -283,8 +286,8 @@ class ServerConfig(_Numbers):
 
 
 class Settings(ServerConfig, EngineConfig):
-    """Every setting. Those of the engine are validated first: `max_connections` depends on them."""
+    """Every setting. The engine's settings are validated first: `max_connections` depends on them."""
 
     def engine(self) -> EngineConfig:
-        """The engine's part of what was set."""
+        """The engine's settings, with the same fields set and unset."""
         return EngineConfig(**self.model_dump(include=set(EngineConfig.model_fields), exclude_unset=True))
