@@ -58,8 +58,8 @@ class EngineConfig(_Numbers):
     )
     linear_backend: LinearBackendName = Field(
         "auto",
-        description="how lightning layers are computed; replay = prompts by minimax or seg_la, decode that seldom writes states; "
-        "auto = the fastest by measurement, today replay",
+        description="how lightning layers are computed; replay = prompts by minimax or seg_la, decode that seldom writes "
+        "states; auto = the fastest by measurement, today replay",
     )
     kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto = triton on CUDA, torch elsewhere")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
@@ -77,8 +77,8 @@ class EngineConfig(_Numbers):
         256,
         ge=1,
         le=1 << 20,
-        description="most prompt tokens in a step that also decodes, twice as many beside 128 rows or more; more tokens "
-        "delay the decoding rows",
+        description="most prompt tokens in a step that also decodes, twice as many beside 128 rows or more; more "
+        "tokens delay the decoding rows",
     )
     max_model_len: int | None = Field(None, ge=1, description="context length; default: the checkpoint's")
     max_waiting: int = Field(1024, ge=1, le=1 << 20, description="requests that may queue before 429")
@@ -117,7 +117,7 @@ class EngineConfig(_Numbers):
     )
     snapshot_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="recurrent states in snapshots; auto = state_dtype; 16 bits take half the memory and round once per hit",
+        description="states in snapshots; auto = state_dtype; 16 bits take half the memory and round once per hit",
     )
     host_snapshot_gb: float = Field(
         0.0, ge=0, description="host memory for snapshots for which the device has no room, in GB"
@@ -187,7 +187,7 @@ class ServerConfig(_Numbers):
     )
     cors_origins: list[str] = Field(
         default_factory=list,
-        description="origins whose web pages may call, such as https://chat.example; * = any; default: the server's own alone",
+        description="origins whose web pages may call, such as https://chat.example; * = any; default: the server's own",
     )
     generation_defaults: bool = Field(
         True, description="take sampling defaults from the checkpoint's generation_config.json"

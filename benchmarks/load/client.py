@@ -1,7 +1,7 @@
-"""A client of streams that is fast enough not to be what is measured: raw asyncio, one connection per open request.
+"""A client of streams, fast enough that a measurement shows the server: raw asyncio, one connection per request.
 
-Tokens are counted by the `usage` of each chunk where the server tells it (`continuous_usage_stats`), else by its token
-ids, else a chunk with text counts as one. All times are of the clock that processes of one machine share.
+The `usage` of a chunk counts its tokens where the server sends it (`continuous_usage_stats`). Else its token ids do. Else
+a chunk with text counts as one token. All times are of the clock that the processes of one machine share.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_MESSAGE_CHARS = 400
 
 @dataclass
 class Sample:
-    """What one request saw. Times are seconds of `time.perf_counter`."""
+    """The record of one request. Times are seconds of `time.perf_counter`."""
 
     index: int
     started: float
@@ -39,7 +39,7 @@ class Sample:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     error: str | None = None  # its kind; None = answered in full
-    message: str | None = None  # what the server said of it
+    message: str | None = None  # the server's words for it
 
 
 class _Delta(msgspec.Struct):
@@ -92,7 +92,7 @@ class Exchange:
             self._finish(now)
 
     def close(self, now: float) -> None:
-        """The connection has ended."""
+        """Take note that the connection has ended."""
         try:
             self.parser.close()
         except MalformedResponse:
@@ -100,7 +100,7 @@ class Exchange:
         self._finish(now)
 
     def end(self, now: float, error: str | None = None, message: str | None = None) -> None:
-        """It has ended; what comes later changes nothing."""
+        """End the exchange. Later bytes and later errors change nothing."""
         if not self._has_ended:
             self._has_ended, self.sample.ended = True, now
             self.sample.error, self.sample.message = error, message
@@ -126,13 +126,13 @@ class Exchange:
             if chunk.usage.completion_tokens is not None:
                 num_new = chunk.usage.completion_tokens - sample.num_output_tokens
         sample.num_output_tokens += num_new
-        if num_new > 0 and chunk.choices:  # without choices it is the total, not news
+        if num_new > 0 and chunk.choices:  # a chunk without choices tells the total again
             sample.times.append(now)
             sample.tokens.append(num_new)
 
 
 def _message_of(body: bytes) -> str | None:
-    """What the body of an error says, in any of the forms that servers give it."""
+    """The message in the body of an error, in any of the forms that servers use."""
     try:
         return _message_in(msgspec.json.decode(body))
     except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -156,8 +156,8 @@ def _num_tokens(choice: _Choice) -> int:
 class Connection(asyncio.BufferedProtocol):
     """A connection that carries one exchange after another.
 
-    It reads into `buffer`, which all connections of an event loop may share, for it is emptied at once. A plain
-    protocol gets 256 KiB of fresh memory for every read, which takes longer than everything else here.
+    The connection reads into `buffer`, which all connections of an event loop may share: each read is copied at once. A
+    plain protocol gets 256 KiB of fresh memory for every read, which takes longer than everything else here.
     """
 
     def __init__(self, buffer: memoryview) -> None:
@@ -214,7 +214,7 @@ class Client:
         return self.target.post(self.route, request.body)
 
     async def send(self, request: Request, wire: bytes, *, lag: float = 0.0) -> Sample:
-        """The request's sample, whatever becomes of it. The clock runs from before the connection is made."""
+        """Send the request and return its sample, failed or not. The clock starts before the connection is made."""
         started = time.perf_counter()
         exchange = Exchange(Sample(request.index, started, lag=lag))
         try:
@@ -236,7 +236,7 @@ class Client:
         return sample
 
     async def _exchange(self, connection: Connection, exchange: Exchange, wire: bytes) -> bool:
-        """Run it to its end. True if the connection was closed before anything came."""
+        """Run the exchange to its end. True if the connection was closed before its first byte."""
         try:
             connection.begin(exchange, wire)
             await exchange.is_over
@@ -249,7 +249,7 @@ class Client:
             connection.close()
 
     def _take_idle(self) -> Connection | None:
-        """The connection used last, if it is young enough; the others are older still."""
+        """The idle connection used last, or None if it is too old: the others are older still."""
         while self._idle:
             connection = self._idle.pop()
             if connection.is_reusable:
@@ -276,7 +276,7 @@ class Client:
 
 
 async def run_closed(client: Client, requests: list[tuple[Request, bytes]], streams: int) -> list[Sample]:
-    """Each stream sends its next request when its last one has ended."""
+    """Run `streams` streams, each of which sends its next request when its last one has ended."""
     pending: Iterator[tuple[Request, bytes]] = iter(requests)
 
     async def stream() -> list[Sample]:
@@ -288,7 +288,7 @@ async def run_closed(client: Client, requests: list[tuple[Request, bytes]], stre
 async def run_open(
     client: Client, requests: Iterator[tuple[float, Request, bytes]], start: float, samples: list[Sample]
 ) -> None:
-    """Send each request at its time after `start`, whatever became of those before. Fills `samples` as they end."""
+    """Send each request at its time after `start`, whether or not earlier ones have ended. Fills `samples` as they do."""
 
     async def one(request: Request, wire: bytes, lag: float) -> None:
         samples.append(await client.send(request, wire, lag=lag))

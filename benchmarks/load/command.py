@@ -1,4 +1,4 @@
-"""The flags of `leyden bench`, and what each of its two commands does."""
+"""The two commands of `leyden bench`, and the flags of `offline`."""
 
 from __future__ import annotations
 

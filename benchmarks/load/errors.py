@@ -1,4 +1,4 @@
-"""What can go wrong with a measurement."""
+"""Errors of a measurement."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ class BenchError(LeydenError):
 
 
 class BenchUsageError(BenchError):
-    """A flag asks for what cannot be."""
+    """A flag asks for something impossible."""
 
     is_failure = False

@@ -1,4 +1,4 @@
-"""Values of flags that are more than a word or a number. Each raises what argparse turns into a message."""
+"""Parsers of flags' values. Each raises `argparse.ArgumentTypeError`, which argparse turns into a message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN_FLAGS = ("model", "load_format")
 
 @dataclass(frozen=True)
 class OfflineCase:
-    """So many requests at once, each a prompt of so many tokens that gets an answer of so many."""
+    """Requests handed in at once, tokens of each prompt, tokens of each answer."""
 
     requests: int
     prompt: int
@@ -90,7 +90,7 @@ def _finite(text: str) -> float | None:
 
 
 def setting(text: str) -> tuple[str, str]:
-    """KEY=VALUE, of an engine setting that has no flag of its own."""
+    """KEY=VALUE for an engine setting without a flag of its own."""
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as linear_backend=replay")
@@ -100,7 +100,7 @@ def setting(text: str) -> tuple[str, str]:
 
 
 def picture_file(text: str) -> Path:
-    """A file whose name tells its format."""
+    """A file name with the suffix of a known picture format."""
     path = Path(text)
     if path.suffix not in PICTURE_SUFFIXES:
         raise argparse.ArgumentTypeError(f"{text!r} must end in {' or '.join(PICTURE_SUFFIXES)}")

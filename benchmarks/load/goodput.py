@@ -1,4 +1,4 @@
-"""Goodput: the requests that were served as well as promised."""
+"""Goodput: the share of requests whose latencies keep given bounds."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ class Bound:
 
 
 def count_within(bounds: Sequence[Bound], requests: Sequence[RequestLatency]) -> int:
-    """How many requests keep every bound."""
+    """The number of requests that keep every bound."""
     return sum(all(request[bound.latency] <= bound.seconds for bound in bounds) for request in requests)

@@ -23,8 +23,10 @@ HEALTH_SECONDS = 30.0
 
 @contextlib.contextmanager
 def own_server(model: str, serve_args: str) -> Iterator[tuple[str, float]]:
-    """(url, seconds from process start to the first 200 of /health). Raises `BenchError` if it does not start,
-    `SettingsError` if `serve_args` cannot be split."""
+    """Start `leyden serve`, yield its url and the seconds from process start to the first 200 of /health, then stop it.
+
+    Raises `BenchError` if the server does not start, `SettingsError` if `serve_args` cannot be split.
+    """
     started = time.perf_counter()
     command = [
         sys.executable,

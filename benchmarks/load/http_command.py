@@ -1,4 +1,4 @@
-"""The flags of `leyden bench http`, and what it does."""
+"""The command `leyden bench http`: its flags, and the plan that they describe."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def _vocab_size(checkpoint: str) -> int:
 
 
 def _served(target: Target, wanted: str | None) -> tuple[str, int | None]:
-    """The model to ask for, the first one unless one is `wanted`, and its context where the server tells it."""
+    """The name of the model to ask for (`wanted`, else the first one served), and its context if that is told."""
     from .serving import served_models
 
     try:
@@ -222,7 +222,7 @@ def _served(target: Target, wanted: str | None) -> tuple[str, int | None]:
 
 
 def _require_context(plan: Plan, context: int | None) -> None:
-    """Raises `BenchUsageError` for requests that the server would refuse. Of text only the server knows the length."""
+    """Raise `BenchUsageError` for ids that exceed the context. The length of a text is known to the server alone."""
     if context is None or plan.workload.prompt_kind != "ids":
         return
     spans = [("", plan.workload.prompt_tokens, plan.workload.max_tokens)]
@@ -237,7 +237,7 @@ def _require_context(plan: Plan, context: int | None) -> None:
 
 
 def _background_prompt(context: int | None, answer: Span) -> Span:
-    """The default length, or what the served model's context leaves beside the answer."""
+    """The default length, or the room that the served model's context leaves beside the answer."""
     if context is None or BACKGROUND_PROMPT + answer.high <= context:
         return Span(BACKGROUND_PROMPT, BACKGROUND_PROMPT)
     length = max(1, context - answer.high)
@@ -269,7 +269,7 @@ def _plan(arguments: argparse.Namespace, model: str, vocab_size: int) -> Plan:
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
-    """Every load beside every background."""
+    """A case for each pair of a load and a background."""
     lengths = (arguments.background_prompt_tokens, arguments.background_max_tokens)
     backgrounds = [Background(rate, *lengths) if rate else None for rate in arguments.background_rate]
     return [Case(load, background) for load in _loads(arguments) for background in backgrounds]

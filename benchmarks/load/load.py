@@ -1,4 +1,4 @@
-"""What is asked, and when: prompts, lengths and arrivals, all drawn from a seed."""
+"""Prompts, lengths and arrivals of requests, all drawn from a seed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ WORDS = COMMON.split()
 
 @dataclass(frozen=True)
 class Load:
-    """One case: `concurrency` streams that each send their next request when the last one has ended, or requests that
-    arrive by themselves, `rate` per second on average. One of the two is given."""
+    """The load of a case. Either `concurrency` streams each send their next request when their last one has ended, or
+    `rate` requests per second arrive by themselves, on average. The other of the two is None."""
 
     num_requests: int
     concurrency: int | None = None
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Workload:
-    """How requests are made. The same seed, name and index give the same request, in any process."""
+    """The recipe of requests. The same seed, name and index give the same request in any process."""
 
     endpoint: Endpoint
     model: str
@@ -75,7 +75,9 @@ class Workload:
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
-        if self.ignore_eos:  # what comes after an end is often another one: without its text it would have no chunk
+        if (
+            self.ignore_eos
+        ):  # tokens after an end are often control tokens, and without their text they would have no chunk
             body |= {"ignore_eos": True, "skip_special_tokens": False}
         if self.wants_token_ids:
             body["return_token_ids"] = True

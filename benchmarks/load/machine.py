@@ -1,4 +1,4 @@
-"""What a measurement ran on."""
+"""The hardware and software of a measurement."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def hardware() -> str:
 
 
 def software() -> dict[str, str]:
-    """Versions of what decides the speed, of those that are installed."""
+    """Versions of the installed packages that decide the speed."""
     found = {}
     for package in ("torch", "triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Where the JSON of a measurement goes."""
+"""The JSON of a measurement: checks of files before it, and the writing after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_out(parser: argparse._ActionsContainer) -> None:
 
 
 def require_writable(flag: str, path: Path | None) -> None:
-    """Before minutes of measuring. Raises `BenchUsageError` when the file that `flag` asks for cannot be written."""
+    """Raise `BenchUsageError` if the file of `flag` cannot be written: before minutes of measuring, not after them."""
     if path is None:
         return
     if not path.parent.is_dir():
@@ -26,7 +26,7 @@ def require_writable(flag: str, path: Path | None) -> None:
 
 
 def require_folder(flag: str, path: Path | None) -> None:
-    """Make the folder that `flag` asks for, if any. Raises `BenchUsageError` when that cannot be."""
+    """Make the folder of `flag`, if one is given. Raises `BenchUsageError` if it cannot be made or written into."""
     try:
         if path is not None:
             path.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def require_folder(flag: str, path: Path | None) -> None:
 
 
 def finish(report: dict[str, Any], out: Path | None) -> None:
-    """The JSON, as the last line and then in a file if one was asked for: the line stays if the file fails."""
+    """Print the JSON as the last line, then write it to `out`. If the file fails, the line has been printed."""
     print(json.dumps(report), flush=True)
     if out is not None:
         out.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""A picture of the latencies: for each case, which share of the requests or tokens was at least as fast as that."""
+"""A picture of the latencies: for each case the share of requests or tokens at most as slow as each time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .report import TITLES, Latencies
 
 PANELS = ("ttft", "itl", "e2e")
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.95, 0.99)  # with a line across; the report's percentiles are among them
-FASTEST = 0.005  # of a case's latencies that may lie left of the axis: chunks that were read at once would stretch it
+FASTEST = 0.005  # share of latencies that may lie left of the axis, since chunks read at once would stretch it
 MAX_POINTS = 2000  # of a curve; more cannot be seen
 LEAST_SECONDS = 1e-4  # a logarithmic axis has no zero
 
 
 def require_matplotlib() -> None:
-    """Before minutes of measuring. Raises `BenchUsageError` with the remedy."""
+    """Raise `BenchUsageError` if matplotlib is missing, before minutes of measuring."""
     if importlib.util.find_spec("matplotlib") is None:
         raise BenchUsageError("--picture needs matplotlib: pip install matplotlib, or leave --picture out")
 

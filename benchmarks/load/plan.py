@@ -1,4 +1,4 @@
-"""What `leyden bench http` is to measure."""
+"""The cases that `leyden bench http` measures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .load import Load, Workload
 
 @dataclass(frozen=True)
 class Background:
-    """Requests that arrive while a case runs, and are not in its latencies."""
+    """Requests that arrive while a case runs. Its latencies do not include theirs."""
 
     rate: float
     prompt_tokens: Span
@@ -25,7 +25,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Case:
-    """A load, and what goes on beside it."""
+    """A load, alone or beside background requests."""
 
     load: Load
     background: Background | None = None
@@ -37,7 +37,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. `workload.name` is filled in for each case."""
+    """Everything to measure. The measurement sets `workload.name` for each case."""
 
     workload: Workload
     cases: Sequence[Case]

@@ -1,4 +1,4 @@
-"""Samples -> latencies -> numbers, a table.
+"""From samples to latencies, and from latencies to a report and its table.
 
 time to first token   from sending a request until its first token arrives
 between tokens        the time between tokens: a chunk of k tokens that comes t after the one before counts as k gaps of
@@ -42,14 +42,14 @@ Latencies = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Measured:
-    """One case: the numbers, and the latencies [s] that they were made from."""
+    """The numbers of one case, and the latencies [s] behind them."""
 
     numbers: dict[str, Any]
     latencies: Latencies
 
 
 def measured(results: Sequence[Result], bounds: Sequence[Bound]) -> Measured:
-    """All workers' results of one case as one."""
+    """Join the results of all workers for one case. `bounds` are those of goodput, possibly none."""
     samples = [sample for result in results for sample in result.samples]
     answered = [sample for sample in samples if sample.error is None]
     seconds = max((sample.ended for sample in samples), default=0.0) - results[0].start
@@ -110,7 +110,7 @@ def request_latency(sample: Sample) -> RequestLatency:
 
 
 def distribution(values: np.ndarray) -> dict[str, float] | None:
-    """Mean, percentiles (interpolated) and maximum; None of nothing."""
+    """Mean, interpolated percentiles and maximum, in the unit of `values`; None if there are no values."""
     if not len(values):
         return None
     points = np.percentile(values, list(PERCENTILES.values()))
@@ -123,7 +123,7 @@ def distribution(values: np.ndarray) -> dict[str, float] | None:
 
 
 def background_numbers(result: Result) -> dict[str, Any]:
-    """What ran beside a case. Requests under way when the case ended are not counted."""
+    """The numbers of the background requests. Requests under way at the end of the case are not counted."""
     answered = [sample for sample in result.samples if sample.error is None]
     prompt_tokens = sum(sample.num_prompt_tokens for sample in answered)
     seconds = max((sample.ended for sample in result.samples), default=result.start) - result.start
@@ -136,7 +136,7 @@ def background_numbers(result: Result) -> dict[str, Any]:
 
 
 def error_counts(samples: Sequence[Sample]) -> dict[str, int]:
-    """How many requests failed in which way, the commonest first."""
+    """The number of failed requests by kind of failure, the most frequent kind first."""
     return dict(Counter(sample.error for sample in samples if sample.error is not None).most_common())
 
 
@@ -177,7 +177,7 @@ def case_lines(case: dict[str, Any]) -> list[str]:
 
 
 def warnings_of(case: dict[str, Any]) -> list[str]:
-    """What makes the numbers the client's rather than the server's, or averages."""
+    """Reasons to mistrust the numbers: a busy or late client, or chunks of several tokens."""
     client, warnings = case["client"], []
     if client["cpu_share"] > BUSY_SHARE:
         warnings.append(f"  a client process was busy {client['cpu_share']:.0%} of the time: raise --workers")

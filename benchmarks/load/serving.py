@@ -29,7 +29,7 @@ ENDLESS = 1 << 40
 
 @contextlib.contextmanager
 def serving(url: str | None, api_key: str | None, model: str, serve_args: str) -> Iterator[tuple[Target, float | None]]:
-    """The server to measure, and the seconds it took to start if it was started here."""
+    """The server to measure, and the seconds of its start. These are None for a server that runs already."""
     if url is not None:
         yield Target.parse(url, api_key), None
         return
@@ -47,9 +47,9 @@ class _Cards(msgspec.Struct):
 
 
 def served_models(target: Target) -> dict[str, int | None]:
-    """The names that the server serves, each with its context in tokens where the server tells it.
+    """The served models by name, each with its context in tokens, or None where the server does not tell it.
 
-    Raises `BenchError` when it does not answer, or with anything but a list of at least one model.
+    Raises `BenchError` when the server does not answer, or answers no list of at least one model.
     """
     try:
         response = httpx.get(f"{target.url}/v1/models", headers=target.headers, timeout=TIMEOUT_SECONDS)
@@ -69,7 +69,7 @@ def served_models(target: Target) -> dict[str, int | None]:
 
 
 def measure_serving(target: Target, plan: Plan) -> tuple[dict[str, Any], dict[str, Latencies]]:
-    """The numbers of every case, and the latencies behind them by the case's name. Raises `BenchError`."""
+    """Measure every case. Returns the report, and the latencies [s] by the case's name. Raises `BenchError`."""
     num_workers = plan.num_workers or default_workers(plan.largest_load)
     workers = Workers(num_workers, has_background=plan.has_background)
     try:
@@ -79,11 +79,11 @@ def measure_serving(target: Target, plan: Plan) -> tuple[dict[str, Any], dict[st
             cases.append(numbers)
     finally:
         workers.close()
-    return _told(target, plan) | {"cases": cases}, latencies
+    return _settings_of(target, plan) | {"cases": cases}, latencies
 
 
-def _told(target: Target, plan: Plan) -> dict[str, Any]:
-    """What was asked for."""
+def _settings_of(target: Target, plan: Plan) -> dict[str, Any]:
+    """The plan's settings, as the report repeats them."""
     workload = plan.workload
     return {
         "model": workload.model,
@@ -110,7 +110,7 @@ def _measure_case(
     numbers = {"name": case.name, "concurrency": case.load.concurrency, "rate": case.load.rate, **found.numbers}
     if sum(numbers["errors"].values()) == numbers["requests"]:
         samples = [sample for result in results for sample in result.samples]
-        raise BenchError(f"{case.name}: no request was answered ({numbers['errors']}){_said(samples)}")
+        raise BenchError(f"{case.name}: no request was answered ({numbers['errors']}){_server_message(samples)}")
     if behind is not None and case.background is not None:
         _require_background(case.name, behind)
         numbers["background"] = {
@@ -123,23 +123,24 @@ def _measure_case(
 
 
 def _require_background(case: str, behind: Result) -> None:
-    """Latencies beside requests that all failed would be latencies beside nothing."""
+    """Raise `BenchError` if all background requests failed: the case would have been measured beside nothing."""
     errors = [sample.error for sample in behind.samples if sample.error is not None]
     if errors and len(errors) == len(behind.samples):
         raise BenchError(
             f"{case}: all {len(errors)} background requests failed, the first with {errors[0]!r}"
-            f"{_said(behind.samples)}; do --background-prompt-tokens and --background-max-tokens fit the context?"
+            f"{_server_message(behind.samples)}; do --background-prompt-tokens and --background-max-tokens fit the "
+            "context?"
         )
 
 
-def _said(samples: list[Sample]) -> str:
-    """The first of the server's own words, as the end of a message."""
+def _server_message(samples: list[Sample]) -> str:
+    """The server's own message for its first failure, as the end of an error's message."""
     message = next((sample.message for sample in samples if sample.message), None)
     return "" if message is None else f"; the server says: {message}"
 
 
 def _warm_up(workers: Workers, target: Target, plan: Plan, load: Load, number: int) -> None:
-    """Rounds of short answers on as many streams as the case has; nothing of them is counted."""
+    """Run rounds of short answers on as many streams as the case has, and drop their samples."""
     streams = load.concurrency or WARM_UP_STREAMS
     low, high = min(plan.workload.max_tokens.low, WARM_UP_TOKENS), min(plan.workload.max_tokens.high, WARM_UP_TOKENS)
     for round_number in range(plan.warm_up_rounds):

@@ -1,4 +1,4 @@
-"""Where requests go, and how one is written down for the wire."""
+"""The address of a server, and the bytes of a request to it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Target:
     @classmethod
     def parse(cls, url: str, api_key: str | None) -> Target:
         """http://host:port, with or without a path and /v1. Raises `BenchError`."""
-        import httpx  # here, for the client's processes do without
+        import httpx  # not at the top: workers need no httpx
 
         try:
             parts = urlsplit(url)
             scheme, host, port = parts.scheme, parts.hostname, parts.port
-            httpx.URL(url)  # stricter
-            (host or "").encode("idna")  # as the resolver wants it
+            httpx.URL(url)  # refuses more than urlsplit
+            (host or "").encode("idna")  # the form that the resolver takes
         except (ValueError, httpx.InvalidURL):
             scheme, host, port = "", None, None
         if scheme not in ("http", "https") or not host:
@@ -49,7 +49,7 @@ class Target:
 
     @property
     def headers(self) -> dict[bytes, bytes]:
-        """The key as UTF-8, whatever its characters, which is how servers compare it."""
+        """The header with the key in UTF-8, since servers compare bytes."""
         if not self.api_key:
             return {}
         return {b"Authorization": b"Bearer " + self.api_key.encode(errors="surrogateescape")}

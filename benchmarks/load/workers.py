@@ -1,7 +1,7 @@
 """Processes that share a load: each has its part of the streams or arrivals, and all start at the same moment.
 
-A worker gets a `Share`, writes its requests down, says "ready", gets the start time, and answers with a `Result`. The
-clock (CLOCK_MONOTONIC) is the same in all of them.
+A worker receives a `Share`, renders its requests, sends "ready", receives the start time, and sends a `Result`. All
+processes read the same clock (CLOCK_MONOTONIC).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ HEAD_START_SECONDS = 0.05  # between the last "ready" and the start, for the mes
 
 @dataclass(frozen=True)
 class Share:
-    """One worker's part of a load: every `num_workers`-th stream or arrival from `rank` on, with its requests. Without
-    end if `is_endless`: then "stop" ends it, and what is under way is given up."""
+    """One worker's part of a load: every `num_workers`-th stream or arrival from `rank` on, with its requests. A share
+    that `is_endless` runs until "stop", which cancels the requests under way."""
 
     target: Target
     workload: Workload
@@ -60,7 +60,7 @@ class Share:
 
 @dataclass
 class Result:
-    """What came of a share. `cpu_share`: of its wall time, how much the client's process was busy."""
+    """The samples of a share. `cpu_share`: the part of its wall time in which the worker's process was busy."""
 
     start: float
     samples: list[Sample] = field(default_factory=list)
@@ -79,7 +79,7 @@ async def run_share(share: Share, requests: list[tuple[Request, bytes]], client:
 
 
 async def run_until_told(share: Share, client: Client, start: float, pipe: Connection) -> list[Sample]:
-    """Run an endless share until something comes through the pipe."""
+    """Run an endless share until a message arrives in the pipe."""
     samples: list[Sample] = []
     made = (share.workload.request(index) for index in range(share.load.num_requests))
     timed = ((at, request, client.write(request)) for at, request in zip(share.arrivals(), made, strict=False))
@@ -98,7 +98,7 @@ async def run_until_told(share: Share, client: Client, start: float, pipe: Conne
 
 
 def work(pipe: Connection) -> None:
-    """The life of a worker: shares until None."""
+    """The main function of a worker: it runs the shares that arrive in the pipe, until None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     while (share := pipe.recv()) is not None:
         workload = share.workload
@@ -120,7 +120,7 @@ def work(pipe: Connection) -> None:
 
 
 class Workers:
-    """Worker processes, and one more for the load in the background if there is one."""
+    """Worker processes, with one more for a background load."""
 
     def __init__(self, num_workers: int, *, has_background: bool) -> None:
         context = multiprocessing.get_context("spawn")
@@ -136,7 +136,7 @@ class Workers:
         self.num_workers = num_workers
 
     def run(self, share: Share, background: Share | None = None) -> tuple[list[Result], Result | None]:
-        """The results of a share dealt among the workers, and of what ran in the background meanwhile.
+        """Run a share on all workers, and `background` beside it. Returns the results of both.
 
         Raises `BenchError` when a worker dies.
         """
@@ -170,5 +170,5 @@ class Workers:
 
 
 def default_workers(load: float) -> int:
-    """One for each 16 streams (or requests per second), as long as the machine has cores for them."""
+    """Workers for a load: one for each 16 streams (or requests per second), at most 8 and the cores but two."""
     return max(1, min(MAX_WORKERS, num_cores() - 2, int(load // STREAMS_PER_WORKER)))
