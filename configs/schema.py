@@ -58,8 +58,8 @@ class EngineConfig(_Numbers):
     )
     linear_backend: LinearBackendName = Field(
         "auto",
-        description="how lightning layers are computed; replay = prompts by minimax or seg_la, decode that seldom writes "
-        "states; auto = the fastest by measurement, today replay",
+        description="how lightning layers are computed; replay = prompts by minimax or seg_la, decode that seldom "
+        "writes states; auto = the fastest by measurement, today replay",
     )
     kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto = triton on CUDA, torch elsewhere")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
@@ -187,7 +187,7 @@ class ServerConfig(_Numbers):
     )
     cors_origins: list[str] = Field(
         default_factory=list,
-        description="origins whose web pages may call, such as https://chat.example; * = any; default: the server's own",
+        description="origins whose web pages may call, as https://chat.example; * = any; default: the server's own",
     )
     generation_defaults: bool = Field(
         True, description="take sampling defaults from the checkpoint's generation_config.json"

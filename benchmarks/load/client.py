@@ -1,6 +1,6 @@
 """A client of streams, fast enough that a measurement shows the server: raw asyncio, one connection per request.
 
-The `usage` of a chunk counts its tokens where the server sends it (`continuous_usage_stats`). Else its token ids do. Else
+The `usage` of a chunk counts its tokens where the server sends it (`continuous_usage_stats`). Else its ids do. Else
 a chunk with text counts as one token. All times are of the clock that the processes of one machine share.
 """
 
@@ -288,7 +288,7 @@ async def run_closed(client: Client, requests: list[tuple[Request, bytes]], stre
 async def run_open(
     client: Client, requests: Iterator[tuple[float, Request, bytes]], start: float, samples: list[Sample]
 ) -> None:
-    """Send each request at its time after `start`, whether or not earlier ones have ended. Fills `samples` as they do."""
+    """Send each request at its time after `start`, whether or not earlier ones have ended. Fills `samples`."""
 
     async def one(request: Request, wire: bytes, lag: float) -> None:
         samples.append(await client.send(request, wire, lag=lag))
