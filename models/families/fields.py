@@ -10,7 +10,11 @@ from ..errors import CheckpointError
 
 
 class Fields:
-    """Typed reading of a config.json: a missing or wrongly typed field is an error that names it."""
+    """Typed reading of a config.json.
+
+    Every method raises a `CheckpointError` that names the field when it is missing without a default, or has a wrong
+    type or value. A field that is null counts as missing.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
@@ -19,7 +23,7 @@ class Fields:
         return self._config.get(name) is not None
 
     def is_null(self, name: str) -> bool:
-        """The field is there, and null."""
+        """Whether the field is present and null."""
         return name in self._config and self._config[name] is None
 
     def integer(self, name: str, default: int | None = None) -> int:
@@ -90,7 +94,7 @@ class Fields:
 
 
 def token_ids(value: Any, file: str = "config.json") -> tuple[int, ...]:
-    """eos_token_id is an int, a list or null. Raises `CheckpointError`, which names `file`."""
+    """An eos_token_id, which is an int, a list or null, as a tuple. Raises `CheckpointError`, which names `file`."""
     if value is None:
         return ()
     values = value if isinstance(value, list) else [value]

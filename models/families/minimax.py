@@ -1,8 +1,9 @@
-"""MiniMax-Text-01 and M1, in both spellings of config.json, as one normal form.
+"""MiniMax-Text-01 and M1, in both spellings of config.json: lightning attention in most layers, experts after each.
 
-The original (`MiniMaxText01ForCausalLM`, `MiniMaxM1ForCausalLM`) says attn_type_list and layernorm_*_alpha; Hugging
-Face's own class (`MiniMaxForCausalLM`) says layer_types and *_alpha_factor. They differ in three numbers besides: the
+The original (`MiniMaxText01ForCausalLM`, `MiniMaxM1ForCausalLM`) has the fields attn_type_list and layernorm_*_alpha;
+Hugging Face's own class (`MiniMaxForCausalLM`) has layer_types and *_alpha_factor. Three things differ besides: the
 slopes of a number of heads that is no power of two, a 1e-5 in the layer factor, and whether `postnorm` is a choice.
+"MiniMax-01: Scaling Foundation Models with Lightning Attention" (2025).
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ NAMES = Names(
 )
 
 
-# What a config.json that leaves a field out means: the defaults of both reference codes' classes.
+# Defaults of fields that a config.json leaves out, as both reference codes have them.
 DEFAULT_KV_HEADS = 8
 DEFAULT_EXPERTS = 8
 DEFAULT_TOP_K = 2
 DEFAULT_ROPE_THETA = 1e6
-DEFAULT_EOS = 2  # of Hugging Face's class alone
+DEFAULT_EOS = 2  # in Hugging Face's class alone
 
 # The norm over all heads' outputs is built without an eps in both reference codes, so it is the class default,
 # whatever rms_norm_eps says.
@@ -120,7 +121,7 @@ def read_original(config: Mapping[str, Any], architecture: str) -> ModelSpec:
 
 
 def geometric_slopes(num_heads: int) -> list[float]:
-    """2^{-8 (h+1) / H} for any H: what Hugging Face's MiniMax uses."""
+    """2^{-8 (h+1) / H} for any H, as Hugging Face's MiniMax has them."""
     return [2.0 ** (-8.0 * (h + 1) / num_heads) for h in range(num_heads)]
 
 
@@ -186,7 +187,10 @@ def _softmax(fields: Fields) -> SoftmaxSpec:
 
 
 def _rope(fields: Fields) -> Fields:
-    """rope_parameters, or their older name, which counts where both are given. They may say that nothing is scaled."""
+    """The fields of rope_parameters, or of its older name rope_scaling, which wins where both are given.
+
+    Refuses a scaled rope.
+    """
     name = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"
     rope = fields.section(name)
     kinds = {rope.text("rope_type"), rope.text("type")} - {None}
@@ -208,7 +212,7 @@ def _experts(fields: Fields, num_experts: int) -> ExpertsSpec:
 
 
 def _experts_field(fields: Fields) -> str:
-    """transformers takes num_experts for another name of num_local_experts."""
+    """The name of the number of experts: transformers reads num_experts as another name of num_local_experts."""
     if not fields.has("num_experts"):
         return "num_local_experts"
     if fields.has("num_local_experts"):
@@ -227,7 +231,7 @@ def _residual(fields: Fields, alpha: str, beta: str) -> Residual:
 
 
 def _dtype(fields: Fields) -> str | None:
-    """Of the weights; "auto" says as little as nothing."""
+    """The dtype of the weights; "auto" counts as absent."""
     name = fields.text("dtype") or fields.text("torch_dtype")
     return None if name == "auto" else name
 

@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 SMALL_FILES = ["*.json", "*.jinja", "additional_chat_templates/*.jinja", "tokenizer.model", "*.txt"]
 WEIGHT_FILES = ["*.safetensors"]
-# Beside a model's weights there may be those of an adapter, of an optimizer, or the same ones in another format.
+# Files beside a model's weights: of an adapter, of an optimizer, or the same weights in another format.
 OTHER_WEIGHTS = ["adapter*.safetensors", "optimizer*.safetensors", "consolidated*.safetensors"]
 GENERATION_FILE = "generation_config.json"
 POINTER_START = b"version https://git-lfs.github.com/spec/"
@@ -35,8 +35,10 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
 
 
 def _check_links(folder: Path) -> None:
-    """A checkpoint's files lie in its folder, or, in a hub's cache, in the blobs beside its snapshots. A link that
-    leads anywhere else may be a trick: what it points at is not part of what was downloaded."""
+    """Refuse a link that leads out of the folder or, in a hub's cache, out of the blobs beside its snapshots.
+
+    Its target was not downloaded with the checkpoint, and may be any file of this machine. Raises `CheckpointError`.
+    """
     root = folder.resolve()
     homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     for pattern in SMALL_FILES + WEIGHT_FILES:
@@ -53,7 +55,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=OTHER_WEIGHTS))
-    except Exception as error:  # the hub client raises a wide family; all of them mean the same to a user
+    except Exception as error:  # the hub client raises a wide family of errors, of one meaning to a user
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
         reason = first_line.removeprefix("Got: ").rstrip(".")
         remedy = "check the id and the network, or give the folder of a checkpoint that is on this machine"
@@ -61,7 +63,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises `CheckpointError` when git-lfs has left a pointer where the file itself should be."""
+    """Raises `CheckpointError` when the file is a pointer that git-lfs left in place of the file itself."""
     with path.open("rb") as file:
         is_pointer = file.read(len(POINTER_START)) == POINTER_START
     if is_pointer:
@@ -71,7 +73,7 @@ def refuse_pointer(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Raises `CheckpointError` when the file is missing, unreadable, a pointer of git-lfs, or not UTF-8."""
+    """The file's text. Raises `CheckpointError` when it is missing, unreadable, a pointer of git-lfs, or not UTF-8."""
     try:
         refuse_pointer(path)
         return path.read_text(encoding="utf-8")
@@ -82,7 +84,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `CheckpointError` when the file is missing, unreadable or something else."""
+    """The JSON object in a file. Raises `CheckpointError` when the file is missing, unreadable or holds no object."""
     text = read_text(path)
     try:
         loaded = json.loads(text)
@@ -96,6 +98,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """generation_config.json, or nothing when the checkpoint has none."""
+    """The object in generation_config.json; empty when the checkpoint has none. Raises `CheckpointError`."""
     path = folder / GENERATION_FILE
     return read_json(path) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""What tells two models apart: the normal form of the config, and the bits of every parameter as they were loaded."""
+"""A hash that tells two models apart: of the spec, and of the bits of every parameter as they were loaded."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.inference_mode()
-def fingerprint(config: ModelSpec, model: Decoder) -> str:
-    """sha256, in hex, of the config but for its stop ids, and of each parameter's name, dtype, shape, sum of all bits
-    as integers, and some of its items. Reads every parameter once, on its device; needs no memory beside them."""
+def fingerprint(spec: ModelSpec, model: Decoder) -> str:
+    """sha256, in hex, of the spec without its stop ids, and of each parameter's name, dtype, shape, sum of all bits as
+    integers, and some of its items. Reads every parameter once, on its device; takes no memory of their size."""
     named = sorted(model.named_parameters())
-    digest = hashlib.sha256(repr(replace(config, eos_token_ids=())).encode())
+    digest = hashlib.sha256(repr(replace(spec, eos_token_ids=())).encode())
     sums = torch.stack([_sum(parameter) for _, parameter in named]).cpu().numpy()
     samples = [_sample(parameter) for _, parameter in named]
     joined = torch.cat(samples).cpu().numpy()
@@ -41,12 +41,13 @@ def _bits(parameter: Tensor) -> Tensor:
 
 
 def _sum(parameter: Tensor) -> Tensor:
-    """Modulo 2^64. Eight bytes at a time where they divide it, so that nothing has to be widened before."""
+    """The sum of the bits as integers, modulo 2^64. Eight bytes at a time where the size allows, since narrower items
+    would have to be widened first."""
     bits = _bits(parameter)
     return bits.view(torch.int64).sum() if parameter.nbytes % 8 == 0 else bits.sum(dtype=torch.int64)
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """[N] int64, evenly spread."""
+    """About SAMPLED items as integers, evenly spread: [N] int64."""
     bits = _bits(parameter)
     return bits[:: max(1, len(bits) // SAMPLED)].to(torch.int64)

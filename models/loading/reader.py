@@ -1,7 +1,7 @@
 """Bytes of safetensors files -> tensors on a device, as fast as the disk gives them.
 
-A few threads each read a piece of a tensor into a staging buffer of their own and send it to its place, so that reading
-and sending overlap between them. The buffers are all the host memory it takes, whatever the size of the model.
+A few threads each read a piece of a tensor into a staging buffer of their own and copy it to its place, so that reads
+and copies overlap. The buffers are all the host memory that loading takes, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class Piece:
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of a file. Reads none of their data.
+    """The tensors of a file, by its header alone.
 
-    Raises `CheckpointError` for a malformed file. It is the library that judges: an accepted header has sizes that fit
-    dtypes and shapes, and tensors that lie end to end from the header to the end of the file. So their order gives the
-    offsets, which the library does not.
+    Raises `CheckpointError` for a malformed file. The safetensors library judges: in a header that it accepts sizes fit
+    dtypes and shapes, and tensors lie end to end from the header to the end of the file. Their order therefore gives
+    the offsets, which the library does not tell.
     """
     try:
         refuse_pointer(path)
@@ -109,7 +109,7 @@ def read_header(path: Path) -> list[StoredTensor]:
 
 
 def _is_cut_off(path: Path) -> bool:
-    """Whether a file that could not be read is the beginning of a longer one: its header says where it should end."""
+    """Whether an unreadable file is the beginning of a longer one: its header says where its data should end."""
     malformed = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
     with contextlib.suppress(OSError, *malformed), path.open("rb") as file:
         size = path.stat().st_size
@@ -128,7 +128,7 @@ def fill(pairs: list[tuple[StoredTensor, Target]], device: torch.device, advance
     `advance` is called with each number of bytes read. Raises `CheckpointError` when a file cannot be read."""
     stream = None
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # whatever else was to happen to that memory
+        torch.cuda.synchronize(device)  # work that is under way on that memory
         stream = torch.cuda.Stream(device)
     free: SimpleQueue[_Staging] = SimpleQueue()
     for _ in range(NUM_READERS):
@@ -147,7 +147,7 @@ def fill(pairs: list[tuple[StoredTensor, Target]], device: torch.device, advance
 
 
 class _Staging:
-    """A buffer between a file and the device; on CUDA it is pinned, and `stream` carries the copies."""
+    """A buffer between a file and the device. On CUDA it is pinned, and `stream` carries the copies."""
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self.stream = stream
@@ -156,8 +156,10 @@ class _Staging:
 
     @torch.inference_mode()  # of this thread: the caller may have made the tensors in it
     def move(self, piece: Piece) -> int:
-        """Read, send, and wait until the buffer may be used again; host memory of the right dtype takes the bytes at
-        once. Returns their number."""
+        """Read a piece, copy it to its part, and wait until the buffer may be used again.
+
+        Host memory of the stored dtype is read into directly. Returns the number of bytes read.
+        """
         stored, part, cut = piece.stored, piece.part, piece.cut
         num_bytes = stored.nbytes
         if cut is None and part.device.type == "cpu" and part.dtype == stored.dtype and part.is_contiguous():
@@ -178,7 +180,8 @@ class _Staging:
 
 
 def read(path: Path, offset: int, into: Tensor) -> None:
-    """Fill a tensor of bytes from the file. Other threads run meanwhile."""
+    """Fill a host tensor of bytes from byte `offset` of the file, without the interpreter's lock. Raises
+    `CheckpointError`."""
     buffer = into.numpy().data
     try:
         with path.open("rb", buffering=0) as file:
