@@ -1,13 +1,14 @@
 """The batch contract between the engine and the models.
 
-One flat token axis of T tokens without padding inside. Rows are sequences: **prefill (extend) rows first, then
-decode rows**. A row is new or continuing by its `context_lens`, never by how many tokens it brings: a one-token
-prompt is a prefill.
+One flat token axis of T tokens without padding inside. Rows are sequences: **prefill (extend) rows first, then decode
+rows**. `context_lens` tells whether a row is new or continues, never its number of tokens: a one-token prompt is a
+prefill row.
 
-The last of the prefill rows may be *verify rows*: continuing rows whose tokens but the first are drafts, of which
-perhaps only the first few will be kept. To softmax attention they are prefills. A lightning layer must not write what
-may be rejected into a state, so their tokens go to the slot's ring of C places, and the next `num_pending` says how
-many of them are kept. What the host counts, and who must have been folded (`Decoder.fold_pending`) before:
+The last of the prefill rows may be *verify rows*. A verify row continues a sequence; all of its tokens but the first
+are drafts, of which perhaps only the first few will be kept. Softmax attention treats verify rows as prefill rows. A
+lightning layer must not write into a state what may be rejected. It leaves their tokens in the slot's ring of C places,
+and the next `num_pending` says how many of them are kept. The host counts the tokens that wait; where a row may not
+meet waiting tokens, `Decoder.fold_pending` must have folded them before the step:
 
 | row of m tokens, p waiting | before the step | waiting afterwards |
 |---|---|---|
@@ -37,19 +38,19 @@ from ..kernels.bundles import Rows
 
 
 class RowsOfKind(NamedTuple):
-    """Rows of one kind in a step, as views of the batch's tensors."""
+    """Rows of one kind in a step. All tensors are views of the batch's own: a CUDA graph's inputs change under them."""
 
-    rows: Rows
-    tokens: slice  # theirs on the token axis
+    rows: Rows  # `starts` counts from the step's first token
+    tokens: slice  # the rows' tokens on the token axis
     context_lens: Tensor  # [B] int32
     num_pending: Tensor  # [B] int32
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """Everything a model needs to know of one step, on the device, beside the counts that a launch needs as ints.
+    """All that a model needs to know of one step: tensors on the device, and the counts that a launch needs as ints.
 
-    Built complete by `engine.batch` and never changed.
+    `engine.execution.step_input` builds it. It is never changed.
     """
 
     input_ids: Tensor  # [T] int64
@@ -60,7 +61,9 @@ class ForwardBatch:
     state_indices: Tensor  # [B] int32, slot of each row in the state pool and in block_table; -1 = padding row
     num_pending: Tensor  # [B] int32, computed tokens that wait in the slot's ring, not yet in its state
     slot_mapping: Tensor  # [T] int64, where each token's key and value go: block * block_size + offset
-    block_table: Tensor  # [num_slots, M] int32, the KV blocks of each slot; what lies past a row's end is never read
+    block_table: (
+        Tensor  # [num_slots, M] int32, the KV blocks of each slot; entries past the end of a row are never read
+    )
     logits_indices: Tensor  # [N] int64, the last token of each row whose next token is wanted
     snapshots: Tensor  # [S, 3] int32, (row, tokens, snapshot): states to save on the way; snapshot -1 = padding
     num_prefills: int
@@ -70,33 +73,25 @@ class ForwardBatch:
     num_drafted: int = 0  # how many of the prefill rows, the last ones, are verify rows
     num_drafted_tokens: int = 0  # tokens of the verify rows
 
-    # Made from the fields above, once per step. None where the step has no such rows.
+    # Made from the fields above once per step, so that no layer slices them again. None = the step has no such rows.
     rows: Rows = field(init=False)  # all rows
-    prefills: RowsOfKind | None = field(init=False)  # prompts and drafts
-    prompts: RowsOfKind | None = field(init=False)  # prefill rows that bring no drafts
+    prefills: RowsOfKind | None = field(init=False)  # prompts, then drafts
+    prompts: RowsOfKind | None = field(init=False)  # prefill rows without drafts
     drafts: RowsOfKind | None = field(init=False)  # verify rows
     decodes: RowsOfKind | None = field(init=False)
 
     def __post_init__(self) -> None:
-        prefills, tokens = self.num_prefills, self.num_prefill_tokens
-        prompts, prompt_tokens = prefills - self.num_drafted, tokens - self.num_drafted_tokens
-        longest = self.max_query_len
-        made = {
-            "rows": Rows(self.state_indices, self.has_initial_state, self.query_start_loc, longest),
-            "prompts": self._of_kind(slice(0, prompts), slice(0, prompt_tokens), longest),
-            "drafts": self._of_kind(slice(prompts, prefills), slice(prompt_tokens, tokens), longest),
-            "decodes": self._of_kind(
-                slice(prefills, prefills + self.num_decodes), slice(tokens, tokens + self.num_decodes), 1
-            ),
-        }
-        is_mixed = 0 < prompts < prefills
-        made["prefills"] = (
-            self._of_kind(slice(0, prefills), slice(0, tokens), longest)
-            if is_mixed
-            else made["prompts"] or made["drafts"]
-        )
+        end, tokens, longest = self.num_prefills, self.num_prefill_tokens, self.max_query_len
+        cut, cut_tokens = end - self.num_drafted, tokens - self.num_drafted_tokens  # between prompts and drafts
+        prompts = self._of_kind(slice(0, cut), slice(0, cut_tokens), longest)
+        drafts = self._of_kind(slice(cut, end), slice(cut_tokens, tokens), longest)
+        is_mixed = prompts is not None and drafts is not None
+        prefills = self._of_kind(slice(0, end), slice(0, tokens), longest) if is_mixed else prompts or drafts
+        decodes = self._of_kind(slice(end, end + self.num_decodes), slice(tokens, tokens + self.num_decodes), 1)
+        rows = Rows(self.state_indices, self.has_initial_state, self.query_start_loc, longest)
+        made = {"rows": rows, "prefills": prefills, "prompts": prompts, "drafts": drafts, "decodes": decodes}
         for name, value in made.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value)  # the class is frozen
 
     def _of_kind(self, rows: slice, tokens: slice, max_len: int) -> RowsOfKind | None:
         if rows.start == rows.stop:
