@@ -5,22 +5,18 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..specs import ModelSpec
-
-if TYPE_CHECKING:
-    from ..decoder import Decoder
 
 SAMPLED = 1024  # items of each parameter, beside the sum of all
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.inference_mode()
-def fingerprint(spec: ModelSpec, model: Decoder) -> str:
+def fingerprint(spec: ModelSpec, model: nn.Module) -> str:
     """sha256, in hex, of the spec without its stop ids, and of each parameter's name, dtype, shape, sum of all bits as
     integers, and some of its items. Reads every parameter once, on its device; takes no memory of their size."""
     named = sorted(model.named_parameters())
