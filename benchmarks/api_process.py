@@ -15,14 +15,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
-import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from leyden.benchmarks.load.machine import processor
 from leyden.configs.schema import Settings
 from leyden.engine.async_llm import AsyncLLM
 from leyden.engine.boundary.loop import run_loop
@@ -51,7 +49,7 @@ def main() -> int:
     arguments = parser.parse_args()
     sizes = {name: getattr(arguments, name) for name in ("streams", "max_tokens", "route")}
     cases = [asyncio.run(measure(arguments, step_ms)) for step_ms in arguments.step_ms]
-    report = {"hardware": hardware(), **sizes, "cases": cases}
+    report = {"hardware": processor(), **sizes, "cases": cases}
     print_table(report)
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=2) + "\n")
@@ -120,11 +118,6 @@ def print_table(report: dict[str, Any]) -> None:
     for case in report["cases"]:
         print(f"{case['step_ms']:>5g} ms {case['tokens_per_s']:>10} {case['chunks_per_s']:>10} "
               f"{case['cpu_us_per_token']:>14} {case['cpu_share']:>10.0%} {case['ttft_ms']:>9} ms")  # fmt: skip
-
-
-def hardware() -> str:
-    name = next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), platform.machine())
-    return f"{os.cpu_count()} cores of {name}"
 
 
 # -- the engine's process -------------------------------------------------------------------------------------

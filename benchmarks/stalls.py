@@ -18,11 +18,7 @@ import argparse
 import contextlib
 import http.client
 import json
-import os
-import platform
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +27,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from leyden.benchmarks.load.host import own_server
+from leyden.benchmarks.load.machine import processor
 from leyden.models.loading.checkpoint import resolve
 
 GOAL_MS = 50.0
@@ -50,6 +49,7 @@ SIZES = {
     "num_local_experts": 1,
     "num_experts_per_tok": 1,
 }
+OWN_ARGS = "--load-format dummy --stats-interval 0 --log-level warning"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 WORDS = "Once upon a time there was a river that ran from the mountains to the sea, past mills, inns and gardens. "
 
@@ -227,35 +227,6 @@ def write_checkpoint(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | SIZES))
 
 
-@contextlib.contextmanager
-def served(folder: Path, arguments: list[str]) -> Iterator[int]:
-    """A server's port."""
-    own = ["--load-format", "dummy", "--port", "0", "--stats-interval", "0", "--log-level", "warning"]
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "leyden.server.commands.cli", "serve", str(folder), *own, *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
-    try:
-        assert process.stdout is not None
-        found = (re.match(r"\s+address\s+http://\S+:(\d+)", line) for line in process.stdout)
-        port = next((int(match[1]) for match in found if match), None)
-        if port is None:
-            raise RuntimeError(f"the server ended with code {process.wait()}")
-        threading.Thread(target=process.stdout.read, daemon=True).start()
-        yield port
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)
-        process.wait(30)
-
-
-def hardware() -> str:
-    name = next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), platform.machine())
-    return f"{os.cpu_count()} cores of {name}"
-
-
 def print_table(report: dict[str, Any]) -> None:
     print(f"\nlongest gaps in ms, {report['hardware']}")
     print(f"{'beside':60} {'/health':>8} {'stream':>8} {'short chat':>11}")
@@ -273,10 +244,11 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="leyden-") as folder:
         write_checkpoint(Path(folder))
-        with served(Path(folder), arguments.serve_args.split()) as port:
+        with own_server(folder, f"{OWN_ARGS} {arguments.serve_args}") as (url, _):
+            port = urlsplit(url).port or 0
             cases = [measure(port, name, arguments.seconds) for name in arguments.cases]
     is_met = all(max(case["health_ms"], case["stream_ms"]) <= GOAL_MS for case in cases)
-    report = {"hardware": hardware(), "goal_ms": GOAL_MS, "is_met": is_met, "cases": cases}
+    report = {"hardware": processor(), "goal_ms": GOAL_MS, "is_met": is_met, "cases": cases}
     print_table(report)
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=2) + "\n")

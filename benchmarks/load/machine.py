@@ -16,6 +16,15 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processor() -> str:
+    """The number of cores and the processor's name."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        name = found.group(1).strip() if found else name
+    return f"{num_cores()} cores of {name}"
+
+
 def hardware() -> str:
     """The GPU when there is one, else the processor, and the number of cores."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -23,11 +32,7 @@ def hardware() -> str:
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=True
         )
         return f"{gpu.stdout.strip().splitlines()[0]}, {num_cores()} CPU cores"
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        name = found.group(1).strip() if found else name
-    return f"{num_cores()} cores of {name}"
+    return processor()
 
 
 def software() -> dict[str, str]:
