@@ -175,7 +175,7 @@ class ScriptedCore:
 
 
 def run_engine(step_ms: str, address: str, parent: str, *_how_to_log: str) -> None:
-    """`host_seconds_total` is the time that sending took."""
+    """The scripted engine: `host_seconds_total` counts the time of sending."""
     core = ScriptedCore(float(step_ms) / 1e3)
     link = connect(address, int(parent))
 
@@ -187,7 +187,7 @@ def run_engine(step_ms: str, address: str, parent: str, *_how_to_log: str) -> No
     sizes = dict.fromkeys(EngineInfo.__struct_fields__, 1)
     names = dict.fromkeys(("model_path", "architecture", "device", "device_name", "dtype"), "scripted")
     kinds = {"state_dtype": "float32", "linear_backend": "auto", "kernels": "torch", "eos_token_ids": [0], "notes": []}
-    kinds |= {"memory": MemoryUse(total=1), "has_sessions": False}
+    kinds |= {"memory": MemoryUse(total=1), "has_sessions": False, "layer_counts": {"lightning": 1}}
     bounds = {"vocab_size": 10**6, "max_model_len": 4096, "num_state_slots": 4096, "max_waiting": 4096}
     link.send(EngineInfo(**(sizes | names | kinds | bounds)))
     run_loop(core, link.receive, send)

@@ -50,7 +50,7 @@ def test_every_file_that_a_page_names_is_there(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_a_size_that_a_page_gives_for_a_file_is_within_a_tenth(page):
-    for name, lines in re.findall(r"`([\w./-]+)` \(([\d,]+) lines\)", page.read_text()):
+    for name, lines in re.findall(r"`([\w./-]+)`\s+\(([\d,]+) lines", page.read_text()):
         assert int(lines.replace(",", "")) == pytest.approx(num_lines(ROOT / name), rel=0.1), name
 
 
@@ -58,7 +58,7 @@ def test_the_readme_is_short_and_tells_the_size_of_the_heart():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 250
     told = int(re.search(r"The heart is about ([\d,]+) lines", text)[1].replace(",", ""))
-    assert told == pytest.approx(sum(num_lines(ROOT / folder) for folder in HEART), rel=0.03)
+    assert told == pytest.approx(sum(num_lines(ROOT / folder) for folder in HEART), rel=0.05)
 
 
 def test_the_guide_to_the_architecture_has_lines_of_at_most_120_characters():
