@@ -28,7 +28,12 @@ class LightningSpec:
     head_dim: int
     slopes: tuple[float, ...]
     scale: float
-    norm_eps: float  # of the RMS norm over all heads' outputs
+    norm_eps: float  # of the RMS norm of all heads' outputs
+    has_silu: bool = True  # of queries, keys and values
+    is_interleaved: bool = True  # rows of q, k, v: those of each head in turn; otherwise all q, all k, all v
+    norm_groups: int = 1  # equal parts of all heads' outputs, each with statistics of its own
+    rope: RopeSpec | None = None  # of queries and keys
+    qk_norm_eps: float | None = None  # of the RMS norm of each head's query and key before rope; None = no such norm
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -46,6 +51,8 @@ class SoftmaxSpec:
     num_kv_heads: int
     head_dim: int
     rope: RopeSpec
+    qk_norm_eps: float | None = None  # of the RMS norm of each head's query and key before rope; None = no such norm
+    is_fused: bool = False  # a checkpoint holds q, k and v as one tensor, all q first
 
     @property
     def scale(self) -> float:
@@ -65,13 +72,23 @@ class SoftmaxRoute:
 
 
 @dataclass(frozen=True, slots=True)
+class SigmoidGroupRoute:
+    """The largest of sigmoid + bias in the `num_kept` best of `num_groups` groups of experts. Their sigmoids without
+    the bias, renormalised and times `scale`, are the weights. A checkpoint holds the bias."""
+
+    num_groups: int
+    num_kept: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertsSpec:
     """A mixture of `num_experts` gated MLPs of inner width `width`; each token takes `top_k` of them, by `route`."""
 
     width: int
     num_experts: int
     top_k: int
-    route: SoftmaxRoute
+    route: SoftmaxRoute | SigmoidGroupRoute
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,20 @@ class Fields:
             raise CheckpointError(f"config.json: {name} must be a number, got {value!r}")
         return float(value)
 
-    def flag(self, name: str, default: bool) -> bool:
+    def above_zero(self, name: str, default: float | None = None) -> float:
+        value = self.number(name, default)
+        if value <= 0:
+            raise CheckpointError(f"config.json: {name} must be positive, got {value}")
+        return value
+
+    def divisor(self, name: str, of: int, what: str) -> int:
+        """A positive integer that divides `of`; `what` tells its origin in the message."""
+        value = self.positive(name)
+        if of % value:
+            raise CheckpointError(f"config.json: {name} ({value}) must divide {what} ({of})")
+        return value
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
             raise CheckpointError(f"config.json: {name} must be true or false, got {value!r}")
@@ -63,6 +76,10 @@ class Fields:
             raise CheckpointError(f"config.json: {name} must be an object, got {value!r}")
         return Fields(value or {})
 
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """An integer, a list of them, or null."""
+        return token_ids(self._config.get(name))
+
     def integers(self, name: str, length: int, default: int) -> list[int]:
         """One non-negative integer per layer; a single number stands for the same in every layer."""
         value = self._get(name, default)
@@ -77,6 +94,11 @@ class Fields:
         if value is not None and value not in allowed:
             options = ", ".join(repr(option) for option in allowed) or "absent"
             raise CheckpointError(f"config.json: {name} = {value!r} is not supported (supported: {options})")
+
+    def must_all_be(self, allowed: Mapping[str, tuple[Any, ...]]) -> None:
+        """`must_be` for each of these fields."""
+        for name, values in allowed.items():
+            self.must_be(name, *values)
 
     def must_be_same(self, name: str, other: str) -> None:
         """Refuse two names of one field that contradict each other."""

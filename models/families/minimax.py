@@ -8,7 +8,6 @@ slopes of a number of heads that is no power of two, a 1e-5 in the layer factor,
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -22,12 +21,12 @@ from ..specs import (
     LightningSpec,
     ModelSpec,
     Residual,
-    RopeSpec,
     SharedSpec,
     SoftmaxRoute,
     SoftmaxSpec,
 )
-from .fields import Fields, token_ids
+from .common import alibi_slopes, geometric_slopes, layer_factor, read_head_dim, read_model, read_rope
+from .fields import Fields
 
 # Hugging Face's in-memory models give the canonical names, released checkpoints have others.
 NAMES = Names(
@@ -89,7 +88,7 @@ def read_hf(config: Mapping[str, Any], architecture: str) -> ModelSpec:
                 mlp_residual=_residual(fields, "mlp_alpha_factor", "mlp_beta_factor"),
             )
         )
-    return _model(fields, config, layers, postnorm=True, architecture=architecture)
+    return read_model(fields, layers, architecture, postnorm=True)
 
 
 def read_original(config: Mapping[str, Any], architecture: str) -> ModelSpec:
@@ -116,26 +115,7 @@ def read_original(config: Mapping[str, Any], architecture: str) -> ModelSpec:
                 mlp_residual=_residual(fields, "layernorm_mlp_alpha", "layernorm_mlp_beta"),
             )
         )
-    postnorm = fields.flag("postnorm", False)
-    return _model(fields, config, layers, postnorm=postnorm, architecture=architecture)
-
-
-def geometric_slopes(num_heads: int) -> list[float]:
-    """2^{-8 (h+1) / H} for any H, as Hugging Face's MiniMax has them."""
-    return [2.0 ** (-8.0 * (h + 1) / num_heads) for h in range(num_heads)]
-
-
-def alibi_slopes(num_heads: int) -> list[float]:
-    """ALiBi (Press et al. 2022): geometric for a power of two, otherwise two interleaved geometric lists."""
-    if num_heads & (num_heads - 1) == 0:
-        return geometric_slopes(num_heads)
-    lower = 1 << (num_heads.bit_length() - 1)
-    return geometric_slopes(lower) + geometric_slopes(2 * lower)[0::2][: num_heads - lower]
-
-
-def layer_factor(i: int, num_layers: int) -> float:
-    """How much layer i of all L layers (not of the lightning ones alone) forgets: 1 - i/(L-1) + 1e-5."""
-    return 1.0 - i / (num_layers - 1) + 1e-5 if num_layers > 1 else 1.0 + 1e-5
+    return read_model(fields, layers, architecture, postnorm=fields.flag("postnorm", False))
 
 
 def hf_layer_factor(i: int, num_layers: int) -> float:
@@ -155,15 +135,17 @@ def _checked_kinds(kinds: Any, num_layers: int, name: str, *allowed: Any) -> lis
 def _lightning(fields: Fields, slopes: tuple[float, ...]) -> LightningSpec:
     return LightningSpec(
         num_heads=fields.positive("num_attention_heads"),
-        head_dim=_head_dim(fields),
+        head_dim=read_head_dim(fields),
         slopes=slopes,
         scale=1.0,
+        has_silu=True,
+        is_interleaved=True,
         norm_eps=INNER_NORM_EPS,
     )
 
 
 def _softmax(fields: Fields) -> SoftmaxSpec:
-    num_heads, head_dim = fields.positive("num_attention_heads"), _head_dim(fields)
+    num_heads = fields.positive("num_attention_heads")
     num_kv_heads = fields.positive(
         "num_key_value_heads", num_heads if fields.is_null("num_key_value_heads") else DEFAULT_KV_HEADS
     )
@@ -171,33 +153,12 @@ def _softmax(fields: Fields) -> SoftmaxSpec:
         raise CheckpointError(
             f"config.json: num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})"
         )
-    rope = _rope(fields)
-    partial = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
-    rotary_dim = fields.positive("rotary_dim", int(head_dim * partial))
-    if rotary_dim > head_dim or rotary_dim % 2:
-        raise CheckpointError(
-            f"config.json: rotary_dim must be even and at most head_dim ({head_dim}), got {rotary_dim}"
-        )
     return SoftmaxSpec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rope=RopeSpec(rotary_dim, rope.number("rope_theta", fields.number("rope_theta", DEFAULT_ROPE_THETA))),
+        head_dim=read_head_dim(fields),
+        rope=read_rope(fields, DEFAULT_ROPE_THETA),
     )
-
-
-def _rope(fields: Fields) -> Fields:
-    """The fields of rope_parameters, or of its older name rope_scaling, which wins where both are given.
-
-    Refuses a scaled rope.
-    """
-    name = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"
-    rope = fields.section(name)
-    kinds = {rope.text("rope_type"), rope.text("type")} - {None}
-    if name == "rope_scaling" and kinds != {"default"}:
-        fields.must_be(name, {"rope_type": "default"})
-    rope.must_be("rope_type", "default")
-    return rope
 
 
 def _dense(fields: Fields) -> DenseSpec:
@@ -220,45 +181,5 @@ def _experts_field(fields: Fields) -> str:
     return "num_experts"
 
 
-def _head_dim(fields: Fields) -> int:
-    if fields.has("head_dim"):
-        return fields.positive("head_dim")
-    return fields.positive("hidden_size") // fields.positive("num_attention_heads")
-
-
 def _residual(fields: Fields, alpha: str, beta: str) -> Residual:
     return Residual(alpha=fields.number(alpha, 1.0), beta=fields.number(beta, 1.0))
-
-
-def _dtype(fields: Fields) -> str | None:
-    """The dtype of the weights; "auto" counts as absent."""
-    name = fields.text("dtype") or fields.text("torch_dtype")
-    return None if name == "auto" else name
-
-
-def _model(
-    fields: Fields, config: Mapping[str, Any], layers: list[LayerSpec], *, postnorm: bool, architecture: str
-) -> ModelSpec:
-    for name, allowed in (
-        ("hidden_act", ("silu", "swish")),
-        ("sliding_window", ()),
-        ("quantization_config", ()),
-    ):
-        fields.must_be(name, *allowed)
-    if not any(isinstance(layer.mixer, LightningSpec) for layer in layers):
-        raise CheckpointError("config.json: no lightning layer; Leyden serves hybrid linear-attention models")
-    eps = fields.number("rms_norm_eps", 1e-5)
-    if not math.isfinite(eps) or eps <= 0:
-        raise CheckpointError(f"config.json: rms_norm_eps must be positive, got {eps}")
-    return ModelSpec(
-        architecture=architecture,
-        vocab_size=fields.positive("vocab_size"),
-        hidden_size=fields.positive("hidden_size"),
-        layers=tuple(layers),
-        rms_norm_eps=eps,
-        postnorm=postnorm,
-        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-        max_model_len=fields.positive("max_position_embeddings"),
-        eos_token_ids=token_ids(config.get("eos_token_id")),
-        dtype=_dtype(fields),
-    )

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..loading.checkpoint import GENERATION_FILE, read_generation_config, read_json
 from ..loading.names import Names
 from ..specs import ModelSpec
-from . import minimax
+from . import minimax, ring_linear
 from .fields import token_ids
 
 
@@ -30,6 +30,7 @@ FAMILIES: dict[str, Family] = {
     "MiniMaxForCausalLM": Family(minimax.read_hf, minimax.names),
     "MiniMaxText01ForCausalLM": Family(minimax.read_original, minimax.names),
     "MiniMaxM1ForCausalLM": Family(minimax.read_original, minimax.names),
+    "BailingMoeLinearV2ForCausalLM": Family(ring_linear.read, ring_linear.names),
 }
 
 

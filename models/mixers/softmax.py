@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..forward_batch import ForwardBatch
+from ..layers.norm import build_qk_norm
 from ..layers.projection import Projection
 from ..loading.target import Target
 from ..specs import SoftmaxSpec
@@ -15,8 +16,8 @@ from .mixer import Mixer, MixerBuild
 
 
 class SoftmaxAttention(Mixer):
-    """o_proj(softmax(scale * q k^T) v) with rope on the first channels of each head. Keeps the key and the value of
-    each token."""
+    """o_proj(softmax(scale * q k^T) v) with rope on the first channels of each head. The spec may ask for a norm of
+    each head's q and k before. Keeps the key and the value of each token."""
 
     def __init__(self, spec: SoftmaxSpec, common: MixerBuild) -> None:
         super().__init__()
@@ -27,7 +28,10 @@ class SoftmaxAttention(Mixer):
         shape = (spec.num_kv_heads, spec.head_dim)
         self.cache = CacheSpec(token=(Part("key", shape, "activation"), Part("value", shape, "activation")))
         q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.qkv_proj = Projection(hidden_size, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}, build)
+        separate = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
+        fused = {"qkv_proj": q_width + 2 * kv_width}
+        self.qkv_proj = Projection(hidden_size, fused if spec.is_fused else separate, build)
+        self.qk_norm = build_qk_norm(spec.head_dim, spec.qk_norm_eps, build)
         self.o_proj = Projection(q_width, {"o_proj": hidden_size}, build, split="in")
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: LayerCache) -> Tensor:
@@ -35,8 +39,9 @@ class SoftmaxAttention(Mixer):
         heads = self.qkv_proj(x).view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
         keys, values = cache.token
+        norm = None if self.qk_norm is None else self.qk_norm.bundle
         self.attention.rope_and_store_kv(
-            q, k, v, batch.positions, self.rotary.cos_sin, keys, values, batch.slot_mapping
+            q, k, v, batch.positions, self.rotary.cos_sin, keys, values, batch.slot_mapping, norm
         )
         return self.o_proj(self._attend(q, keys, values, batch).flatten(1))
 
@@ -55,4 +60,6 @@ class SoftmaxAttention(Mixer):
 
     def targets(self, prefix: str) -> Iterator[Target]:
         yield from self.qkv_proj.targets(prefix)
+        if self.qk_norm is not None:
+            yield from self.qk_norm.targets(prefix)
         yield from self.o_proj.targets(prefix)

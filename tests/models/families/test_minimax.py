@@ -10,7 +10,8 @@ import torch
 from leyden.kernels import load
 from leyden.models.decoder import Decoder
 from leyden.models.errors import CheckpointError
-from leyden.models.families.minimax import alibi_slopes, geometric_slopes, hf_layer_factor, layer_factor
+from leyden.models.families.common import alibi_slopes, geometric_slopes, layer_factor
+from leyden.models.families.minimax import hf_layer_factor
 from leyden.models.families.registry import from_hf
 from leyden.models.layers.build import Build
 from leyden.models.mixers.cache import ItemSizes, slot_bytes, token_bytes
