@@ -20,7 +20,7 @@ PEERS = {"lightning_attn": "sglang minimax", "seg_la": "sglang seg_la", "fla": "
 
 
 def implementations(case: Case) -> dict[str, Implementation]:
-    """Those that can be imported, by their names here; none for what is not lightning attention."""
+    """The peers that can be imported, by their names here; none unless the case is lightning attention."""
     if not (isinstance(case, LightningCase) and case.has_peers):
         return {}
     if case.lengths:

@@ -155,7 +155,7 @@ def measure(case: Case, limits: Limits, seconds: float, peers: bool) -> dict[str
 
 
 def implementations(case: Case, peers: bool) -> dict[str, Implementation]:
-    """Ours first, then PyTorch's and those of `kernel_peers`, if wanted."""
+    """Leyden's first; then PyTorch's and the peers', if wanted."""
     if peers:
         return case.implementations() | kernel_peers.implementations(case)
     return {name: ours for name, ours in case.implementations().items() if not ours.is_peer}
@@ -173,7 +173,7 @@ def measure_one(
     floor: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """What broke is reported, and the run goes on; only what is correct, or a peer's, is timed."""
+    """A failure is reported, and the run goes on. A result is timed if it is correct, or a peer's."""
     result: dict[str, Any] = {"peer": implementation.is_peer}
     try:
         release_memory()  # of the one before
@@ -263,7 +263,7 @@ def main() -> int:
 
 
 def measure_all(cases: Sequence[Case], seconds: float, peers: bool, path: Path | None) -> dict[str, Any]:
-    """The report, written to `path` after every case, so that a run cut short keeps what it measured."""
+    """The report, written to `path` after every case, so that a run cut short keeps its measurements."""
     limits = measure_limits(LIMIT_SECONDS)
     release_memory()
     versions = {"torch": torch.__version__, "triton": importlib.import_module("triton").__version__}
@@ -282,7 +282,9 @@ def measure_all(cases: Sequence[Case], seconds: float, peers: bool, path: Path |
             report["cases"].append(entry)
             report["failures"] += own_failures([entry])
             release_memory()
-        except Exception as error:  # no memory, or a kernel took the device down: what is measured is still reported
+        except (
+            Exception
+        ) as error:  # no memory, or a kernel took the device down: earlier measurements are still reported
             report["failures"].append(f"{case.name}: {first_line(error)}")
         if path:
             path.write_text(json.dumps(report, indent=2) + "\n")

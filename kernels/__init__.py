@@ -1,8 +1,8 @@
 """Tensors in, tensors out: the operations of a hybrid linear-attention model.
 
-`Kernels` groups them by what they compute. A folder for each group holds its contract, a reference in plain PyTorch
-(any device, no compiler; what a CPU serves with), and Triton kernels (CUDA, or CPU tensors under `TRITON_INTERPRET=1`).
-A model receives one `Kernels` and never asks which. Nothing here knows of layers, requests or configuration.
+`Kernels` has them in groups. The folder of a group holds its contract, a reference in plain PyTorch (any device, no
+compiler; a CPU serves with it), and Triton kernels (CUDA, or CPU tensors under `TRITON_INTERPRET=1`). A model receives
+one `Kernels` and never asks which. Nothing here knows of layers, requests or configuration.
 
 Shapes use the letters of the field: T tokens on the flat axis, B rows (one per sequence in the step), H heads, K and V
 the head dims of keys and values, D the head dim of softmax attention, d the hidden size, F the MLP width, E experts.
@@ -28,9 +28,9 @@ KernelName = Literal["torch", "triton"]
 class Kernels:
     """One implementation of every operation.
 
-    In all tensors the last dim is contiguous, leading strides are free. Triton's operations read no device value on the
-    host, so none synchronises; sizes that a launch needs (`Rows.max_len`) come in as ints. The references read small
-    index tensors to choose the cheaper path, which is free on a CPU alone.
+    The last dim of every tensor is contiguous; leading strides are free. Triton's operations read no device value on
+    the host, so none synchronises; sizes that a launch needs (`Rows.max_len`) come in as ints. The references read
+    small index tensors to choose the cheaper path, which is free on a CPU alone.
     """
 
     lightning: Lightning

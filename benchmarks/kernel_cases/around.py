@@ -1,4 +1,4 @@
-"""What lies around attention: one row times a matrix, norms and activations."""
+"""Operations around attention: one row times a matrix, norms and activations."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class LinearCase:
         return in_one_step(lambda: (kernels.dense.linear(inputs.x, Weight(inputs.weight)),))
 
 
-SILU_WIDTH = 12288  # of silu_'s 16,384 channels: q, k and v in a projection that has the gate beside them
+SILU_WIDTH = 12288  # of silu_'s 16,384 channels: q, k and v; the rest of the projection is the gate
 EPS, ALPHA, BETA = 1e-5, 3.5, 1.0
 
 
 class Operation(NamedTuple):
-    """What is done to tensors [T, width] between the large products."""
+    """An operation on tensors [T, width] between the large products."""
 
     widths: tuple[int, ...]  # of the inputs
     num_moved: int  # elements read and written per token

@@ -1,4 +1,4 @@
-"""What a case is: inputs, the least that a call must do, results in float64, and who computes it."""
+"""The parts of a case: inputs, the least that a call must do, results in float64, and implementations."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 class Limits(NamedTuple):
-    """What the device reaches: bytes copied (read and written) and bfloat16 matrix operations, per second."""
+    """Rates that the device reaches, per second: bytes copied (read and written), bfloat16 matrix operations."""
 
     bytes_per_s: float
     flops_per_s: float
 
 
 class Work(NamedTuple):
-    """What one call must do at least."""
+    """The least that one call must do."""
 
     num_bytes: float
     flops: float = 0.0
@@ -44,7 +44,7 @@ class Work(NamedTuple):
 class Bound(NamedTuple):
     """An implementation bound to one set of inputs."""
 
-    step: Callable[[int], object]  # step i; what is timed
+    step: Callable[[int], object]  # step i, which is timed
     results: Callable[[], tuple[Tensor, ...]]  # after all steps, in the order of the case's `expected`
     capturable: bool = True
 
@@ -65,7 +65,7 @@ def in_one_step(call: Callable[[], tuple[Tensor, ...]]) -> Bound:
 
 
 class Case(Protocol):
-    """One shape: its inputs, what they should give, and who computes it."""
+    """One shape: its inputs, their results in float64, and implementations."""
 
     @property
     def group(self) -> str: ...

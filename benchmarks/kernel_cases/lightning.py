@@ -49,7 +49,7 @@ class LightningInputs:
 def lightning_batch(lengths: tuple[int, ...], num_decodes: int, continues: tuple[bool, ...]) -> ForwardBatch:
     """Shuffled slots of a pool with three to spare.
 
-    Every set of inputs shares the index tensors: fla keeps what it derives from them by identity.
+    Every set of inputs shares the index tensors: fla keeps derived tensors by the identity of these.
     """
     rows = [*lengths, *[1] * num_decodes]
     slots = random.Random(0).sample(range(len(rows) + 3), len(rows))
@@ -146,7 +146,7 @@ def blocked_recurrence(
     rows: Rows,
     block: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """What `leyden.kernels.lightning.reference.recurrence` returns, a block of tokens at a time, in float64."""
+    """The results of `leyden.kernels.lightning.reference.recurrence`, a block of tokens at a time, in float64."""
     slope = slopes.double()[:, None, None]
     position = torch.arange(1, block + 1, device=q.device, dtype=torch.float64)
     within = torch.exp(-slope * (position[:, None] - position).clamp(min=0)).tril()  # [H, C, C]

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..bundles import Rows
 from .tile import load_blocks, load_tokens, online_softmax
 
-KEYS_PER_SPLIT = 256  # fewer are not worth a program and its partial result
+KEYS_PER_SPLIT = 256  # fewer do not pay for a program and its partial result
 MAX_SPLITS = 64
-PROGRAMS = 4096  # beyond so many, splitting adds empty programs and nothing else
+PROGRAMS = 4096  # with more than these, further splits are empty programs
 
 
 @triton.jit(do_not_specialize=["b_b", "SPLITS"], do_not_specialize_on_alignment=["p_rows", "p_context"])
@@ -165,7 +165,7 @@ def decode(
     block_size, num_kv_heads = key_cache.shape[1:3]
     group = num_heads // num_kv_heads
     splits = num_splits(num_rows * num_kv_heads, block_table.shape[1] * block_size)
-    part = top = total = out  # what a single split never touches
+    part = top = total = out  # a single split touches none of the three
     if splits > 1:
         part = torch.empty(num_rows, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
         top, total = torch.empty(2, num_rows, num_heads, splits, dtype=torch.float32, device=q.device)

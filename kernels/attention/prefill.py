@@ -74,7 +74,7 @@ def _prefill_kernel(
     b_sum = tl.zeros([BM], tl.float32)
     b_position = context + i_token
     seen_by_all = (context + i_m * BM // G + 1) // BN * BN
-    length = context + tl.minimum(n, ((i_m + 1) * BM - 1) // G + 1)  # what the tile's last query sees
+    length = context + tl.minimum(n, ((i_m + 1) * BM - 1) // G + 1)  # positions that the tile's last query sees
     b_first = load_blocks(p_blocks, 0, length, BLOCK_SIZE, BN)
     b_tail = load_blocks(p_blocks, seen_by_all, length, BLOCK_SIZE, BN)
     for TAIL in tl.static_range(2):  # two loops: keys that every query of the tile sees need no mask
@@ -94,7 +94,7 @@ def _prefill_kernel(
 
 
 def tile_options(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What fits the registers of an H100 without spilling."""
+    """Tiles that fit the registers of an H100 without spilling."""
     if dtype == torch.float32:
         return {"BM": 32, "BN": 16, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
     BN = 64 if head_dim <= 128 else 32

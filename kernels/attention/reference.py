@@ -1,8 +1,7 @@
-"""Softmax attention over a paged KV cache in plain PyTorch: what a CPU serves with, and the tests'
-comparison.
+"""Softmax attention over a paged KV cache in plain PyTorch. A CPU serves with it, and tests compare with it.
 
-Index tensors are read on the host, which costs nothing where they live on the CPU. Only positions that a row
-sees are ever loaded from the cache: what else a block holds may be stale, or NaN.
+Index tensors are read on the host, which costs nothing where they live on the CPU. Only positions that a row sees are
+loaded from the cache: the other places of a block may hold stale values, or NaN.
 """
 
 from __future__ import annotations

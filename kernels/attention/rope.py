@@ -101,7 +101,7 @@ def _rope_kernel(
     BD: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """A program handles BH heads of one token: q's first, then key's."""
+    """A program handles BH heads of one token: first of q, then of key."""
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_h = tl.arange(0, BH)
     b_cos, b_sin = _load_angles(p_cos_sin, p_positions, i_t, c_p, HALF, BR)
@@ -151,7 +151,7 @@ def _rope_store_kernel(
     BD: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """A program handles BH heads of one token: q's first, then those of key and value."""
+    """A program handles BH heads of one token: first of q, then of key and value."""
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_h = tl.arange(0, BH)
     slot = tl.load(p_slots + i_t)

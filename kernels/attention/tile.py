@@ -1,5 +1,5 @@
 # ruff: noqa: ANN201 device functions return registers
-"""What the two attention kernels share: gathering keys through the block table, and the online softmax."""
+"""Shared by the two attention kernels: keys gathered through the block table, and the online softmax."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""x W^T. With one row it is bound by the bytes of W, which this kernel reads faster than the vendor's library does
-(`docs/kernels.md`); more rows are left to that."""
+"""x W^T. The bytes of W bound the product of one row, and this kernel reads them faster than cuBLAS does
+(`docs/kernels.md`). More rows are left to cuBLAS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..bundles import Weight
 
 @triton.jit
 def _row_kernel(p_x, p_w, p_y, N, w_n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
-    """BN channels of y a program."""
+    """A program computes BN channels of y."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     p_w += tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * w_n
     b_y = tl.zeros([BN, BK], tl.float32)

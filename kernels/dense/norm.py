@@ -52,7 +52,7 @@ def _gated_rms_norm_kernel(
 
 
 def launch_options(size: int) -> dict[str, int]:
-    """A row per program, 16 elements per thread: two loads of 16 bytes in half precision."""
+    """A program takes a row, a thread 16 elements: two loads of 16 bytes in half precision."""
     block = triton.next_power_of_2(size)
     return {"D": size, "BD": block, "num_warps": min(16, max(1, block // 512))}
 

@@ -1,6 +1,6 @@
-"""Mixture of experts for a token or two, whose experts are their own: two launches, nothing sorted.
+"""Mixture of experts for a token or two, which hardly share an expert: two launches, nothing sorted.
 
-Bound by the bytes of the weights, so every pair reads its expert's matrices by itself, as vector products.
+The bytes of the weights bound it, so every pair reads its expert's matrices by itself, as vector products.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Mixture of experts as two grouped matrix products over (token, expert) pairs sorted by expert.
 
-The launch covers an upper bound of blocks, so nothing about the routing is read on the host. A pair has its
-own row in both products; a token's rows are summed in the order of its experts.
+The launch covers an upper bound of blocks, so the host reads nothing of the routing. A pair has its own row in both
+products. A token's rows are summed in the order of its experts.
 """
 
 from __future__ import annotations

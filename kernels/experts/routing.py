@@ -1,4 +1,4 @@
-"""Which experts a token takes, and the (token, expert) pairs in the order of their experts."""
+"""A token's choice of experts, and the (token, expert) pairs in the order of their experts."""
 
 from __future__ import annotations
 
@@ -207,13 +207,13 @@ def _sort_kernel(
     b_blocks = (b_count + BM - 1) // BM
     b_end_block = tl.cumsum(b_blocks, axis=0)
 
-    # [BP, BP]: earlier pairs of the same expert in the chunk; what lies past the last pair is later than all
+    # [BP, BP]: earlier pairs of the same expert in the chunk; places past the last pair are later than all
     b_rank = tl.sum(((b_e[None, :] == b_e[:, None]) & (o_pair[None, :] < o_pair[:, None])).to(tl.int32), axis=1)
     b_rank += tl.gather(b_before, b_e, axis=0)
     o_row = tl.gather(b_start, b_e, axis=0) + b_rank
     tl.store(p_order + o_row, o_pair, mask=o_pair < num_pairs)
 
-    # a block is described by its first pair; a surplus one, of which there are fewer than pairs, by that of its number
+    # A block is described by its first pair. A surplus block is described by the pair of its number: they are fewer.
     p_block = p_blocks + 3 * (tl.gather(b_end_block - b_blocks, b_e, axis=0) + b_rank // BM)
     m_first = (b_rank % BM == 0) & (o_pair < num_pairs)
     tl.store(p_block, b_e, mask=m_first)
@@ -225,7 +225,7 @@ def _sort_kernel(
 class SortedPairs(NamedTuple):
     """Pairs (t, j), numbered t * k + j, in the order of their experts, and cut into blocks of one expert each."""
 
-    order: Tensor  # [T * k] int32: the pair at each sorted position; those of one expert in increasing order
+    order: Tensor  # [T * k] int32: the pair at each sorted position; pairs of one expert in increasing order
     blocks: Tensor  # [N, 3] int32: expert (-1: no such block), first sorted position, end
 
 

@@ -1,8 +1,8 @@
 """`minimax`: prefill parallel over chunks of all rows at once.
 
-A row is cut into chunks, as many as keep the device busy. One launch computes the k^T v product of every chunk but
-each row's last; the next walks every chunk from the state before it, which it sums from the products of the
-chunks before. Rows of one chunk need neither, and where all rows are such, one launch is left.
+A row is cut into as many chunks as keep the device busy. The first launch computes the k^T v product of every chunk but
+each row's last. The second walks every chunk from the state before it, which it sums from the products of the chunks
+before. A row of one chunk needs no product; where all rows have one chunk there is one launch.
 Formulas: `lightning/reference.py`, with a chunk for the block.
 """
 
@@ -54,9 +54,9 @@ def _product_kernel(
 ):
     """products[first // CHUNK + i] = sum_b e^{-s(CHUNK-b)} k_b v_b^T over chunk i of the row that starts at `first`.
 
-    The last chunk's program copies the row's initial state to initial[first // CHUNK] instead, since the next launch
-    overwrites the slot while others still need it. Two rows never share an index, as a row of n tokens writes
-    fewer than n / CHUNK products.
+    The last chunk's program copies the row's initial state to initial[first // CHUNK] instead: the next launch
+    overwrites the slot while programs of other chunks still need it. Two rows never share an index, as a row of n
+    tokens writes fewer than n / CHUNK products.
     """
     i_v, i_h, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_local = find_block(p_start, num_rows, i_c, CHUNK)
@@ -109,10 +109,10 @@ def _state_before(
     BV: tl.constexpr,
     ZERO_DECAY: tl.constexpr,
 ):
-    """State [BK, BV] before chunk i_local of a row of several, from what `_product_kernel` left.
+    """State [BK, BV] before chunk i_local of a row of several, from the products that `_product_kernel` left.
 
-    Not even the first chunk reads the slot: the last one's program may have written it already. Chunks so far back that
-    their decay is zero are not read.
+    Not even the first chunk reads the slot: the last chunk's program may have written it already. Chunks so far back
+    that their decay is zero are not read.
     """
     reach = tl.minimum(ZERO_DECAY / (slope * CHUNK), 1e9).to(tl.int32)
     oldest = tl.maximum(i_local - 1 - reach, 0)

@@ -1,5 +1,4 @@
-"""Lightning attention in plain PyTorch: the token recurrence that defines it, and the forms that serve on a
-CPU.
+"""Lightning attention in plain PyTorch: the token recurrence that defines it, and the forms that serve on a CPU.
 
 Per head with slope s > 0:  S_t = e^{-s} S_{t-1} + k_t v_t^T,  o_t = scale * q_t S_t  (Qin et al. 2024,
 Lightning Attention-2). A block of true length m with incoming S, positions a = 1..m:

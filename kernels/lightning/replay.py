@@ -1,12 +1,12 @@
 """`replay`: decode that reads the state and seldom writes it.
 
-The keys and values of the last tokens wait in a ring per slot; a step reads the state once, replays the ring on top of
-it, and appends one row. With j tokens waiting,
+The keys and values of the last tokens wait in a ring per slot. A step reads the state once, replays the ring on top of
+it, and appends one token. With j tokens waiting,
 
     o = scale * ( e^{-s(j+1)} q S + sum_{i<j} e^{-s(j-i)} (q . k_i) v_i + (q . k) v ).
 
-When the ring is full its tokens are folded into S, which is then rounded to the pool's dtype once per C tokens
-instead of once per token.
+When the ring is full its tokens are folded into S. So S is rounded to the pool's dtype once per C tokens instead of
+once per token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`seg_la`: one launch walks every row, prefill and decode alike, with the state tile in registers.
 
-A program owns one V tile of one head of one row, so a tile of the state is read and written once however long
-the row is. Formulas: `lightning/reference.py`.
+A program owns one V tile of one head of one row, so a tile of the state is read and written once, however long the row
+is. Formulas: `lightning/reference.py`.
 """
 
 from __future__ import annotations

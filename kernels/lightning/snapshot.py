@@ -1,7 +1,7 @@
-"""The states that rows pass on their way through a step: `minimax` and `seg_la` keep them in registers only.
+"""The states that rows pass within a step, which `minimax` and `seg_la` keep in registers only.
 
 A program owns one V tile of one head of one snapshot, and walks the row's keys and values from its first token of the
-step. Snapshots of one row repeat each other's work: that costs less than any order among them, since a step has few.
+step. Snapshots of one row repeat each other's work. A step has few of them, so an order among them would cost more.
 Formulas: `lightning/reference.py`.
 """
 

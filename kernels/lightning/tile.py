@@ -1,5 +1,5 @@
 # ruff: noqa: ANN201 device functions return registers
-"""What the lightning kernels share: tile sizes, a state tile [BK, BV] in registers, and the walk of a row by one."""
+"""Shared by the lightning kernels: tile sizes, a state tile [BK, BV] in registers, and the walk of a row with it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def load_rows(p_x, start, n, i_c, stride_t, C: tl.constexpr, BT: tl.constexpr, B
 
 @triton.jit
 def load_ring(p_ring, i_c, count, C, BT: tl.constexpr, BC: tl.constexpr):
-    """The waiting tokens' channels i_c * BC.., zeros for those that do not wait: [BT, BC]."""
+    """The waiting tokens' channels i_c * BC.., zeros in places where no token waits: [BT, BC]."""
     o_i = tl.arange(0, BT)
     o_c = i_c * BC + tl.arange(0, BC)
     mask = (o_i < count)[:, None] & (o_c < C)[None, :]

@@ -1,12 +1,12 @@
-"""`verify`: a few tokens at once of which perhaps only the first will be kept, so the state is only read.
+"""`verify`: a few tokens at once, of which perhaps only the first will be kept, so the state is only read.
 
-A row of m tokens, of which all but the first are drafts, reads the state and the p keys and values that wait in its
-slot's ring, and leaves its own in the ring behind them. With a = 1..m,
+All of a row's m tokens but the first are drafts. They read the state and the p keys and values that wait in the slot's
+ring, and leave their own keys and values behind them. With a = 1..m,
 
     o_a = scale * ( e^{-s(p+a)} q_a S + sum_{i<p} e^{-s(p+a-1-i)} (q_a . k_i) v_i
                     + sum_{b<=a} e^{-s(a-b)} (q_a . k_b) v_b ).
 
-How many are kept is the caller's next count of waiting tokens: those behind it are overwritten. No state is copied.
+The caller's next count of waiting tokens says how many are kept; later ones are overwritten. No state is copied.
 """
 
 from __future__ import annotations
@@ -111,14 +111,14 @@ def _verify_kernel(
     b_o = tl.dot(b_weight.to(DOT), b_v.to(DOT), b_o, input_precision=PRECISION)
     store_rows(p_o, b_o * scale, 0, n, i_v, o_t, V, BT, BV)
 
-    # Places from `count` on are nobody's to read in this launch: other value tiles may still be reading those before.
+    # No program of this launch reads places from `count` on; other value tiles may still read those before.
     if i_v == 0:  # a tile of values each, the keys once
         store_rows(p_key_ring + count * K, b_k, 0, n, 0, K, K, BT, BK)
     store_rows(p_value_ring + count * V, b_v, 0, n, i_v, V, V, BT, BV)
 
 
 def _verify_tiles(q: Tensor, v: Tensor, ring_size: int) -> Tiles:
-    """One block of tokens, which holds a ring; no loop, so stages do not count. Full float32 spills with four warps."""
+    """One block of tokens holds a ring. Without a loop stages do not count. Full float32 spills with four warps."""
     num_warps = 8 if q.dtype == torch.float32 else 4
     return walk_tiles(q, v, num_walks=1)._replace(BT=padded(ring_size), num_warps=num_warps, num_stages=2)
 

@@ -1,9 +1,9 @@
 """From a row of logits to a token, one program per row, without sorting.
 
 With e_i = exp((x_i - max x) / temperature), each of min-p, top-k and top-p keeps a prefix of the tokens in descending
-order, so all that a row needs is the logit where the prefix ends. It is found by narrowing an interval of logits,
-several pivots at a time; then the row's uniform number is looked up in the running sum of the kept e_i, in the order of
-the vocabulary (inverse transform sampling).
+order, so a row needs only the logit where the prefix ends. An interval of logits is narrowed around it, several pivots
+at a time. Then the row's uniform number is looked up in the running sum of the kept e_i, in the order of the vocabulary
+(inverse transform sampling).
 """
 
 from __future__ import annotations

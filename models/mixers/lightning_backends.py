@@ -156,7 +156,7 @@ LINEAR_BACKENDS: dict[str, BackendFactory] = {
     "minimax": MinimaxBackend,
     "seg_la": SegLaBackend,
     "replay": ReplayBackend,
-    "auto": ReplayBackend,  # what the measurements favour, for prompts by shape and for decode
+    "auto": ReplayBackend,  # the fastest by measurement: for prompts by their shape, and for decode
 }
 
 

@@ -1,4 +1,4 @@
-"""No kernel reads or writes beyond its tensors, not even what it then throws away: on a GPU that may be no memory."""
+"""No kernel reads or writes beyond its tensors, not even values that it ignores: on a GPU that may be no memory."""
 
 from __future__ import annotations
 

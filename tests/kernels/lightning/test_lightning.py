@@ -610,7 +610,7 @@ def test_a_snapshot_is_the_state_that_a_row_passes(ops, dtype, K, V, device, ass
         pool[:, 1],
     )
     assert torch.equal(case.state, before), "the pool is read only"
-    assert pool[:, 0].isnan().all() and pool[[5, 6]].isnan().all(), "only what was asked for is written"
+    assert pool[:, 0].isnan().all() and pool[[5, 6]].isnan().all(), "only the snapshots asked for are written"
     for (row, n), place in zip(asked, places, strict=True):
         cut = case.query_start_loc.clone()
         cut[row + 1 :] = cut[row] + n

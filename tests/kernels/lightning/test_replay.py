@@ -1,4 +1,4 @@
-"""Deferred-write decode against the token recurrence in float64, and what may wait where."""
+"""Deferred-write decode against the token recurrence in float64, from every place of the ring."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Decoding:
         return Ring(self.key_ring, self.value_ring, self.pending)
 
     def step(self, backend: str, t: int) -> Tensor:
-        """Outputs [B, H, V] of step t; counts what waits as the contract says."""
+        """Outputs [B, H, V] of step t; counts waiting tokens as the contract says."""
         out = torch.full_like(self.v[:, t], float("nan"))
         continues = self.continues | (t > 0)
         rows = Rows(self.slots, continues, torch.arange(len(out) + 1, device=out.device).int(), 1)
@@ -190,7 +190,7 @@ def test_a_fold_in_mid_ring_is_a_snapshot_to_go_on_from(backend, device, assert_
 def test_a_new_row_reads_nothing_of_the_previous_owner(backend, device, assert_close):
     case = make_decoding(device, 3)
     case.continues[:] = False
-    case.pending[:] = 7  # of whoever had the slot
+    case.pending[:] = 7  # of the slot's previous owner
     case.state.fill_(float("nan"))
     expected, final = case.oracle(case.state)
     assert_close("out", case.run(backend), expected, 1e-6)

@@ -1,4 +1,4 @@
-"""Rows of drafts against the token recurrence in float64, and going on from those that are kept."""
+"""Rows of drafts against the token recurrence in float64, and steps that go on from the kept tokens."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ every_kernel = pytest.mark.parametrize("backend", KERNELS)
 
 @dataclass
 class Case:
-    """Verify rows: views of one interleaved projection, a permuted pool with spare slots. What nobody may read is NaN:
-    ring places that do not wait, and everything of rows without an initial state."""
+    """Verify rows: views of one interleaved projection, a permuted pool with spare slots. What may not be read is
+    NaN: ring places where no token waits, and the slots of rows without an initial state."""
 
     q: Tensor  # [T, H, K]
     k: Tensor
@@ -206,7 +206,7 @@ def test_rows_in_the_midst_of_a_longer_batch_leave_its_other_tokens_alone(backen
 
 
 class Walk:
-    """One sequence's tokens q, k, v [n, H, D] going through a slot by any operation; what was rejected is nonsense."""
+    """One sequence's tokens q, k, v [n, H, D] going through a slot by any operation; rejected tokens are nonsense."""
 
     def __init__(self, backend: str, device: torch.device, num_tokens: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(num_tokens)
