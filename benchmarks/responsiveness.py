@@ -28,7 +28,7 @@ from leyden.benchmarks.long_context import argument_parser, write_config
 from leyden.configs.schema import EngineConfig
 from leyden.engine.boundary.loop import run_loop
 from leyden.engine.core import EngineCore
-from leyden.engine.execution.runner import LaunchedStep
+from leyden.engine.execution.launcher import LaunchedStep
 from leyden.engine.messages import AbortRequest, AddRequest, FromEngine, Shutdown, StepOutputs, ToEngine
 from leyden.engine.sampling_params import SamplingParams
 from leyden.engine.scheduling.step import ScheduledBatch
@@ -89,8 +89,8 @@ class Watch:
         self.first_token: dict[str, tuple[float, int]] = {}  # by request, likewise
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._events: list[torch.cuda.Event] = []  # of steps that were not complete when last asked
-        self._launch = core.runner.launch
-        core.runner.launch = self.launch  # type: ignore[method-assign]
+        self._launch = core.launcher.launch
+        core.launcher.launch = self.launch  # type: ignore[method-assign]
 
     def measure(self) -> dict[str, Any]:
         long, short = (prompt_of(self.core, size) for size in (self.arguments.tokens, SHORT_TOKENS))

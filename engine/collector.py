@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from .execution.runner import LaunchedStep
+from .execution.launcher import LaunchedStep
 from .messages import EngineStats
 from .outputs import StepOutput, TokenLogprobs
 from .scheduling.scheduler import Scheduler
@@ -31,8 +31,8 @@ class Collector:
         outputs = None
         if step.drafts is not None:
             outputs = self._collect_verified(step.drafts, tokens, logprobs)
-        elif step.answers is not None and step.num_finished == self._scheduler.num_finished:
-            outputs = step.answers.take(step.indices, tokens)
+        elif step.sink is not None and step.num_finished == self._scheduler.num_finished:
+            outputs = step.sink.take(step.indices, tokens)
         if outputs is None:
             outputs = self._collect_each(step, tokens, logprobs)
         self._stats.generation_tokens_total += sum([len(output.token_ids) for output in outputs])

@@ -13,7 +13,7 @@ import torch
 from ..configs.schema import EngineConfig
 from .collector import Collector, prompt_scores
 from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, RequestError
-from .execution.runner import LaunchedStep
+from .execution.launcher import LaunchedStep, Launcher
 from .memory.blocks import BlockManager
 from .memory.slots import SlotManager
 from .messages import AddRequest, EngineInfo, EngineStats
@@ -43,6 +43,7 @@ class EngineCore:
         """`grammars`: the result of `grammar_compiler(config)`, so that its tokenizer loads while the model does."""
         self.config = config
         self.runner, self.plan, self.memory = build(config, progress=progress)
+        self.launcher = Launcher(self.runner)
         plan = self.plan
         self.max_model_len = plan.max_model_len
         blocks = BlockManager(plan.num_kv_blocks, config.block_size)
@@ -166,7 +167,7 @@ class EngineCore:
             tell_started([sequence.request_id for sequence in started_now])
         launched, scored = None, []
         if not batch.is_empty:
-            launched = self.runner.launch(batch)
+            launched = self.launcher.launch(batch)
             launched.num_finished = self.scheduler.num_finished
             scored = prompt_scores(launched)
             self.scheduler.update(batch)

@@ -20,6 +20,7 @@ meet waiting tokens, `Decoder.fold_pending` must have folded them before the ste
 | here | also known as |
 |---|---|
 | query_start_loc | cu_seqlens, q_offsets |
+| extend_start_loc | the same for the prefill rows alone |
 | context_lens | extend_prefix_lens, num_computed_tokens |
 | has_initial_state | s_scales |
 | state_indices | s_offsets, slot_id, mamba cache indices |
@@ -30,7 +31,7 @@ meet waiting tokens, `Decoder.fold_pending` must have folded them before the ste
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 from torch import Tensor
 
@@ -46,26 +47,54 @@ class RowsOfKind(NamedTuple):
     num_pending: Tensor  # [B] int32
 
 
+class Each(NamedTuple):
+    """What a step's tensor holds one entry for, and what an entry of padding holds.
+
+    axis: "token" [T], "row" [B], "start" [B + 1], "draw" [N] (a row of logits) or "snapshot" [S].
+    per_step: added to a row's entry from one of its decode steps to the next.
+    """
+
+    axis: Literal["token", "row", "start", "draw", "snapshot"]
+    dtype: str
+    padding: int = 0
+    per_step: int = 0
+
+
+def layout_of(kind: type) -> dict[str, Each]:
+    """The annotated fields of a class, in their order. Packing, padding for graphs and the continuation of decode rows
+    follow from them: a field is declared nowhere else."""
+    hints = get_type_hints(kind, include_extras=True).items()
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints}
+    return {name: mark[0] for name, mark in marks.items() if mark and isinstance(mark[0], Each)}
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """All that a model needs to know of one step: tensors on the device, and the counts that a launch needs as ints.
 
-    `engine.execution.step_input` builds it. It is never changed.
+    Built complete by `engine.execution.step_input.make_batch` and never changed.
     """
 
-    input_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64, 0-based position of each token in its sequence
-    query_start_loc: Tensor  # [B + 1] int32, start of each row on the token axis
-    context_lens: Tensor  # [B] int32, tokens computed before this step
-    has_initial_state: Tensor  # [B] bool, context_lens > 0; False = the state slot is dirty and must be ignored
-    state_indices: Tensor  # [B] int32, slot of each row in the state pool and in block_table; -1 = padding row
-    num_pending: Tensor  # [B] int32, computed tokens that wait in the slot's ring, not yet in its state
-    slot_mapping: Tensor  # [T] int64, where each token's key and value go: block * block_size + offset
-    block_table: (
-        Tensor  # [num_slots, M] int32, the KV blocks of each slot; entries past the end of a row are never read
-    )
-    logits_indices: Tensor  # [N] int64, the last token of each row whose next token is wanted
-    snapshots: Tensor  # [S, 3] int32, (row, tokens, snapshot): states to save on the way; snapshot -1 = padding
+    input_ids: Annotated[Tensor, Each("token", "int64")]
+    # 0-based position of each token in its sequence.
+    positions: Annotated[Tensor, Each("token", "int64", per_step=1)]
+    # [B + 1], start of each row on the token axis.
+    query_start_loc: Annotated[Tensor, Each("start", "int32")]
+    # Tokens computed before this step.
+    context_lens: Annotated[Tensor, Each("row", "int32", padding=-1, per_step=1)]
+    # context_lens > 0; False = the state slot is dirty and must be ignored.
+    has_initial_state: Annotated[Tensor, Each("row", "bool")]
+    # Slot of each row in the state pool and in block_table; -1 = padding row.
+    state_indices: Annotated[Tensor, Each("row", "int32", padding=-1)]
+    # Computed tokens that wait in the slot's ring, not yet in its state.
+    num_pending: Annotated[Tensor, Each("row", "int32")]
+    # Where each token's key and value go: block * block_size + offset.
+    slot_mapping: Annotated[Tensor, Each("token", "int64", padding=-1, per_step=1)]
+    # [N], the last token of each row whose next token is wanted.
+    logits_indices: Annotated[Tensor, Each("draw", "int64")]
+    # [S, 3], (row, tokens, snapshot): states to save on the way; snapshot -1 = padding.
+    snapshots: Annotated[Tensor, Each("snapshot", "int32", padding=-1)]
+    block_table: Tensor  # [num_slots, M] int32, the KV blocks of each slot; no entry past a row's end is read
     num_prefills: int
     num_prefill_tokens: int
     num_decodes: int
@@ -93,10 +122,16 @@ class ForwardBatch:
         for name, value in made.items():
             object.__setattr__(self, name, value)  # the class is frozen
 
+    @property
+    def extend_start_loc(self) -> Tensor:
+        """[num_prefills + 1] int32: start of each prefill row on the token axis, and the end of the last."""
+        return self.query_start_loc[: self.num_prefills + 1]
+
     def _of_kind(self, rows: slice, tokens: slice, max_len: int) -> RowsOfKind | None:
         if rows.start == rows.stop:
             return None
-        starts = self.query_start_loc[rows.start : rows.stop + 1]
+        own = self.extend_start_loc if rows.stop <= self.num_prefills else self.query_start_loc
+        starts = own[rows.start : rows.stop + 1]
         return RowsOfKind(
             Rows(self.state_indices[rows], self.has_initial_state[rows], starts, max_len),
             tokens,

@@ -11,7 +11,31 @@ import torch
 from torch import Tensor
 
 from ..sequence import Sequence
-from .step_input import Arrays
+from .arrays import Arrays
+
+CELLS = {"cells": "int64", "blocks": "int32"}  # dtypes of what a step sends
+
+
+class SentBlocks:
+    """The host's side: which blocks of each sequence the device knows. width: columns of the table there."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+
+    def new_cells(self, sequences: list[Sequence]) -> Arrays:
+        """`cells` [N] int64, flat places in `BlockTables.table`, and `blocks` [N] int32, their contents: all that these
+        sequences' rows lack. They count as sent: they must be written before the next kernel reads the table.
+        """
+        cells, blocks = [np.empty(0, dtype=np.int64)], []
+        for sequence in sequences:
+            first, end = sequence.num_sent_blocks, len(sequence.block_table)
+            if first < end:
+                assert sequence.state_slot is not None
+                row = sequence.state_slot * self._width
+                cells.append(np.arange(row + first, row + end))
+                blocks.append(sequence.block_table[first:])
+                sequence.num_sent_blocks = end
+        return {"cells": np.concatenate(cells), "blocks": np.frombuffer(b"".join(blocks), dtype=np.int32)}
 
 
 class BlockTables:
@@ -33,27 +57,11 @@ class BlockTables:
     def nbytes(self) -> int:
         return self.table.nbytes
 
-    def new_cells(self, sequences: list[Sequence]) -> Arrays:
-        """`cells` [N] int64, flat places in the table, and `blocks` [N] int32, their contents: all that these
-        sequences' rows lack. They count as sent: the caller must `write` them before the next kernel reads the table.
-        """
-        width = self.table.shape[1]
-        cells, blocks = [np.empty(0, dtype=np.int64)], []
-        for sequence in sequences:
-            first, end = sequence.num_sent_blocks, len(sequence.block_table)
-            if first < end:
-                assert sequence.state_slot is not None
-                row = sequence.state_slot * width
-                cells.append(np.arange(row + first, row + end))
-                blocks.append(sequence.block_table[first:])
-                sequence.num_sent_blocks = end
-        return {"cells": np.concatenate(cells), "blocks": np.frombuffer(b"".join(blocks), dtype=np.int32)}
-
     def write(self, cells: Tensor, blocks: Tensor) -> None:
         """Put blocks [N] int32 at flat places [N] int64. A place that comes twice must get the same block."""
         if len(cells):
             self.table.view(-1).scatter_(0, cells, blocks)
 
-    def of(self, sequences: list[Sequence]) -> Tensor:
-        """[num_slots, M] int32, a view of as many columns as the longest of these sequences' tables has."""
-        return self.table[:, : max(len(sequence.block_table) for sequence in sequences)]
+    def view(self, num_columns: int) -> Tensor:
+        """[num_slots, num_columns] int32, the first blocks of every slot."""
+        return self.table[:, :num_columns]

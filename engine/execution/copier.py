@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..memory.operations import Fold, Fork, Move, Operation, Restore, Save
 from ..memory.pools import KVPool, SnapshotPool, StatePool
-from .step_input import upload
+from .arrays import upload
 
 
 class Copier:

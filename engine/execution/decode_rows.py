@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..memory.operations import Operation
 from ..memory.ring import RingRule
 from ..outputs import StepOutput
 from ..scheduling.continuation import Advance
 from ..scheduling.step import ScheduledBatch
 from ..sequence import UNSEEN, Sequence
-from .graphs import CELL_DTYPES, DRAW_DTYPES, ROW_DTYPES, TOKEN_DTYPES, StepGraphs
+from .arrays import Arrays, unpack
+from .block_tables import CELLS, SentBlocks
+from .padding import DECODE_FIELDS, GraphInputs
 from .sampling_rows import SamplingRows, draws
-from .step_input import Arrays, batch_arrays, unpack
+from .step_input import StepInput, batch_arrays
 
 STEPS_AHEAD = 16  # for which random numbers are made at once
-FIELDS = (*TOKEN_DTYPES, *ROW_DTYPES, *DRAW_DTYPES)
+COUNTED = {name: each.per_step for name, each in DECODE_FIELDS.items() if each.per_step}
 
 
-class Answers:
-    """Where the tokens of some rows go whose answers have begun, in steps in which nobody ends."""
+class TokenSink:
+    """Puts tokens into the answers of some rows, which have begun, in steps in which none of them ends."""
 
     def __init__(self, sequences: list[Sequence]) -> None:
         self._request_ids = [sequence.request_id for sequence in sequences]
@@ -48,25 +51,44 @@ class Answers:
 class DecodeRows:
     """Rows that want nothing but `Sampler.draw`, in a shape that holds them.
 
-    sequences: the batch's own list, whose blocks the device has. packed: the shape's inputs, laid out as by `pad`.
-    brings_cells: whether these hold blocks that rows begin in this step.
+    sequences: the batch's own list. packed: the shape's inputs, laid out as by `pad`. brings_cells: whether these hold
+    blocks that rows begin in this step.
     """
 
     def __init__(
-        self, graphs: StepGraphs, scheduled: ScheduledBatch, wanted: SamplingRows, block_size: int, ring: RingRule
+        self,
+        inputs: GraphInputs,
+        blocks: SentBlocks,
+        scheduled: ScheduledBatch,
+        wanted: SamplingRows,
+        block_size: int,
+        ring: RingRule,
     ) -> None:
         arrays = batch_arrays(scheduled, block_size)
-        self._graphs = graphs
+        self._inputs = inputs
+        self._blocks = blocks
         self._block_size = block_size
         self._next_pending = np.array(ring.after_decode, dtype=np.int32)
         self._seeds = wanted.seeds
         self.sequences = scheduled.sequences
         self._indices = np.array([len(sequence.output_token_ids) for sequence in self.sequences])
-        self._answers: Answers | None = None  # from the second step on: a first token asks for more
+        self._sink: TokenSink | None = None  # from the second step on: a first token asks for more
         self.brings_cells = False
         self._is_drawn = wanted.is_drawn
         self._ahead, self._num_used = self._draw_ahead(), 1
         self._lay_out(arrays | wanted.constant | {"uniform": self._ahead[0]})
+
+    def step_input(self, arrays: Arrays, operations: list[Operation]) -> StepInput:
+        """This step. arrays: cells of the block tables that `packed` has no place for."""
+        return StepInput(
+            arrays,
+            len(self.sequences),
+            self.shape,
+            self.packed,
+            self.brings_cells,
+            is_plain=True,
+            operations=operations,
+        )
 
     @property
     def indices(self) -> list[int]:
@@ -74,23 +96,23 @@ class DecodeRows:
         return self._indices.tolist()
 
     @property
-    def answers(self) -> Answers | None:
+    def sink(self) -> TokenSink | None:
         """Where this step's tokens go; None where some row is to be looked at, whatever it gets."""
-        is_enough = self._answers is not None and self._indices[0] < self._answers.end
-        return self._answers if is_enough else None
+        is_enough = self._sink is not None and self._indices[0] < self._sink.end
+        return self._sink if is_enough else None
 
     def advance(self, advance: Advance) -> None:
         """Go on to the step that follows."""
         if advance.kept is not None:
             self._keep(advance)
         self._indices += 1
-        if self._answers is None:
-            self._answers = Answers(self.sequences)
+        if self._sink is None:
+            self._sink = TokenSink(self.sequences)
         assert self._indices[0] == len(self.sequences[0].output_token_ids), "the step before was not launched"
         own = self._own
         own["input_ids"].fill(UNSEEN)  # the last token of the slot, which the device knows
-        for name in ("positions", "slot_mapping", "context_lens"):
-            own[name] += 1
+        for name, each_step in COUNTED.items():
+            own[name] += each_step
         own["num_pending"][:] = self._next_pending[own["num_pending"]]
         if self._is_drawn:
             if self._num_used == STEPS_AHEAD:
@@ -106,7 +128,7 @@ class DecodeRows:
             return
         size, turned = self._block_size, [self.sequences[row] for row in rows]
         self._own["slot_mapping"][rows] = [s.block_table[s.num_computed_tokens // size] * size for s in turned]
-        new = self._graphs.tables.new_cells(turned)
+        new = self._blocks.new_cells(turned)
         num_new = len(new["cells"])
         self.brings_cells = num_new > 0
         if num_new:
@@ -119,7 +141,7 @@ class DecodeRows:
         kept = advance.kept
         own = {name: array[kept] for name, array in self._own.items()}
         self.sequences = advance.rows
-        self._indices, self._answers = self._indices[kept], None
+        self._indices, self._sink = self._indices[kept], None
         self._seeds, self._ahead = self._seeds[kept], self._ahead[:, kept]
         self._lay_out(own)
 
@@ -132,13 +154,13 @@ class DecodeRows:
     def _lay_out(self, own: Arrays) -> None:
         """Put the rows' arrays at their places in the smallest shape that holds them."""
         num_rows = len(self.sequences)
-        shape = self._graphs.shape_of_decodes(num_rows)
+        shape = self._inputs.shape_of_decodes(num_rows)
         assert shape is not None, f"no graph holds {num_rows} rows"
         self.shape = shape
-        padding = self._graphs.padding[self.shape]
+        padding = self._inputs.padding(shape)
         self.packed = padding.packed.copy()
         places = unpack(padding.arrays, self.packed)
-        self._own = {name: places[name][:num_rows] for name in FIELDS}
+        self._own = {name: places[name][:num_rows] for name in DECODE_FIELDS}
         for name, place in self._own.items():
             place[:] = own[name]
-        self._cells = {name: places[name] for name in CELL_DTYPES}
+        self._cells = {name: places[name] for name in CELLS}

@@ -27,7 +27,8 @@ class WantedScores(NamedTuple):
 def wanted_scores(scheduled: ScheduledBatch) -> list[WantedScores]:
     """The rows of prompts that ask for scores. A row's last token predicts the next chunk's first, if there is one."""
     wanted, first = [], 0
-    for row, (sequence, count) in enumerate(zip(scheduled.sequences, scheduled.num_scheduled_tokens, strict=True)):
+    prompts = zip(scheduled.sequences[: scheduled.num_prefills], scheduled.num_scheduled_tokens, strict=False)
+    for row, (sequence, count) in enumerate(prompts):
         num_top = sequence.sampling_params.prompt_logprobs
         if num_top is not None and sequence.num_output_tokens == 0:
             start = sequence.num_computed_tokens

@@ -6,36 +6,37 @@ batch; what comes back is `Sampled`, whose copy to the host is already under way
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...kernels import Kernels
+from ...models.forward_batch import Each
 from ..outputs import PAIR, TokenLogprobs
-from ..sequence import Sequence
-from .sampling_rows import SamplingRows
-from .step_input import Arrays, Upload
+from .arrays import Upload
 
 
-class Draw(NamedTuple):
-    """How N rows are drawn from their logits, on the device. Arguments of `Kernels.sample`."""
+class SamplingInputs(NamedTuple):
+    """How N rows are drawn from their logits, on the device. Arguments of `Kernels.sample`. Padding is greedy."""
 
-    temperature: Tensor  # [N] float32, 0 = greedy
-    top_k: Tensor  # [N] int32, 0 = off
-    top_p: Tensor  # [N] float32
-    min_p: Tensor  # [N] float32
-    uniform: Tensor  # [N] float32 in [0, 1)
+    temperature: Annotated[Tensor, Each("draw", "float32")]  # 0 = greedy
+    top_k: Annotated[Tensor, Each("draw", "int32")]  # 0 = off
+    top_p: Annotated[Tensor, Each("draw", "float32")]
+    min_p: Annotated[Tensor, Each("draw", "float32")]
+    uniform: Annotated[Tensor, Each("draw", "float32")]  # in [0, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
     """What the N rows to sample ask for, on the device. An index into a table of rows x vocabulary is flat."""
 
-    draw: Draw
+    inputs: SamplingInputs
+    num_top: list[int | None]  # on the host, per row, alternatives wanted; None = no log-probabilities at all
     slots: Tensor  # [N] int32, state slots
     bias_at: Tensor  # [M] int64 in [N, V]: logit bias, and -inf for what min_tokens forbids
     bias: Tensor  # [M] float32
@@ -52,10 +53,11 @@ class SamplingBatch:
     mask: Tensor  # [G, ceil(V / 32)] int32, a bit for each token that may come
 
     @classmethod
-    def of(cls, arrays: Mapping[str, Tensor] | Upload) -> SamplingBatch:
-        """From the tensors of `Sampler.arrays`, by name."""
-        draw = Draw(*(arrays[name] for name in Draw._fields))
-        return cls(draw, **{name: arrays[name] for name in cls.__slots__ if name != "draw"})
+    def of(cls, arrays: Mapping[str, Tensor] | Upload, num_top: list[int | None]) -> SamplingBatch:
+        """From the tensors of `SamplingRows.arrays`, by name."""
+        inputs = SamplingInputs(*(arrays[name] for name in SamplingInputs._fields))
+        names = [field.name for field in dataclasses.fields(cls)][2:]
+        return cls(inputs, num_top, **{name: arrays[name] for name in names})
 
 
 @dataclass(slots=True)
@@ -83,9 +85,8 @@ class Sampled:
 
 
 class Sampler:
-    """`arrays`, then `sample`, once per step.
-
-    Holds what must not leave the device between steps: each slot's last token, and how often each token occurred.
+    """Draws tokens, and holds what must not leave the device between steps: each slot's last token, and how often each
+    token occurred.
 
     counts [num_slots, V] int32: twice the times in the answer, plus 1 if in the prompt; of sequences with penalties.
     """
@@ -94,7 +95,6 @@ class Sampler:
         self.kernels = kernels
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)  # [-1]: of padding rows
         self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
-        self._rows = SamplingRows([], [])
 
     @property
     def nbytes(self) -> int:
@@ -109,26 +109,9 @@ class Sampler:
         """`nbytes` of such a sampler: that of its slots, and a place for padding rows."""
         return num_slots * cls.bytes_per_slot(vocab_size) + 4
 
-    def rows(self, sequences: list[Sequence]) -> SamplingRows:
-        """What these sequences ask for in their slots."""
-        slots = [sequence.state_slot for sequence in sequences]
-        if self._rows.sequences != sequences or self._rows.slots != slots:  # most steps have the rows of the last
-            self._rows = SamplingRows(sequences, slots)
-        return self._rows
-
-    def arrays(self, sequences: list[Sequence], indices: list[int]) -> Arrays:
-        """The fields of `SamplingBatch` for these sequences, one row each, in numpy. indices: which token of its answer
-        each row gets. Those with penalties count as counted from here on."""
-        return self.rows(sequences).arrays(self.counts.shape[1], indices)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the rows of the last `arrays` want nothing but `draw`: no bias, penalty or log-probabilities."""
-        return self._rows.is_plain
-
-    def draw(self, logits: Tensor, draw: Draw, slots: Tensor) -> Tensor:
+    def draw(self, logits: Tensor, inputs: SamplingInputs, slots: Tensor) -> Tensor:
         """Tokens [N] int32 of rows of logits [N, V], -1 where these are NaN or inf; noted as their slots' last."""
-        tokens = self.kernels.sample(logits, *draw)
+        tokens = self.kernels.sample(logits, *inputs)
         self.last_tokens[slots] = tokens.clamp(min=0)
         return tokens
 
@@ -143,13 +126,13 @@ class Sampler:
         Log-probabilities are of the raw logits.
         """
         adjusted = self._adjust(logits, batch)
-        tokens = self.draw(adjusted, batch.draw, batch.slots)
+        tokens = self.draw(adjusted, batch.inputs, batch.slots)
         chosen = tokens.clamp(min=0).long()
         if batch.penalised_rows.shape[0]:
             at = batch.penalised_slots * self.counts.shape[1] + chosen[batch.penalised_rows]
             self.counts.view(-1).scatter_add_(0, at, torch.full_like(at, 2, dtype=torch.int32))
         logprobs = None
-        num_top = self._rows.num_top
+        num_top = batch.num_top
         if batch.logprob_rows.shape[0]:
             width = max(num or 0 for num in num_top)
             logprobs = _logprobs(logits[batch.logprob_rows].float(), chosen[batch.logprob_rows], width)

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..sampling_params import SamplingParams
 from ..sequence import UNSEEN, Sequence
-from .step_input import Arrays
+from .arrays import Arrays
 
 _MASK64 = (1 << 64) - 1
 _BELOW_ONE = np.float32(1 - 2**-24)

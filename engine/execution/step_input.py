@@ -1,39 +1,23 @@
-"""Scheduled sequences -> ForwardBatch: built on the host in plain arrays, sent to the device in one copy."""
+"""All that a step reads, as plain data: made once beside the scheduler, run by every rank."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ...models.forward_batch import ForwardBatch
-from ..memory.operations import StepSave
+from ...models.forward_batch import ForwardBatch, layout_of
+from ..memory.operations import Operation, StepSave
 from ..scheduling.step import ScheduledBatch
 from ..sequence import Sequence
+from .arrays import Arrays, Upload
+from .graph_shapes import GraphShape
+from .prompt_scores import WantedScores
 
-Arrays = dict[str, np.ndarray]
-ALIGNMENT = 16  # bytes; Triton specialises on it
-_DTYPES = {
-    torch.empty(0, dtype=dtype).numpy().dtype: dtype for dtype in (torch.int64, torch.int32, torch.float32, torch.bool)
-}
-BATCH_TENSORS = (
-    "input_ids",
-    "positions",
-    "query_start_loc",
-    "context_lens",
-    "has_initial_state",
-    "state_indices",
-    "num_pending",
-    "slot_mapping",
-    "logits_indices",
-    "snapshots",
-)
+BATCH = layout_of(ForwardBatch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +31,55 @@ class Counts:
     num_drafted: int = 0
     num_drafted_tokens: int = 0
 
+    @classmethod
+    def of(cls, scheduled: ScheduledBatch) -> Counts:
+        prefill_counts = scheduled.num_scheduled_tokens[: scheduled.num_prefills]
+        return cls(
+            num_prefills=scheduled.num_prefills,
+            num_prefill_tokens=sum(prefill_counts),
+            num_decodes=scheduled.num_decodes,
+            max_query_len=max(prefill_counts, default=1),
+            num_drafted=scheduled.num_drafted,
+            num_drafted_tokens=sum(prefill_counts) if scheduled.num_drafted else 0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step. `StepComposer` makes it, `ModelRunner.run` computes it and asks nothing else; so it can be sent.
+
+    arrays: by name, `cells` and `blocks` for the block tables; without a graph the tensors of `ForwardBatch` and of
+    `SamplingBatch`; with one its `places`, and those of `SamplingBatch` unless the step is plain.
+    padded: [..] uint8, the inputs of the graph. Decode steps that follow one another share it: each is run, or sent,
+    before the next is composed.
+    """
+
+    arrays: Arrays
+    num_draws: int  # tokens to draw
+    shape: GraphShape | None = None  # the graph that computes the step; None = kernel by kernel
+    padded: np.ndarray | None = None
+    brings_cells: bool = False  # `padded` holds new cells of the block tables
+    is_plain: bool = False  # the draws look at nothing but their logits, as the graph makes them
+    counts: Counts | None = None  # without a graph
+    num_columns: int = 0  # of the block tables, as many as the longest row has; without a graph
+    num_top: list[int | None] | None = None  # of each draw, alternatives wanted; None = no log-probabilities
+    scores: list[WantedScores] = dataclasses.field(default_factory=list)
+    operations: list[Operation] = dataclasses.field(default_factory=list)  # before anything is computed
+
+    @property
+    def is_decode(self) -> bool:
+        """Plain decode rows alone from a graph, row i at place i."""
+        return self.is_plain and self.shape is not None and not self.shape.num_prefills
+
+    def from_graph(self, shape: GraphShape, padded: np.ndarray, arrays: Arrays, *, is_plain: bool) -> StepInput:
+        """The same step, computed by a graph."""
+        return dataclasses.replace(self, shape=shape, padded=padded, arrays=arrays, is_plain=is_plain)
+
 
 def make_batch(tensors: Upload | dict[str, Tensor], counts: Counts, block_table: Tensor) -> ForwardBatch:
-    """The batch contract of `models.forward_batch` for one step. tensors: those of `batch_arrays`."""
-    fields = {name: tensors[name] for name in BATCH_TENSORS}
-    return ForwardBatch(**fields, block_table=block_table, **dataclasses.asdict(counts))  # type: ignore[arg-type]
-
-
-def count_rows(scheduled: ScheduledBatch) -> Counts:
-    prefill_counts = scheduled.num_scheduled_tokens[: scheduled.num_prefills]
-    return Counts(
-        num_prefills=scheduled.num_prefills,
-        num_prefill_tokens=sum(prefill_counts),
-        num_decodes=scheduled.num_decodes,
-        max_query_len=max(prefill_counts, default=1),
-        num_drafted=scheduled.num_drafted,
-        num_drafted_tokens=sum(prefill_counts) if scheduled.num_drafted else 0,
-    )
+    """The batch contract of `models.forward_batch` for one step. tensors: the fields that it lays out, by name."""
+    fields: dict[str, Any] = {name: tensors[name] for name in BATCH}
+    return ForwardBatch(**fields, block_table=block_table, **dataclasses.asdict(counts))
 
 
 def batch_arrays(scheduled: ScheduledBatch, block_size: int) -> Arrays:
@@ -129,58 +145,3 @@ def _input_ids(sequences: list[Sequence], counts: list[int], num_prefills: int) 
     ]
     decoding = _ints([(s.output_token_ids or s.prompt_token_ids)[-1] for s in sequences[num_prefills:]])
     return np.concatenate([*parts, decoding.astype(np.int64)])
-
-
-class Upload:
-    """Arrays on the device, one after another in one buffer of bytes. Indexing by name makes a tensor of one."""
-
-    def __init__(self, arrays: Arrays, buffer: Tensor) -> None:
-        self.buffer = buffer
-        self._arrays = arrays
-        self._starts = dict(zip(arrays, _starts(arrays), strict=False))
-
-    def __getitem__(self, name: str) -> Tensor:
-        array, start = self._arrays[name], self._starts[name]
-        if not array.size:
-            return _empty(_DTYPES[array.dtype], array.shape, self.buffer.device)
-        view = self.buffer[start : start + array.nbytes].view(_DTYPES[array.dtype])
-        return view if array.ndim == 1 else view.view(array.shape)
-
-
-def upload(arrays: Arrays, device: torch.device) -> Upload:
-    """Send every array in one copy, on CUDA out of pinned memory and without waiting."""
-    is_cuda = device.type == "cuda"
-    host = torch.empty(packed_size(arrays), dtype=torch.uint8, pin_memory=is_cuda)
-    pack(arrays, host.numpy())
-    return Upload(arrays, host.to(device, non_blocking=True))
-
-
-@functools.cache
-def _empty(dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def packed_size(arrays: Arrays) -> int:
-    """Bytes that `pack` writes."""
-    return _starts(arrays)[-1]
-
-
-def pack(arrays: Arrays, buffer: np.ndarray) -> None:
-    """Write the arrays one after another into a buffer of bytes."""
-    for array, start in zip(arrays.values(), _starts(arrays), strict=False):
-        if array.size:
-            buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def unpack(arrays: Arrays, buffer: np.ndarray) -> Arrays:
-    """What `pack` wrote of such arrays, in place."""
-    return {
-        name: buffer[start : start + array.nbytes].view(array.dtype)
-        for (name, array), start in zip(arrays.items(), _starts(arrays), strict=False)
-    }
-
-
-def _starts(arrays: Arrays) -> list[int]:
-    """Where each array begins, and where the last ends."""
-    padded = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays.values()]
-    return list(itertools.accumulate(padded, initial=0))

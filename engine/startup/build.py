@@ -9,6 +9,7 @@ import msgspec
 
 from ...configs.schema import EngineConfig
 from ..execution.graph_shapes import shapes_for
+from ..execution.launcher import Launcher
 from ..execution.pools import DevicePools
 from ..execution.runner import ModelRunner
 from ..execution.served_model import ServedModel
@@ -84,11 +85,12 @@ def _warm_up(runner: ModelRunner, config: EngineConfig, plan: MemoryPlan) -> Non
         max_drafts=config.speculative_tokens,
         max_drafted=1,
     )
+    launcher = Launcher(runner)
     with refuse_out_of_memory("a first step beside the pools", "lower memory_fraction or max_num_batched_tokens"):
         for step in smallest_steps(limits):
-            runner.launch(step).wait()
+            launcher.launch(step).wait()
         if plan.num_snapshots:
-            runner.launch(snapshot_step(limits, num_pending=min(1, runner.served.ring.capacity))).wait()
+            launcher.launch(snapshot_step(limits, num_pending=min(1, runner.served.ring.capacity))).wait()
 
 
 def _with_graphs(built: Built, config: EngineConfig, *, progress: bool) -> Built:

@@ -7,6 +7,7 @@ import torch
 from ...configs.schema import EngineConfig
 from ..execution.graph_shapes import GraphShape, shapes_for
 from ..execution.graphs import StepGraphs
+from ..execution.launcher import Launcher
 from ..execution.pools import DevicePools
 from ..execution.runner import ModelRunner
 from ..execution.served_model import ServedModel
@@ -96,9 +97,9 @@ def _measure_steps(runner: ModelRunner, limits: StepLimits) -> int:
     free_memory(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before = None
+    before, launcher = None, Launcher(runner)
     for step in serving_steps(limits):
-        launched = runner.launch(step)
+        launched = launcher.launch(step)
         if before is not None:  # as when serving: the results of a step are held while the next runs
             before.wait()
         before = launched

@@ -405,8 +405,8 @@ def test_queue_time_ends_with_the_first_step_and_is_told_once(tiny, monkeypatch)
 
 def test_start_is_told_once_and_before_the_step_that_computes_it(tiny):
     core = make_core(tiny.folder, max_num_seqs=1, max_num_batched_tokens=8)
-    events, launch = [], core.runner.launch
-    core.runner.launch = lambda batch: events.append("launch") or launch(batch)
+    events, launch = [], core.launcher.launch
+    core.launcher.launch = lambda batch: events.append("launch") or launch(batch)
     for name in ("a", "b"):
         core.add_request(request(name, PROMPT[:20], max_tokens=1))
     while core.has_work:
@@ -499,8 +499,8 @@ class SlowDevice:
     def __init__(self, core: EngineCore, on_completion: Callable[[int], None]) -> None:
         self.launched: list[list[str]] = []
         self.num_completed = self.most_ahead = 0
-        self._launch, self._on_completion = core.runner.launch, on_completion
-        core.runner.launch = self.launch
+        self._launch, self._on_completion = core.launcher.launch, on_completion
+        core.launcher.launch = self.launch
 
     def launch(self, batch):
         step = self._launch(batch)

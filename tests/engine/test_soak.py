@@ -38,14 +38,18 @@ class FakeStep:
 
 
 class FakeRunner:
-    """Draws tokens at random."""
+    """No model."""
 
     device = torch.device("cpu")
     served = SimpleNamespace(
         ring=RingRule(16, replays=True), spec=SimpleNamespace(vocab_size=VOCAB, eos_token_ids=(EOS,))
     )
 
-    def __init__(self) -> None:
+
+class FakeLauncher:
+    """Draws tokens at random."""
+
+    def __init__(self, runner: FakeRunner) -> None:
         self.rng = random.Random(1)
 
     def launch(self, batch: ScheduledBatch) -> FakeStep:
@@ -91,6 +95,7 @@ def soak(core: EngineCore, num_requests: int, rng: random.Random) -> dict[str, i
 @pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
 def test_a_soak_of_short_requests_ends_with_every_slot_and_block_free(monkeypatch, lags):
     monkeypatch.setattr(core_module, "build", build)
+    monkeypatch.setattr(core_module, "Launcher", FakeLauncher)
     config = EngineConfig(
         max_num_seqs=12, max_num_batched_tokens=40, block_size=4, max_waiting=50, async_scheduling=lags
     )

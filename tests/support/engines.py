@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from leyden.configs.schema import EngineConfig
 from leyden.engine.core import EngineCore
-from leyden.engine.execution.block_tables import BlockTables
+from leyden.engine.execution.arrays import upload
+from leyden.engine.execution.block_tables import BlockTables, SentBlocks
+from leyden.engine.execution.composer import StepComposer
 from leyden.engine.execution.graph_shapes import GraphShape
 from leyden.engine.execution.graphs import StepGraphs
+from leyden.engine.execution.launcher import Launcher
+from leyden.engine.execution.padding import GraphInputs
 from leyden.engine.execution.runner import ModelRunner
-from leyden.engine.execution.step_input import batch_arrays, count_rows, make_batch, upload
+from leyden.engine.execution.step_input import make_batch
+from leyden.engine.memory.ring import RingRule
 from leyden.engine.messages import AddRequest
 from leyden.engine.outputs import StepOutput, TokenLogprobs
 from leyden.engine.sampling_params import SamplingParams
@@ -67,18 +72,19 @@ def use_graphs(core: EngineCore, shapes: Items[GraphShape]) -> EngineCore:
     runner = core.runner
     graphs = StepGraphs(runner.compute, shapes, runner.tables, runner.device)
     core.runner = ModelRunner(runner.served, runner.pools, graphs)
+    core.launcher = Launcher(core.runner)
     return core
 
 
 def computed(core: EngineCore) -> list[int]:
     """Grows by the number of tokens of every step that is launched."""
-    launch, counts = core.runner.launch, []
+    launch, counts = core.launcher.launch, []
 
     def counting(batch):
         counts.append(sum(batch.num_scheduled_tokens))
         return launch(batch)
 
-    core.runner.launch = counting
+    core.launcher.launch = counting
     return counts
 
 
@@ -133,10 +139,12 @@ def assert_nothing_held(core: EngineCore) -> None:
 
 def build_batch(scheduled: ScheduledBatch, tables: BlockTables, block_size: int) -> ForwardBatch:
     """A step's batch as the runner makes it, on the tables' device."""
-    arrays = batch_arrays(scheduled, block_size) | tables.new_cells(scheduled.sequences)
-    sent = upload(arrays, tables.table.device)
+    blocks = SentBlocks(tables.table.shape[1])
+    composer = StepComposer(blocks, GraphInputs(()), block_size=block_size, vocab_size=1000, ring=RingRule())
+    step, _ = composer.compose(scheduled)
+    sent = upload(step.arrays, tables.table.device)
     tables.write(sent["cells"], sent["blocks"])
-    return make_batch(sent, count_rows(scheduled), tables.of(scheduled.sequences))
+    return make_batch(sent, step.counts, tables.view(step.num_columns))
 
 
 def sequence(

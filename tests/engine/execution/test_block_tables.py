@@ -9,9 +9,10 @@ import torch
 from engines import DEVICE, drain, make_core, request, sequence, use_graphs
 from leyden.engine.core import EngineCore
 from leyden.engine.execution import runner as model_runner
-from leyden.engine.execution.block_tables import BlockTables
+from leyden.engine.execution.arrays import packed_size
+from leyden.engine.execution.block_tables import SentBlocks
 from leyden.engine.execution.graph_shapes import shapes_for
-from leyden.engine.execution.step_input import batch_arrays, packed_size
+from leyden.engine.execution.step_input import batch_arrays
 from leyden.engine.scheduling.step import ScheduledBatch
 from leyden.engine.sequence import Sequence
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
@@ -38,12 +39,12 @@ def make(folder, *, graphs: bool, **settings) -> EngineCore:
 
 def watch(core: EngineCore) -> dict[str, int]:
     """Hold the device's tables against the rows of every step. Returns how often each kind of step came."""
-    runner, launch = core.runner, core.runner.launch
+    launcher, launch, tables = core.launcher, core.launcher.launch, core.runner.tables
     counts = dict.fromkeys(("prompts", "decodes", "drafts", "followed"), 0)
 
     def checked(batch: ScheduledBatch):
         step = launch(batch)
-        table = runner.tables.table.cpu().numpy()
+        table = tables.table.cpu().numpy()
         for row in batch.sequences:
             assert table[row.state_slot, : len(row.block_table)].tolist() == row.block_table.tolist()
         counts["prompts"] += batch.num_prefills > batch.num_drafted
@@ -52,7 +53,7 @@ def watch(core: EngineCore) -> dict[str, int]:
         counts["followed"] += batch.advance is not None
         return step
 
-    runner.launch = checked
+    launcher.launch = checked
     return counts
 
 
@@ -102,7 +103,7 @@ def test_a_step_sends_no_more_for_a_long_row_than_for_a_short_one():
     sent = {}
     for longest in (100, 1 << 20):
         rows = rows_of(longest)
-        tables = BlockTables(64, 1 + (1 << 16), torch.device("cpu"))
+        tables = SentBlocks(1 + (1 << 16))
         assert len(tables.new_cells(rows)["cells"]) == sum(len(row.block_table) for row in rows)
         rows[0].block_table.extend([1, 2, 3])
         rows[5].block_table.append(4)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from engines import DEVICE, drain, make_core, request, sequence, use_graphs
 from leyden.engine.core import EngineCore
-from leyden.engine.execution.decode_rows import FIELDS, STEPS_AHEAD, Answers, DecodeRows
+from leyden.engine.execution.arrays import unpack
+from leyden.engine.execution.decode_rows import STEPS_AHEAD, DecodeRows, TokenSink
 from leyden.engine.execution.graph_shapes import graph_shapes
+from leyden.engine.execution.padding import DECODE_FIELDS, GraphInputs
 from leyden.engine.execution.staging import StagedTokens, StagingPool
-from leyden.engine.execution.step_input import unpack
 from leyden.engine.sequence import UNSEEN
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 
@@ -35,26 +36,22 @@ def with_graphs(folder, **settings) -> EngineCore:
 
 
 def watch(core: EngineCore) -> dict[str, int]:
-    """Hold every step's inputs against those that are made anew. Returns how often each thing happened."""
-    runner, graphs = core.runner, core.runner.graphs
+    """Hold the input of every decode step against one that is made anew. Returns how often each thing happened."""
+    runner, composer = core.runner, core.launcher.composer
+    inputs, compose = GraphInputs(runner.graphs.shapes), composer.compose
     counts = dict.fromkeys(("followed", "left", "turned"), 0)
-    scheduled, decode = [], runner._decode
-    make = runner._decode_rows
 
-    def note(batch):
-        scheduled[:] = [batch]
-        return make(batch)
-
-    def check(rows):
-        batch = scheduled[0]
-        anew = DecodeRows(
-            graphs, batch, runner.sampler.rows(batch.sequences), runner.pools.block_size, runner.served.ring
-        )
-        assert (rows.shape, rows.sequences, rows.indices) == (anew.shape, anew.sequences, anew.indices)
-        found, expected = (unpack(graphs.padding[rows.shape].arrays, each.packed) for each in (rows, anew))
+    def checked(batch):
+        step, receivers = compose(batch)
+        if not step.is_decode:
+            return step, receivers
+        ring, size = runner.served.ring, runner.pools.block_size
+        anew = DecodeRows(inputs, None, batch, composer.sampling_rows(batch.sequences), size, ring)
+        assert (step.shape, receivers.sequences, receivers.indices) == (anew.shape, batch.sequences, anew.indices)
+        found, expected = (unpack(inputs.padding(step.shape).arrays, packed) for packed in (step.padded, anew.packed))
         for each in (found, expected):
             each["uniform"][each["temperature"] == 0] = 0  # a greedy row looks at none
-        for name in set(FIELDS) - {"input_ids"}:
+        for name in set(DECODE_FIELDS) - {"input_ids"}:
             assert found[name].tolist() == expected[name].tolist(), name
         known = expected["input_ids"] != UNSEEN
         last = runner.sampler.last_tokens.cpu().numpy()[found["state_indices"]]
@@ -62,14 +59,10 @@ def watch(core: EngineCore) -> dict[str, int]:
         assert ids[known].tolist() == expected["input_ids"][known].tolist()
         counts["followed"] += batch.advance is not None
         counts["left"] += batch.advance is not None and batch.advance.kept is not None
-        counts["turned"] += batch.advance is not None and rows.brings_cells
-        step = decode(rows)
-        table = runner.tables.table.cpu().numpy()
-        for own in batch.sequences:
-            assert table[own.state_slot, : len(own.block_table)].tolist() == own.block_table.tolist()
-        return step
+        counts["turned"] += batch.advance is not None and step.brings_cells
+        return step, receivers
 
-    runner._decode_rows, runner._decode = note, check
+    composer.compose = checked
     return counts
 
 
@@ -97,12 +90,12 @@ def test_what_a_step_reads_and_writes_is_touched_by_no_later_step_until_it_is_re
     core = with_graphs(folder)
     core.add_request(request("a", random_prompt(5, 1), max_tokens=100))
     core.step()
-    runner, scheduler = core.runner, core.scheduler
+    launcher, scheduler = core.launcher, core.scheduler
     for _ in range(2):  # the second time with what the first has given back
         launched, memory = [], []
         for _ in range(3):
             batch = scheduler.schedule()
-            launched.append(runner.launch(batch))
+            launched.append(launcher.launch(batch))
             scheduler.update(batch)
             staging = launched[-1].sampled._staging
             if DEVICE == "cuda":
@@ -168,10 +161,10 @@ def test_who_is_aborted_while_a_step_runs_gets_nothing_of_it(folder):
 def test_tokens_that_are_bad_or_may_be_the_last_are_left_to_a_closer_look():
     rows = [sequence([1, 2], output=(3, UNSEEN), max_tokens=5), sequence([1], output=(4, 5, UNSEEN), max_tokens=8)]
     rows[1].stop_ids = frozenset({9})
-    answers = Answers(rows)
-    assert answers.take([1, 2], [7, 9]) is answers.take([1, 2], [-1, 7]) is None
+    sink = TokenSink(rows)
+    assert sink.take([1, 2], [7, 9]) is sink.take([1, 2], [-1, 7]) is None
     assert [row.output_token_ids[-1] for row in rows] == [UNSEEN, UNSEEN]
-    assert [output.token_ids for output in answers.take([1, 2], [7, 8])] == [[7], [8]]
+    assert [output.token_ids for output in sink.take([1, 2], [7, 8])] == [[7], [8]]
     assert [row.output_token_ids for row in rows] == [[3, 7], [4, 5, 8]]
 
 

@@ -12,10 +12,10 @@ import torch
 from backends import BACKENDS
 from engines import DEVICE, drain, engine_config, make_core, request, use_graphs
 from leyden.engine.core import EngineCore
-from leyden.engine.execution import graphs as cuda_graph
-from leyden.engine.execution import runner as model_runner
+from leyden.engine.execution.arrays import unpack
 from leyden.engine.execution.graph_shapes import PREFILL_ROWS, SNAPSHOTS, GraphShape, graph_shapes, shapes_for
-from leyden.engine.execution.step_input import Counts
+from leyden.engine.execution.padding import GraphInputs, row_starts
+from leyden.engine.execution.step_input import Counts, StepInput
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 
 DECODES = [GraphShape(2), GraphShape(8)]
@@ -40,6 +40,13 @@ def plain(folder, **settings) -> EngineCore:
 
 def with_graphs(folder, shapes=DECODES, **settings) -> EngineCore:
     return use_graphs(plain(folder, **settings), shapes)
+
+
+def composed(core: EngineCore) -> list[StepInput]:
+    """Grows by the input of every step that is launched."""
+    steps, run = [], core.runner.run
+    core.runner.run = lambda step: steps.append(step) or run(step)
+    return steps
 
 
 PARAMS = {
@@ -108,7 +115,7 @@ def test_graphs_share_one_place_for_logits(folder):
 @torch.inference_mode()
 @pytest.mark.parametrize("lags", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["at once", "a step behind"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_with_prompts_answers_as_one_without_graphs(folder, monkeypatch, backend, lags):
+def test_a_step_with_prompts_answers_as_one_without_graphs(folder, backend, lags):
     settings = {"linear_backend": backend, "async_scheduling": lags, "mixed_prefill_tokens": 24}
     lengths = (1, 70, 5, 64, 23, 40)  # chunks, several prompts in a step, a graph filled to the last token, and one not
     requests = [
@@ -117,15 +124,14 @@ def test_a_step_with_prompts_answers_as_one_without_graphs(folder, monkeypatch, 
     ]
     expected = drain(plain(folder, **settings), *requests)
     core = with_graphs(folder, MIXED + DECODES, **settings)
-    eager = []
-    monkeypatch.setattr(model_runner, "score", lambda *arguments: eager.append(arguments) or {})
+    steps = composed(core)
     for _ in range(2):
         answers = drain(core, *requests)
         for name in PARAMS:
             assert answers[name].token_ids == expected[name].token_ids, name
             scores = [[entry.logprob for entry in each[name].logprobs] for each in (answers, expected)]
             assert scores[0] == pytest.approx(scores[1], abs=1e-4), name
-    assert not eager, "every step was to come from a graph"
+    assert all(step.shape for step in steps), "every step was to come from a graph"
 
 
 @torch.inference_mode()
@@ -142,7 +148,7 @@ def test_the_padding_of_prompts_touches_no_slot_and_no_block(folder, backend):
     pools += [(pool, blocks) for pool in runner.pools.kv.tensors]
     for pool, others in pools:
         pool[:, others] = 7
-    runner.launch(batch).wait()
+    core.launcher.launch(batch).wait()
     for pool, others in pools:
         assert (pool[:, others] == 7).all()
 
@@ -154,10 +160,11 @@ def test_states_on_the_way_of_a_prompt_come_from_a_graph_as_they_come_without(fo
     settings = {"linear_backend": backend, "snapshot_min_tokens": 2, "snapshot_interval": interval}
     kept, taken = [], []
     for core in (plain(folder, **settings), with_graphs(folder, MIXED, **settings)):
-        replay = core.runner._replay
-        core.runner._replay = lambda *step, replay=replay: taken.append(len(step[2].snapshots)) or replay(*step)
+        steps = composed(core)
         pool = core.runner.pools.snapshots.parts[0].fill_(7)
         drain(core, *(request(str(i), random_prompt(30, i), max_tokens=1) for i in range(2)))
+        replayed = [step for step in steps if step.shape is not None and step.shape.num_prefills]
+        taken += [int((snapshots_of(step)[:, 2] >= 0).sum()) for step in replayed]
         nodes = [node for node in core.scheduler.cache.tree.nodes if node.snapshot is not None]
         kept.append({(node.end, int(node.tokens[-1])): pool[node.snapshot].clone() for node in nodes})
         free = sorted(set(range(len(pool))) - {node.snapshot for node in nodes})
@@ -166,6 +173,11 @@ def test_states_on_the_way_of_a_prompt_come_from_a_graph_as_they_come_without(fo
     for place, state in kept[0].items():
         torch.testing.assert_close(kept[1][place], state, rtol=1e-4, atol=1e-4)
     assert any(count > 8 for count in taken) == is_held and all(count <= SNAPSHOTS for count in taken)
+
+
+def snapshots_of(step: StepInput) -> np.ndarray:
+    """[S, 3], of a step from a graph."""
+    return unpack(GraphInputs(()).padding(step.shape).arrays, step.padded)["snapshots"].reshape(-1, 3)
 
 
 @torch.inference_mode()
@@ -232,13 +244,11 @@ def test_drafts_from_graphs_answer_as_a_text_without_drafts(folder, backend, max
     core = with_graphs(folder, shapes, **settings)
     rng = random.Random(0)
     propose(core, lambda known: [t if rng.random() < 0.8 else t + 1 for t in known], expected)
-    taken = []
-    replay = core.runner._replay
-    core.runner._replay = lambda graphs, shape, *rest: taken.append(shape) or replay(graphs, shape, *rest)
+    steps = composed(core)
     answers = drain(core, *requests)
     assert {n: a.token_ids for n, a in answers.items()} == {n: a.token_ids for n, a in expected.items()}
     assert core.stats().accepted_tokens_total > 0
-    assert any(shape.num_verifies for shape in taken)
+    assert any(step.shape and step.shape.num_verifies for step in steps)
 
 
 def propose(core: EngineCore, change, answers) -> None:
@@ -274,6 +284,6 @@ def test_drafts_have_shapes_of_their_own():
     assert shape.holds(fitting) and not GraphShape(8, 64).holds(fitting)
     for wrong in ({"num_drafted": 3, "num_prefills": 3}, {"max_query_len": 9}, {"num_drafted": 0}):
         assert not shape.holds(dataclasses.replace(fitting, **wrong))
-    starts = cuda_graph._row_starts(np.array([0, 3, 11]), shape)
+    starts = row_starts(np.array([0, 3, 11]), shape)
     assert starts.tolist() == [0, 3, 11, 16, 16]
-    assert cuda_graph._row_starts(np.array([0, 1]), shape).tolist() == [0, 1, 9, 16, 16]
+    assert row_starts(np.array([0, 1]), shape).tolist() == [0, 1, 9, 16, 16]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from engines import sequence
 from leyden.engine.execution.sampler import Sampler, SamplingBatch, token_logprobs
-from leyden.engine.execution.sampling_rows import uniform
+from leyden.engine.execution.sampling_rows import SamplingRows, uniform
 from leyden.engine.outputs import TokenLogprobs
 from leyden.engine.sequence import UNSEEN, Sequence
 from leyden.kernels import load
@@ -36,8 +36,9 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
 
 
 def step(sampler: Sampler, logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
-    arrays = sampler.arrays(sequences, [each.num_output_tokens for each in sequences])
-    batch = SamplingBatch.of({name: torch.from_numpy(array) for name, array in arrays.items()})
+    rows = SamplingRows(sequences, [each.state_slot for each in sequences])
+    arrays = rows.arrays(logits.shape[1], [each.num_output_tokens for each in sequences])
+    batch = SamplingBatch.of({name: torch.from_numpy(array) for name, array in arrays.items()}, rows.num_top)
     tokens, logprobs = sampler.sample(logits, batch).wait()
     token_ids = torch.tensor(tokens)
     return Drawn(token_ids, token_ids >= 0, logprobs)
@@ -151,11 +152,11 @@ def test_a_bias_is_gone_through_once_and_not_in_every_step():
     first, second = (sequence([1], logit_bias=bias, min_tokens=2, stop_token_ids=[4]) for bias in biases)
     made = [bias.count for bias in biases]
     first.state_slot, second.state_slot = 0, 1
-    sampler = Sampler(load("torch"), 2, VOCAB, CPU)
     own = {7: 1.0, 2: -1.0}
     for step_number in range(4):  # rows that come and go are gathered anew, too
         for rows in ([first], [first, second], [second, first]):
-            arrays = sampler.arrays(rows, [step_number] * len(rows))
+            gathered = SamplingRows(rows, [each.state_slot for each in rows])
+            arrays = gathered.arrays(VOCAB, [step_number] * len(rows))
             found = dict(zip(arrays["bias_at"].tolist(), arrays["bias"].tolist(), strict=True))
             stops = {4: -math.inf} if step_number < 2 else {}
             at = {row: (own if each is first else {7: 2.0}) | stops for row, each in enumerate(rows)}

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+import pytest
 import torch
 from engines import build_batch, sequence
+from leyden.engine.execution import padding
 from leyden.engine.execution.block_tables import BlockTables
+from leyden.engine.execution.graph_shapes import GraphShape
+from leyden.engine.execution.step_input import BATCH, Counts
 from leyden.engine.memory.operations import StepSave
 from leyden.engine.scheduling.step import ScheduledBatch
+from leyden.models.forward_batch import Each, ForwardBatch
 
 CPU = torch.device("cpu")
 BLOCK = 4
@@ -44,7 +50,7 @@ def test_rows_are_counted_on_the_host():
 def test_query_start_loc_bounds_every_row_and_extend_start_loc_the_prefill_rows():
     batch = build(mixed())
     assert batch.query_start_loc.tolist() == [0, 7, 8, 13, 14, 15]
-    assert batch.extend_start_loc.tolist() == [0, 7, 8]
+    assert batch.extend_start_loc.tolist() == [0, 7, 8, 13]
 
 
 def test_context_decides_who_is_new_and_never_the_length_of_the_row():
@@ -81,22 +87,34 @@ def test_no_row_wants_logits_while_its_prompt_is_incomplete():
     assert batch.logits_indices.tolist() == [] and batch.logits_indices.dtype == torch.int64
 
 
-def test_dtypes_are_those_of_the_contract():
-    batch = build(mixed())
-    fields = {name: getattr(batch, name) for name in batch.__slots__}
-    assert {name: field.dtype for name, field in fields.items() if isinstance(field, torch.Tensor)} == {
-        "input_ids": torch.int64,
-        "positions": torch.int64,
-        "query_start_loc": torch.int32,
-        "context_lens": torch.int32,
-        "has_initial_state": torch.bool,
-        "state_indices": torch.int32,
-        "num_pending": torch.int32,
-        "slot_mapping": torch.int64,
-        "block_table": torch.int32,
-        "logits_indices": torch.int64,
-        "snapshots": torch.int32,
+def test_every_tensor_of_a_batch_declares_its_axis_and_dtype_once():
+    """A step fills each declared field, and no other: a field more is one line of `ForwardBatch`, and its values."""
+    batch, sizes = build(mixed()), {"token": 15, "row": 5, "start": 6, "draw": 4, "snapshot": 0}
+    tensors = {field.name for field in dataclasses.fields(ForwardBatch) if field.init and "Tensor" in field.type}
+    assert set(BATCH) == tensors - {"block_table"}
+    for name, each in BATCH.items():
+        found = getattr(batch, name)
+        assert (found.dtype, len(found)) == (getattr(torch, each.dtype), sizes[each.axis]), name
+
+
+@pytest.mark.parametrize("axis", ["token", "row", "draw"])
+def test_a_field_that_is_declared_is_padded_and_laid_out_for_decode_rows(monkeypatch, axis):
+    field = Each(axis, "int32", padding=-7)
+    monkeypatch.setitem(padding.BATCH if axis != "draw" else padding.SAMPLING, "added", field)
+    shape, counts = GraphShape(4, 64), Counts(2, 5, 2, max_query_len=3)
+    empty = padding.GraphInputs(()).padding(shape).arrays
+    size = {"token": 68, "row": 36, "draw": 36}[axis]
+    assert empty["added"].tolist() == [-7] * size and empty["added"].dtype == np.int32
+    own = {
+        name: np.zeros({"token": 7, "row": 4, "start": 5}.get(each.axis, 4), each.dtype)
+        for name, each in (padding.BATCH | padding.SAMPLING).items()
     }
+    own |= {"added": np.arange(7 if axis == "token" else 4), "snapshots": np.zeros((0, 3), np.int32)}
+    padded = padding.pad(own, counts, shape, padding.places_of_draws([0, 1, 2, 3], counts, shape))["added"]
+    first = {"token": 64, "row": 32, "draw": 32}[axis]
+    brought = 5 if axis == "token" else 2
+    assert padded[:brought].tolist() == list(range(brought)) and (padded[brought:first] == -7).all()
+    assert padded[first : first + 2].tolist() == [brought, brought + 1] and (padded[first + 2 :] == -7).all()
 
 
 def test_snapshots_are_sent_as_they_are_and_none_is_a_list_of_none():
@@ -110,7 +128,7 @@ def test_decode_rows_alone():
     rows = [sequence([1, 2], output=(3,), block_table=[i], state_slot=i, num_computed_tokens=2) for i in range(3)]
     batch = build(ScheduledBatch(rows, [1, 1, 1], 0))
     assert (batch.num_prefills, batch.num_prefill_tokens, batch.num_decodes, batch.max_query_len) == (0, 0, 3, 1)
-    assert batch.extend_start_loc.tolist() == []
+    assert batch.extend_start_loc.tolist() == [0]
     assert batch.logits_indices.tolist() == [0, 1, 2]
 
 

@@ -29,13 +29,13 @@ def choices(prompt=PROMPT, n=N, **params):
 
 def computed_tokens(core: EngineCore) -> list[int]:
     """Grows by the number of prompt tokens of every step that is launched."""
-    launch, counts = core.runner.launch, []
+    launch, counts = core.launcher.launch, []
 
     def counting(batch):
         counts.append(sum(batch.num_scheduled_tokens[: batch.num_prefills]))
         return launch(batch)
 
-    core.runner.launch = counting
+    core.launcher.launch = counting
     return counts
 
 

@@ -16,8 +16,8 @@ from engines import drain, engine_config, make_core, request
 from leyden.engine.errors import ConfigError
 from leyden.engine.execution import pools as execution_pools
 from leyden.engine.execution.graph_shapes import GraphShape, shapes_for
+from leyden.engine.execution.launcher import Launcher
 from leyden.engine.execution.pools import DevicePools
-from leyden.engine.execution.runner import ModelRunner
 from leyden.engine.memory import pools
 from leyden.engine.memory.operations import Fold
 from leyden.engine.memory.plan import MemoryUse, PoolCosts, plan_pools
@@ -91,6 +91,7 @@ class FakeDevice:
         monkeypatch.setattr(DevicePools, "allocate", self.allocate)
         for module in (startup, measuring):
             monkeypatch.setattr(module, "ModelRunner", self.make_runner)
+            monkeypatch.setattr(module, "Launcher", lambda runner: SimpleNamespace(launch=self.launch))
         monkeypatch.setattr(measuring, "free_memory", lambda device: (9 * 10**9 - self.reserved, 10**10))
         for name in ("memory_allocated", "memory_reserved"):
             monkeypatch.setattr(torch.cuda, name, lambda device: self.reserved)
@@ -110,7 +111,7 @@ class FakeDevice:
 
     def make_runner(self, served, pools):
         self.is_measuring = len(self.allocated) == 1
-        return SimpleNamespace(served=served, pools=pools, device=CUDA, launch=self.launch)
+        return SimpleNamespace(served=served, pools=pools, device=CUDA)
 
     def launch(self, step):
         if self.is_measuring:
@@ -267,7 +268,7 @@ def test_a_fold_is_compiled_at_start_and_finds_a_token_to_fold():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_first_steps_leave_numbers(tiny, monkeypatch, backend):
     """What no step has written may be NaN, and is never read."""
-    allocate, launch = DevicePools.allocate, ModelRunner.launch
+    allocate, launch = DevicePools.allocate, Launcher.launch
     drawn: list[list[int]] = []
 
     def poisoned(served, **sizes):
@@ -282,7 +283,7 @@ def test_the_first_steps_leave_numbers(tiny, monkeypatch, backend):
         return result
 
     monkeypatch.setattr(DevicePools, "allocate", poisoned)
-    monkeypatch.setattr(ModelRunner, "launch", launched)
+    monkeypatch.setattr(Launcher, "launch", launched)
     start(tiny.folder, linear_backend=backend, speculative_tokens=7)
     assert len(drawn) == 5 and min(min(tokens) for tokens in drawn) >= 0
 
@@ -297,12 +298,12 @@ def test_the_settings_say_which_steps_with_drafts_are_measured(device, tiny):
 def test_a_decoding_dummy_reads_what_a_prompt_wrote_before(tiny, backend):
     """A state that nobody wrote may hold NaN, and choose experts that do not exist."""
     core = make_core(tiny.folder, linear_backend=backend, speculative_tokens=7)
-    runner, pools = core.runner, core.runner.pools
+    pools = core.runner.pools
     for pool in (*pools.states.tensors, *pools.kv.tensors):
         pool.fill_(float("nan"))
     limits = StepLimits(4, 64, 16, 256, 64, max_drafts=7, max_drafted=4)
     for step in serving_steps(limits):
-        tokens, _ = runner.launch(step).wait()
+        tokens, _ = core.launcher.launch(step).wait()
         num_drafts = sum(len(sequence.drafts) for sequence in step.sequences)
         assert len(tokens) == len(step.sequences) + num_drafts and min(tokens) >= 0
 
@@ -404,7 +405,7 @@ def test_a_share_without_room_for_one_sequence_says_what_takes_it(tiny):
 
 
 def test_a_first_step_that_does_not_fit(tiny, monkeypatch):
-    monkeypatch.setattr(ModelRunner, "launch", fail)
+    monkeypatch.setattr(Launcher, "launch", fail)
     refused(tiny, "first step", "max_num_batched_tokens", "memory_fraction")
 
 
@@ -448,7 +449,7 @@ def test_an_error_that_is_not_about_memory_stays_what_it_is(tiny, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("an illegal instruction was encountered")
 
-    monkeypatch.setattr(ModelRunner, "launch", broken)
+    monkeypatch.setattr(Launcher, "launch", broken)
     with pytest.raises(RuntimeError, match="illegal instruction"):
         start(tiny.folder)
 

@@ -1,0 +1,106 @@
+"""From a scheduled batch to a step's input, on the scheduler's side."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..memory.ring import RingRule
+from ..scheduling.step import ScheduledBatch
+from ..sequence import Sequence
+from .arrays import Arrays, packed
+from .block_tables import SentBlocks
+from .decode_rows import DecodeRows, TokenSink
+from .graph_shapes import SNAPSHOTS
+from .padding import GraphInputs, pad, places_of_draws
+from .prompt_scores import wanted_scores
+from .sampling_rows import SamplingRows
+from .step_input import Counts, StepInput, batch_arrays
+
+
+class Receivers(NamedTuple):
+    """Where the tokens of a step go. With drafts a sequence comes once for each token that is drawn for it."""
+
+    sequences: list[Sequence]
+    indices: list[int]  # which token of its answer each gets
+    sink: TokenSink | None = None  # a shorter way, as long as none of the sequences has finished
+
+
+class StepComposer:
+    """Makes the inputs of steps, in the order in which these run. Remembers the rows of the last step, and which blocks
+    the device knows.
+
+    inputs: of the runner's graphs, if it has some. ring: of the runner's linear backend.
+    """
+
+    def __init__(
+        self, blocks: SentBlocks, inputs: GraphInputs, *, block_size: int, vocab_size: int, ring: RingRule
+    ) -> None:
+        self._blocks = blocks
+        self._inputs = inputs
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._ring = ring
+        self._sampling = SamplingRows([], [])
+        self._decoding: DecodeRows | None = None  # the last step, where it was of plain decode rows from a graph
+
+    def compose(self, scheduled: ScheduledBatch) -> tuple[StepInput, Receivers]:
+        """The input of the batch, and who gets its tokens. Blocks and penalised tokens in it count as known to the
+        device from here on: it must be run."""
+        rows, advance = self._decoding, scheduled.advance
+        if rows is not None and advance is not None and advance.before is rows.sequences:
+            rows.advance(advance)
+            return rows.step_input({}, scheduled.operations), Receivers(rows.sequences, rows.indices, rows.sink)
+        self._decoding = rows = self._decode_rows(scheduled)
+        if rows is not None:
+            cells = self._blocks.new_cells(scheduled.sequences)
+            return rows.step_input(cells, scheduled.operations), Receivers(rows.sequences, rows.indices)
+        return self._compose_anew(scheduled)
+
+    def sampling_rows(self, sequences: list[Sequence]) -> SamplingRows:
+        """The sampling parameters of these sequences in their slots; most steps have the rows of the step before."""
+        slots = [sequence.state_slot for sequence in sequences]
+        if self._sampling.sequences != sequences or self._sampling.slots != slots:
+            self._sampling = SamplingRows(sequences, slots)
+        return self._sampling
+
+    def _decode_rows(self, scheduled: ScheduledBatch) -> DecodeRows | None:
+        """The rows of a step of plain decode rows that has a graph; None for other steps."""
+        if scheduled.num_prefills or self._inputs.shape_of_decodes(scheduled.num_decodes) is None:
+            return None
+        wanted = self.sampling_rows(scheduled.sequences)
+        if not wanted.is_plain:
+            return None
+        return DecodeRows(self._inputs, self._blocks, scheduled, wanted, self._block_size, self._ring)
+
+    def _compose_anew(self, scheduled: ScheduledBatch) -> tuple[StepInput, Receivers]:
+        counts = Counts.of(scheduled)
+        receivers = Receivers(*_drawn_rows(scheduled))
+        sampling = self.sampling_rows(receivers.sequences)
+        batch = batch_arrays(scheduled, self._block_size)
+        draws = sampling.arrays(self._vocab_size, receivers.indices)
+        cells = self._blocks.new_cells(scheduled.sequences)
+        step = StepInput(
+            arrays=cells | draws | batch,
+            num_draws=len(receivers.sequences),
+            counts=counts,
+            num_columns=max(len(sequence.block_table) for sequence in scheduled.sequences),
+            num_top=sampling.num_top,
+            scores=wanted_scores(scheduled),
+            operations=scheduled.operations,
+        )
+        shape = self._inputs.shape_for(counts)
+        if shape is None or step.scores or len(scheduled.snapshots) > SNAPSHOTS:
+            return step, receivers
+        places = places_of_draws(scheduled.completing_rows, counts, shape)
+        padded = pad(batch | draws, counts, shape, places)
+        own: Arrays = cells | {"places": places} | ({} if sampling.is_plain else draws)
+        return step.from_graph(shape, packed(padded), own, is_plain=sampling.is_plain), receivers
+
+
+def _drawn_rows(scheduled: ScheduledBatch) -> tuple[list[Sequence], list[int]]:
+    """The sequence of each token that is drawn, and the token's index in the sequence's answer."""
+    if not scheduled.num_drafted:
+        rows = [scheduled.sequences[row] for row in scheduled.completing_rows]
+        return rows, [len(sequence.output_token_ids) for sequence in rows]
+    rows = [s for s in scheduled.sequences for _ in range(1 + len(s.drafts))]
+    return rows, [s.num_output_tokens + i for s in scheduled.sequences for i in range(1 + len(s.drafts))]
