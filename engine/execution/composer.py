@@ -9,12 +9,13 @@ from ..scheduling.step import ScheduledBatch
 from ..sequence import Sequence
 from .arrays import Arrays, packed
 from .block_tables import SentBlocks
+from .counts import Counts
 from .decode_rows import DecodeRows, TokenSink
 from .graph_shapes import SNAPSHOTS
 from .padding import GraphInputs, pad, places_of_draws
 from .prompt_scores import wanted_scores
 from .sampling_rows import SamplingRows
-from .step_input import Counts, StepInput, batch_arrays
+from .step_input import StepInput, batch_arrays
 
 
 class Receivers(NamedTuple):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ...configs.schema import MAX_DRAFTS, EngineConfig
-
-if TYPE_CHECKING:
-    from .step_input import Counts
+from .counts import Counts
 
 PREFILL_TOKENS = (64, 128, 256, 512)  # beside decoding rows and without
 PREFILL_TOKENS_ALONE = range(640, 2049, 128)

@@ -22,11 +22,12 @@ from tqdm import tqdm
 from ...models.forward_batch import ForwardBatch
 from .arrays import Upload
 from .block_tables import BlockTables
+from .counts import Counts
 from .graph_shapes import VERIFY_TOKENS, GraphShape
 from .padding import GraphInputs
 from .sampler import SamplingInputs
 from .staging import StagingPool
-from .step_input import Counts, make_batch
+from .step_input import make_batch
 
 
 class StepResult(NamedTuple):

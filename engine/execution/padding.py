@@ -11,9 +11,10 @@ from ...models.forward_batch import Each, layout_of
 from ..memory.operations import StepSave
 from .arrays import Arrays, packed
 from .block_tables import CELLS
+from .counts import Counts
 from .graph_shapes import SNAPSHOTS, VERIFY_TOKENS, GraphShape
 from .sampler import SamplingInputs
-from .step_input import BATCH, Counts
+from .step_input import BATCH
 
 SAMPLING = layout_of(SamplingInputs)
 # All that a decode row brings, one entry each.

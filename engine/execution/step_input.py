@@ -14,34 +14,11 @@ from ..memory.operations import Operation, StepSave
 from ..scheduling.step import ScheduledBatch
 from ..sequence import Sequence
 from .arrays import Arrays, Upload
+from .counts import Counts
 from .graph_shapes import GraphShape
 from .prompt_scores import WantedScores
 
 BATCH = layout_of(ForwardBatch)
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """The fields of `ForwardBatch` that stay on the host."""
-
-    num_prefills: int
-    num_prefill_tokens: int
-    num_decodes: int
-    max_query_len: int
-    num_drafted: int = 0
-    num_drafted_tokens: int = 0
-
-    @classmethod
-    def of(cls, scheduled: ScheduledBatch) -> Counts:
-        prefill_counts = scheduled.num_scheduled_tokens[: scheduled.num_prefills]
-        return cls(
-            num_prefills=scheduled.num_prefills,
-            num_prefill_tokens=sum(prefill_counts),
-            num_decodes=scheduled.num_decodes,
-            max_query_len=max(prefill_counts, default=1),
-            num_drafted=scheduled.num_drafted,
-            num_drafted_tokens=sum(prefill_counts) if scheduled.num_drafted else 0,
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from backends import BACKENDS
 from engines import DEVICE, drain, engine_config, make_core, request, use_graphs
 from leyden.engine.core import EngineCore
 from leyden.engine.execution.arrays import unpack
+from leyden.engine.execution.counts import Counts
 from leyden.engine.execution.graph_shapes import PREFILL_ROWS, SNAPSHOTS, GraphShape, graph_shapes, shapes_for
 from leyden.engine.execution.padding import GraphInputs, row_starts
-from leyden.engine.execution.step_input import Counts, StepInput
+from leyden.engine.execution.step_input import StepInput
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 
 DECODES = [GraphShape(2), GraphShape(8)]

@@ -10,8 +10,9 @@ import torch
 from engines import build_batch, sequence
 from leyden.engine.execution import padding
 from leyden.engine.execution.block_tables import BlockTables
+from leyden.engine.execution.counts import Counts
 from leyden.engine.execution.graph_shapes import GraphShape
-from leyden.engine.execution.step_input import BATCH, Counts
+from leyden.engine.execution.step_input import BATCH
 from leyden.engine.memory.operations import StepSave
 from leyden.engine.scheduling.step import ScheduledBatch
 from leyden.models.forward_batch import Each, ForwardBatch
