@@ -26,7 +26,7 @@ class FakeStep:
     """Tokens that were drawn when the step was launched."""
 
     prompt_logprobs = {}  # noqa: RUF012 - none, ever
-    answers = drafts = None
+    sink = drafts = None
 
     def __init__(self, batch: ScheduledBatch, rng: random.Random) -> None:
         self.sequences = rows = [batch.sequences[row] for row in batch.completing_rows]
