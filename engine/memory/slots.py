@@ -1,4 +1,4 @@
-"""State slots: one row of the recurrent-state pool per running sequence."""
+"""State slots: the places of the state pool, one per running sequence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..sequence import Sequence
 
 
 class SlotManager:
-    """Hands out the slots 0 .. num_slots - 1. A freed slot is dirty: who takes it must not read it."""
+    """Hands out the slots 0 .. num_slots - 1. A freed slot is dirty: its next owner must not read it."""
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots

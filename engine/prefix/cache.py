@@ -1,11 +1,11 @@
-"""The prefix cache: what was computed for earlier prompts and answers, found again by their tokens.
+"""The prefix cache: states, keys and values of earlier prompts and answers, found again by their tokens.
 
-Some nodes of a radix tree hold, beside the KV blocks of their tokens, a *snapshot*: the recurrent states after
-exactly these tokens. Keys and values can be taken up at any token, a state only where one was saved, so every leaf has
-a snapshot, and a sequence resumes at the deepest one on its path.
+Some nodes of a radix tree have, beside the KV blocks of their tokens, a *snapshot*: the recurrent states after exactly
+these tokens. A sequence can share keys and values up to any token, but a state only where one was saved. So every leaf
+has a snapshot, and a sequence resumes at the deepest one on its path.
 
-Nothing here touches the device. What is to be copied is said by the scheduler and done before the next step, in order
-and on the stream of the steps, so a snapshot may be given away while a copy from it is still to be made.
+Nothing here touches the device. Pool operations run before the next step, in the order in which they were noted, on
+the stream of the steps. So a snapshot may be given away while a copy from it is still pending.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .radix_tree import Node, RadixTree, Tokens, path_to
 
 
 class Match(NamedTuple):
-    """What the cache knows of a prompt."""
+    """The part of a prompt that the cache knows."""
 
-    node: Node | None  # the deepest with a snapshot
-    num_shared: int  # tokens that some earlier prompt or answer began with, too
+    node: Node | None  # the deepest one with a snapshot on the prompt's path
+    num_shared: int  # leading tokens that some earlier prompt or answer has in common with this one
 
     @property
     def num_cached(self) -> int:
@@ -36,8 +36,8 @@ class Match(NamedTuple):
 
 
 @dataclass(eq=False, slots=True)
-class Hold:
-    """Blocks and snapshots, in the tree or not, that are given to no one else and not written to until `let_go`."""
+class Lease:
+    """Blocks and snapshots, in the tree or not, that no sequence and no node gets or writes to until `let_go`."""
 
     blocks: list[int]
     snapshots: list[int]
@@ -46,13 +46,14 @@ class Hold:
 class PrefixCache:
     """The tree, and which snapshots are free.
 
-    Snapshots 0 .. num_snapshots - 1 lie on the device, the `num_host_snapshots` after them in host memory, where
-    the least recently used go. One is made only where it saves `min_tokens` more than the one before it.
+    Snapshots 0 .. num_snapshots - 1 lie on the device. The `num_host_snapshots` after them lie in host memory, where
+    the least recently used ones go. A snapshot is made only where it spares `min_tokens` more than the one before it.
 
-    *Rungs* are snapshots on the way of a prompt, where nothing is known to part yet. `num_for_rungs` places on the
-    device are theirs alone, and any that are free; a rung takes nobody else's, and gives its own up for another
-    snapshot, beyond those, or for a rung. The one forgotten is the oldest, where each level doubles the age that a
-    rung may reach: of those of an old prompt every other one is left, then every fourth. None goes to the host.
+    *Rungs* are snapshots on the way of a prompt, at places where no other prompt is known to part. `num_for_rungs`
+    places on the device are reserved for rungs; beyond these a rung takes only a free place. It gives its place up to
+    another rung, and outside the reserve to any other snapshot. The oldest rung is forgotten first, where each level
+    doubles the age that a rung may reach: an old prompt keeps every other rung, then every fourth. No rung goes to the
+    host.
     """
 
     num_for_rungs = 0
@@ -67,13 +68,13 @@ class PrefixCache:
         self.min_tokens = min_tokens
         self._free = list(range(num_snapshots - 1, -1, -1))
         self._free_on_host = list(range(num_snapshots + num_host_snapshots - 1, num_snapshots - 1, -1))
-        self._holds: list[Hold] = []
-        # The nodes with a snapshot that is no rung, on the device and on the host; those with a rung, by level. Each
-        # with the step in which it came there or was last used, and in this order.
+        self._leases: list[Lease] = []
+        # Nodes whose snapshot is no rung, by place (device, host), and nodes whose snapshot is a rung, by level. The
+        # value is the step in which the node came there or was last used; nodes stand in this order.
         self._with_snapshot: tuple[OrderedDict[Node, int], ...] = (OrderedDict(), OrderedDict())
         self._rungs: tuple[OrderedDict[Node, int], ...] = tuple(OrderedDict() for _ in range(MAX_LEVEL + 1))
-        self._step = 0  # counts those that made rungs
-        self.num_given = 0  # times that a node got a snapshot: as long as it stays, `match` finds nothing better
+        self._step = 0  # counts the steps that made rungs
+        self.num_given = 0  # times that a node got a snapshot: while it is unchanged, no `match` finds more than before
 
     @property
     def num_snapshots_used(self) -> int:
@@ -88,7 +89,7 @@ class PrefixCache:
         return sum(map(len, self._rungs))
 
     def match(self, tokens: Tokens, salt: str | None = None) -> Match:
-        """What is known of `tokens`. Changes nothing."""
+        """The part of `tokens` that is known. Changes nothing."""
         node, at, _ = self.tree.walk(tokens, salt)
         while node is not None and node.snapshot is None:
             node = node.parent
@@ -146,72 +147,72 @@ class PrefixCache:
         return node.snapshot
 
     def next_step(self) -> None:
-        """Rungs made from here on are of another step. Those of one step make no room for each other: it writes all of
-        them at once."""
+        """Begin another step. Rungs of one step make no room for each other, because the step writes them all at
+        once."""
         self._step += 1
 
     def has_snapshot(self, node: Node) -> bool:
         """Whether the node is still in the tree, with its snapshot."""
         return node in self.tree.nodes and node.snapshot is not None
 
-    def hold(self, node: Node, most: int) -> tuple[Tokens, list[int], Hold]:
-        """Keep what a node in the tree stands for: (its tokens from the root on, the ends of the `most` deepest
-        snapshots of its path, their snapshots and the blocks of all the tokens)."""
+    def lease(self, node: Node, most: int) -> tuple[Tokens, list[int], Lease]:
+        """Lease the path to a node of the tree. Returns its tokens from the root on, the ends of the `most` deepest
+        snapshots on the path, and a lease of these snapshots and of the blocks of all the tokens."""
         path = path_to(node)
         kept = [part for part in path if part.snapshot is not None][-most:]
-        hold = Hold(self.use(node), [part.snapshot for part in kept if part.snapshot is not None])
-        self.blocks.hold(hold.blocks)
-        self._holds.append(hold)
-        return np.concatenate([part.tokens for part in path]), [part.end for part in kept], hold
+        lease = Lease(self.use(node), [part.snapshot for part in kept if part.snapshot is not None])
+        self.blocks.hold(lease.blocks)
+        self._leases.append(lease)
+        return np.concatenate([part.tokens for part in path]), [part.end for part in kept], lease
 
-    def take(self, num_blocks: int, num_snapshots: int) -> tuple[Hold | None, list[Move]]:
-        """Free blocks and up to so many snapshots, at least one, for contents that come from elsewhere. Returns them
-        and what has to be moved before they are written to. None when there is no room for the blocks, and then nothing
-        was forgotten, or no snapshot that is not held."""
+    def take(self, num_blocks: int, num_snapshots: int) -> tuple[Lease | None, list[Move]]:
+        """Lease free blocks, and as many as possible of `num_snapshots` snapshots, for contents from outside. Returns the
+        lease and the moves that must run before anything is written to it. The lease is None where the blocks find no
+        room, and then nothing was forgotten, or where every snapshot is leased already."""
         if not self.num_snapshots or not self.make_room(num_blocks):
             return None, []
-        hold = Hold(self.blocks.take(num_blocks), [])
-        self._holds.append(hold)
+        lease = Lease(self.blocks.take(num_blocks), [])
+        self._leases.append(lease)
         moves: list[Move] = []
         for _ in range(num_snapshots):
             snapshot, moved = self._take_snapshot()
             if snapshot is not None:
-                hold.snapshots.append(snapshot)
+                lease.snapshots.append(snapshot)
                 moves += moved
-        if not hold.snapshots:
-            self.let_go(hold)
+        if not lease.snapshots:
+            self.let_go(lease)
             return None, []
-        return hold, moves
+        return lease, moves
 
-    def adopt(self, hold: Hold, tokens: Tokens, ends: list[int], salt: str | None = None) -> Node:
-        """Put what was taken, and is filled now, into the tree: the keys and values of the tokens are in its blocks,
-        the states after the first `end` tokens in the snapshot of the same place. Lets go of the rest. Returns the
+    def adopt(self, lease: Lease, tokens: Tokens, ends: list[int], salt: str | None = None) -> Node:
+        """Put a lease that `take` gave, and that is filled now, into the tree: its blocks hold the tokens' keys and
+        values, and each of its snapshots the states after as many tokens as `ends` says. Ends the lease. Returns the
         last end's node."""
-        for end, snapshot in zip(ends, hold.snapshots, strict=True):
-            node = self.tree.node_at(tokens[:end], hold.blocks, salt)
+        for end, snapshot in zip(ends, lease.snapshots, strict=True):
+            node = self.tree.node_at(tokens[:end], lease.blocks, salt)
             if node.snapshot is None:
                 self._give(node, snapshot)
-            elif node.rung is not None:  # it has been computed meanwhile
+            elif node.rung is not None:  # a prompt has computed it meanwhile
                 self._promote(node)
             self._touch(node)
-        self.let_go(hold)
+        self.let_go(lease)
         return node
 
-    def let_go(self, hold: Hold) -> None:
-        """What is in no use any more is free."""
-        self._holds.remove(hold)
-        self.blocks.let_go(hold.blocks)
+    def let_go(self, lease: Lease) -> None:
+        """End the lease. Blocks without another holder and snapshots outside the tree are free again."""
+        self._leases.remove(lease)
+        self.blocks.let_go(lease.blocks)
         in_tree = {node.snapshot for nodes in self._queues for node in nodes}
-        for snapshot in hold.snapshots:
+        for snapshot in lease.snapshots:
             if snapshot not in in_tree:
                 self._free_snapshot(snapshot)
 
     def make_room(self, num_blocks: int, keep: Node | None = None) -> bool:
-        """Forget leaves, least recently used first, until so many blocks are free. False when that would not be enough;
-        then nothing is forgotten."""
+        """Forget leaves but `keep`, least recently used first, until `num_blocks` blocks are free. False when that would
+        not be enough; then nothing is forgotten."""
         if self.blocks.num_free >= num_blocks:
             return True
-        held = {block for hold in self._holds for block in hold.blocks}
+        held = {block for lease in self._leases for block in lease.blocks}
         for part in path_to(keep) if keep is not None else ():  # a sequence has all of them but copies of the last ones
             held.update(part.blocks[-1:])
         num_idle = self.blocks.num_cached - sum(not self.blocks.is_used(block) for block in held)
@@ -242,18 +243,18 @@ class PrefixCache:
             assert all(n.snapshot is not None and not self._is_on_host(n) for n in rungs), "a rung that is none"
             assert list(rungs.values()) == sorted(rungs.values()), "rungs out of order"
         assert len(set(owned)) == len(owned), "a snapshot of two nodes"
-        held = {*owned, *(snapshot for hold in self._holds for snapshot in hold.snapshots)}
+        held = {*owned, *(snapshot for lease in self._leases for snapshot in lease.snapshots)}
         everything = range(self.num_snapshots + self.num_host_snapshots)
         assert sorted([*held, *self._free, *self._free_on_host]) == list(everything), "snapshots lost or owned twice"
 
     def tables(self) -> Iterator[list[int]]:
-        """The blocks that each node holds, and each `Hold`."""
+        """The blocks of each node and of each lease."""
         yield from (node.blocks for node in self.tree.nodes)
-        yield from (hold.blocks for hold in self._holds)
+        yield from (lease.blocks for lease in self._leases)
 
     def _take_snapshot(self) -> tuple[int | None, list[Move]]:
-        """A free one on the device that is no rung's alone, if need be after forgetting a rung or sending the least
-        recently used of the others to the host."""
+        """A free snapshot on the device outside the rungs' reserve, and the moves that free it: a rung is forgotten, or
+        the least recently used other snapshot goes to the host. None when all are leased."""
         moves: list[Move] = []
         most = self.num_snapshots - self.num_for_rungs
         while self.num_snapshots_used - self.num_rungs >= most and self._evict(moves):
@@ -288,7 +289,7 @@ class PrefixCache:
 
     def _oldest_rung(self, spared: int | None = None) -> Node | None:
         """The rung that has reached most of the age that its level may, but for those of the step `spared`."""
-        held = {snapshot for hold in self._holds for snapshot in hold.snapshots}
+        held = {snapshot for lease in self._leases for snapshot in lease.snapshots}
         oldest = [next((rung for rung in level if rung.snapshot not in held), None) for level in self._rungs]
         rungs = [rung for rung in oldest if rung is not None and self._queue(rung)[rung] != spared]
         return max(rungs, key=self._share_of_age, default=None)
@@ -305,8 +306,8 @@ class PrefixCache:
         self.tree.touch(rung)
 
     def _least_used(self, *, on_host: bool) -> Node | None:
-        """The node that has waited longest of those whose snapshot lies there and may be given away."""
-        held = {snapshot for hold in self._holds for snapshot in hold.snapshots}
+        """The least recently used node whose snapshot lies there and is not leased."""
+        held = {snapshot for lease in self._leases for snapshot in lease.snapshots}
         return next((node for node in self._with_snapshot[on_host] if node.snapshot not in held), None)
 
     @property
@@ -314,14 +315,14 @@ class PrefixCache:
         return (*self._with_snapshot, *self._rungs)
 
     def _queue(self, node: Node) -> OrderedDict[Node, int]:
-        """The one that a node with a snapshot stands in."""
+        """The queue of a node with a snapshot."""
         return self._with_snapshot[self._is_on_host(node)] if node.rung is None else self._rungs[node.rung]
 
     def _is_on_host(self, node: Node) -> bool:
         return node.snapshot is not None and node.snapshot >= self.num_snapshots
 
     def _give(self, node: Node, snapshot: int) -> None:
-        """The node has this snapshot, and had none there."""
+        """Give a node that stands in no queue this snapshot."""
         node.snapshot = snapshot
         self._queue(node)[node] = self._step
         self.num_given += 1
@@ -334,17 +335,17 @@ class PrefixCache:
         queue.move_to_end(node)
 
     def _are_idle(self, blocks: list[int], held: set[int]) -> bool:
-        """Whether nobody but the tree has any of them."""
+        """Whether no sequence and no lease holds any of these blocks."""
         return not any(self.blocks.is_used(block) or block in held for block in blocks)
 
     def _has_idle(self, leaf: Node, held: set[int]) -> bool:
-        """Whether something between the root and the leaf would be free without it."""
+        """Whether some block between the root and the leaf would be free without the tree."""
         return any(self._are_idle([block], held) for part in path_to(leaf) for block in part.blocks)
 
     def _drop_snapshot(self, node: Node) -> None:
-        """Free the snapshot, and with it every node that is now of no use."""
+        """Take the node's snapshot away, and remove the nodes that are useless without it."""
         assert node.snapshot is not None
-        if not any(node.snapshot in hold.snapshots for hold in self._holds):
+        if not any(node.snapshot in lease.snapshots for lease in self._leases):
             self._free_snapshot(node.snapshot)
         del self._queue(node)[node]
         node.snapshot = node.rung = None

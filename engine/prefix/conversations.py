@@ -1,4 +1,4 @@
-"""Which place of the prefix cache each session id stands for. Nothing is kept there because of it."""
+"""The node of the prefix cache that each session id stands for. A session id keeps no node alive."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from .cache import PrefixCache
 from .radix_tree import Node
 
-MAX_KNOWN = 4096  # ids; of more the longest unused is forgotten
+MAX_KNOWN = 4096  # session ids; beyond it the least recently used one is forgotten
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The end of its latest answer, None when the cache has forgotten it, and the salt of its tree."""
+    """A session's latest answer in the prefix cache."""
 
-    node: Node | None
-    salt: str | None
+    node: Node | None  # the answer's end; None = the cache has forgotten it
+    salt: str | None  # of the node's tree
 
 
 class Conversations:

@@ -1,4 +1,4 @@
-"""Where the states of a prompt are kept on its way, so that another that parts from it anywhere finds most of it.
+"""Where a prompt leaves snapshots on its way, so that a later prompt that parts from it anywhere resumes near by.
 
 The first rung lies at `FIRST` times `min_tokens`, and each is a third further than the one before, or `interval` tokens
 if that is less: of the tokens that two prompts share, from 4 x `min_tokens` on, a rung holds at least 3/4, and more
@@ -14,12 +14,12 @@ MAX_LEVEL = 3
 
 
 class Ladder:
-    """The rungs of every prompt: they depend on nothing but the settings. `interval` 0 = there are none."""
+    """The rungs of every prompt, which depend on the settings alone. `interval` 0 = no rungs."""
 
     def __init__(self, min_tokens: int, interval: int) -> None:
         self._min_tokens = min_tokens
         self._interval = interval
-        self._rungs = [min(FIRST * min_tokens, interval)] if interval else []  # increasing; as many as were asked for
+        self._rungs = [min(FIRST * min_tokens, interval)] if interval else []  # increasing; grows on demand
 
     def between(self, start: int, end: int) -> list[tuple[int, int]]:
         """(tokens, level) of the rungs after more than `start` and up to `end` tokens. Every other rung has level 0,
@@ -34,5 +34,5 @@ class Ladder:
 
 
 def _level(number: int) -> int:
-    """How often 2 divides it."""
+    """How often 2 divides the number, at most MAX_LEVEL."""
     return min((number & -number).bit_length() - 1, MAX_LEVEL)

@@ -25,8 +25,8 @@ class Node:
     tokens: Tokens  # its own
     end: int
     blocks: list[int]  # from the block of its first own token to that of its last
-    snapshot: int | None = None  # where the states after `end` tokens are
-    rung: int | None = None  # the level of a snapshot that was made on the way of a prompt; None = of any other
+    snapshot: int | None = None  # the states after `end` tokens
+    rung: int | None = None  # the level, where the snapshot is a rung
     children: dict[int, Node] = field(default_factory=dict)  # by the first of their own tokens
 
     @property
@@ -35,7 +35,7 @@ class Node:
 
 
 class RadixTree:
-    """A root per salt: what has different salts shares nothing."""
+    """A root per salt: prompts of different salts share nothing."""
 
     def __init__(self, blocks: BlockManager) -> None:
         self.blocks = blocks
@@ -68,11 +68,11 @@ class RadixTree:
         return self._add(node, tokens, table) if at < len(tokens) else node
 
     def touch(self, node: Node) -> None:
-        """The node is the one used last."""
+        """Make the node the most recently used one."""
         self.nodes.move_to_end(node)
 
     def leaves(self) -> Iterator[Node]:
-        """Nodes that nobody goes on from, least recently used first."""
+        """Nodes without children, least recently used first."""
         return (node for node in self.nodes if not node.children)
 
     def tidy(self, node: Node) -> None:
@@ -94,7 +94,7 @@ class RadixTree:
         self.tidy(parent)
 
     def check_integrity(self) -> None:
-        """The tree is whole and has no node of no use. Raises AssertionError."""
+        """The tree is whole and has no useless node. Raises AssertionError."""
         assert {salt: root for root, salt in self._salts.items()} == self._roots, "roots lost"
         found = [node for root in self._roots.values() for node in _below(root)]
         assert set(found) == set(self.nodes) and len(found) == len(self.nodes), "nodes lost"
@@ -103,7 +103,7 @@ class RadixTree:
             assert parent is not None and parent.end == node.start < node.end
             assert parent.children[int(node.tokens[0])] is node
             assert len(node.blocks) == self.blocks.blocks_for(node.end) - node.start // size
-            assert node.snapshot is not None or len(node.children) > 1, "a node of no use"
+            assert node.snapshot is not None or len(node.children) > 1, "a useless node"
 
     def _split(self, child: Node, end: int) -> Node:
         """A new node at `end`, between the child and its parent."""
@@ -132,7 +132,7 @@ class RadixTree:
         return node
 
     def _join(self, node: Node, child: Node, parent: Node) -> None:
-        """The child takes over what was the node's."""
+        """Remove the node; its tokens and blocks go to its only child."""
         kept = child.start // self.blocks.block_size - node.start // self.blocks.block_size
         self.blocks.let_go(node.blocks[kept:])  # the child has its own of the block between them
         child.blocks = node.blocks[:kept] + child.blocks

@@ -1,10 +1,10 @@
 """Sessions: a conversation's state goes to a file, and comes back after a restart.
 
-A file holds what the prefix cache knows of a conversation: its tokens, the keys and values of all of them, and the
-states at its end. Sampling needs nothing else: a draw depends on the seed and the position, penalties count tokens.
+A file holds a conversation's part of the prefix cache: its tokens, their keys and values, and the states at its end.
+Sampling needs nothing else: a draw depends on the seed and the position, and penalties count tokens.
 
 Each call is a generator. It runs in the engine's thread, between two steps, where it may touch the scheduler and the
-cache; what it yields is done in a thread of its own, while steps go on. Calls are served one after another.
+cache. The functions that it yields run in another thread, while steps go on. Calls are served one after another.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Work = Generator[Callable[[], Any], Any, SessionDone]
 
 
 class Sessions:
-    """The calls, and who makes them. `folder` None = every call is refused."""
+    """The calls of session routes, in their order. `folder` None = every call is refused."""
 
     def __init__(self, folder: Path | None, runner: ModelRunner, reuse: Reuse, max_model_len: int) -> None:
         self.folder = None if folder is None else session_folder.prepare(folder)
@@ -64,7 +64,7 @@ class Sessions:
             self._waiting.append(call)
 
     def advance(self) -> list[SessionDone]:
-        """Do what can be done now, without waiting for the thread. Returns the calls that are over."""
+        """Run the calls as far as possible without waiting for the thread. Returns the answers of finished calls."""
         done, self._refused = self._refused, []
         while self._current is not None or self._waiting:
             if self._current is None:
@@ -84,7 +84,7 @@ class Sessions:
         return done
 
     def _go_on(self, call: SessionCall, work: Work, resume: Callable[[], Callable[[], Any]]) -> SessionDone | None:
-        """Run a call up to where it waits for the thread again; its answer when it is over."""
+        """Run a call until it waits for the thread again. Returns its answer when it is finished."""
         try:
             self._current = (call, work, self._thread.submit(resume()))
             return None
@@ -136,13 +136,13 @@ class Sessions:
             )
         cache, salt = self._reuse.cache, conversation.salt
         self._runner.copier.make(self._reuse.take_operations())  # an idle engine has no step that would
-        tokens, ends, hold = cache.hold(conversation.node, MAX_STATES)
+        tokens, ends, lease = cache.lease(conversation.node, MAX_STATES)
         try:
-            location = Location(hold.snapshots, slots_of(hold.blocks, len(tokens), cache.blocks.block_size))
+            location = Location(lease.snapshots, slots_of(lease.blocks, len(tokens), cache.blocks.block_size))
             write = partial(self._carrier.save, self._path(call), self._layout, tokens, ends, salt, location)
             num_bytes = yield partial(_after, self._carrier.mark(), write)
         finally:
-            cache.let_go(hold)
+            cache.let_go(lease)
         return _done(call, started, len(tokens), num_bytes)
 
     def _restore(self, call: SessionCall, started: float) -> Work:
@@ -152,18 +152,18 @@ class Sessions:
         node = cache.match(tokens, salt).node
         if node is None or node.end < len(tokens):  # else all of it is there
             num_blocks = cache.blocks.blocks_for(len(tokens))
-            hold, moves = cache.take(num_blocks, len(ends))
+            lease, moves = cache.take(num_blocks, len(ends))
             reuse.operations += moves
-            if hold is None:
+            if lease is None:
                 raise _no_room(len(tokens), num_blocks, cache.num_snapshots, cache.blocks.num_blocks)
             try:
                 self._runner.copier.make(reuse.take_operations())  # moves read what the load overwrites
-                location = Location(hold.snapshots, slots_of(hold.blocks, len(tokens), cache.blocks.block_size))
+                location = Location(lease.snapshots, slots_of(lease.blocks, len(tokens), cache.blocks.block_size))
                 yield partial(_after, self._carrier.mark(), partial(self._carrier.load, header, self._layout, location))
             except BaseException:
-                cache.let_go(hold)
+                cache.let_go(lease)
                 raise
-            node = cache.adopt(hold, tokens, ends[-len(hold.snapshots) :], salt)
+            node = cache.adopt(lease, tokens, ends[-len(lease.snapshots) :], salt)
         reuse.conversations.note(call.session_id, node, salt)
         return _done(call, started, len(tokens), header.num_bytes)
 

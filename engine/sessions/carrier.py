@@ -1,8 +1,8 @@
 """Bytes of a session, between the pools and its file, while steps go on.
 
-As in `models.weight_reader` a few threads each move a piece at a time through a staging buffer of their own, on a
-stream beside that of the steps. What they read or write is held (`prefix_cache.Hold`): no step writes to it meanwhile.
-On CUDA keys and values are gathered from their blocks, or scattered to them, on the device.
+As in `models.loading.reader`, a few threads each move a piece at a time through a staging buffer of their own, on a
+stream beside the steps' stream. A lease (`prefix.cache.Lease`) covers the memory: no step writes to it meanwhile. On
+CUDA keys and values are gathered from their blocks, or scattered to them, on the device.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def device_bytes(max_model_len: int) -> int:
-    """That this takes on a CUDA device: a buffer per thread, and where each token is."""
+    """Bytes that a carrier takes on a CUDA device: a buffer per thread, and the place of each token."""
     return NUM_READERS * PIECE_BYTES + 8 * max_model_len
 
 
@@ -53,7 +53,7 @@ class Transfer(NamedTuple):
 
 
 class Carrier:
-    """Moves sessions, one at a time, in whatever thread asks."""
+    """Moves sessions between file and pools, one at a time, in the calling thread and NUM_READERS others."""
 
     def __init__(self, snapshots: SnapshotPool, caches: list[LayerCache], device: torch.device) -> None:
         self._snapshots, self._caches, self._device = snapshots, caches, device
@@ -63,7 +63,7 @@ class Carrier:
             self._free.put(_Staging(device, self._stream))
 
     def mark(self) -> Callable[[], None]:
-        """Waits, in any thread, until the device has done what it was told before this call."""
+        """A function that waits, in any thread, until the device has done all work launched before this call."""
         if self._stream is None:
             return lambda: None
         event = torch.cuda.Event(blocking=True)
@@ -145,11 +145,11 @@ class _Staging:
         self._done = torch.cuda.Event(blocking=True) if is_cuda else None
 
     def bytes(self, transfer: Transfer) -> Tensor:
-        """[N] uint8, the part of the host's buffer that the piece takes."""
+        """[N] uint8, the part of the host's buffer that the transfer takes."""
         return self._buffer[: transfer.piece.nbytes]
 
     def fetch(self, transfer: Transfer) -> np.ndarray:
-        """The piece's bytes [N] uint8, until the buffer is used again."""
+        """The transfer's bytes [N] uint8. They are valid until the buffer is used again."""
         host, near = self._views(transfer)
         with torch.cuda.stream(self._stream):
             if transfer.slots is None:
@@ -162,7 +162,7 @@ class _Staging:
         return self.bytes(transfer).numpy()
 
     def send(self, transfer: Transfer) -> None:
-        """What is in the host's buffer to the piece's place."""
+        """Copy the host's buffer to the transfer's memory."""
         host, near = self._views(transfer)
         with torch.cuda.stream(self._stream):
             if transfer.slots is None:
@@ -174,7 +174,8 @@ class _Staging:
         self._wait()
 
     def _views(self, transfer: Transfer) -> tuple[Tensor, Tensor]:
-        """The host's buffer as the piece's rows, and the one beside the pools, on a CPU the same."""
+        """(host, near): the buffers as the transfer's rows, in host memory and on the pools' device. On a CPU both are
+        the same."""
         host = self.bytes(transfer).view(transfer.rows.dtype).view(transfer.shape)
         if self._on_device is None:
             return host, host

@@ -24,8 +24,8 @@ MAX_LISTED = 1000
 
 
 def prepare(folder: Path) -> Path:
-    """Make the folder, if need be, and remove what a server that was killed while it wrote has left, so long ago that
-    nobody writes it any more. Returns it with ~ as what it stands for. Raises `ConfigError`."""
+    """Make the folder if it is missing, and remove unfinished files of servers that were killed: files that have not
+    changed for STALE_SECONDS. Returns the path with ~ expanded. Raises `ConfigError`."""
     folder = folder.expanduser()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -137,7 +137,7 @@ def test_texts_are_forgotten_in_the_order_of_their_last_use_by_the_block_and_by_
             if rng.random() < 0.5:
                 book.cache.use(node)
             else:
-                book.cache.let_go(book.cache.hold(node, 1)[2])
+                book.cache.let_go(book.cache.lease(node, 1)[2])
             for order in (every, *tiers):
                 if text in order:
                     order.append(order.pop(order.index(text)))
@@ -209,15 +209,15 @@ def test_random_trees_stay_whole_and_know_what_was_left(block_size, seed):
 def test_what_is_held_is_given_to_nobody():
     book = Book(blocks=4, num_snapshots=1, num_host_snapshots=1)
     book.leave("aaaa")
-    found, ends, hold = book.cache.hold(book.cache.match(tokens("aaaa")).node, 2)
-    assert (found.tolist(), ends, hold.snapshots) == (tokens("aaaa").tolist(), [4], [0])
+    found, ends, lease = book.cache.lease(book.cache.match(tokens("aaaa")).node, 2)
+    assert (found.tolist(), ends, lease.snapshots) == (tokens("aaaa").tolist(), [4], [0])
     assert book.leave("bbbb") == (None, []), "the only snapshot is held"
     assert book.cache.make_room(3) and not book.cache.make_room(4)
     book.check()
     assert book.find("aaaa") == (4, 4) and book.blocks.num_free == 3, "it is not forgotten where that frees nothing"
     book.cache.clear()
     assert book.find("aaaa") == (0, 0) and book.blocks.num_free == 3, "it is there until it is let go"
-    book.cache.let_go(hold)
+    book.cache.let_go(lease)
     assert book.blocks.num_free == 4 and book.leave("cccc") == (0, [])
 
 
@@ -225,16 +225,16 @@ def test_what_was_held_is_what_was_used_last():
     book = Book(num_snapshots=2)
     book.leave("aaaa")
     book.leave("bbbb")
-    book.cache.let_go(book.cache.hold(book.cache.match(tokens("aaaa")).node, 1)[2])
+    book.cache.let_go(book.cache.lease(book.cache.match(tokens("aaaa")).node, 1)[2])
     book.leave("cccc")
     assert set(book.kept(rungs=False)) == {"aaaa", "cccc"}
 
 
 def test_a_rung_where_an_adopted_text_ends_becomes_a_snapshot_like_others():
     book = Book(num_snapshots=4)
-    hold, _ = book.cache.take(1, 1)
+    lease, _ = book.cache.take(1, 1)
     book.leave_rungs("abcd", (4, 0))
-    book.cache.adopt(hold, tokens("abcd"), [4])
+    book.cache.adopt(lease, tokens("abcd"), [4])
     assert set(book.kept(rungs=False)) == {"abcd"} and not book.kept(rungs=True)
     book.check()
 
@@ -242,10 +242,10 @@ def test_a_rung_where_an_adopted_text_ends_becomes_a_snapshot_like_others():
 def test_what_was_taken_comes_into_the_tree_where_nothing_is():
     book = Book(num_snapshots=4)
     book.leave("the cat")
-    hold, moves = book.cache.take(book.blocks.blocks_for(22), 2)
-    assert hold is not None and not moves and book.find("the cat sat on the mat") == (7, 7)
+    lease, moves = book.cache.take(book.blocks.blocks_for(22), 2)
+    assert lease is not None and not moves and book.find("the cat sat on the mat") == (7, 7)
     book.leave("the cat sat")  # somebody computes it meanwhile
-    node = book.cache.adopt(hold, tokens("the cat sat on the mat"), [11, 22])
+    node = book.cache.adopt(lease, tokens("the cat sat on the mat"), [11, 22])
     book.check()
     assert node.end == 22 and book.find("the cat sat on the mat") == (22, 22)
     assert book.cache.num_snapshots_used == 3, "the snapshot in the way is free again"
@@ -266,32 +266,32 @@ def test_random_holds_leave_the_tree_whole(seed):
     rng = random.Random(seed)
     device, host = rng.choice([1, 3, 20]), rng.choice([0, 2])
     book = Book(blocks=40, block_size=rng.choice([1, 4]), num_snapshots=device, num_host_snapshots=host)
-    holds: list = []
+    leases: list = []
     for _ in range(300):
         text = "".join(rng.choice("ab") for _ in range(rng.randint(1, 14)))
         match = book.cache.match(tokens(text))
         if rng.random() < 0.2 and match.node is not None:
-            holds.append((book.cache.hold(match.node, rng.randint(1, 2))[2], None))
+            leases.append((book.cache.lease(match.node, rng.randint(1, 2))[2], None))
         elif rng.random() < 0.2:
-            hold, _ = book.cache.take(book.blocks.blocks_for(len(text)), rng.randint(1, 2))
-            if hold is not None:
-                assert all(node.snapshot not in hold.snapshots for node in book.cache.tree.nodes)
-                holds.append((hold, text))
-        elif rng.random() < 0.5 and holds:
-            hold, text = holds.pop(rng.randrange(len(holds)))
-            ends = [len(text) // 2, len(text)][-len(hold.snapshots) :] if text else []
+            lease, _ = book.cache.take(book.blocks.blocks_for(len(text)), rng.randint(1, 2))
+            if lease is not None:
+                assert all(node.snapshot not in lease.snapshots for node in book.cache.tree.nodes)
+                leases.append((lease, text))
+        elif rng.random() < 0.5 and leases:
+            lease, text = leases.pop(rng.randrange(len(leases)))
+            ends = [len(text) // 2, len(text)][-len(lease.snapshots) :] if text else []
             if text and 0 not in ends and rng.random() < 0.7:
-                book.cache.adopt(hold, tokens(text), ends)
+                book.cache.adopt(lease, tokens(text), ends)
                 assert book.find(text)[0] == len(text)
             else:
-                book.cache.let_go(hold)
+                book.cache.let_go(lease)
         elif book.cache.make_room(book.blocks.blocks_for(len(text))):
             snapshot, moves = book.leave(text)
-            held = {each for hold, _ in holds for each in hold.snapshots}
+            held = {each for lease, _ in leases for each in lease.snapshots}
             assert snapshot not in held and not held & {place for move in moves for place in move}
         book.check()
-    for hold, _ in holds:
-        book.cache.let_go(hold)
+    for lease, _ in leases:
+        book.cache.let_go(lease)
     book.cache.clear()
     book.check()
     assert book.blocks.num_free == 40 and book.cache.num_snapshots_used == book.cache.num_host_snapshots_used == 0
@@ -306,15 +306,15 @@ def test_a_rung_takes_no_other_snapshots_place_and_gives_up_its_own(seed):
     book = Book(blocks=4000, block_size=rng.choice([1, 4]), num_snapshots=rng.choice([4, 5, 16]))
     cache = book.cache
     cache.num_for_rungs = rng.choice([0, cache.num_snapshots // 4])
-    most, holds, num_made = cache.num_snapshots - cache.num_for_rungs, [], 0
+    most, leases, num_made = cache.num_snapshots - cache.num_for_rungs, [], 0
     for _ in range(300):
         text = "".join(rng.choice("ab") for _ in range(rng.randint(1, 14)))
         before, rungs = book.kept(rungs=False), book.kept(rungs=True)
         match = cache.match(tokens(text))
         if rng.random() < 0.1 and match.node is not None:
-            holds.append(cache.hold(match.node, 2)[2])
-        elif rng.random() < 0.1 and holds:
-            cache.let_go(holds.pop())
+            leases.append(cache.lease(match.node, 2)[2])
+        elif rng.random() < 0.1 and leases:
+            cache.let_go(leases.pop())
         elif rng.random() < 0.5:
             made = book.leave_rungs(text, *((end, rng.randint(0, 3)) for end in range(1, len(text) + 1, 3)))
             assert book.kept(rungs=False) == before, "nothing better is forgotten, nor moved"
@@ -322,13 +322,13 @@ def test_a_rung_takes_no_other_snapshots_place_and_gives_up_its_own(seed):
             num_made += len(written)
             assert len(set(written)) == len(written), "a step writes to each place once"
             assert set(written) <= set(book.kept(rungs=True).values())
-            held = {snapshot for hold in holds for snapshot in hold.snapshots}
+            held = {snapshot for lease in leases for snapshot in lease.snapshots}
             assert not held & set(written)
         else:
             place, _ = book.leave(text)
             forgotten = before.keys() - book.kept(rungs=False).keys()
             taken = rungs.keys() - book.kept(rungs=True).keys()
-            if not holds and place is not None:
+            if not leases and place is not None:
                 assert len(book.kept(rungs=False)) <= most
                 assert not forgotten or len(before) >= most, "a place that was free, or a rung's, would have done"
                 assert not taken or len(rungs) > cache.num_for_rungs, "their own places are left to them"
