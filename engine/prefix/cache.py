@@ -166,9 +166,11 @@ class PrefixCache:
         return np.concatenate([part.tokens for part in path]), [part.end for part in kept], lease
 
     def take(self, num_blocks: int, num_snapshots: int) -> tuple[Lease | None, list[Move]]:
-        """Lease free blocks, and as many as possible of `num_snapshots` snapshots, for contents from outside. Returns the
-        lease and the moves that must run before anything is written to it. The lease is None where the blocks find no
-        room, and then nothing was forgotten, or where every snapshot is leased already."""
+        """Lease free blocks, and as many as possible of `num_snapshots` snapshots, for contents from outside.
+
+        Returns the lease and the moves that must run before anything is written to it. The lease is None where the
+        blocks find no room, and then nothing was forgotten, or where every snapshot is leased already.
+        """
         if not self.num_snapshots or not self.make_room(num_blocks):
             return None, []
         lease = Lease(self.blocks.take(num_blocks), [])
@@ -208,8 +210,8 @@ class PrefixCache:
                 self._free_snapshot(snapshot)
 
     def make_room(self, num_blocks: int, keep: Node | None = None) -> bool:
-        """Forget leaves but `keep`, least recently used first, until `num_blocks` blocks are free. False when that would
-        not be enough; then nothing is forgotten."""
+        """Forget leaves but `keep`, least recently used first, until `num_blocks` are free. False, and nothing is
+        forgotten, when that would not be enough."""
         if self.blocks.num_free >= num_blocks:
             return True
         held = {block for lease in self._leases for block in lease.blocks}
