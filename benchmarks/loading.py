@@ -64,7 +64,9 @@ def write_checkpoint(config: Path, folder: Path, layers: int | None, shard_bytes
     folder.mkdir(parents=True, exist_ok=True)
     fields = json.loads((config / "config.json").read_text())
     if layers is not None:
-        fields |= {"num_hidden_layers": layers, "attn_type_list": fields["attn_type_list"][:layers]}
+        fields["num_hidden_layers"] = layers
+        if "attn_type_list" in fields:  # other families derive the kinds of layers from their number
+            fields["attn_type_list"] = fields["attn_type_list"][:layers]
     (folder / "config.json").write_text(json.dumps(fields))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards(build(folder, torch.device("meta")), shard_bytes), start=1):

@@ -34,6 +34,8 @@ def write_config(arguments: argparse.Namespace, folder: Path, num_tokens: int) -
     """Write the config.json, with a context of at least so many tokens, into the folder, which must exist."""
     fields = json.loads((arguments.config / "config.json").read_text())
     if arguments.small:
-        fields |= SMALL | {"attn_type_list": fields["attn_type_list"][: SMALL["num_hidden_layers"]]}
+        fields |= SMALL
+        if "attn_type_list" in fields:  # other families derive the kinds of layers from their number
+            fields["attn_type_list"] = fields["attn_type_list"][: SMALL["num_hidden_layers"]]
     fields["max_position_embeddings"] = max(fields["max_position_embeddings"], num_tokens)
     (folder / "config.json").write_text(json.dumps(fields))

@@ -8,22 +8,33 @@ makes the tables with it; by itself it only says this.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from leyden.models.families.registry import from_hf
+from leyden.models.specs import ExpertsSpec, LightningSpec, SoftmaxSpec
 
 RING = 16  # tokens between two writes of a state (`replay`)
 
 # An operation belongs to the first kind whose pattern its name has. Both MLPs of experts have kernels of these names.
 KINDS = {
     "experts": r"^_(gate_up|down|sort|count|combine)_kernel",
-    "router": r"^_route_kernel|sgemm|sm80_xmma_gemm_f32f32|splitKreduce_kernel<32, 16, int, float, float",
+    "router": r"^_route(_groups)?_kernel|sgemm|sm80_xmma_gemm_f32f32|splitKreduce_kernel<32, 16, int, float, float",
     "matrix products": r"^nvjet|^_row_kernel|splitKreduce",
-    "lightning attention": r"^_(replay|verify|decode|segment|chunk|product|fold)_kernel",
+    "lightning attention": r"^_(rope|replay|verify|decode|segment|chunk|product|fold)_kernel",
     "softmax attention": r"^_(split|merge|prefill|rope_store)_kernel",
     "norms, silu": r"^_(add_rms_norm|rms_norm|gated_rms_norm|silu|silu_and_mul)_kernel",
     "sampling, copies, the rest": r"",
 }
+
+
+class Work(NamedTuple):
+    """Bytes that must be moved, and operations of products."""
+
+    num_bytes: float
+    flop: float
 
 
 @dataclass(frozen=True)
@@ -77,30 +88,57 @@ def by_kind(profile: dict[str, Any]) -> dict[str, float]:
 
 def floors(config: dict[str, Any], step: Step, copy_rate: float, matrix_rate: float) -> dict[str, float]:
     """Microseconds by kind; rates in bytes and operations per second. bfloat16 weights and cache, float32 state."""
-    d, H, H_kv, D = (config[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
-    F, E, k, vocab = (
-        config[name] for name in ("intermediate_size", "num_local_experts", "num_experts_per_tok", "vocab_size")
-    )
-    full = sum(config["attn_type_list"])
-    layers = len(config["attn_type_list"])
-    linear, T, B = layers - full, step.tokens, step.rows
-    dense = linear * (4 * H * D + H * D) * d + full * (H + 2 * H_kv + H) * D * d + (layers * 3 * d * F if E == 1 else 0)
-    hit = E * (1 - (1 - k / E) ** T)  # experts that T tokens meet, if they choose at random
-    pairs = B * (T / B) ** 2 / 2 if step.is_prefill else 0
-    state = B * H * D * D * 4
-    work = {  # bytes, operations
-        "matrix products": (2 * (dense + vocab * d), 2 * T * dense + 2 * B * vocab * d),
-        "experts": (layers * 6 * hit * d * F, layers * 6 * T * k * d * F) if E > 1 else (0, 0),
-        "lightning attention": (
-            linear * (8 * T * H * D + (2 * state if step.is_prefill else state * (1 + 2 / RING) + 30 * B * H * D)),
-            0,
-        ),
-        "softmax attention": (
-            full * 4 * H_kv * D * (T if step.is_prefill else B * step.context),
-            full * 4 * H * D * pairs,
-        ),
+    spec = from_hf(config)
+    T, d, dense, head = step.tokens, spec.hidden_size, 0, spec.vocab_size * spec.hidden_size
+    experts: list[Work] = []
+    lightning: list[Work] = []
+    softmax: list[Work] = []
+    for layer in spec.layers:
+        dense += d * (_mixer_rows(layer.mixer) + 3 * (layer.shared.width if layer.shared else 0))
+        if isinstance(layer.mlp, ExpertsSpec):
+            experts.append(_experts_work(layer.mlp, T, d))
+        else:
+            dense += 3 * d * layer.mlp.width
+        if isinstance(layer.mixer, LightningSpec):
+            lightning.append(Work(_lightning_bytes(layer.mixer, step), 0))
+        else:
+            softmax.append(_softmax_work(layer.mixer, step))
+    work = {
+        "matrix products": [Work(2 * (dense + head), 2 * T * dense + 2 * step.rows * head)],
+        "experts": experts,
+        "lightning attention": lightning,
+        "softmax attention": softmax,
     }
-    return {kind: max(bytes_ / copy_rate, flop / matrix_rate) * 1e6 for kind, (bytes_, flop) in work.items()}
+    seconds = {}
+    for kind, parts in work.items():
+        num_bytes, flop = sum(part.num_bytes for part in parts), sum(part.flop for part in parts)
+        seconds[kind] = max(num_bytes / copy_rate, flop / matrix_rate)
+    return {kind: value * 1e6 for kind, value in seconds.items()}
+
+
+def _mixer_rows(mixer: LightningSpec | SoftmaxSpec) -> int:
+    """Rows of all matrices of a mixer, each as long as the hidden size."""
+    if isinstance(mixer, LightningSpec):
+        return 5 * mixer.num_heads * mixer.head_dim
+    return (2 * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
+
+
+def _experts_work(spec: ExpertsSpec, num_tokens: int, d: int) -> Work:
+    hit = spec.num_experts * (1 - (1 - spec.top_k / spec.num_experts) ** num_tokens)  # if tokens choose at random
+    return Work(6 * hit * d * spec.width, 6 * num_tokens * spec.top_k * d * spec.width)
+
+
+def _lightning_bytes(mixer: LightningSpec, step: Step) -> float:
+    """Prefill reads and writes each state; decode reads it, writes it once per ring, and reads half a ring."""
+    width, state = mixer.num_heads * mixer.head_dim, 4 * step.rows * math.prod(mixer.state_shape)
+    kept = 2 * state if step.is_prefill else state * (1 + 2 / RING) + 30 * step.rows * width
+    return 8 * step.tokens * width + kept
+
+
+def _softmax_work(mixer: SoftmaxSpec, step: Step) -> Work:
+    num_read = step.tokens if step.is_prefill else step.rows * step.context
+    pairs = step.rows * (step.tokens / step.rows) ** 2 / 2 if step.is_prefill else 0
+    return Work(4 * mixer.num_kv_heads * mixer.head_dim * num_read, 4 * mixer.num_heads * mixer.head_dim * pairs)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def read_rope(fields: Fields, default_theta: float | None = None) -> RopeSpec:
     head_dim = read_head_dim(fields)
     partial = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
     dim = fields.positive("rotary_dim", int(head_dim * partial))
-    if dim > head_dim or dim % 2 or dim == 0:
+    if dim > head_dim or dim % 2:
         raise CheckpointError(f"config.json: rotary_dim must be even and at most head_dim ({head_dim}), got {dim}")
     return RopeSpec(dim, (rope if rope.has("rope_theta") else fields).above_zero("rope_theta", default_theta))
 

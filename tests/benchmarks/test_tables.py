@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from leyden.benchmarks.step_table import Step, floors
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -163,6 +164,18 @@ def test_a_step_is_shown_by_kind_beside_its_floor(tables):
     assert products.startswith(f"| matrix products | 5.00 ({weights:.2f}) | 150.00 (160.")
     assert "| sampling, copies, the rest | 0.01 | 0.00 |" in lines
     assert not any(line.startswith("| experts") for line in lines), "a model without experts has no such row"
+
+
+def test_floors_of_a_family_follow_from_its_spec():
+    """Ring-mini, one token: the matrices and its eight experts once; states read once and written per ring."""
+    config = json.loads((ROOT / "benchmarks" / "configs" / "ring-mini" / "config.json").read_text())
+    least = floors(config, Step(tokens=1, rows=1, context=1000.0, is_prefill=False), 1.0, 1e30)
+    attention = 2048 * (16 * 5 * 2048 + 4 * (2 * 2048 + 2 * 512))
+    mlps = 3 * 2048 * (5120 + 19 * 512)
+    assert least["matrix products"] == pytest.approx(1e6 * 2 * (attention + mlps + 157184 * 2048))
+    assert least["experts"] == pytest.approx(1e6 * 19 * 8 * 2 * 3 * 2048 * 512)
+    assert least["lightning attention"] == pytest.approx(1e6 * 16 * (2**20 * (1 + 2 / 16) + 38 * 2048))
+    assert least["softmax attention"] == pytest.approx(1e6 * 4 * 2 * 2 * 512 * 1000)
 
 
 def test_a_profile_of_something_else_is_refused(tables):

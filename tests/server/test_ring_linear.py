@@ -9,6 +9,7 @@ from leyden.configs.schema import EngineConfig, ServerConfig
 from leyden.engine.async_llm import AsyncLLM
 from leyden.engine.boundary.client import InProcessClient
 from leyden.engine.text.tokenizer import Tokenizer
+from leyden.server.commands.info import describe_model
 from leyden.server.http.app import create_app
 from ring_reference import END, ROLE_END, TINY, make_tensors, save
 
@@ -104,3 +105,8 @@ async def test_either_stop_id_ends_an_answer_and_is_not_shown(make_client, folde
     choice = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
     await engine.close()
     assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "")
+
+
+def test_folder_is_described(folder):
+    told = describe_model(EngineConfig(model=str(folder), device="cpu", cpu_memory_gb=0.2), None)
+    assert "BailingMoeLinearV2ForCausalLM" in told and "4 lightning, 2 softmax" in told

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import functools
+import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import engines
 import pytest
+import torch
 from backends import BACKENDS
 from engines import DEVICE, answer, computed, drain, request
 from leyden.engine.core import EngineCore
+from leyden.engine.errors import CheckpointError
 from leyden.engine.messages import SessionCall
+from leyden.kernels import load
+from leyden.models.families.registry import from_hf, read_config
+from leyden.models.layers.build import Build
+from leyden.models.layers.router import build_router
+from leyden.models.loading.weights import fill_with_noise
+from leyden.models.specs import (
+    DenseSpec,
+    ExpertsSpec,
+    LightningSpec,
+    RopeSpec,
+    SharedSpec,
+    SigmoidGroupRoute,
+    SoftmaxSpec,
+)
 from ring_reference import TINY, Reference, make_tensors, save
 from tiny_models import random_prompt
 
@@ -181,10 +199,12 @@ def test_session_goes_on_after_a_restart_by_the_formulas(ring, backend, tmp_path
 
 def call(core: EngineCore, action: str) -> None:
     core.sessions.add(SessionCall("1", action, "a"))
-    for _ in range(100_000):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
         for done in core.sessions.advance():
             assert done.error_code is None, done.error
             return
+        time.sleep(0.001)
     raise AssertionError("the call does not come to an end")
 
 
@@ -201,3 +221,144 @@ def test_interpreted_triton_kernels_answer_as_the_formulas(tmp_path, backend):
     assert {name: found.token_ids for name, found in answers.items()} == {
         str(n): ids[:3] for n, (_, ids) in oracle.expected.items()
     }
+
+
+# -- what is read, and what is refused ---------------------------------------------------------------------------
+
+RELEASED = Path(__file__).parents[3] / "benchmarks" / "configs" / "ring-mini"
+
+
+def test_released_config_in_normal_form():
+    """config.json of Ring-mini-linear-2.0, and the stop ids of Ring's generation_config.json."""
+    spec = read_config(RELEASED)
+    assert (spec.hidden_size, spec.vocab_size, spec.max_model_len) == (2048, 157184, 131072)
+    assert (spec.postnorm, spec.tie_word_embeddings, spec.rms_norm_eps, spec.dtype) == (False, False, 1e-6, "bfloat16")
+    assert [i for i, layer in enumerate(spec.layers) if isinstance(layer.mixer, SoftmaxSpec)] == [4, 9, 14, 19]
+    lightning, softmax = spec.layers[1].mixer, spec.layers[4].mixer
+    assert isinstance(lightning, LightningSpec)
+    assert (lightning.num_heads, lightning.head_dim, lightning.scale) == (16, 128, 128**-0.5)
+    assert (lightning.norm_groups, lightning.has_silu, lightning.is_interleaved) == (4, False, False)
+    assert lightning.rope == softmax.rope == RopeSpec(64, 1e6) and lightning.qk_norm_eps == softmax.qk_norm_eps == 1e-6
+    assert (softmax.num_heads, softmax.num_kv_heads, softmax.head_dim, softmax.is_fused) == (16, 4, 128, True)
+    assert spec.layers[0].mlp == DenseSpec(5120) and spec.layers[0].shared is None
+    for layer in spec.layers[1:]:
+        assert layer.mlp == ExpertsSpec(512, 256, 8, SigmoidGroupRoute(num_groups=8, num_kept=4, scale=2.5))
+        assert layer.shared == SharedSpec(512, is_mixed=False)
+
+
+def test_stop_ids_are_those_of_both_files(tmp_path):
+    (tmp_path / "config.json").write_text((RELEASED / "config.json").read_text())
+    assert read_config(tmp_path).eos_token_ids == (156892,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [156892, 156895]}))
+    assert read_config(tmp_path).eos_token_ids == (156892, 156895)
+
+
+@pytest.mark.parametrize(("offset", "first", "last"), [(0, 1 + 1e-5, 1e-5), (1, 1 + 1 / 5 + 1e-5, 1 / 5 + 1e-5)])
+def test_layers_forget_less_and_less_from_the_offset_on(offset, first, last):
+    fields = TINY | {"slope_layer_offset": offset, "num_attention_heads": 6, "num_key_value_heads": 3}
+    slopes = [layer.mixer.slopes for layer in from_hf(fields).layers if isinstance(layer.mixer, LightningSpec)]
+    base = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]  # ALiBi of 6 heads: of 4, then every other of 8
+    assert slopes[0] == pytest.approx([first * slope for slope in base])
+    assert slopes[-1] == pytest.approx([(last + 1 / 5) * slope for slope in base]), (
+        "layer 4 of 6 is the last of its kind"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_bias": True}, "use_bias = True is not supported"),
+        ({"use_qkv_bias": True}, "use_qkv_bias = True"),
+        ({"linear_silu": True}, "linear_silu = True"),
+        ({"use_linear_silu": True}, "use_linear_silu = True"),
+        ({"linear_rope": False}, "linear_rope = False"),
+        ({"score_function": "softmax"}, "score_function = 'softmax'"),
+        ({"moe_router_enable_expert_bias": False}, "moe_router_enable_expert_bias = False"),
+        ({"moe_router_enable_shared_expert": False}, "moe_router_enable_shared_expert = False"),
+        ({"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ({"norm_head": True}, "norm_head = True"),
+        ({"norm_softmax": True}, "norm_softmax = True"),
+        ({"use_rmsnorm": False}, "use_rmsnorm = False"),
+        ({"router_dtype": "bf16"}, "router_dtype = 'bf16'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling = "),
+        ({"rope_traditional": True}, "rope_traditional = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = "),
+        ({"slope_layer_offset": 2}, "slope_layer_offset = 2 is not supported (supported: 0, 1)"),
+        ({"use_qk_norm": None}, "use_qk_norm is missing"),
+        ({"layer_group_size": 9}, "no lightning layer"),
+        ({"layer_group_size": 0}, "layer_group_size must be positive"),
+        ({"group_norm_size": 5}, "group_norm_size (5) must divide num_attention_heads * head_dim (64)"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads (3) must divide num_attention_heads (4)"),
+        ({"n_group": 3}, "n_group (3) must divide num_experts (16)"),
+        ({"topk_group": 5}, "topk_group (5) exceeds n_group (4)"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok (9) exceeds the 8 experts of topk_group (2)"),
+        ({"partial_rotary_factor": 0.05}, "rotary_dim must be positive, got 0"),
+        ({"partial_rotary_factor": 2.0}, "rotary_dim must be even and at most head_dim (16), got 32"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be positive"),
+    ],
+    ids=str,
+)
+def test_field_that_cannot_be_honoured_is_refused_by_its_name(changes, words):
+    with pytest.raises(CheckpointError) as refusal:
+        from_hf(TINY | changes)
+    assert words in str(refusal.value)
+
+
+# -- names of tensors --------------------------------------------------------------------------------------------
+
+
+def tiny_tensors() -> dict[str, torch.Tensor]:
+    return make_tensors(TINY | {"num_hidden_layers": 3})
+
+
+def refusal_of(folder: Path, tensors: dict[str, torch.Tensor]) -> str:
+    save(folder, TINY | {"num_hidden_layers": 3}, tensors)
+    with pytest.raises(CheckpointError) as refusal:
+        make_core(folder)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in tiny_tensors() if ".experts.1" not in name))
+def test_missing_tensor_is_named_as_files_spell_it(tmp_path, name):
+    tensors = tiny_tensors()
+    shape = list(tensors.pop(name).shape)
+    assert refusal_of(tmp_path, tensors).endswith(f"missing tensors: {name} {shape}")
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.0.attention.g_norm", "layers.2.attention.query_key_value", "layers.1.mlp.gate"]
+)
+def test_misshapen_tensor_is_named_as_files_spell_it(tmp_path, name):
+    tensors = tiny_tensors()
+    asked = list(tensors[f"model.{name}.weight"].shape)
+    tensors[f"model.{name}.weight"] = torch.zeros(7, 5)
+    words = f"tensor model.{name}.weight has shape [7, 5], the config asks for {asked}"
+    assert words in refusal_of(tmp_path, tensors)
+
+
+def test_tensor_that_no_layer_wants_is_refused(tmp_path):
+    """A softmax layer has no gate."""
+    extra = {"model.layers.2.attention.g_proj.weight": torch.zeros(64, 48)}
+    assert "unexpected tensor model.layers.2.attention.g_proj.weight" in refusal_of(tmp_path, tiny_tensors() | extra)
+
+
+def test_fused_matrix_of_a_softmax_layer_does_not_fit_a_lightning_layer(tmp_path):
+    tensors = tiny_tensors()
+    name = "model.layers.0.attention.query_key_value.weight"
+    tensors[name] = tensors["model.layers.2.attention.query_key_value.weight"].clone()
+    assert f"tensor {name} has shape [128, 48], the config asks for [192, 48]" in refusal_of(tmp_path, tensors)
+
+
+def test_random_weights_spread_tokens_over_all_experts():
+    """A bias that is alike for all experts chooses nothing: `load_format: dummy` measures a real step."""
+    spec = read_config(RELEASED)
+    build = Build(load("torch"), torch.device("cpu"), torch.float32)
+    router = build_router(spec.hidden_size, spec.layers[1].mlp, build)
+    fill_with_noise(router.parameters())
+    x = torch.randn(2048, spec.hidden_size, generator=torch.Generator().manual_seed(0))
+    weights, experts = router(x)
+    counts = torch.bincount(experts.flatten(), minlength=256)
+    assert counts.min() > 0.3 * counts.float().mean() and counts.max() < 3 * counts.float().mean()
+    torch.testing.assert_close(weights.sum(-1), torch.full((2048,), 2.5))
