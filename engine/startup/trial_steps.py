@@ -154,7 +154,7 @@ def _sequence(
     first = slot * (limits.num_blocks // limits.num_slots)
     num_blocks = -(-(length + extra) // limits.block_size)
     return Sequence(
-        request_id=f"dummy-{slot}",
+        request_id=f"trial-{slot}",
         prompt_token_ids=[0] * length,
         sampling_params=params,
         block_table=array("i", [(first + i) % limits.num_blocks for i in range(num_blocks)]),

@@ -196,7 +196,7 @@ def test_the_capacity_told_at_start_is_reached_and_nobody_is_preempted(tiny, num
     core.check_integrity()
 
 
-# -- dummy steps ----------------------------------------------------------------------------------------------
+# -- trial steps ----------------------------------------------------------------------------------------------
 
 LIMITS = {
     "plain": StepLimits(num_slots=4, num_blocks=40, block_size=16, max_len=128, max_tokens=256),
@@ -218,7 +218,7 @@ LIMITS = {
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS.keys())
 @pytest.mark.parametrize("make", [smallest_steps, serving_steps])
-def test_dummy_steps_keep_within_their_limits(make, limits):
+def test_trial_steps_keep_within_their_limits(make, limits):
     steps = list(make(limits))
     assert steps
     for step in steps:
@@ -238,7 +238,7 @@ def test_dummy_steps_keep_within_their_limits(make, limits):
         assert step.num_drafted in (0, len(counts)) and bool(step.num_drafted) == any(s.drafts for s in step.sequences)
 
 
-def test_dummy_steps_hold_the_largest_of_each_kind():
+def test_trial_steps_hold_the_largest_of_each_kind():
     limits = LIMITS["plain"]
     shapes = {
         (step.num_prefills, len(step.sequences), sum(step.num_scheduled_tokens)) for step in serving_steps(limits)
@@ -295,7 +295,7 @@ def test_the_settings_say_which_steps_with_drafts_are_measured(device, tiny):
 
 
 @pytest.mark.parametrize("backend", ["auto", "minimax", "replay"])
-def test_a_decoding_dummy_reads_what_a_prompt_wrote_before(tiny, backend):
+def test_a_decode_row_of_a_trial_reads_only_slots_that_a_prompt_wrote_before(tiny, backend):
     """A state that nobody wrote may hold NaN, and choose experts that do not exist."""
     core = make_core(tiny.folder, linear_backend=backend, speculative_tokens=7)
     pools = core.runner.pools
