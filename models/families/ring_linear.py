@@ -2,9 +2,9 @@
 
 "Every Attention Matters: An Efficient Hybrid Architecture for Long-Context Reasoning" (Ling team 2025).
 
-**slope_layer_offset**, a field that may be added to config.json, settles what two codes disagree about. Layer i forgets
-by 1 - (i - offset)/(L-1) + 1e-5. The engines that served the released models (flood, SGLang) compute offset 0, the
-default; the remote code beside the weights computes offset 1.
+**slope_layer_offset**, a field that may be added to config.json, settles a point on which codes disagree. Layer i of L,
+counted from 0, forgets by 1 - (i - offset)/(L-1) + 1e-5. The engines that served the released models (flood, SGLang)
+compute offset 0, which is the default here. The code beside the weights computes offset 1, as if i counted from 1.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import functools
 import json
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def ring(tmp_path_factory) -> Oracle:
     return make_oracle(tmp_path_factory.mktemp("ring"), {})
 
 
+# On the GPU where there is one. It would compile the kernels anew for each variant, so that these stay on the CPU.
 make_core = functools.partial(engines.make_core, device=DEVICE)
 
 
@@ -104,15 +106,14 @@ make_core = functools.partial(engines.make_core, device=DEVICE)
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_answer_alone_is_that_of_the_formulas(variant, backend):
-    core = make_core(variant.folder, linear_backend=backend)
+    core = engines.make_core(variant.folder, linear_backend=backend)
     for each in variant.requests():  # one after another: slots are reused, and dirty
         variant.check(drain(core, each))
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
-@pytest.mark.parametrize("chunk", [7, 33, 256])
+@pytest.mark.parametrize(("backend", "chunk"), [*product(BACKENDS, [7, 33]), ("auto", 256)])
 def test_answers_in_ragged_mixed_batches_are_those_of_the_formulas(variant, backend, chunk):
-    core = make_core(variant.folder, linear_backend=backend, max_num_batched_tokens=chunk, max_num_seqs=6)
+    core = engines.make_core(variant.folder, linear_backend=backend, max_num_batched_tokens=chunk, max_num_seqs=6)
     variant.check(drain(core, *variant.requests()))
 
 
