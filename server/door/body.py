@@ -17,6 +17,7 @@ from ..off_loop import off_loop
 BYTES_PER_CHAR = 32  # parsed in the time of tokenizing one character
 MAX_BYTES_AT_ONCE = 65_536
 MAX_FLOAT_CHARS = 400
+MAX_SHOWN_CHARS = 80  # of a client's text in an error message
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\s*(?:;.*)?", re.IGNORECASE)
 
@@ -28,11 +29,11 @@ async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
     a compressed body."""
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
-        message = f"Content-Encoding must be identity, got {encoding[:80]!r}; send the body uncompressed"
+        message = f"Content-Encoding must be identity, got {encoding[:MAX_SHOWN_CHARS]!r}; send the body uncompressed"
         raise ApiError(415, message, code="unsupported_content_encoding", headers={"Accept-Encoding": "identity"})
     content_type = request.headers.get("content-type", "")
     if not JSON_TYPE.fullmatch(content_type.strip()):
-        message = f"Content-Type must be application/json, got {content_type[:80]!r}"
+        message = f"Content-Type must be application/json, got {content_type[:MAX_SHOWN_CHARS]!r}"
         raise ApiError(415, message, code="unsupported_media_type")
     raw = await request.body()
     return await of_body(request, lambda: parse_object(raw, max_depth))
@@ -84,8 +85,13 @@ def json_type(value: object) -> str:
     return names.get(type(value), "an object")
 
 
+def shown(value: object) -> str:
+    """A value of a request in an error message: a string's beginning in quotes, anything else as its type."""
+    return repr(value)[:MAX_SHOWN_CHARS] if isinstance(value, str) else json_type(value)
+
+
 def require_type(value: Any, kind: type, where: str) -> Any:
-    """The value. Raises `RequestError` when it is of another type."""
+    """`value` itself. Raises `RequestError` naming the field `where` when it is of another type than `kind`."""
     if isinstance(value, kind):
         return value
     expected = {list: "a list", dict: "an object", str: "a string", bool: "a boolean"}[kind]
@@ -119,7 +125,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise RequestError(f"the body has the key {key[:80]!r} twice in one object")
+                raise RequestError(f"the body has the key {key[:MAX_SHOWN_CHARS]!r} twice in one object")
             seen.add(key)
     return found
 

@@ -13,10 +13,10 @@ from ..parsers.formats import AnswerFormat
 from ..state import ServerState
 from ..wire.requests import GenerationRequest
 from .answer_grammar import Form
+from .body import MAX_SHOWN_CHARS
 from .prompts import Prompt
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-MAX_SHOWN_CHARS = 80
 PLAIN = AnswerFormat()
 
 

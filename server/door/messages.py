@@ -6,11 +6,11 @@ from typing import Any
 
 from ...engine.errors import RequestError
 from ..errors import UnsupportedParameterError
-from .body import drop_nulls, json_type
+from ..wire.schemas import ROLES
+from .body import drop_nulls, json_type, require_type, shown
 from .fields import refuse_unless_neutral
 from .tools import read_calls
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
 PART_SEPARATOR = "\n"  # vLLM joins text parts so
@@ -18,7 +18,7 @@ PART_SEPARATOR = "\n"  # vLLM joins text parts so
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content")
 SYNONYMS = {"reasoning": "reasoning_content"}  # vLLM's newer word; templates know the older one
 # A client that sends an earlier answer back sends these along.
-NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+MESSAGE_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "audio": (),
     "annotations": ([],),
@@ -38,9 +38,7 @@ def read_messages(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
     unknown: dict[str, None] = {}
     for index, entry in enumerate(value):
         where = f"messages[{index}]"
-        if not isinstance(entry, dict):
-            raise RequestError(f"{where} must be an object, got {json_type(entry)}", where)
-        message, names = _read_message(drop_nulls(entry), where)
+        message, names = _read_message(drop_nulls(require_type(entry, dict, where)), where)
         messages.append(message)
         unknown.update(dict.fromkeys(f"messages[].{name}" for name in names))
     return messages, list(unknown)
@@ -55,10 +53,10 @@ def _read_message(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], li
     unknown = []
     for name, value in entry.items():
         name = SYNONYMS.get(name, name)
-        if name in NEUTRAL_VALUES:
-            refuse_unless_neutral(f"{where}.{name}", value, NEUTRAL_VALUES[name])
+        if name in MESSAGE_NEUTRAL_VALUES:
+            refuse_unless_neutral(f"{where}.{name}", value, MESSAGE_NEUTRAL_VALUES[name])
         elif name in TEXT_FIELDS:
-            message[name] = _require_text(value, f"{where}.{name}")
+            message[name] = require_type(value, str, f"{where}.{name}")
         elif name not in ("role", "content", "tool_calls") and not (name == "refusal" and role == "assistant"):
             unknown.append(name)
     return message, unknown
@@ -74,8 +72,7 @@ def _read_calls(entry: dict[str, Any], where: str) -> list[dict[str, Any]]:
 def _read_role(entry: dict[str, Any], where: str) -> str:
     role = entry.get("role")
     if role not in ROLES:
-        shown = repr(role)[:80] if isinstance(role, str) else json_type(role)
-        raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, got {shown}", f"{where}.role")
+        raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, got {shown(role)}", f"{where}.role")
     # OpenAI's newer word for the same thing; templates know the older one.
     return "system" if role == "developer" else str(role)
 
@@ -84,7 +81,7 @@ def _read_answer(entry: dict[str, Any], where: str) -> str:
     """An assistant's content, which may be missing beside calls, or null as some clients store it. A refusal is text
     that it said, in a field of its own or as a part."""
     said = _read_content({"content": "", **entry}, where)
-    refusal = _require_text(entry.get("refusal", ""), f"{where}.refusal")
+    refusal = require_type(entry.get("refusal", ""), str, f"{where}.refusal")
     return PART_SEPARATOR.join(text for text in (said, refusal) if text)
 
 
@@ -102,18 +99,9 @@ def _read_content(entry: dict[str, Any], where: str) -> str:
 
 def _read_part(part: Any, kinds: tuple[str, ...], where: str) -> str:
     """A part's text, which has the name of its kind."""
-    if not isinstance(part, dict):
-        raise RequestError(f"{where} must be an object, got {json_type(part)}", where)
-    kind = part.get("type")
+    kind = require_type(part, dict, where).get("type")
     if not isinstance(kind, str) or kind not in kinds:
-        shown = repr(kind)[:80] if isinstance(kind, str) else json_type(kind)
         raise UnsupportedParameterError(
-            f"{where}.type must be {' or '.join(map(repr, kinds))}, got {shown}", f"{where}.type"
+            f"{where}.type must be {' or '.join(map(repr, kinds))}, got {shown(kind)}", f"{where}.type"
         )
-    return _require_text(part.get(kind), f"{where}.{kind}")
-
-
-def _require_text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise RequestError(f"{where} must be a string, got {json_type(value)}", where)
-    return value
+    return str(require_type(part.get(kind), str, f"{where}.{kind}"))

@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 from ...engine.errors import ContextLengthError, RequestError
 from ...engine.messages import EngineInfo
 from ...engine.text.token_ids import TokenIds
-from ...engine.text.tokenizer import Tokenizer
 from ..errors import UnsupportedParameterError
 from ..off_loop import MAX_CHARS_INLINE, off_loop
 from ..state import ServerState
-from ..wire.requests import INT32_MAX, ChatRequest, CompletionRequest, TokenizeRequest
+from ..wire.requests import ChatRequest, CompletionRequest, TokenizeRequest
+from ..wire.schemas import INT32_MAX
 from .body import json_type
-from .template_settings import read_settings
 
 MAX_CHARS_AT_ONCE = 65_536  # of a text that waits for no other
 IDS_PER_CHAR = 8  # read in the time of tokenizing one character
@@ -120,16 +119,17 @@ def _bad_prompt(found: str, where: str) -> RequestError:
     return RequestError(f"prompt must be {forms}; {where} is {found}", where)
 
 
-def settings_of(request: ChatRequest | TokenizeRequest, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[str]]:
-    """(what the request tells the chat template, the names of what the template does not read)."""
-    return read_settings(request.reasoning_effort, request.chat_template_kwargs, tokenizer.template_inputs)
-
-
 async def encode_messages(
-    request: ChatRequest | TokenizeRequest, state: ServerState, tools: list[dict[str, Any]] | None
+    request: ChatRequest | TokenizeRequest,
+    state: ServerState,
+    tools: list[dict[str, Any]] | None,
+    template_kwargs: dict[str, Any],
 ) -> Prompt:
-    """A conversation. `request.messages` have been through `messages.read_messages`, `tools` through
-    `tools.read_tools`."""
+    """A conversation, laid out by the chat template.
+
+    `request.messages` come from `messages.read_messages`, `tools` from `tools.read_tools`, `template_kwargs` from
+    `template_settings.read_settings`. Raises `RequestError`, also when the template refuses the messages.
+    """
     tokenizer = state.llm.tokenizer
     if not tokenizer.has_chat_template:
         raise RequestError(
@@ -148,7 +148,6 @@ async def encode_messages(
             raise UnsupportedParameterError(
                 f"{name} is not supported with messages: control tokens come from the chat template", name
             )
-    template_kwargs, _ = settings_of(request, tokenizer)
     has_objects = tools or any("tool_calls" in message for message in request.messages)
     num_chars = sum(len(text) for message in request.messages for text in message.values() if isinstance(text, str))
     check_num_chars(num_chars, state, "messages")

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 from ...engine.errors import RequestError
 from ..errors import UnsupportedParameterError
 from ..wire.requests import GenerationRequest
-from .body import drop_nulls, parse_object, require_type
+from .body import MAX_SHOWN_CHARS, drop_nulls, parse_object, require_type
 
 MAX_SCHEMA_CHARS = 65_536
 MAX_REGEX_CHARS = 8_192
 MAX_CHOICES = 1_024
 MAX_CHOICE_CHARS = 8_192
 MAX_SCHEMA_DEPTH = 128
-MAX_SHOWN_CHARS = 80
 ANY_OBJECT = {"type": "object"}
 SCHEMA_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
@@ -80,7 +79,9 @@ def _read_json_schema(entry: dict[str, Any]) -> tuple[Asked, list[str]]:
     described = drop_nulls(require_type(entry.get("json_schema"), dict, where))
     name = require_type(described.get("name"), str, f"{where}.name")
     if not SCHEMA_NAME.fullmatch(name):
-        raise RequestError(f"{where}.name must match {SCHEMA_NAME.pattern}, got {name[:80]!r}", f"{where}.name")
+        raise RequestError(
+            f"{where}.name must match {SCHEMA_NAME.pattern}, got {name[:MAX_SHOWN_CHARS]!r}", f"{where}.name"
+        )
     is_strict = require_type(described.get("strict", False), bool, f"{where}.strict")
     schema = require_type(described.get("schema", ANY_OBJECT), dict, f"{where}.schema")
     asked = Asked(f"{where}.schema", "json", _bounded(schema, f"{where}.schema"), is_strict)
@@ -95,7 +96,8 @@ def _read_structured(value: Any) -> Asked | None:
     for name in entry:
         if name not in KINDS:
             raise UnsupportedParameterError(
-                f"structured_outputs.{name[:80]} is not supported; send one of {', '.join(KINDS)}", "structured_outputs"
+                f"structured_outputs.{name[:MAX_SHOWN_CHARS]} is not supported; send one of {', '.join(KINDS)}",
+                "structured_outputs",
             )
     if len(entry) != 1:
         raise RequestError(

@@ -8,8 +8,8 @@ from typing import Any
 
 from ...engine.errors import RequestError
 from ...engine.text.template_inputs import TemplateInputs
-from ..wire.requests import Effort
-from .body import drop_nulls
+from ..wire.schemas import Effort
+from .body import MAX_SHOWN_CHARS, drop_nulls
 
 MAX_SETTINGS = 32
 MAX_SETTINGS_CHARS = 16_384  # of all of them, as JSON
@@ -42,7 +42,7 @@ def read_settings(
         raise RequestError(f"{FIELD} must have at most {MAX_SETTINGS_CHARS} characters as JSON, got {num_chars}", FIELD)
     for name in settings:
         if name in inputs.reserved:
-            raise RequestError(f"{FIELD}.{name[:80]} is not for a request to set; leave it out", FIELD)
+            raise RequestError(f"{FIELD}.{name[:MAX_SHOWN_CHARS]} is not for a request to set; leave it out", FIELD)
     known = {name: value for name, value in settings.items() if name in inputs.settings}
     unread = [f"{FIELD}.{name}" for name in settings if name not in known]
     of_effort = {} if effort is None else _of_effort(effort, inputs)

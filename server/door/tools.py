@@ -10,8 +10,9 @@ from typing import Any
 
 from ...engine.errors import RequestError
 from ..errors import UnsupportedParameterError
-from ..wire.requests import MAX_TOOLS, NAME, ToolChoice
-from .body import drop_nulls, json_type, parse_object, require_type
+from ..wire.requests import ToolChoice
+from ..wire.schemas import FUNCTION_NAME, MAX_TOOLS
+from .body import MAX_SHOWN_CHARS, drop_nulls, parse_object, require_type, shown
 
 MAX_ARGUMENTS_DEPTH = 32
 MAX_TOOL_CHARS = 65_536  # of one definition, as JSON
@@ -52,9 +53,8 @@ def read_tool_choice(value: Any, tools: list[dict[str, Any]]) -> ToolChoice:
     if isinstance(value, dict):
         return ToolChoice("required", _read_named(drop_nulls(value), tools))
     if value not in ("none", "auto", "required"):
-        shown = repr(value)[:80] if isinstance(value, str) else json_type(value)
         allowed = 'none, auto, required or {"type": "function", "function": {"name": ...}}'
-        raise RequestError(f"tool_choice must be {allowed}, got {shown}", "tool_choice")
+        raise RequestError(f"tool_choice must be {allowed}, got {shown(value)}", "tool_choice")
     if value == "required" and not tools:
         raise RequestError("tool_choice 'required' needs a function among the tools", "tool_choice")
     return ToolChoice(value if tools else "none")
@@ -88,8 +88,8 @@ def _read_function(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], l
 
 def _read_named(value: dict[str, Any], tools: list[dict[str, Any]]) -> str:
     if value.get("type") != "function":
-        shown = repr(value.get("type"))[:80]
-        raise UnsupportedParameterError(f"tool_choice.type must be 'function', got {shown}", "tool_choice.type")
+        found = repr(value.get("type"))[:MAX_SHOWN_CHARS]
+        raise UnsupportedParameterError(f"tool_choice.type must be 'function', got {found}", "tool_choice.type")
     function = require_type(value.get("function"), dict, "tool_choice.function")
     name = _read_name(function.get("name"), "tool_choice.function.name")
     if name not in (tool["function"]["name"] for tool in tools):
@@ -123,12 +123,11 @@ def _require_function_type(entry: dict[str, Any], where: str) -> None:
     kind = entry.get("type")
     if kind == "function":
         return
-    shown = repr(kind)[:80] if isinstance(kind, str) else json_type(kind)
-    raise UnsupportedParameterError(f"{where}.type must be 'function', got {shown}", f"{where}.type")
+    raise UnsupportedParameterError(f"{where}.type must be 'function', got {shown(kind)}", f"{where}.type")
 
 
 def _read_name(value: Any, where: str) -> str:
     name: str = require_type(value, str, where)
-    if not NAME.fullmatch(name):
-        raise RequestError(f"{where} must be 1 to 64 letters, digits, _ or -, got {name[:80]!r}", where)
+    if not FUNCTION_NAME.fullmatch(name):
+        raise RequestError(f"{where} must be 1 to 64 letters, digits, _ or -, got {name[:MAX_SHOWN_CHARS]!r}", where)
     return name

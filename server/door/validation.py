@@ -29,7 +29,7 @@ from ..wire.requests import (
     TokenizeRequest,
 )
 from .answer_grammar import Calls, Form, make_form
-from .body import drop_nulls, json_type, of_body, read_json
+from .body import MAX_SHOWN_CHARS, drop_nulls, json_type, of_body, read_json
 from .chat_format import answer_format, offered_tools
 from .choices import AnswerLength, Choice, Scores, make_choices
 from .fields import refuse_unless_neutral, split_fields
@@ -41,19 +41,19 @@ from .prompts import (
     check_token_ids,
     encode_messages,
     read_prompts,
-    settings_of,
     tokenizing,
 )
 from .structured import read_asked
+from .template_settings import read_settings
 from .tools import STRICT, read_tool_choice, read_tools, strict_functions
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
-MAX_SHOWN_CHARS = 80
 _INPUT_SHOULD = re.compile(r"^[A-Z][a-z]+ should")  # pydantic's "Input should", "String should" and others
 STREAM_OPTION_NEUTRAL = {"include_obfuscation": (False,)}
 
 R = TypeVar("R", bound=RequestModel)
 G = TypeVar("G", bound=GenerationRequest)
+C = TypeVar("C", bound=ChatRequest | TokenizeRequest)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ async def prepare_conversation(
     body: dict[str, Any], http: Request, state: ServerState, left_out: Sequence[str] = ()
 ) -> Prepared[ChatRequest]:
     """`body` is chat's, whichever route took it; `left_out` names the fields that this route left out of it."""
-    request, ignored = await of_body(http, lambda: _as_typed(body, state, ChatRequest, CompletionRequest, left_out))
+    request, ignored, template_kwargs = await of_body(
+        http, lambda: _as_conversation(body, state, ChatRequest, CompletionRequest, left_out)
+    )
     _check_generation(request, state)
     length = _read_chat_length(request)
     _check_logprobs("top_logprobs", request.top_logprobs, state)
@@ -105,7 +107,7 @@ async def prepare_conversation(
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     tools = offered_tools(request, state)
     check_can_be_admitted(1, request.n, state.llm.client.info)
-    prompt = await encode_messages(request, state, tools)
+    prompt = await encode_messages(request, state, tools, template_kwargs)
     check_prompt(prompt.token_ids, state.llm.client.info, "messages")
     answer = answer_format(request, state, prompt.token_ids, with_tools=bool(tools))
     wanted, unknown = read_asked(request)
@@ -132,7 +134,7 @@ def _not_held(ignored: list[str], form: Form | None) -> list[str]:
 
 async def prepare_tokenize(http: Request, state: ServerState) -> tuple[TokenizeRequest, list[int], dict[str, str]]:
     body = await read_body(http, state)
-    request, ignored = await of_body(http, lambda: _as_typed(body, state, TokenizeRequest))
+    request, ignored, template_kwargs = await of_body(http, lambda: _as_conversation(body, state, TokenizeRequest))
     headers = state.tell_ignored(ignored)
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("send exactly one of prompt and messages", "prompt")
@@ -142,7 +144,8 @@ async def prepare_tokenize(http: Request, state: ServerState) -> tuple[TokenizeR
         if getattr(request, name) and request.messages is None:
             raise RequestError(f"{name} needs messages: a prompt has no template", name)
     if request.prompt is None:
-        return request, (await encode_messages(request, state, request.tools)).token_ids.tolist(), headers
+        prompt = await encode_messages(request, state, request.tools, template_kwargs)
+        return request, prompt.token_ids.tolist(), headers
     text, add_special_tokens = request.prompt, request.add_special_tokens is not False
     encode = state.llm.tokenizer.encode
     tokens = await tokenizing(len(text), state, lambda: encode(text, add_special_tokens, request.parse_special))
@@ -183,9 +186,21 @@ def _as_typed(
     if request.model is not None and request.model != state.model_name:
         shown = request.model[:MAX_SHOWN_CHARS]
         raise UnknownModelError(f"the model {shown!r} is not served here; this is {state.model_name!r}", "model")
-    if isinstance(request, ChatRequest | TokenizeRequest):
-        ignored += settings_of(request, state.llm.tokenizer)[1]
     return request, ignored
+
+
+def _as_conversation(
+    body: dict[str, Any],
+    state: ServerState,
+    model: type[C],
+    foreign: type[RequestModel] | None = None,
+    left_out: Sequence[str] = (),
+) -> tuple[C, list[str], dict[str, Any]]:
+    """`_as_typed`, with what the request tells the chat template; names that the template does not read are ignored."""
+    request, ignored = _as_typed(body, state, model, foreign, left_out)
+    inputs = state.llm.tokenizer.template_inputs
+    template_kwargs, unread = read_settings(request.reasoning_effort, request.chat_template_kwargs, inputs)
+    return request, [*ignored, *unread], template_kwargs
 
 
 def typed(model: type[R], fields: dict[str, Any]) -> R:

@@ -25,7 +25,7 @@ LOCAL_NAMES = frozenset({"localhost", "host.docker.internal", "host.containers.i
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # they change nothing
 CORS_METHODS = ("GET", "HEAD", "POST", "DELETE")
 EXPOSED_HEADERS = ("x-request-id", IGNORED_HEADER, "retry-after")
-MAX_SHOWN_CHARS = 100
+MAX_ORIGIN_CHARS = 100  # of a name or an origin in an error message
 
 
 class HostMiddleware:
@@ -42,7 +42,7 @@ class HostMiddleware:
             if name not in self.names and not _is_local(name):
                 raise ApiError(
                     403,
-                    f"this server answers local names alone, not {_shown(name)}: add the name to the setting "
+                    f"this server answers local names alone, not {_printable(name)}: add the name to the setting "
                     "allowed_hosts, or set api_key",
                     code="host_not_allowed",
                 )
@@ -64,7 +64,7 @@ class OriginMiddleware:
         if scope["type"] == "http" and scope["method"] not in SAFE_METHODS:
             headers = Headers(scope=scope)
             if self._is_foreign(headers):
-                page = _shown(headers.get("origin", "another site"))
+                page = _printable(headers.get("origin", "another site"))
                 raise ApiError(
                     403,
                     f"a page of {page} may not use this server: add its origin to the setting cors_origins, or set "
@@ -101,9 +101,9 @@ class CorsMiddleware(CORSMiddleware):
             return answer
         method, origin = request_headers["access-control-request-method"], request_headers["origin"]
         if self.is_allowed_origin(origin):
-            message = f"pages of other origins may send {', '.join(CORS_METHODS)}, not {_shown(method)}"
+            message = f"pages of other origins may send {', '.join(CORS_METHODS)}, not {_printable(method)}"
         else:
-            message = f"cross-origin {_shown(f'{method} from {origin}')} is not allowed (setting cors_origins)"
+            message = f"cross-origin {_printable(f'{method} from {origin}')} is not allowed (setting cors_origins)"
         refusal = error_response(ApiError(403, message, code="origin_not_allowed"))
         refusal.headers["Vary"] = answer.headers.get("vary", "Origin")
         return refusal
@@ -125,5 +125,5 @@ def _is_local(name: str) -> bool:
         return False
 
 
-def _shown(text: str) -> str:
-    return printable(text[:MAX_SHOWN_CHARS])
+def _printable(text: str) -> str:
+    return printable(text[:MAX_ORIGIN_CHARS])

@@ -7,8 +7,8 @@ import re
 
 from .json_object import parse
 
-NAME = "input"
-OPENING = re.compile(rf'\s*\{{\s*"{NAME}"\s*:\s*"')
+INPUT = "input"
+OPENING = re.compile(rf'\s*\{{\s*"{INPUT}"\s*:\s*"')
 MAX_OPENING = 64  # characters; arguments that begin otherwise are read once they are complete
 # Escapes that are complete: the first half of a surrogate pair waits until it is known whether the second one follows.
 COMPLETE_ESCAPE = (
@@ -52,7 +52,7 @@ class CustomInput:
             return ""
         written = "".join([*self._others, self._held])
         value = parse(written)
-        text = value.get(NAME) if isinstance(value, dict) else None
+        text = value.get(INPUT) if isinstance(value, dict) else None
         return _without_surrogates(text) if isinstance(text, str) else written
 
     def _open(self) -> bool:

@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 from ...engine.errors import RequestError
-from ..door.body import drop_nulls, json_type, require_type
+from ..door.body import drop_nulls, json_type, require_type, shown
 from ..door.fields import refuse_unless_neutral
 from ..door.messages import MAX_MESSAGES, MAX_PARTS, PART_SEPARATOR
 from ..errors import UnsupportedParameterError
-from ..parsers.custom_input import NAME as INPUT
+from ..parsers.custom_input import INPUT
 
 MAX_ITEMS = MAX_MESSAGES
-ROLES = ("user", "assistant", "system", "developer")
+MESSAGE_ROLES = ("user", "assistant", "system", "developer")
 CALL_TYPES = ("function_call", "custom_tool_call")
 # Calls of tools that a client ran, which OpenAI's models know without a definition -> the field that says what to do.
 CLIENT_CALLS = {"local_shell_call": "action", "shell_call": "action", "apply_patch_call": "operation"}
@@ -37,7 +37,7 @@ LEFT_OUT = (
 TEXT_TYPES = ("input_text", "output_text")
 # Of items and parts that a client sends back as it got them; they change nothing.
 ECHOES = frozenset({"type", "id", "status", "annotations", "logprobs"})
-NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+ITEM_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "async": (False,),
     "caller": ({"type": "direct"},),
 }
@@ -96,9 +96,7 @@ class Conversation:
             raise RequestError(f"input must have 1 to {MAX_ITEMS} items, got {len(value)}", "input")
         for index, entry in enumerate(value):
             where = f"input[{index}]"
-            if not isinstance(entry, dict):
-                raise RequestError(f"{where} must be an object, got {json_type(entry)}", where)
-            self._add_item(drop_nulls(entry), where)
+            self._add_item(drop_nulls(require_type(entry, dict, where)), where)
 
     def _add_item(self, item: dict[str, Any], where: str) -> None:
         kind = item.get("type", "message")
@@ -123,9 +121,9 @@ class Conversation:
 
     def _add_message(self, item: dict[str, Any], where: str) -> None:
         role = item.get("role")
-        if role not in ROLES:
-            shown = repr(role)[:80] if isinstance(role, str) else json_type(role)
-            raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, got {shown}", f"{where}.role")
+        if role not in MESSAGE_ROLES:
+            roles = ", ".join(MESSAGE_ROLES)
+            raise RequestError(f"{where}.role must be one of {roles}, got {shown(role)}", f"{where}.role")
         self._check_fields(item, ("role", "content"), where)
         types = (*TEXT_TYPES, "refusal") if role == "assistant" else TEXT_TYPES
         content = self._text_parts(item.get("content"), types, f"{where}.content")
@@ -148,9 +146,7 @@ class Conversation:
 
     def _thought(self, item: dict[str, Any], name: str, kind: str, where: str) -> str:
         where = f"{where}.{name}"
-        parts = self._text_parts(item.get(name, []), (kind,), where)
-        if not isinstance(parts, list):
-            raise RequestError(f"{where} must be a list, got {json_type(parts)}", where)
+        parts = require_type(self._text_parts(item.get(name, []), (kind,), where), list, where)
         for index, part in enumerate(parts):
             require_type(part["text"], str, f"{where}[{index}].text")
         return PART_SEPARATOR.join(part["text"] for part in parts)
@@ -198,9 +194,7 @@ class Conversation:
         parts = []
         for index, part in enumerate(content):
             field = f"{where}[{index}]"
-            if not isinstance(part, dict):
-                raise RequestError(f"{field} must be an object, got {json_type(part)}", field)
-            if part.get("type") not in types:
+            if require_type(part, dict, field).get("type") not in types:
                 raise _unsupported(part.get("type"), types, f"{field}.type")
             kind = "refusal" if part["type"] == "refusal" else "text"
             self._check_fields(drop_nulls(part), (kind,), field)
@@ -211,8 +205,8 @@ class Conversation:
         for name, value in entry.items():
             if name in served or name in ECHOES:
                 continue
-            if name in NEUTRAL_VALUES:
-                refuse_unless_neutral(f"{where}.{name}", value, NEUTRAL_VALUES[name])
+            if name in ITEM_NEUTRAL_VALUES:
+                refuse_unless_neutral(f"{where}.{name}", value, ITEM_NEUTRAL_VALUES[name])
             else:
                 self.unknown[f"{_without_indices(where)}.{name}"] = None
 
@@ -226,8 +220,7 @@ class Conversation:
 
 
 def _unsupported(kind: Any, types: tuple[str, ...], where: str) -> UnsupportedParameterError:
-    shown = repr(kind)[:80] if isinstance(kind, str) else json_type(kind)
-    return UnsupportedParameterError(f"{where} must be one of {', '.join(types)}, got {shown}", where)
+    return UnsupportedParameterError(f"{where} must be one of {', '.join(types)}, got {shown(kind)}", where)
 
 
 def _without_indices(where: str) -> str:

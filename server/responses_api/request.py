@@ -11,20 +11,13 @@ from starlette.requests import Request
 
 from ...engine.errors import RequestError
 from ...engine.sampling_params import MAX_LOGPROBS, SamplingParams
-from ..door.body import drop_nulls, json_type, of_body
+from ..door.body import MAX_SHOWN_CHARS, drop_nulls, of_body, require_type
 from ..door.fields import NEUTRAL_VALUES, refuse_unless_neutral, split_fields
 from ..door.validation import Prepared, prepare_conversation, read_body, typed
 from ..errors import UnsupportedParameterError
 from ..state import ServerState
-from ..wire.requests import (
-    FUNCTION_FIELDS,
-    INT32_MAX,
-    MAX_TOOLS,
-    ChatRequest,
-    CompletionRequest,
-    SamplingRequest,
-    ToolChoiceInput,
-)
+from ..wire.requests import ChatRequest, CompletionRequest, SamplingRequest
+from ..wire.schemas import FUNCTION_FIELDS, INT32_MAX, MAX_TOOLS, ToolChoiceInput
 from .input import Conversation, FieldNames
 from .tools import read_tool_choice, read_tools, repeated_tools
 from .wire import Settings
@@ -172,7 +165,7 @@ def _as_chat(request: ResponsesRequest, names: FieldNames) -> tuple[dict[str, An
         conversation.add_text("user", request.input, "input")
     else:
         conversation.add_items(request.input)
-    response_format, unknown = _read_format(request.text)
+    response_format, unknown = _read_text(request.text)
     with_logprobs, not_made = _read_include(request)
     tools, left_out = read_tools(request.tools, names)
     effort, unread = _read_reasoning(request.reasoning)
@@ -193,7 +186,7 @@ def _read_include(request: ResponsesRequest) -> tuple[bool, list[str]]:
     for index, name in enumerate(request.include):
         if name != LOGPROBS and name not in NOT_MADE:
             where = f"include[{index}]"
-            message = f"{where} must be one of {', '.join((LOGPROBS, *NOT_MADE))}, got {name[:80]!r}"
+            message = f"{where} must be one of {', '.join((LOGPROBS, *NOT_MADE))}, got {name[:MAX_SHOWN_CHARS]!r}"
             raise UnsupportedParameterError(message, where)
     with_logprobs = LOGPROBS in request.include
     if request.top_logprobs and not with_logprobs:
@@ -207,7 +200,7 @@ def _read_reasoning(settings: dict[str, Any]) -> tuple[Any, list[str]]:
     return given.pop("effort", None), [f"reasoning.{name}" for name in given]
 
 
-def _read_format(text: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
+def _read_text(text: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
     """Chat's `response_format`, and the names of the undocumented fields."""
     unknown = []
     for name, value in drop_nulls(text).items():
@@ -215,10 +208,10 @@ def _read_format(text: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]
             refuse_unless_neutral("text.verbosity", value, NEUTRAL_VALUES["verbosity"])
         elif name != "format":
             unknown.append(f"text.{name}")
-    value = text.get("format")
-    if value is not None and not isinstance(value, dict):
-        raise RequestError(f"text.format must be an object, got {json_type(value)}", "text.format")
-    if value is None or value.get("type") != "json_schema":
+    if text.get("format") is None:
+        return None, unknown
+    value = require_type(text["format"], dict, "text.format")
+    if value.get("type") != "json_schema":
         return value, unknown
     schema = {name: entry for name, entry in value.items() if name != "type"}
     return {"type": "json_schema", "json_schema": schema}, unknown

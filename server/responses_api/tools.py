@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ...engine.errors import RequestError
-from ..door.body import drop_nulls, json_type, require_type
+from ..door.body import MAX_SHOWN_CHARS, drop_nulls, require_type, shown
 from ..door.fields import refuse_unless_neutral
 from ..errors import UnsupportedParameterError
-from ..parsers.custom_input import NAME as INPUT
+from ..parsers.custom_input import INPUT
 from .input import FieldNames
 
 SERVED_TYPES = ("function", "custom")
@@ -53,15 +53,14 @@ def read_tool_choice(value: Any) -> Any:
     """Chat's choice. Raises `RequestError`."""
     if isinstance(value, dict):
         if value.get("type") not in SERVED_TYPES:
-            shown = repr(value.get("type"))[:80]
+            found = repr(value.get("type"))[:MAX_SHOWN_CHARS]
             raise UnsupportedParameterError(
-                f"tool_choice.type must be 'function' or 'custom', got {shown}", "tool_choice.type"
+                f"tool_choice.type must be 'function' or 'custom', got {found}", "tool_choice.type"
             )
         return {"type": "function", "function": {name: entry for name, entry in value.items() if name != "type"}}
     if value not in (None, "none", "auto", "required"):
-        shown = repr(value)[:80] if isinstance(value, str) else json_type(value)
         allowed = 'none, auto, required or {"type": "function", "name": ...}'
-        raise RequestError(f"tool_choice must be {allowed}, got {shown}", "tool_choice")
+        raise RequestError(f"tool_choice must be {allowed}, got {shown(value)}", "tool_choice")
     return value
 
 

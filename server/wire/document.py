@@ -9,7 +9,8 @@ import msgspec
 from starlette.responses import Response
 
 from ..errors import ErrorEnvelope
-from .requests import SESSION_ID_SCHEMA, RequestModel
+from .requests import RequestModel
+from .schemas import SESSION_ID_SCHEMA
 
 ERRORS = {
     400: "the request is malformed, or a value is out of bounds: `param` names it",

@@ -1,30 +1,35 @@
-"""The requests, as strict pydantic types. Bounds that depend on settings or on the model are checked in `validation`.
+"""The requests, as strict pydantic types. `door.validation` checks bounds that depend on settings or on the model.
 
-Responses are in `responses`. Names and meanings are OpenAI's; those marked vLLM are its extensions.
+Names and meanings are OpenAI's; those marked vLLM are its extensions. The answers are in `answers` and `service`.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field
 
-from ...configs.schema import ServerConfig
-from ...engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS
-from ...engine.sessions.folder import SESSION_ID, SESSION_ID_FORM
+from ...engine.sampling_params import MAX_LOGPROBS
+from .schemas import (
+    INT32_MAX,
+    INT64_MAX,
+    MAX_CACHE_SALT_CHARS,
+    MAX_N,
+    Effort,
+    LogitBias,
+    MessagesInput,
+    NumTokens,
+    PromptInput,
+    ResponseFormatInput,
+    SessionId,
+    StopStrings,
+    StructuredInput,
+    TokenIds,
+    ToolChoiceInput,
+    ToolsInput,
+)
 
-INT32_MAX = 2**31 - 1
-INT64_MAX = 2**63 - 1
-MAX_CACHE_SALT_CHARS = 256
-MAX_TOOLS = 128  # OpenAI's
-NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # of a function
-# What the document says; the settings may say otherwise, and `validation` asks them.
-MAX_N = ServerConfig.model_fields["max_n"].default
-MAX_PROMPTS = ServerConfig.model_fields["max_prompts"].default
-
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 ToolMode = Literal["none", "auto", "required"]
 
 
@@ -34,163 +39,6 @@ class ToolChoice:
 
     mode: ToolMode
     name: str | None = None
-
-
-def _bound_entries(value: Any) -> Any:
-    """Before each entry is looked at."""
-    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
-        raise ValueError(f"must have at most {MAX_LOGIT_BIAS} entries, has {len(value)}")
-    return value
-
-
-def _require_session_id(value: str) -> str:
-    if not SESSION_ID.fullmatch(value):
-        raise ValueError(f"must be {SESSION_ID_FORM}")
-    return value
-
-
-SESSION_ID_SCHEMA = {"type": "string", "pattern": f"^{SESSION_ID.pattern}$"}
-SessionId = Annotated[str, AfterValidator(_require_session_id), WithJsonSchema(SESSION_ID_SCHEMA)]
-STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
-TOKEN_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}}
-NumTokens = Annotated[int, Field(ge=0, le=INT32_MAX)]
-TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
-TokenIds = Annotated[list[TokenId], FailFast()]
-StopStrings = Annotated[
-    list[str],
-    FailFast(),
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    WithJsonSchema(
-        {"anyOf": [STOP_STRING_SCHEMA, {"type": "array", "items": STOP_STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS}]}
-    ),
-]
-LogitBias = Annotated[
-    dict[str, float],
-    BeforeValidator(_bound_entries),
-    WithJsonSchema(
-        {
-            "type": "object",
-            "maxProperties": MAX_LOGIT_BIAS,
-            "propertyNames": {"pattern": r"^[0-9]{1,10}$"},
-            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-        }
-    ),
-]
-PromptInput = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": {"type": "string"}},
-                TOKEN_IDS_SCHEMA,
-                {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": TOKEN_IDS_SCHEMA},
-            ]
-        }
-    ),
-]
-MessagesInput = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "type": "array",
-            "minItems": 1,
-            "items": {
-                "type": "object",
-                "required": ["role"],
-                "properties": {
-                    "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-                    "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
-                    "reasoning_content": {"type": "string"},
-                    "tool_call_id": {"type": "string"},
-                    "tool_calls": {"type": "array", "items": {"type": "object"}},
-                },
-            },
-        }
-    ),
-]
-
-FUNCTION_FIELDS = {
-    "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
-    "description": {"type": ["string", "null"]},
-    "parameters": {"type": ["object", "null"]},
-    "strict": {"type": ["boolean", "null"]},
-}
-ToolsInput = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "type": "array",
-            "maxItems": MAX_TOOLS,
-            "items": {
-                "type": "object",
-                "required": ["type", "function"],
-                "properties": {
-                    "type": {"enum": ["function"]},
-                    "function": {
-                        "type": "object",
-                        "required": ["name"],
-                        "properties": FUNCTION_FIELDS,
-                    },
-                },
-            },
-        }
-    ),
-]
-ToolChoiceInput = Annotated[
-    Any, WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]})
-]
-ResponseFormatInput = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {
-                    "type": "object",
-                    "required": ["type"],
-                    "properties": {
-                        "type": {"enum": ["text", "json_object"]},
-                        "schema": {"type": ["object", "null"]},  # of json_object
-                    },
-                },
-                {
-                    "type": "object",
-                    "required": ["type", "json_schema"],
-                    "properties": {
-                        "type": {"enum": ["json_schema"]},
-                        "json_schema": {
-                            "type": "object",
-                            "required": ["name"],
-                            "properties": {
-                                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
-                                "schema": {"type": ["object", "null"]},
-                                "strict": {"type": ["boolean", "null"]},
-                            },
-                        },
-                    },
-                },
-            ]
-        }
-    ),
-]
-StructuredInput = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "type": "object",
-            "minProperties": 1,
-            "maxProperties": 1,
-            "additionalProperties": False,
-            "properties": {
-                "json": {"anyOf": [{"type": "object"}, {"type": "string"}]},
-                "json_object": {"const": True},
-                "regex": {"type": "string"},
-                "choice": {"type": "array", "items": {"type": "string"}, "minItems": 1},
-                "grammar": {"type": "string"},
-            },
-        }
-    ),
-]
 
 
 def _within(low: int, high: int, *, open_low: bool = False, default: Any = None) -> Any:
