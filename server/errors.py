@@ -73,7 +73,7 @@ class ErrorEnvelope(msgspec.Struct, frozen=True):
 
 
 class ApiError(Exception):
-    """An error with everything that HTTP needs to tell it."""
+    """An error with its HTTP status, headers and fields of the envelope."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class ApiError(Exception):
 
     @property
     def reason(self) -> str:
-        """One word for the metrics; never made of user input."""
+        """One word for the metrics; it holds no user input."""
         return self.code or self.type
 
     def envelope(self) -> bytes:
@@ -118,7 +118,7 @@ def overloaded(message: str) -> ApiError:
 
 
 def describe(error: Exception) -> ApiError:
-    """The table from exception to answer. An exception it does not know tells the client nothing of the inside."""
+    """The answer to an exception. The answer to an unknown exception tells nothing of the inside."""
     match error:
         case ApiError():
             return error
@@ -146,10 +146,10 @@ def describe(error: Exception) -> ApiError:
 
 
 def log_failure(scope: Scope, error: Exception, answer: ApiError) -> None:
-    """One line for a request that failed: our fault as an error, a refusal at debug.
+    """Log one line for a request that failed: a fault of the server as an error, a refusal at debug.
 
-    Only an internal error has a traceback, because an engine's death hits every request. A refusal's message may quote
-    the request, so the line has its reason alone.
+    Only an internal error has a traceback: an engine's death hits every request. A refusal's line has its reason but
+    not its message, which may quote the request.
     """
     about = {"request_id": scope["state"]["request_id"]}
     if answer.status == 500:
@@ -172,8 +172,8 @@ def _describe_session(error: SessionError) -> ApiError:
 
 
 def unknown_route(path: str, known: Collection[str]) -> ApiError:
-    """404, with the known path that was probably meant: clients are told a base URL with `/v1` or without, and some end
-    in a slash."""
+    """404, with the known path that was probably meant: users give clients a base URL with `/v1` or without, and with a
+    slash at its end or without."""
     bare = re.sub(r"/{2,}", "/", path).rstrip("/")
     rest = re.sub(r"^(/v1)+(?=/)", "", bare)
     meant = next((each for each in (bare, f"/v1{rest}", rest) if each in known), None)
@@ -183,7 +183,7 @@ def unknown_route(path: str, known: Collection[str]) -> ApiError:
 
 
 def _describe_http(error: HTTPException) -> ApiError:
-    """What the router raises by itself: unknown route, wrong method."""
+    """The answer to an error of the router: unknown route, wrong method."""
     phrases = {
         405: "this route does not take that method; the Allow header lists those it takes",
     }

@@ -1,4 +1,4 @@
-"""Prometheus metrics under vLLM's names. Counters of the engine are read at scrape time, latencies are seen here."""
+"""Prometheus metrics under vLLM's names. The engine's counters are read at scrape time; latencies are measured here."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ServerMetrics:
 
 
 class SequenceTimer:
-    """Latencies of one sequence, from the moment it is handed to the engine."""
+    """Measures the latencies of one sequence, from its hand-over to the engine on."""
 
     def __init__(self, metrics: ServerMetrics) -> None:
         self.metrics = metrics
@@ -89,14 +89,14 @@ class SequenceTimer:
             self.metrics.whole_request.observe(now - self.started)
 
     def close(self, reason_without_end: str | None) -> None:
-        """Count how the sequence ended: by its last output, else as told; None when it never began."""
+        """Count the sequence by the finish reason of its last output, else by the one given; None: it never began."""
         reason = self.finish_reason or reason_without_end
         if reason is not None:
             self.metrics.count_finished(reason)
 
 
 class EngineCollector(Collector):
-    """The engine's last snapshot as metrics, made when someone scrapes."""
+    """The engine's latest counters as metrics, made at each scrape."""
 
     def __init__(self, client: EngineClient, prefix: str, model_name: str) -> None:
         self.client = client

@@ -1,4 +1,4 @@
-"""What every route needs, put together once per app."""
+"""The state of one app, which every route gets as a parameter."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from .parsers.formats import ChatFormat
 from .wire.ignored import IgnoredNames, ignored_header
 from .wire.token_names import TokenNames
 
-BODY_BYTES_PER_TOKEN = 8  # an id of six digits with its comma and blank; English has half as many
+BODY_BYTES_PER_TOKEN = 8  # an id of six digits, a comma and a blank; English text has 4
 LEAST_BODY_BYTES = 2_000_000
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """The engine, the settings and the counters behind one app. `created` is in seconds since 1970; `long_texts` are
-    being tokenized, on half of the processors at most."""
+    """The engine, the settings and the counters behind one app.
+
+    `created` is in seconds since 1970. `long_texts` bounds the long texts that are tokenized at once: half of the
+    processors are left for other work.
+    """
 
     llm: AsyncLLM
     settings: ServerConfig
@@ -41,7 +44,7 @@ class ServerState:
     long_texts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(max((os.cpu_count() or 1) // 2, 1)))
 
     def tell_ignored(self, names: list[str]) -> dict[str, str]:
-        """The header that names the fields left out of a request, which is counted; the log tells each name once."""
+        """The header that names the fields left out of a request. Counts the request; the log tells each name once."""
         if names:
             self.metrics.count_ignored()
             self.ignored_names.tell(names)
@@ -49,7 +52,7 @@ class ServerState:
 
 
 def max_body_bytes(settings: ServerConfig, info: EngineInfo) -> int:
-    """What a request's body may have. By default a prompt of all of the context fits, as text or as token ids."""
+    """Bound on a request's body. By default a prompt as long as the context fits, as text or as token ids."""
     derived = max(BODY_BYTES_PER_TOKEN * info.max_model_len, LEAST_BODY_BYTES)
     return derived if settings.max_body_bytes is None else settings.max_body_bytes
 
@@ -69,6 +72,6 @@ async def _ready_state(request: Request) -> ServerState:
     return state
 
 
-# A route's parameter of this type: the app's state; with `Ready` the route refuses new work when it cannot be done.
+# The type of a route's parameter that is the app's state. With `ReadyState` the route refuses work that cannot be done.
 State = Annotated[ServerState, Depends(_state)]
 ReadyState = Annotated[ServerState, Depends(_ready_state)]

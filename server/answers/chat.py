@@ -54,7 +54,7 @@ class ChatWriter(AnswerWriter[ChatRequest]):
         return splicer.encode(answer)
 
     def render(self, event: Event) -> Iterator[ChatChunk]:
-        """The chunks of one output: the role before anything else, what is said, and the finish reason by itself."""
+        """The chunks of one output: the role first, then the deltas, then the finish reason in a chunk of its own."""
         choice, output = event
         self.usage.observe(choice, output)
         usage = self.usage.of_chunk(choice, output.num_output_tokens)
@@ -79,7 +79,7 @@ class ChatWriter(AnswerWriter[ChatRequest]):
         return chunk
 
     def _said(self, index: int, output: RequestOutput) -> list[ChatChunkChoice]:
-        """What one output says. Its log-probabilities and ids go with the first piece."""
+        """The deltas of one output as chunks. Log-probabilities and token ids go with the first of them."""
         logprobs: ChatLogprobs | None = None
         if self.request.logprobs and output.logprobs:
             logprobs = chat_logprobs(output.logprobs, self.request.top_logprobs, self.state.token_names)
@@ -110,20 +110,20 @@ class ChatWriter(AnswerWriter[ChatRequest]):
 
 
 def read_deltas(parser: AnswerParser, output: RequestOutput) -> list[Delta]:
-    """What one output, or all of them as one, adds to an answer."""
+    """The deltas that one output, or the merged output of a whole answer, adds to the answer."""
     deltas = parser.push(output.text)
     return deltas if output.finish_reason is None else [*deltas, *parser.finish()]
 
 
 def finish_reason(parser: AnswerParser, output: RequestOutput) -> ChatFinishReason:
-    """Of an answer that has ended."""
+    """The finish reason of an answer whose last output is `output`."""
     if output.finish_reason != "stop":
         return "length"
     return "tool_calls" if parser.num_calls else "stop"
 
 
 def chunk_delta(delta: Delta) -> ChatDelta:
-    """A call comes as its name first, then as pieces of its arguments."""
+    """A delta in OpenAI's shape. A call comes as its name first, then as pieces of its arguments."""
     match delta:
         case Content():
             return ChatDelta(content=delta.text)

@@ -26,7 +26,7 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
         self.logprobs = [CompletionLogprobsWriter(state.token_names) for _ in prepared.choices]
 
     def render(self, event: Event) -> Iterator[Completion]:
-        """The chunk of one output, if it shows anything."""
+        """The chunk of one output; no chunk for an output that has nothing to show."""
         choice, output = event
         chunk = self.choice(event)
         if chunk.text or chunk.logprobs or chunk.finish_reason or chunk.token_ids:
@@ -44,8 +44,10 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
         return splicer.encode(self.envelope(choices, self.usage.total()))
 
     def choice(self, event: Event, splicer: Splicer | None = None) -> CompletionChoice:
-        """What one output adds to its choice; the first one begins with the prompt when `echo` asks for it. With a
-        `splicer` log-probabilities are left to that."""
+        """One output as its choice's next part. The first part begins with the prompt if the request has `echo`.
+
+        With a `splicer` the log-probabilities are added there, and the part holds a stand-in for them.
+        """
         choice, output = event
         prompt_token_ids = choice.request.prompt_token_ids
         self.usage.observe(choice, output)

@@ -1,4 +1,4 @@
-"""An output of the engine with the choice it belongs to, and the stream of all of them that one request gets."""
+"""An event is an output of the engine with its choice. A request gets one stream of the events of all choices."""
 
 from __future__ import annotations
 

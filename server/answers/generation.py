@@ -1,4 +1,4 @@
-"""Runs the choices of one request side by side, and stops them all when the client leaves or one of them fails."""
+"""Runs the choices of one request side by side. All of them stop when the client leaves or one of them fails."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .events import Event, Events, Watch
 
 T = TypeVar("T")
 
-# Outputs per choice that may wait for a slow reader here before its choices stop pulling from the engine.
+# Outputs per choice that wait here for a slow reader. When the queue is full the choices stop pulling from the engine.
 QUEUE_PER_CHOICE = 2
 
 
 def generate(state: ServerState, choices: list[Choice]) -> Events:
     """Outputs of all choices as they come. Outputs of one choice that pile up before they are read come as one. Closing
-    the iterator aborts whatever still runs.
+    the iterator aborts the choices that still run.
 
     All or nothing: as soon as one choice fails, for instance because the queue is full, the rest is aborted and the
     error is raised, even ahead of outputs that came before it.
@@ -74,16 +74,16 @@ async def _run_side_by_side(state: ServerState, choices: list[Choice]) -> Events
 async def _run(state: ServerState, choice: Choice) -> Events:
     timer = SequenceTimer(state.metrics)
     outputs = state.llm.generate(choice.request, choice.answer.shown_ids, choice.answer.stop_scope())
-    reason: str | None = "abort"  # unless its last output comes
+    reason: str | None = "abort"  # replaced by the finish reason of the last output
     try:
         async with aclosing(outputs) as closing:  # type: ignore[type-var]
             async for output in closing:
                 timer.observe(output)
                 _raise_if_failed(output)
                 yield choice, output
-    except (RequestError, QueueFullError, QueueTimeoutError) as error:  # it never began
+    except (RequestError, QueueFullError, QueueTimeoutError) as error:  # the engine never began the sequence
         reason = None
-        if getattr(error, "param", None) == "grammar":  # the engine's word for it
+        if getattr(error, "param", None) == "grammar":  # of the engine; the client knows it by `form_field`
             raise RequestError(f"{choice.form_field} cannot be used: {error}", choice.form_field) from None
         raise
     except Exception:
@@ -102,7 +102,7 @@ def _raise_if_failed(output: RequestOutput) -> None:
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; `ClientDisconnect`, with `work` cancelled, when the client leaves before it is there."""
+    """The result of `work`. If the client leaves first, cancels `work` and raises `ClientDisconnect`."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnected(receive))
     try:
@@ -115,7 +115,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
 
 
 async def collect(events: Events) -> list[Event]:
-    """All outputs of each choice as one, in the order of their indices."""
+    """One event per choice, in order of index: all outputs of the choice merged into its first one, in place."""
     merged: dict[int, Event] = {}
     texts: dict[int, list[str]] = {}
     async for event in events:
@@ -131,12 +131,12 @@ async def collect(events: Events) -> list[Event]:
 
 
 def num_chars(output: RequestOutput) -> int:
-    """What it costs to write it, for `off_loop`: text hardly anything, log-probabilities much."""
+    """The cost of writing an output, in the unit of `off_loop`. Text costs little, log-probabilities much."""
     return len(output.text) // CHARS_PER_TEXT + output.num_scores * CHARS_PER_SCORE
 
 
 async def cancel_all(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel and wait, so that whatever the tasks held is given back when this returns."""
+    """Cancel the tasks and wait for their end: when this returns their resources are free."""
     for task in tasks:
         task.cancel()
     for task in tasks:

@@ -1,4 +1,4 @@
-"""Log-probabilities in the two shapes of the API. The same float is used wherever a token's number is shown."""
+"""Log-probabilities in the two shapes of the API. A token has the same float in all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..wire.answers import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, T
 from ..wire.token_names import TokenNames
 from .pieces import Splicer, joined, joined_entries
 
-TOKENS_AT_ONCE = 64  # whose log-probabilities are written by one call
+TOKENS_AT_ONCE = 64  # per call that writes log-probabilities
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's stand-in
 
 E = TypeVar("E")
@@ -19,8 +19,8 @@ E = TypeVar("E")
 class CompletionLogprobsWriter:
     """The logprobs of one choice, piece by piece; `text_offset` keeps running from 0.
 
-    An offset counts the characters of the tokens before it as they are shown, as vLLM does: it is an index into the
-    joined `tokens`, which is the text itself unless a token is a control token or part of a character.
+    As with vLLM an offset is an index into the joined `tokens`. They join to the text itself, unless one of them is a
+    control token or part of a character.
     """
 
     def __init__(self, names: TokenNames) -> None:
@@ -42,7 +42,7 @@ class CompletionLogprobsWriter:
         return out
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
-        """Most likely first; of two tokens that look alike, the likelier keeps the key."""
+        """The alternatives by name, most likely first. Of two tokens with one name the likelier keeps the key."""
         top: dict[str, float] = {}
         for token_id, logprob in entry.top or [(entry.token_id, entry.logprob)]:
             top.setdefault(self._names[token_id], _finite(logprob))
@@ -55,7 +55,7 @@ def splice_completion_logprobs(
     entries: Sequence[TokenLogprobs | None],
     first_token_id: int | None,
 ) -> CompletionLogprobs:
-    """The stand-in for what `writer` makes of the entries, a few at a time."""
+    """A stand-in for `writer.write(entries)`, whose JSON is written here, TOKENS_AT_ONCE entries at a time."""
     if not entries:
         return writer.write(entries)
     stand_in = CompletionLogprobs([splicer.secret], [], [], [])
@@ -66,7 +66,7 @@ def splice_completion_logprobs(
 def splice_chat_logprobs(
     splicer: Splicer, entries: Sequence[TokenLogprobs], num_top: int, names: TokenNames
 ) -> ChatLogprobs:
-    """The stand-in for `chat_logprobs` of the entries, made of a few at a time."""
+    """A stand-in for `chat_logprobs(entries)`, whose JSON is written here, TOKENS_AT_ONCE entries at a time."""
     if not entries:
         return ChatLogprobs([])
     stand_in = ChatTokenLogprob(splicer.secret, 0.0, [], [])

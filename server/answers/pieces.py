@@ -1,5 +1,7 @@
-"""Answers of many megabytes, written and sent in small pieces: one call that encodes or sends all of it would hold
-Python's lock, or the event loop, for as long as it takes."""
+"""Answers of many megabytes, encoded and sent in small pieces.
+
+One call that encodes a whole answer would hold Python's lock all the while, and one that sends it the event loop.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 ENCODE = msgspec.json.Encoder().encode
-MAX_BYTES_SENT = 65_536  # at once: pieces that are smaller go together
+MAX_BYTES_SENT = 65_536  # per message: smaller pieces are joined
 
 
 class Splicer:
-    """Encodes an answer around parts of it that are encoded already.
+    """Encodes an answer around parts that are encoded already.
 
-    Such a part has a stand-in of its own type in the answer, with a text that no client can guess.
+    In the answer each of these parts has a stand-in of its own type, which holds a text that no client can guess.
     """
 
     def __init__(self) -> None:
@@ -27,7 +29,7 @@ class Splicer:
         self._parts: list[tuple[bytes, list[bytes]]] = []
 
     def add(self, stand_in: msgspec.Struct, pieces: list[bytes]) -> None:
-        """`stand_in` holds `secret`, and comes in the answer after those added before."""
+        """`pieces` replace `stand_in`, which holds `secret`. Stand-ins are added in the order of the answer."""
         self._parts.append((ENCODE(stand_in), pieces))
 
     def encode(self, answer: msgspec.Struct) -> list[bytes]:
@@ -40,14 +42,16 @@ class Splicer:
 
 
 def joined_entries(lists: Iterable[list[Any]]) -> list[bytes]:
-    """The JSON of the entries of all lists, as those of one."""
+    """The JSON of one list with the entries of all `lists`, without its brackets."""
     encoded = [ENCODE(each)[1:-1] for each in lists if each]
     return [piece if i == 0 else b"," + piece for i, piece in enumerate(encoded)]
 
 
 def joined(parts: Iterable[msgspec.Struct]) -> list[bytes]:
-    """The JSON of a struct of lists, each of them those of `parts`, structs of its type, one behind the other. None of
-    the lists is empty."""
+    """The JSON of one struct whose lists are the concatenated lists of `parts`.
+
+    The parts have the same type, and none of their lists is empty.
+    """
     columns: dict[str, list[bytes]] = {}
     for part in parts:
         for name in part.__struct_fields__:
@@ -60,7 +64,7 @@ def joined(parts: Iterable[msgspec.Struct]) -> list[bytes]:
 
 
 class PiecedResponse(Response):
-    """JSON that is sent piece by piece, as the client reads it."""
+    """JSON that is sent piece by piece, no faster than the client reads."""
 
     media_type = "application/json"
 
@@ -78,5 +82,5 @@ class PiecedResponse(Response):
             if len(buffer) >= MAX_BYTES_SENT:
                 await send({"type": "http.response.body", "body": bytes(buffer), "more_body": True})
                 buffer.clear()
-                await asyncio.sleep(0)  # a client that reads quickly would keep the event loop for itself
+                await asyncio.sleep(0)  # `send` to a quick client never waits, and would keep the event loop
         await send({"type": "http.response.body", "body": bytes(buffer)})

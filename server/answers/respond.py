@@ -20,7 +20,10 @@ async def respond(
     prepared: Prepared[ChatRequest] | Prepared[CompletionRequest],
     writer: ChatWriter | CompletionWriter,
 ) -> Response:
-    """Generate, and write what comes by `writer`. Raises the error of a choice that fails before the answer begins."""
+    """Generate the choices of `prepared`; `writer` writes the answer.
+
+    Raises the error of a choice that fails before the answer begins; a later error ends the stream.
+    """
     state = writer.state
     headers = state.tell_ignored(prepared.ignored)
     events = traced(http, state, prepared, writer.id, generate(state, prepared.choices))

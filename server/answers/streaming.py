@@ -1,4 +1,4 @@
-"""Server-sent events. The socket paces the engine's reader: a slow client stalls only its own request."""
+"""Server-sent events. The client's socket sets the pace: a slow client stalls only its own request."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from .events import Event, Events
 from .generation import cancel_all, num_chars, unless_disconnected
 
 ENCODE = msgspec.json.Encoder().encode
-TOKENS_PER_EVENT = 256  # whose log-probabilities one chunk may hold
+TOKENS_PER_EVENT = 256  # whose log-probabilities one chunk holds at most
 DONE = b"data: [DONE]\n\n"
-PING = b": ping\n\n"  # a comment, which clients skip
+PING = b": ping\n\n"  # a comment line: clients skip it
 LINE_ENDS = {character.encode(): b"\\u%04x" % ord(character) for character in "\u0085\u2028\u2029"}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-# One event -> the chunks that it makes, and the chunks that close a stream.
+# An event -> its chunks; and the chunks that close a stream.
 Render = Callable[[Event], Iterable[msgspec.Struct]]
 RenderEnd = Callable[[], Iterable[msgspec.Struct]]
 
 
 class EventStream(Response):
-    """A stream of chunks that ends with [DONE], and is aborted when the client leaves.
+    """A stream of chunks that ends with [DONE]. The request is aborted when the client leaves.
 
-    It starts with the first event, so that an error before that has its own status, or after `patience` seconds. From
-    then on a comment is sent in every `ping_seconds` without a chunk, because proxies cut what is silent.
+    The response starts with the first event, so that an earlier error has its own status, or after `patience` seconds.
+    From then on every `ping_seconds` without a chunk bring a comment, because proxies cut silent connections.
     """
 
     media_type = "text/event-stream"
@@ -82,7 +82,7 @@ class EventStream(Response):
             await cancel_all(pinging)
 
     async def _send_event(self, line: _Line, event: Event) -> None:
-        """An event's chunks. Many log-probabilities, as a long prompt has or what has piled up, go a few at a time."""
+        """Send an event's chunks. An output of many tokens, of a long prompt or piled up, is cut into small ones."""
         choice, output = event
         for part in output.cut(TOKENS_PER_EVENT):
             frames = await off_loop(self._num_chars((choice, part)), partial(self._frames, (choice, part)))
@@ -93,11 +93,11 @@ class EventStream(Response):
         return self._encode(self._render(event))
 
     def _num_chars(self, event: Event) -> int:
-        """What it costs to write its chunks."""
+        """The cost of writing the event's chunks, in the unit of `off_loop`."""
         return num_chars(event[1])
 
     def _fail(self, scope: Scope, error: Exception) -> bytes:
-        """The status has been sent, so the error goes the way of the chunks."""
+        """The error as the last chunk: the status has been sent already."""
         answer = describe(error)
         log_failure(scope, error, answer)
         scope["app"].state.server.metrics.count_refusal(answer.reason)
@@ -114,7 +114,7 @@ class EventStream(Response):
 
 
 class NamedEventStream(EventStream):
-    """The same with the name of each event, which is its struct's tag, before its data, and without [DONE]."""
+    """A stream whose events have names: the tag of each chunk's struct. It ends without [DONE]."""
 
     end = b""
 
@@ -129,7 +129,7 @@ class NamedEventStream(EventStream):
         self._render_failure = render_failure
 
     def _num_chars(self, event: Event) -> int:
-        """The last event repeats all of the answer."""
+        """The last event repeats the whole answer."""
         output = event[1]
         num_repeated = 0 if output.finish_reason is None else output.num_output_tokens
         return super()._num_chars(event) + num_repeated * CHARS_PER_SCORE
@@ -146,7 +146,7 @@ class NamedEventStream(EventStream):
 
 
 class _Line:
-    """The way to one client: the headers before the first bytes, and comments while there is nothing else to say."""
+    """The connection to one client. Headers go before the first bytes; comments go while there are no chunks."""
 
     def __init__(self, send: Send, start: Message) -> None:
         self.is_open = False
@@ -176,7 +176,7 @@ class _Line:
 
 
 def _data(json: bytes) -> bytes:
-    """A frame. Readers in many languages take the three characters for ends of lines, which JSON lets stand."""
+    """A frame of the stream. JSON leaves LINE_ENDS as they are, and readers in many languages end a line there."""
     if b"\xe2\x80" in json or b"\xc2\x85" in json:
         for character, escape in LINE_ENDS.items():
             json = json.replace(character, escape)

@@ -1,4 +1,4 @@
-"""What an answer has cost so far: `usage`, of a whole answer and of the chunks of a streamed one."""
+"""Token counts of an answer so far: `usage` of a whole answer and of the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from ..wire.requests import StreamOptions
 
 
 class UsageCounter:
-    """Tokens of one request, as its outputs come. Each prompt counts once, however many choices continue it; what the
-    first of them found in the prefix cache the others copied from it."""
+    """Tokens of one request, counted as its outputs come.
+
+    Each prompt counts once, however many choices continue it: the first choice computes it, and the others copy it.
+    Cached tokens are therefore those of the first choice.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], num_choices: int, options: StreamOptions | None) -> None:
         self._num_prompt_tokens = [len(prompt.token_ids) for prompt in prompts]
@@ -32,8 +35,8 @@ class UsageCounter:
         return _usage(sum(self._num_prompt_tokens), sum(self._num_cached_tokens), sum(self._num_output_tokens))
 
     def of_chunk(self, choice: Choice, num_output_tokens: int) -> Usage | UnsetType | None:
-        """`usage` of a chunk that is not the last: of its choice so far, or null when the last one will have it, or
-        left out."""
+        """`usage` of a chunk before the last: that of its choice so far with `continuous_usage_stats`, null with
+        `include_usage` alone, else left out."""
         options = self._options
         if options is not None and options.continuous_usage_stats:
             prompt = choice.prompt_index

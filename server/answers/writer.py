@@ -1,4 +1,4 @@
-"""What the writers of all three generation routes share."""
+"""The base of the writers of all three generation routes."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from ...configs.schema import EngineConfig
 from ...engine.memory.plan import MemoryUse
 from ...engine.messages import EngineInfo
 
-KINDS = {  # where the kind's own name says less
+KINDS = {  # kinds of memory whose own name is short
     "kv": "KV cache",
     "snapshots": "snapshots",
     "sampler": "sampler tables",
@@ -27,8 +27,11 @@ def banner(
     can_chat: bool,
     config: EngineConfig | None = None,
 ) -> str:
-    """The lines printed once the server answers; the last are a command to try. `can_chat`: it has a chat template.
-    `config`: the settings, whose session folder is named, and files that replace the checkpoint's own."""
+    """The lines printed once the server answers. The last two are a command to try.
+
+    `can_chat`: the model has a chat template. `config`: the settings, of which the banner names the session folder and
+    the files that replace files of the checkpoint.
+    """
     kv_tokens = info.num_kv_blocks * info.block_size
     lines = [
         f"Leyden serves {name} ({info.architecture}, {count(info.num_parameters)} parameters)",
@@ -73,7 +76,7 @@ def layers(counts: dict[str, int]) -> str:
 
 
 def snapshots(num: int, num_on_host: int, num_bytes: int) -> str:
-    """The prefix cache's states: `num` take `num_bytes` of the device; those on the host are as large."""
+    """Room of the prefix cache: `num` snapshots take `num_bytes` of the device; a snapshot on the host is as large."""
     if not num:
         return "no snapshots"
     each = num_bytes // num
@@ -82,19 +85,19 @@ def snapshots(num: int, num_on_host: int, num_bytes: int) -> str:
 
 
 def replaced(config: EngineConfig, width: int) -> list[str]:
-    """A line for each file or folder that is taken instead of the checkpoint's own."""
+    """A line for each file or folder that replaces one of the checkpoint."""
     given = {"tokenizer": config.tokenizer, "template": config.chat_template}
     return [f"  {name:{width}} {path}" for name, path in given.items() if path is not None]
 
 
 def drafts(name: str, num_tokens: int, max_rows: int) -> list[str]:
-    """A line on speculative decoding where it is on."""
+    """A line on speculative decoding; none where it is off."""
     line = f"  {name} up to {num_tokens} per sequence and step, while at most {max_rows} sequences decode"
     return [line] if num_tokens else []
 
 
 def split(use: MemoryUse) -> str:
-    """What the memory is for, and what is left of it."""
+    """Bytes by kind of use, and the free rest."""
     parts = [f"{size(num_bytes)} {KINDS.get(kind, kind)}" for kind, num_bytes in use.by_kind().items() if num_bytes]
     return f"{', '.join(parts)}; {size(max(0, use.unassigned))} free of {size(use.total)}"
 

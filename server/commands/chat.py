@@ -28,7 +28,7 @@ WRONG_KEY = "the server does not take the key of --api-key or LEYDEN_API_KEY"
 
 
 class ChatError(LeydenError):
-    """The server cannot be reached or refused."""
+    """The server could not be reached, or it refused the request."""
 
     is_failure = True
 
@@ -47,7 +47,7 @@ def chat(arguments: argparse.Namespace) -> int:
             "top_p": arguments.top_p,
             "stream": True,
         }
-        if arguments.max_tokens is not None:  # else the server fits it to the context
+        if arguments.max_tokens is not None:  # the server's default is what the context has left
             settings["max_tokens"] = arguments.max_tokens
         print(for_screen(f"{settings['model']} at {target.url}. {HINT}"))
         has_failed = _converse(http, settings, arguments.system)
@@ -112,7 +112,7 @@ def _answer(http: httpx.Client, body: dict[str, Any]) -> str:
 
 
 def _stream(http: httpx.Client, body: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(what the model thinks, what it says), piece by piece."""
+    """(reasoning, content) of the answer, piece by piece. Raises `ChatError`."""
     try:
         content = json.dumps(body).encode()
         headers = {"content-type": "application/json"}
@@ -127,7 +127,7 @@ def _stream(http: httpx.Client, body: dict[str, Any]) -> Iterator[tuple[str, str
 
 
 def _events(response: httpx.Response) -> Iterator[bytes]:
-    """What stands behind `data:`. Lines end in a newline and in nothing else: httpx splits at U+2028, too."""
+    """The payloads of the `data:` lines. Only a newline ends a line here; httpx would split at U+2028, too."""
     rest = b""
     for data in response.iter_bytes():
         *lines, rest = (rest + data).split(b"\n")
@@ -138,7 +138,7 @@ def _events(response: httpx.Response) -> Iterator[bytes]:
 
 
 def _pieces(event: bytes) -> Iterator[tuple[str, str]]:
-    """Of one event. Raises `ChatError` for an error of the server, and for what is no event of a chat."""
+    """(reasoning, content) of one event. Raises `ChatError` for an error of the server and for any other event."""
     try:
         chunk = json.loads(event)
         if "error" in chunk:

@@ -27,7 +27,7 @@ EXIT_USAGE = 2
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Descriptions keep their lines; a default is told where there is one and the text does not tell it."""
+    """Descriptions keep their lines. Help ends in the default, unless there is none or the text has it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default is not None and action.default is not False and action.default not in ("", [])
@@ -36,7 +36,7 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that suggests the flag that was meant."""
+    """argparse that suggests a flag for an unknown one."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs |= {"allow_abbrev": False, "formatter_class": _Help}
@@ -53,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}{told}\n")
 
     def _hint(self, flag: str) -> str | None:
-        """What to write for a flag that is not there."""
+        """A remedy for an unknown flag; None: no flag is near."""
         if flag in ("--model", "--model-path") and self._get_positional_actions():
             return f"the model comes without a flag: {self.prog} MODEL"
         if told := hint_for(flag, as_flags=True):
@@ -65,10 +65,10 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0, 1 for a failure, 2 for a wrong flag, setting or checkpoint."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a model writes more than a locale may have
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model writes characters that a locale may not have
     arguments = list(sys.argv[1:] if argv is None else argv)
     known, unknown = _build_parser().parse_known_args(arguments)
-    if unknown:  # let the command's own parser say it, so that the hint knows its flags
+    if unknown:  # the command's own parser has the flags to suggest
         known.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         code = known.run(known)
@@ -79,13 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE if not getattr(error, "is_failure", False) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the output has gone; nothing more is to be said, at exit neither
+    except BrokenPipeError:  # the reader of the output has gone: write nothing more, at exit neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def _build_parser() -> _Parser:
-    """Each command sets `run`, and `parser` to its own."""
+    """Each command sets `run` to its function and `parser` to its own parser."""
     parser = _Parser(prog="leyden", description="Serve hybrid linear-attention language models.")
     parser.add_argument("--version", action="version", version=f"leyden {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -122,7 +122,7 @@ def _build_parser() -> _Parser:
 
 
 def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int | None) -> None:
-    """`max_tokens` = the default; None leaves it to the server."""
+    """`max_tokens`: the default of the flag; None: the server's default."""
     left = "" if max_tokens else " (default: what the context has left)"
     parser.add_argument("--max-tokens", type=int, default=max_tokens, help=f"tokens of an answer at most{left}")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 = always the likeliest token")
@@ -163,7 +163,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 def _serve(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
-    # The first process of a container hears no SIGTERM but by a handler; the server has its own, once it is imported.
+    # The first process of a container ignores SIGTERM without a handler. The server sets its own once it is imported.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     from .serve import serve
 

@@ -1,4 +1,4 @@
-"""What a person reads from `leyden info`."""
+"""The text of `leyden info`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`leyden serve`: start the engine process, serve HTTP, drain on SIGTERM, and die aloud when the engine does."""
+"""`leyden serve`: start the engine process, serve HTTP, drain on SIGTERM, and end in an error if the engine does."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("leyden.server")
 
-BACKLOG = 2048  # connections that the kernel holds before they are accepted; uvicorn's own default
-SPARE_FILES = 256  # that this process has open beside its clients' sockets
+BACKLOG = 2048  # connections that the kernel holds until they are accepted; uvicorn's default
+SPARE_FILES = 256  # open files of this process beside its clients' sockets
 
 
 def serve(settings: Settings) -> int:
-    """Serve until told to stop. Returns 0 after a drain, 1 when the engine died, 128 and the signal's number when one
-    came before there was anything to drain.
+    """Serve until told to stop. Returns 0 after a drain, 1 when the engine died, and 128 plus a signal's number when
+    the signal came before the model was loaded.
 
     Raises `SettingsError`, `ConfigError` or `CheckpointError` before anything is served.
     """
@@ -103,7 +103,7 @@ async def _serve_engine(
 
 
 def _first_signal() -> asyncio.Future[int]:
-    """The number of the first SIGINT or SIGTERM from now on, once it has come."""
+    """A future of the number of the first SIGINT or SIGTERM from now on."""
     loop = asyncio.get_running_loop()
     first: asyncio.Future[int] = loop.create_future()
 
@@ -117,7 +117,7 @@ def _first_signal() -> asyncio.Future[int]:
 
 
 def allow_files(wanted: int) -> None:
-    """Raise this process's own bound on open files: a socket too many is refused by us, and not by the system."""
+    """Raise this process's bound on open files, so that the server refuses a connection too many, not the system."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -136,8 +136,10 @@ def _tell_of_kubernetes() -> None:
 
 
 def check_files(settings: Settings) -> None:
-    """What keys and sessions need, before the model is loaded: a wrong path should not cost a minute. Raises
-    `ConfigError`."""
+    """Check the files of keys and sessions before the model is loaded: a wrong path should not cost a minute.
+
+    Raises `ConfigError`.
+    """
     load_keys(settings)
     if settings.session_folder is not None:
         session_folder.prepare(settings.session_folder)
@@ -146,8 +148,8 @@ def check_files(settings: Settings) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """Take the port before the model is loaded: a port in use should not cost a minute."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With its protocol: asyncio asks for that before it switches the delay of small packets off (Nagle), 40 ms of each
-    # answer on a connection that is kept alive.
+    # asyncio switches off the delay of small packets (Nagle) only for sockets whose protocol is given as TCP. The delay
+    # is 40 ms of each answer on a connection that is kept alive.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -160,7 +162,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _address(host: str, port: int) -> str:
-    """A URL that works from this machine, also when every interface is bound."""
+    """A URL that works on this machine, also when every interface is bound."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

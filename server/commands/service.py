@@ -30,8 +30,8 @@ class Ending(NamedTuple):
 
 
 def _spare_the_garbage_collector() -> None:
-    """What is imported and loaded by now stays: looking through it again took a tenth of a second each time, of every
-    stream."""
+    """Exempt all objects of the start from garbage collection. They live until the end, and each full collection that
+    visited them stalled every stream for 0.1 s."""
     gc.collect()
     gc.freeze()
 
@@ -45,7 +45,7 @@ class _Server(uvicorn.Server):
 
 
 class Service:
-    """One run of the HTTP server over a living engine."""
+    """The HTTP server over `client`'s engine, from the first connection to the last."""
 
     def __init__(self, settings: Settings, client: EngineClient, app: FastAPI) -> None:
         self.settings = settings
@@ -56,8 +56,10 @@ class Service:
         self._draining: asyncio.Task | None = None
 
     async def run(self, listener: socket.socket, interrupted: asyncio.Future[int] | None = None) -> Ending:
-        """Serve until drained, interrupted twice, or bereft of the engine. `interrupted`: a signal that may have come
-        before."""
+        """Serve until drained, interrupted twice, or without an engine.
+
+        `interrupted`: the future of a signal that may have come before this call.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
@@ -75,7 +77,7 @@ class Service:
     def _on_signal(self, name: str) -> None:
         if self._draining is not None:
             logger.warning("%s again: stopping at once", name)
-            logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # every stream that is cut off would be a traceback
+            logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # else a traceback for every stream that is cut off
             self.client.end_streams("the server stopped before the answer was complete")
             self.server.force_exit = True
             self._stop(Ending(0, f"{name} for the second time"))
@@ -87,10 +89,10 @@ class Service:
         self._draining = asyncio.create_task(self._drain(name))
 
     async def _drain(self, name: str) -> None:
-        """New requests are refused already; leave when the open ones are done or out of time."""
+        """Stop when the open requests are done or `drain_seconds` are over. New requests are refused already."""
         limit, reason = self.settings.drain_seconds, f"{name}, and every request was finished"
         deadline = asyncio.get_running_loop().time() + limit
-        # uvicorn's set of tasks has no event to wait for.
+        # uvicorn has no event for the end of its last task.
         while self.server.server_state.tasks and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         if open_requests := len(self.server.server_state.tasks):
@@ -105,13 +107,13 @@ class Service:
         self._stop(Ending(1, reason))
 
     def _stop(self, ending: Ending) -> None:
-        """The first reason is the one that counts."""
+        """End the run. Of several calls the first tells the ending."""
         if not self.server.should_exit:
             self._ending = ending
         self.server.should_exit = True
 
     async def _log_throughput(self) -> None:
-        """A line every few seconds while tokens flow."""
+        """Log a line every `stats_interval` seconds in which the engine made a step."""
         interval = self.settings.stats_interval
         before = self.client.stats
         while interval > 0:

@@ -1,7 +1,7 @@
-"""The grammar of an answer that has to be something: of a form, calls of tools, or one of both.
+"""The grammar of an answer that must have a form, must call a tool, or must do one of both.
 
-A thought comes first, where the model thinks: the grammar begins after it. Of a JSON schema that is not strict what can
-be kept is kept, and the rest is named to the client.
+If the model thinks, the thought comes first and the grammar begins after it. A JSON schema that is not strict is held
+as far as a grammar can; the client is told the names of the keywords that are not held.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ..wire.requests import ToolChoice
 from .structured import ANY_OBJECT, Asked
 
 MAX_SHOWN_PATHS = 5
-MAX_PARAMETERS_CHARS = 1 << 20  # of all tools whose arguments are held to a schema, as JSON
+MAX_PARAMETERS_CHARS = 1 << 20  # of all tools whose arguments are held to a schema together, as JSON
 _RULES: dict[str, Callable[[Any], str]] = {"regex": regex_rule, "choice": choice_rule}
 
 
 class Form(NamedTuple):
-    """What an answer has to be, and the field of the request that says so.
+    """The grammar of an answer, and the request's field that it comes from.
 
-    `left_out` names what is not held: keywords of schemas, or all parameters of a tool.
+    `left_out` names the keywords of schemas, and the parameters of tools, that the grammar does not hold.
     """
 
     field: str
@@ -40,7 +40,7 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Calls:
-    """The tools that an answer may call. `strict` names those whose arguments have to follow all of their schema."""
+    """The tools that an answer may call. `strict` names the tools whose arguments must follow the whole schema."""
 
     tools: list[dict[str, Any]]
     choice: ToolChoice
@@ -54,10 +54,10 @@ class Calls:
 async def make_form(
     asked: Asked | None, calls: Calls | None, answer: AnswerFormat, compiler: GrammarCompiler
 ) -> Form | None:
-    """The form, whose grammar compiles, or None where the answer is free.
+    """The form of the answer, with a grammar that compiles; None: the answer is free.
 
-    Where calls are required the answer is calls. Where they are allowed beside a form that is asked for, it is calls or
-    that form. Schemas are read and grammars compiled in the thread of `compiler`. Raises `RequestError`.
+    If calls are required the answer is calls. If calls are allowed beside a form the answer is calls or that form.
+    Schemas are read and grammars compiled in the thread of `compiler`. Raises `RequestError`.
     """
     if asked is None and (calls is None or not calls.are_required):
         return None
@@ -72,7 +72,7 @@ async def _compiled(compiler: GrammarCompiler, write: Callable[[], Form]) -> For
     form = await asyncio.wrap_future(compiler.run(write))
     compiling = asyncio.wrap_future(compiler.compile(form.grammar).compiling)
     try:
-        await asyncio.shield(compiling)  # requests with an equal grammar share it: one that ends cancels it for none
+        await asyncio.shield(compiling)  # requests with an equal grammar share the work: none may cancel it
     except (ValueError, CheckpointError) as error:
         raise RequestError(f"{form.field} cannot be used: {error}", form.field) from None
     return form
@@ -101,7 +101,7 @@ def _calling_form(asked: Asked | None, calls: Calls, answer: AnswerFormat) -> Fo
 
 
 def _rule(asked: Asked) -> tuple[str, tuple[str, ...]]:
-    """The right side of a rule, and what it does not hold."""
+    """The right side of the form's rule, and the names of what it does not hold. Raises `RequestError`."""
     try:
         if asked.kind != "json":
             return _RULES[asked.kind](asked.value), ()
@@ -114,7 +114,10 @@ def _rule(asked: Asked) -> tuple[str, tuple[str, ...]]:
 
 
 def _held_tools(calls: Calls) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """The tools with parameters that a grammar can hold: any object for a schema that cannot be used at all."""
+    """The tools with parameters that a grammar can hold, and the names of what is not held.
+
+    A schema that cannot be used at all becomes any object. Raises `RequestError`.
+    """
     tools, left_out, num_chars = [], [], 0
     for index, tool in enumerate(calls.tools):
         function, where = tool["function"], f"tools[{index}].function.parameters"

@@ -1,4 +1,4 @@
-"""Raw bytes -> one JSON object, or an error that says what is wrong with them. Stricter than `json.loads` alone."""
+"""Raw bytes -> one JSON object, or an error that tells the fault and its place. Stricter than `json.loads`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...engine.errors import RequestError
 from ..errors import ApiError
 from ..off_loop import off_loop
 
-BYTES_PER_CHAR = 32  # parsed in the time of tokenizing one character
+BYTES_PER_CHAR = 32  # bytes that are parsed in the time of tokenizing one character
 MAX_BYTES_AT_ONCE = 65_536
 MAX_FLOAT_CHARS = 400
 MAX_SHOWN_CHARS = 80  # of a client's text in an error message
@@ -25,8 +25,10 @@ T = TypeVar("T")
 
 
 async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
-    """The body of a request as a JSON object. Raises `RequestError`, or `ApiError` 415 for another content type and for
-    a compressed body."""
+    """The body of a request as a JSON object.
+
+    Raises `RequestError`, or `ApiError` 415 for another content type or a compressed body.
+    """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         message = f"Content-Encoding must be identity, got {encoding[:MAX_SHOWN_CHARS]!r}; send the body uncompressed"
@@ -40,15 +42,15 @@ async def read_json(request: Request, max_depth: int) -> dict[str, Any]:
 
 
 async def of_body(request: Request, work: Callable[[], T]) -> T:
-    """The result of `work` on a request's body, done in a thread when that is long."""
+    """The result of `work` on a request's body; for a long body `work` runs in a thread."""
     return await off_loop(len(await request.body()) // BYTES_PER_CHAR, work)
 
 
 def parse_object(raw: bytes, max_depth: int, *, is_lenient: bool = False) -> dict[str, Any]:
     """Parse UTF-8 JSON. Refuses NaN, Infinity, numbers out of range, duplicate keys, lone surrogates, deep nesting.
 
-    `is_lenient` takes raw control characters in strings, NaN and Infinity, and the last value of a duplicate key: JSON
-    as models write it, where the meaning is clear. Raises `RequestError`.
+    `is_lenient` reads JSON as models write it: control characters in strings, NaN and Infinity are taken, and the last
+    value of a duplicate key counts. Raises `RequestError`.
     """
     try:
         text = raw.decode("utf-8")
@@ -66,7 +68,7 @@ def parse_object(raw: bytes, max_depth: int, *, is_lenient: bool = False) -> dic
         raise RequestError(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
     except RecursionError:
         raise _too_deep(max_depth) from None
-    except ValueError:  # Python's own bound on the digits of an integer
+    except ValueError:  # an integer has more digits than Python reads
         raise RequestError("the body has a number that is out of range") from None
     if not isinstance(value, dict):
         raise RequestError(f"the body must be a JSON object, got {json_type(value)}")
@@ -78,7 +80,7 @@ def parse_object(raw: bytes, max_depth: int, *, is_lenient: bool = False) -> dic
 
 
 def json_type(value: object) -> str:
-    """What JSON calls the type of `value`, with its article."""
+    """JSON's name of the type of `value`, with its article."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list"}
@@ -99,7 +101,7 @@ def require_type(value: Any, kind: type, where: str) -> Any:
 
 
 def drop_nulls(fields: dict[str, Any]) -> dict[str, Any]:
-    """null always means the default."""
+    """The fields that are not null: null always means the default."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -108,7 +110,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _integer(digits: str) -> int:
-    """As the parser does by itself; but that would hold Python's lock all through a list of a million ids."""
+    """The parser's own conversion. A call from C per integer lets other threads in during a list of a million ids."""
     return int(digits)
 
 

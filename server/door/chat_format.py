@@ -1,4 +1,4 @@
-"""How the answers to a chat request are read, and what its tools ask of the model."""
+"""The format in which answers to a chat request are read, and the tools that the model is shown."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..state import ServerState
 from ..wire.requests import ChatRequest
 from .tools import read_tool_choice
 
-TAIL_TOKENS = 32  # enough for an opening marker and white space, whatever the tokenizer
+TAIL_TOKENS = 32  # enough for a marker and white space with any tokenizer
 
 
 def offered_tools(request: ChatRequest, state: ServerState) -> list[dict[str, Any]]:
-    """The tools that the model gets to see: none where it must not call one. Raises `RequestError`."""
+    """The tools that the model is shown; none if it must not call any. Raises `RequestError`."""
     choice = read_tool_choice(request.tool_choice, request.tools or [])
     if choice.mode == "none" or request.tools is None:
         return []
@@ -30,7 +30,7 @@ def offered_tools(request: ChatRequest, state: ServerState) -> list[dict[str, An
 
 
 def _why_no_tools(state: ServerState) -> str:
-    if not state.llm.tokenizer.takes_tools:  # then no parser would help
+    if not state.llm.tokenizer.takes_tools:  # no parser helps where the template shows no tools
         return "its chat template does not use them; leave them out"
     if state.settings.tool_call_parser == "none":
         return "tool_call_parser is none; leave them out, or start with another one"
@@ -49,12 +49,12 @@ def answer_format(request: ChatRequest, state: ServerState, prompt: TokenIds, *,
 
 
 def _takes_one_call(request: ChatRequest) -> bool:
-    """A named function is called once, as with OpenAI."""
+    """Whether the answer may have one call only. As with OpenAI a function that the request names is called once."""
     return not request.parallel_tool_calls or isinstance(request.tool_choice, dict)
 
 
 def _thought_at_end(request: ChatRequest, state: ServerState, prompt: TokenIds) -> ThoughtState:
-    """Whether the template, or an answer that is to be continued, leaves a thought open, or has closed it."""
+    """The state of the thought where the prompt ends, or where an answer that is to be continued ends."""
     if request.continue_final_message:
         _, opening, thought = request.messages[-1]["content"].rpartition(reasoning.OPEN)
         return "none" if not opening else "over" if reasoning.CLOSE in thought else "open"

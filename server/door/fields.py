@@ -1,4 +1,4 @@
-"""Which body fields are served, which are refused by name, and which are left out.
+"""Sorts the fields of a body: served, refused by name, or left out.
 
 A field that OpenAI, vLLM or SGLang documents and that is not implemented here is refused, unless its value asks for
 nothing. An undocumented field (routers add some) is left out and named in a response header.
@@ -12,10 +12,10 @@ from typing import Any
 
 from ..errors import UnsupportedParameterError
 
-# These identify the client or the conversation; they change no answer.
+# Fields that identify the client or the conversation. They change no answer.
 ANNOTATIONS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "session_id"})
 
-# Documented elsewhere, not implemented here -> the values that ask for nothing. null always does.
+# Fields documented elsewhere and not implemented here -> their values that ask for nothing. null always does.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     # OpenAI, completions
     "best_of": (1,),
@@ -84,7 +84,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "stop_regex": (),
     "stream_reasoning": (True,),
 }
-# Served on the other route only -> the values that ask for nothing on this one.
+# Fields that only the other route serves -> their values that ask for nothing on this one.
 FOREIGN_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "chat_template_kwargs": ({},),

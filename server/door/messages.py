@@ -13,11 +13,11 @@ from .tools import read_calls
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
-PART_SEPARATOR = "\n"  # vLLM joins text parts so
+PART_SEPARATOR = "\n"  # as vLLM joins text parts
 
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content")
-SYNONYMS = {"reasoning": "reasoning_content"}  # vLLM's newer word; templates know the older one
-# A client that sends an earlier answer back sends these along.
+SYNONYMS = {"reasoning": "reasoning_content"}  # vLLM's newer name; templates read the older one
+# Fields of an earlier answer that a client sends back -> their values that ask for nothing.
 MESSAGE_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "audio": (),
@@ -48,7 +48,7 @@ def _read_message(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], li
     role, calls = _read_role(entry, where), _read_calls(entry, where)
     content = _read_answer(entry, where) if role == "assistant" else _read_content(entry, where)
     message: dict[str, Any] = {"role": role, "content": content}
-    if calls:  # some templates ask whether the key is there
+    if calls:  # some templates test for the key alone
         message["tool_calls"] = calls
     unknown = []
     for name, value in entry.items():
@@ -73,13 +73,15 @@ def _read_role(entry: dict[str, Any], where: str) -> str:
     role = entry.get("role")
     if role not in ROLES:
         raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, got {shown(role)}", f"{where}.role")
-    # OpenAI's newer word for the same thing; templates know the older one.
+    # "developer" is OpenAI's newer name of "system"; templates read the older one.
     return "system" if role == "developer" else str(role)
 
 
 def _read_answer(entry: dict[str, Any], where: str) -> str:
-    """An assistant's content, which may be missing beside calls, or null as some clients store it. A refusal is text
-    that it said, in a field of its own or as a part."""
+    """The content of an assistant's message, joined with its refusal.
+
+    The content may be missing beside calls, or null as some clients store it. A refusal is a field or a part.
+    """
     said = _read_content({"content": "", **entry}, where)
     refusal = require_type(entry.get("refusal", ""), str, f"{where}.refusal")
     return PART_SEPARATOR.join(text for text in (said, refusal) if text)
@@ -98,7 +100,7 @@ def _read_content(entry: dict[str, Any], where: str) -> str:
 
 
 def _read_part(part: Any, kinds: tuple[str, ...], where: str) -> str:
-    """A part's text, which has the name of its kind."""
+    """A part's text, which lies under the name of the part's type."""
     kind = require_type(part, dict, where).get("type")
     if not isinstance(kind, str) or kind not in kinds:
         raise UnsupportedParameterError(

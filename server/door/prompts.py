@@ -1,4 +1,4 @@
-"""Prompts in all their forms -> token ids. Long text is tokenized in a thread, so that streams keep flowing."""
+"""Prompts in all their forms -> token ids. Long texts are tokenized in a thread, and streams go on meanwhile."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..wire.requests import ChatRequest, CompletionRequest, TokenizeRequest
 from ..wire.schemas import INT32_MAX
 from .body import json_type
 
-MAX_CHARS_AT_ONCE = 65_536  # of a text that waits for no other
-IDS_PER_CHAR = 8  # read in the time of tokenizing one character
+MAX_CHARS_AT_ONCE = 65_536  # a longer text takes one of the places for long texts
+IDS_PER_CHAR = 8  # ids that are read in the time of tokenizing one character
 IDS_PER_CALL = 65_536
-CHARS_PER_MESSAGE = 32  # that a chat template's work on a message costs, however short
+CHARS_PER_MESSAGE = 32  # the template's work on any message costs as much as so many characters
 
 
 T = TypeVar("T")
@@ -28,20 +28,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to continue. `text` is what `echo` shows; it is filled in only where it may be asked for."""
+    """A prompt as the engine gets it. `text` is for `echo`: of a prompt of token ids it is empty without `echo`.
+
+    `beginning`: tokens at the start that other prompts probably share, 0 if unknown.
+    """
 
     token_ids: TokenIds
     text: str = ""
-    beginning: int = 0  # of these, tokens that come before anything the user said
+    beginning: int = 0
 
 
 async def read_prompts(request: CompletionRequest, state: ServerState) -> list[Prompt]:
-    """The prompts of a completion request, each within the vocabulary and the context."""
+    """The prompts of a completion request. Raises `RequestError`, or `ContextLengthError` for one that is too long."""
     return await tokenizing(_num_chars(request, state), state, lambda: _read_prompts(request, state))
 
 
 def _num_chars(request: CompletionRequest, state: ServerState) -> int:
-    """What it costs to read them, for `off_loop`. Of too many none is read."""
+    """The cost of reading the prompts, in the unit of `off_loop`. Prompts beyond `max_prompts` are refused unread."""
     value = request.prompt
     if not isinstance(value, list):
         return len(value) if isinstance(value, str) else 0
@@ -98,7 +101,7 @@ def _as_prompt_list(value: Any, max_prompts: int, info: EngineInfo) -> list[str 
 
 
 def _as_token_ids(value: list[Any], info: EngineInfo, where: str) -> TokenIds:
-    """Each call looks at some of the list only: it holds Python's lock until it returns."""
+    """Read in pieces of IDS_PER_CALL: each call holds Python's lock until it returns. Raises `RequestError`."""
     pieces = []
     for start in range(0, len(value), IDS_PER_CALL):
         piece = value[start : start + IDS_PER_CALL]
@@ -143,7 +146,7 @@ async def encode_messages(
     add_generation_prompt = request.add_generation_prompt
     if add_generation_prompt is None:
         add_generation_prompt = not request.continue_final_message
-    for name in ("add_special_tokens", "parse_special"):  # of /tokenize
+    for name in ("add_special_tokens", "parse_special"):  # fields of /tokenize
         if getattr(request, name, None):
             raise UnsupportedParameterError(
                 f"{name} is not supported with messages: control tokens come from the chat template", name
@@ -167,7 +170,7 @@ async def encode_messages(
 
 
 async def tokenizing(num_chars: int, state: ServerState, work: Callable[[], T]) -> T:
-    """`off_loop`, with a bound on the long texts at once: processors are left for other work, short texts among it."""
+    """`off_loop` with a bound on long texts at once, so that processors are left for short texts and other work."""
     if num_chars <= MAX_CHARS_AT_ONCE:
         return await off_loop(num_chars, work)
     async with state.long_texts:
@@ -175,7 +178,7 @@ async def tokenizing(num_chars: int, state: ServerState, work: Callable[[], T]) 
 
 
 def check_token_ids(ids: TokenIds, info: EngineInfo, where: str) -> None:
-    """Raises `RequestError` naming the first that the model does not have."""
+    """Raises `RequestError` naming the first id that is not in the vocabulary. `where`: the field they come from."""
     if (bad := ids.first_outside(info.vocab_size)) is not None:
         raise _unknown_id(bad, info, where)
 
@@ -185,7 +188,7 @@ def _unknown_id(token_id: int, info: EngineInfo, where: str) -> RequestError:
 
 
 def check_can_be_admitted(num_prompts: int, n: int, info: EngineInfo) -> None:
-    """All choices of a request are admitted together, so there must ever be room for them."""
+    """Raises `RequestError` for more choices than the engine can hold: those of a request are admitted together."""
     bound = info.num_state_slots + info.max_waiting
     if num_prompts * n > bound:
         name = "n" if n > bound else "prompt"
@@ -197,7 +200,10 @@ def check_can_be_admitted(num_prompts: int, n: int, info: EngineInfo) -> None:
 
 
 def check_num_chars(num_chars: int, state: ServerState, where: str) -> None:
-    """Before text is tokenized: what cannot fit, were every token the vocabulary's longest, costs nothing."""
+    """Raises `ContextLengthError` for a text that would not fit even in tokens of the greatest length.
+
+    Asked before the text is tokenized, so that a text far too long costs nothing.
+    """
     info, longest = state.llm.client.info, state.llm.tokenizer.max_token_chars
     if num_chars > info.max_model_len * longest:
         raise ContextLengthError(
@@ -208,6 +214,7 @@ def check_num_chars(num_chars: int, state: ServerState, where: str) -> None:
 
 
 def check_prompt(ids: TokenIds, info: EngineInfo, where: str) -> None:
+    """Raises `RequestError` for an empty prompt, `ContextLengthError` for one beyond the context length."""
     if not ids:
         raise RequestError(f"{where} must have at least one token", where)
     if len(ids) > info.max_model_len:

@@ -1,4 +1,4 @@
-"""What a request says of the form of its answer: `response_format`, and vLLM's `structured_outputs`."""
+"""The form that a request asks of its answer, by `response_format` or vLLM's `structured_outputs`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
 
 class Asked(NamedTuple):
-    """`value` is that of a `kind` (json, regex, choice or grammar), and `field` where the request says it.
+    """A form of an answer: `kind` is json, regex, choice or grammar, and `value` its schema, pattern, texts or grammar.
 
-    `is_strict`: all of a schema has to be kept.
+    `field`: where the request says it. `is_strict`: the answer must follow the whole schema.
     """
 
     field: str
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
 
 
 def read_asked(request: GenerationRequest) -> tuple[Asked | None, list[str]]:
-    """What the answer has to be, or None for plain text; and the names of the fields that change nothing.
+    """The form that is asked for, None for plain text; and the names of the fields that change nothing.
 
     Raises `RequestError`, naming the field.
     """

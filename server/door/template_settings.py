@@ -1,4 +1,4 @@
-"""What a request tells the chat template: `reasoning_effort` and `chat_template_kwargs`, as far as the template reads
+"""A request's values for the chat template: `reasoning_effort` and `chat_template_kwargs`, where the template reads
 them."""
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from ..wire.schemas import Effort
 from .body import MAX_SHOWN_CHARS, drop_nulls
 
 MAX_SETTINGS = 32
-MAX_SETTINGS_CHARS = 16_384  # of all of them, as JSON
+MAX_SETTINGS_CHARS = 16_384  # of all settings together, as JSON
 FIELD = "chat_template_kwargs"
 SWITCHES = ("enable_thinking", "thinking")  # Qwen's, Ling's and GLM's; Granite's and DeepSeek's
-# What templates call an effort, the best word first: some know three of these words and refuse any other.
+# An effort -> the names that templates may have for it, the best first. Some refuse all but three of these names.
 WORDS: dict[Effort, tuple[str, ...]] = {
     "none": ("none", "minimal", "low"),
     "minimal": ("minimal", "low"),
@@ -30,9 +30,9 @@ WORDS: dict[Effort, tuple[str, ...]] = {
 def read_settings(
     effort: Effort | None, settings: dict[str, Any], inputs: TemplateInputs
 ) -> tuple[dict[str, Any], list[str]]:
-    """(what goes to the template, the names of what it does not read). `settings` win over `effort`.
+    """(values for the template, names of settings that the template does not read). `settings` win over `effort`.
 
-    Raises `RequestError` for a name that is the renderer's own, and for too much.
+    Raises `RequestError` for a name that the renderer reserves, for too many settings and for too long ones.
     """
     settings = drop_nulls(settings)
     if len(settings) > MAX_SETTINGS:

@@ -1,6 +1,6 @@
-"""Tools of a chat request: any JSON -> the plain dicts that a chat template reads, and which of them may be called.
+"""Tools of a chat request: any JSON -> the plain dicts that a chat template reads, and the choice among them.
 
-Calls of earlier answers, which come back in assistant messages, are read here, too.
+Calls of earlier answers, which clients send back in assistant messages, are read here, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_ARGUMENTS_DEPTH = 32
 MAX_TOOL_CHARS = 65_536  # of one definition, as JSON
 MAX_ID_CHARS = 256
 STRICT = "function.strict"
-NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}  # what OpenAI reads where they are left out
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}  # OpenAI's default
 
 
 def read_tools(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
@@ -41,7 +41,7 @@ def read_tools(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def strict_functions(tools: list[dict[str, Any]]) -> frozenset[str]:
-    """The names of those whose arguments have to follow all of their schema; `tools` as sent, after `read_tools`."""
+    """The names of functions whose arguments must follow the whole schema. `tools`: as sent, after `read_tools`."""
     functions = [tool["function"] for tool in tools if tool.get("type") == "function"]
     return frozenset(function["name"] for function in functions if function.get("strict"))
 
@@ -61,9 +61,9 @@ def read_tool_choice(value: Any, tools: list[dict[str, Any]]) -> ToolChoice:
 
 
 def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """The calls of an assistant message, as many as a model may have written.
+    """The calls of an assistant message, in any number. Raises `RequestError`.
 
-    Their arguments are objects where the text of the arguments is one, else that text.
+    The arguments of a call are an object if their text is one in JSON, else the text.
     """
     entries = require_type(value, list, where)
     return [_read_call(require_type(entry, dict, f"{where}[{i}]"), f"{where}[{i}]") for i, entry in enumerate(entries)]
@@ -82,7 +82,7 @@ def _read_function(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], l
     unknown = [name for name in entry if name not in ("type", "function")]
     unknown += [f"function.{name}" for name in given if name not in ("name", "description", "parameters", "strict")]
     if require_type(given.get("strict", False), bool, f"{where}.function.strict"):
-        unknown.append(STRICT)  # unless a grammar holds the arguments to their schema, which `answer_grammar` knows
+        unknown.append(STRICT)  # `answer_grammar` takes it back if a grammar holds the arguments
     return function, unknown
 
 
@@ -109,10 +109,10 @@ def _read_call(entry: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _read_arguments(value: Any, where: str) -> dict[str, Any] | str:
-    """Any text is taken: a model may make a mistake or be cut off, and its answer has to be valid history."""
+    """Takes any text: a model may make a mistake or be cut off, and its answer must still be valid history."""
     text: str = require_type(value, str, where)
     if not text.strip():
-        return {}  # what some clients make of a call without arguments
+        return {}  # some clients send a call without arguments so
     try:
         return parse_object(text.encode(), MAX_ARGUMENTS_DEPTH, is_lenient=True)
     except RequestError:

@@ -1,4 +1,4 @@
-"""The only door: a request body becomes token ids and `SamplingParams` here, or an error that names the field.
+"""The only door: here a request's body becomes token ids and choices, or an error that names the field.
 
 The order is fixed: bytes -> JSON -> fields served, refused or ignored -> strict types -> bounds -> prompts as tokens ->
 fit of the context. Nothing behind this module checks a request again.
@@ -47,7 +47,7 @@ from .structured import read_asked
 from .template_settings import read_settings
 from .tools import STRICT, read_tool_choice, read_tools, strict_functions
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions
 _INPUT_SHOULD = re.compile(r"^[A-Z][a-z]+ should")  # pydantic's "Input should", "String should" and others
 STREAM_OPTION_NEUTRAL = {"include_obfuscation": (False,)}
 
@@ -58,17 +58,17 @@ C = TypeVar("C", bound=ChatRequest | TokenizeRequest)
 
 @dataclass(frozen=True)
 class Prepared(Generic[G]):
-    """A request that can be served."""
+    """A request that can be served. `ignored`: names of its fields that change nothing. `answer`: how chat is read."""
 
     request: G
     prompts: list[Prompt]
     choices: list[Choice]
-    ignored: list[str]  # names of fields left out
-    answer: AnswerFormat = field(default_factory=AnswerFormat)  # how chat reads what comes
+    ignored: list[str]
+    answer: AnswerFormat = field(default_factory=AnswerFormat)
 
     @property
     def key(self) -> str:
-        """With which the engine's ids of the choices begin: an answer's id ends in it, and so leads to the log."""
+        """The beginning of the engine's ids of all choices. The answer's id ends in it, and so leads to the log."""
         return self.choices[0].request.request_id.removesuffix("-0")
 
 
@@ -96,7 +96,7 @@ async def prepare_chat(http: Request, state: ServerState) -> Prepared[ChatReques
 async def prepare_conversation(
     body: dict[str, Any], http: Request, state: ServerState, left_out: Sequence[str] = ()
 ) -> Prepared[ChatRequest]:
-    """`body` is chat's, whichever route took it; `left_out` names the fields that this route left out of it."""
+    """`body`: that of a chat request, from any route. `left_out`: names of fields that the route left out of it."""
     request, ignored, template_kwargs = await of_body(
         http, lambda: _as_conversation(body, state, ChatRequest, CompletionRequest, left_out)
     )
@@ -118,14 +118,14 @@ async def prepare_conversation(
 
 
 def _calls(request: ChatRequest, tools: list[dict[str, Any]], body: dict[str, Any]) -> Calls | None:
-    """The calls that the answer may have; `body` still says which functions are strict."""
+    """The calls that the answer may have; None without tools. `body` still tells which functions are strict."""
     if not tools:
         return None
     return Calls(tools, read_tool_choice(request.tool_choice, tools), strict_functions(body["tools"]))
 
 
 def _not_held(ignored: list[str], form: Form | None) -> list[str]:
-    """The names of all that changes nothing in the answer."""
+    """`ignored` without what the grammar holds after all, and with the names of what it does not hold."""
     if form is None:
         return ignored
     held = f"tools[].{STRICT}" if form.holds_calls else None
@@ -171,7 +171,7 @@ def _as_typed(
     foreign: type[RequestModel] | None = None,
     left_out: Sequence[str] = (),
 ) -> tuple[R, list[str]]:
-    """The typed request, and the names of what was left out of it, `left_out` first."""
+    """The typed request, and the names of the fields left out of it, `left_out` first. Raises `RequestError`."""
     fields, unknown = split_fields(body, model.model_fields, foreign.model_fields if foreign else ())
     ignored = [*left_out, *unknown]
     if "stream_options" in fields:
@@ -196,7 +196,7 @@ def _as_conversation(
     foreign: type[RequestModel] | None = None,
     left_out: Sequence[str] = (),
 ) -> tuple[C, list[str], dict[str, Any]]:
-    """`_as_typed`, with what the request tells the chat template; names that the template does not read are ignored."""
+    """`_as_typed`, and the values for the chat template. A setting that the template does not read is ignored."""
     request, ignored = _as_typed(body, state, model, foreign, left_out)
     inputs = state.llm.tokenizer.template_inputs
     template_kwargs, unread = read_settings(request.reasoning_effort, request.chat_template_kwargs, inputs)
@@ -239,7 +239,7 @@ def _as_request_error(error: ValidationError) -> RequestError:
 
 
 def _shown(value: Any, *, counts: bool) -> str:
-    """A value as JSON, or its type, or how much there is of it."""
+    """A value in an error message: short ones as JSON, others by length or type. `counts`: lists by their length."""
     if isinstance(value, (dict, list)):
         return str(len(value)) if counts else json_type(value)
     if isinstance(value, str) and len(value) > MAX_SHOWN_CHARS:

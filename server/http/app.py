@@ -113,14 +113,14 @@ def _cors(settings: ServerConfig) -> list[Middleware]:
 
 
 def _browser_guards(settings: ServerConfig, keys: list[str]) -> list[Middleware]:
-    """A key keeps foreign pages away by itself: a browser sends none for them."""
+    """The guards against foreign pages; none with keys, because a browser sends no key for a foreign page."""
     if keys:
         return []
     return [Middleware(HostMiddleware, settings=settings), Middleware(OriginMiddleware, settings=settings)]
 
 
 async def _pass_on(http: Request, error: Exception) -> Response:
-    """FastAPI would answer these in its own shape; `ErrorMiddleware` answers every error in OpenAI's."""
+    """Hand errors that FastAPI would answer in its own shape on to `ErrorMiddleware`, which answers in OpenAI's."""
     if isinstance(error, RequestValidationError):
         raise ApiError(400, "the request's path or query is malformed") from error
     if isinstance(error, HTTPException) and error.status_code == 404:

@@ -1,8 +1,7 @@
-"""One client's connection: uvicorn's HTTP/1.1 with h11, bounded in what it may send, in how long it may take, and in
-how many there are.
+"""A client's connection: uvicorn's HTTP/1.1 with h11, with bounds on bytes, on time and on the number of connections.
 
-uvicorn waits for ever for a head that does not end and for a client that does not read, and answers bytes that are not
-HTTP in plain text. Bodies are bounded in `middleware`, where their reader is.
+uvicorn alone waits for ever for a head that does not end and for a client that does not read, and answers bytes that
+are no HTTP in plain text. `middleware` bounds bodies.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from ..errors import ApiError
 
 logger = logging.getLogger("leyden.server")
 
-SOCKETS_PER_REQUEST = 2  # kept alive, or refused and not gone yet
-GRACE_SECONDS = 1.0  # for a socket beyond the bound to ask, or for an idle one to be asked over
-FLUSH_SECONDS = 2  # for streams to carry the engine's last word to their clients
+SOCKETS_PER_REQUEST = 2  # a second one may be kept alive, or be refused and not closed yet
+GRACE_SECONDS = 1.0  # a socket beyond the bound has so long to send; an idle one is kept so long
+FLUSH_SECONDS = 2  # streams have so long to send the engine's last message
 
 
 def uvicorn_config(app: ASGIApp, settings: ServerConfig, **others: Any) -> uvicorn.Config:
-    """How `app` is served, in tests too. `others` go to uvicorn."""
+    """uvicorn's configuration for `app`, in tests too. `others` are further arguments of `uvicorn.Config`."""
     return uvicorn.Config(
         app,
         http=partial(Connection, settings),  # type: ignore[arg-type]
@@ -47,31 +46,31 @@ def uvicorn_config(app: ASGIApp, settings: ServerConfig, **others: Any) -> uvico
 
 
 def max_sockets(settings: ServerConfig) -> int:
-    """Of clients, at once."""
+    """Bound on client connections at once."""
     return SOCKETS_PER_REQUEST * settings.max_connections
 
 
 class Connection(H11Protocol):
-    """A socket, over which requests come one after the other."""
+    """One socket, over which requests come one after the other."""
 
     def __init__(self, settings: ServerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = settings
-        self._deadline: asyncio.TimerHandle | None = None  # of a head, or of what is left of an answer
+        self._deadline: asyncio.TimerHandle | None = None  # for a head, or for the rest of an answer
         self._is_reading_head = False
-        self._unread: asyncio.TimerHandle | None = None  # while the client leaves too much of an answer unread
+        self._unread: asyncio.TimerHandle | None = None  # runs while the client leaves too much of an answer unread
         self.idle_since = self.loop.time()
 
     @property
     def is_idle(self) -> bool:
-        """No request is being answered."""
+        """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) <= max_sockets(self._settings):
             self._await_head(self._settings.read_timeout)
-        else:  # it may send a request, at once, and gets 503; the longest idle connection makes room
+        else:  # a request that comes at once gets 503; the longest idle connection makes room
             self._await_head(GRACE_SECONDS)
             self._evict_longest_idle()
 
@@ -104,8 +103,8 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP gets an answer in the envelope, unless another one has begun."""
-        error = sys.exc_info()[1]  # h11's, which uvicorn does not hand over
+        """Answer bytes that are no HTTP in the envelope, unless another answer has begun."""
+        error = sys.exc_info()[1]  # h11's error, which uvicorn does not pass
         if getattr(error, "error_status_hint", 400) == 431:
             self._refuse(too_large_head(self._settings.max_header_bytes))
         else:
@@ -149,7 +148,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def _evict_longest_idle(self) -> None:
-        """Of those that have been idle for a while."""
+        """Close the connection that has been idle longest, if it has been idle for GRACE_SECONDS."""
         since = self.loop.time() - GRACE_SECONDS
         idle = [
             each

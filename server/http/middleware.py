@@ -1,4 +1,4 @@
-"""Pure ASGI layers around the app, outermost first: request id, errors, connection bound, keys, size bounds."""
+"""Pure ASGI layers around the routes, outermost first: request id, access log, errors, open requests, keys, sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .origins import SAFE_METHODS
 logger = logging.getLogger("leyden.server")
 
 HEALTH_PATH = "/health"
-# The pages are the same bytes for everyone, and a browser cannot send a key before it has the page that asks for it.
+# The pages are the same bytes for everyone, and a browser has no key before the page has asked for it.
 PUBLIC_PATHS = frozenset({HEALTH_PATH, ROOT_PATH, *FILES})
 MAX_REQUEST_ID_CHARS = 128
 UNSAFE_ID_CHARS = re.compile(r"[^A-Za-z0-9._:/+=-]")
@@ -66,7 +66,7 @@ class AccessLogMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status: int | str = "left"  # by its client, before there was a status
+        status: int | str = "left"  # the client left before there was a status
 
         async def note_status(message: Message) -> None:
             nonlocal status
@@ -83,7 +83,7 @@ class AccessLogMiddleware:
 
 
 class ErrorMiddleware:
-    """Answer every exception in OpenAI's envelope, count it, and log those that are our fault."""
+    """Answer every exception in OpenAI's envelope, count it, and log those that are the server's fault."""
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self.app = app
@@ -104,7 +104,7 @@ class ErrorMiddleware:
             await self.app(scope, receive, watch_start)
         except ClientDisconnect:
             logger.debug("the client left")
-        except asyncio.CancelledError:  # uvicorn stops, and waits no longer for clients that neither send nor read
+        except asyncio.CancelledError:  # uvicorn stops, and cancels requests of clients that neither send nor read
             if not has_started:
                 await error_response(overloaded("the server stopped before it could answer"))(scope, receive, send)
         except Exception as error:
@@ -117,8 +117,10 @@ class ErrorMiddleware:
 
 
 class ConnectionLimitMiddleware:
-    """At most `bound` requests at once; more get 503. Those that only read always get through: they are answered at
-    once, and a full server is to be watched."""
+    """At most `bound` open requests; more get 503.
+
+    GET, HEAD and OPTIONS are not counted: they are answered at once, and a full server must be observable.
+    """
 
     def __init__(self, app: ASGIApp, bound: int) -> None:
         self.app = app
@@ -139,11 +141,10 @@ class ConnectionLimitMiddleware:
 
 
 class AuthMiddleware:
-    """Deny by default: without a known bearer key only `PUBLIC_PATHS`, spelt exactly so, are answered.
+    """Deny by default: without a known bearer key only `PUBLIC_PATHS` are answered.
 
-    The exempt paths are compared with `scope["path"]`, the very string that the router matches, so that no other
-    spelling of a path can pass here and still reach a handler. Keys are kept and compared as digests, all of them every
-    time.
+    They are compared with `scope["path"]`, the very string that the router matches: no other spelling of a path can
+    pass here and still reach a handler. Keys are kept and compared as digests, all of them every time.
     """
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
@@ -173,8 +174,8 @@ class AuthMiddleware:
 
 
 class SizeLimitMiddleware:
-    """Refuse headers over `max_header_bytes` with 431, and a body over `max_body_bytes` with 413: at once when
-    declared, else as soon as the bytes exceed it. One that is not there within `read_timeout` is 408."""
+    """Refuse headers over `max_header_bytes` with 431, a body over `max_body_bytes` with 413, and a body that is not
+    complete within `read_timeout` with 408. A declared length is refused at once, others when the bytes exceed it."""
 
     def __init__(self, app: ASGIApp, settings: ServerConfig, max_body_bytes: int) -> None:
         self.app = app
@@ -203,7 +204,7 @@ class SizeLimitMiddleware:
             except TimeoutError:
                 raise slow_request(f"the body did not arrive within {self.read_timeout:g} seconds") from None
             if not message.get("more_body", False):
-                deadline = None  # what follows is the client's leaving, for which any time is right
+                deadline = None  # the next message is the disconnect, which has no deadline
             num_received += len(message.get("body", b""))
             if num_received > self.bound:
                 raise self._too_large()
@@ -217,7 +218,7 @@ class SizeLimitMiddleware:
 
 
 def load_keys(settings: ServerConfig) -> list[str]:
-    """The keys of the settings and of the key file. A file without keys is an error, never an open door."""
+    """The keys of the settings and of the key file. Raises `ConfigError`, also for a file without keys."""
     keys = list(settings.api_key)
     if settings.api_key_file is not None:
         keys += _read_keys(settings)

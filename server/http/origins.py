@@ -1,8 +1,8 @@
-"""Refuse requests under foreign names of this server, and writes of foreign web pages.
+"""Refuse requests under foreign names of this server, and writes by foreign web pages.
 
 Without a key, any page that a user of this machine opens could use the server through the user's browser: by a write
-whose answer it cannot read, or under a name of its own that it points to this machine (DNS rebinding). A page can forge
-neither Host nor Origin nor Sec-Fetch-Site. Other programs can, so this is no authentication.
+whose answer the page cannot read, or under a name of the page's own that points to this machine (DNS rebinding). A page
+can forge neither Host nor Origin nor Sec-Fetch-Site. Other programs can, so this is no authentication.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ..wire.ignored import IGNORED_HEADER
 
 ANY = "*"
 LOCAL_NAMES = frozenset({"localhost", "host.docker.internal", "host.containers.internal"})
-SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # they change nothing
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
 CORS_METHODS = ("GET", "HEAD", "POST", "DELETE")
 EXPOSED_HEADERS = ("x-request-id", IGNORED_HEADER, "retry-after")
 MAX_ORIGIN_CHARS = 100  # of a name or an origin in an error message
 
 
 class HostMiddleware:
-    """Bound to loopback, answer local names and `allowed_hosts` alone."""
+    """Bound to loopback, answer only requests under local names and `allowed_hosts`."""
 
     def __init__(self, app: ASGIApp, settings: ServerConfig) -> None:
         self.app = app
@@ -38,7 +38,7 @@ class HostMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self.is_open:
-            name = _name_of(Headers(scope=scope).get("host", "localhost"))  # no browser leaves it out
+            name = _name_of(Headers(scope=scope).get("host", "localhost"))  # a browser always sends it
             if name not in self.names and not _is_local(name):
                 raise ApiError(
                     403,
@@ -83,7 +83,7 @@ class OriginMiddleware:
 
 
 class CorsMiddleware(CORSMiddleware):
-    """Tell browsers that pages of `origins` may read answers, errors too. A preflight carries no key and needs none."""
+    """Tell browsers that pages of `origins` may read answers, errors included. A preflight needs no key."""
 
     def __init__(self, app: ASGIApp, origins: Iterable[str]) -> None:
         super().__init__(
@@ -92,7 +92,7 @@ class CorsMiddleware(CORSMiddleware):
             allow_methods=CORS_METHODS,
             allow_headers=[ANY],
             expose_headers=EXPOSED_HEADERS,
-            allow_private_network=True,  # browsers ask where a public page calls a server on this machine
+            allow_private_network=True,  # browsers ask for it when a public page calls a server on this machine
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:
@@ -110,13 +110,13 @@ class CorsMiddleware(CORSMiddleware):
 
 
 def _name_of(host: str) -> str:
-    """A Host header without its port."""
+    """The host name in a Host header, in lower case, without its port."""
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return name.lower().removesuffix(".")
 
 
 def _is_local(name: str) -> bool:
-    """Whether `name` leads to this machine wherever it is asked for: no foreign DNS server can answer for it."""
+    """Whether `name` always means the local machine: no foreign DNS server can answer for it."""
     if name in LOCAL_NAMES or name.endswith(".localhost"):
         return True
     try:

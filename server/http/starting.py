@@ -1,4 +1,4 @@
-"""What the port answers before there is a server behind it: 503 to everything, which tells clients to wait."""
+"""Answers to everything with 503 while the model is loaded, which tells clients to wait."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ CHUNK_BYTES = 1 << 16
 
 @contextlib.asynccontextmanager
 async def refusing(listener: socket.socket, backlog: int, read_timeout: float) -> AsyncIterator[None]:
-    """Meanwhile `listener` is listening, each of its clients has `read_timeout` seconds to ask and gets 503. Whoever
-    connects later stays in its queue."""
+    """Listen on `listener` and answer each request with 503; a client has `read_timeout` seconds to send it.
+
+    Connections that come after the end wait in the socket's queue, for the server that takes it over.
+    """
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         expected = (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
@@ -25,7 +27,7 @@ async def refusing(listener: socket.socket, backlog: int, read_timeout: float) -
                 await reader.readuntil(HEAD_END)
                 writer.write(_answer())
                 writer.write_eof()
-                while await reader.read(CHUNK_BYTES):  # a body left unread would reset the connection, and the answer
+                while await reader.read(CHUNK_BYTES):  # an unread body would reset the connection and the answer
                     pass
 
     server = await asyncio.start_server(refuse, sock=listener.dup(), backlog=backlog)

@@ -1,4 +1,4 @@
-"""Spans to a collector over OTLP/HTTP, in batches from a thread of their own."""
+"""Sends spans to a collector over OTLP/HTTP, in batches from a thread of their own."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...engine.errors import ConfigError
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
-EXPORT_SECONDS = 2.0  # for a batch, retries included: a collector that is away must not hold up the server's end
+EXPORT_SECONDS = 2.0  # per batch, retries included: a dead collector must not delay the server's end
 
 
 @contextlib.contextmanager
 def exporting_tracer(endpoint: str | None) -> Iterator[Tracer | None]:
-    """A tracer whose spans go to `endpoint`, the last ones at the end; None without one.
+    """A tracer that sends its spans to `endpoint`, the last ones when the context ends; None without an endpoint.
 
     Raises `ConfigError` when OpenTelemetry is not installed.
     """

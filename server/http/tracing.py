@@ -1,5 +1,5 @@
 """One OpenTelemetry span per generation request, by the GenAI semantic conventions. Loaded only when `otlp_endpoint` is
-set: without it no request pays anything, and OpenTelemetry need not be installed.
+set: without it requests cost nothing more, and OpenTelemetry need not be installed.
 
 A span holds numbers and names, never a prompt, an answer or a key.
 """
@@ -25,7 +25,7 @@ ABORTED = "client_disconnected"
 
 
 class TracingMiddleware:
-    """Spans the whole of a generation request, refused ones too, as a child of the caller's `traceparent`."""
+    """Makes a span for each generation request, refused ones too, as a child of the caller's `traceparent`."""
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
         self.app = app
@@ -55,7 +55,7 @@ class TracingMiddleware:
 
 
 class RequestTrace:
-    """Writes what one admitted request asks for, and what it gets, into its span."""
+    """Writes the parameters and the token counts of one request into its span."""
 
     def __init__(self, span: Span, operation: str) -> None:
         self.span = span
@@ -87,7 +87,7 @@ class RequestTrace:
     async def _watch(self, events: Events) -> Events:
         num_tokens: dict[int, int] = {}  # by choice
         reasons: dict[int, str] = {}
-        failure: str | None = ABORTED  # unless the last event comes, or an error
+        failure: str | None = ABORTED  # replaced when the events end or fail
         try:
             async with aclosing(events) as passing:
                 async for choice, output in passing:
@@ -114,5 +114,5 @@ def _note_status(span: Span, status: int) -> None:
     span.set_attribute("http.response.status_code", status)
     if status >= 400:
         span.set_attribute("error.type", str(status))
-    if status >= 500:  # a refusal is the caller's error, not the span's
+    if status >= 500:  # by the conventions a refusal is no error of a server's span
         span.set_status(Status(StatusCode.ERROR))

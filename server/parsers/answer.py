@@ -1,4 +1,4 @@
-"""One answer from end to end: thought, calls, content; and no control token in the content."""
+"""The outermost parser of an answer: bounds its calls and keeps control tokens out of its content."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from .reasoning import Thinking
 
 
 class AnswerParser:
-    """Deltas of a parser, without control tokens in the content and without calls from `max_calls` on.
+    """The deltas of `parser`, without `hidden` control tokens in the content and without calls beyond `max_calls`.
 
-    `hidden`: control tokens that the parser has to see as text. Those that are no markers are removed from content.
+    `hidden`: control tokens that reach the parser as text because they may be markers. Those that the parser did not
+    consume as markers are removed from the content.
     """
 
     def __init__(self, parser: Parser, *, hidden: tuple[str, ...] = (), max_calls: int | None = None) -> None:
         self._parser = parser
         self._hidden = Markers(*hidden) if hidden else None
         self._max_calls = max_calls
-        self._held = ""  # content that may become a control token
+        self._held = ""  # the end of the content, while it may be the beginning of a control token
         self.num_calls = 0
 
     @property

@@ -1,4 +1,4 @@
-"""The text of a custom tool's call, whose arguments a model writes as {"input": "..."}, decoded as it comes."""
+"""The text of a custom tool's call, decoded as it comes: the model writes its arguments as {"input": "..."}."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .json_object import parse
 
 INPUT = "input"
 OPENING = re.compile(rf'\s*\{{\s*"{INPUT}"\s*:\s*"')
-MAX_OPENING = 64  # characters; arguments that begin otherwise are read once they are complete
+MAX_OPENING = 64  # characters; arguments without the opening by then are read once they are complete
 # Escapes that are complete: the first half of a surrogate pair waits until it is known whether the second one follows.
 COMPLETE_ESCAPE = (
     r"\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}"
@@ -23,15 +23,15 @@ ESCAPES = re.compile(r"(?:\\u[\da-fA-F]{4})+|\\.", re.DOTALL)
 
 
 class CustomInput:
-    """Arguments of any other form are given as the model wrote them, when they end."""
+    """Decodes the string in {"input": "..."} piece by piece. `finish` returns arguments of another form as written."""
 
     def __init__(self) -> None:
         self._held = ""
-        self._others: list[str] = []  # of arguments that begin otherwise
+        self._others: list[str] = []  # arguments of another form
         self._has_begun = self._is_over = False
 
     def push(self, text: str) -> str:
-        """More of the text; half an escape is held back."""
+        """The text that `text` completes; half an escape is held back."""
         if self._is_over:
             return ""
         if self._others:
@@ -47,7 +47,7 @@ class CustomInput:
         return ESCAPES.sub(_decoded, complete[0])
 
     def finish(self) -> str:
-        """The text of arguments that did not begin as expected; half an escape is dropped."""
+        """The text of arguments of another form, else nothing; half an escape is dropped."""
         if self._has_begun:
             return ""
         written = "".join([*self._others, self._held])
@@ -65,7 +65,7 @@ class CustomInput:
 
 
 def _decoded(escapes: re.Match[str]) -> str:
-    """An escape that JSON does not know stays as it was written."""
+    """The characters of JSON escapes; an unknown escape stays as written."""
     try:
         return _without_surrogates(json.loads(f'"{escapes[0]}"'))
     except ValueError:

@@ -1,4 +1,4 @@
-"""What an answer is made of, and the one protocol of everything that reads it."""
+"""The deltas of an answer, and the protocol of every parser."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Text for the reader."""
+    """Text of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Text of the model to itself."""
+    """Text of the thought."""
 
     text: str
 
@@ -42,19 +42,19 @@ Delta = Content | Reasoning | CallBegin | CallArguments
 
 
 class Parser(Protocol):
-    """Reads one answer as it comes. What it makes of the text, merged, does not depend on how the text was cut."""
+    """Reads one answer as it comes. Its merged deltas do not depend on how the text was cut."""
 
     def push(self, text: str) -> list[Delta]:
-        """What `text` settles; what may still become a marker is held back."""
+        """The deltas that `text` settles. A text that may still become a marker is held back."""
         ...
 
     def finish(self) -> list[Delta]:
-        """What was held back, once the answer has ended."""
+        """The deltas of the held text, once the answer has ended."""
         ...
 
 
 class PlainText:
-    """An answer without any format: all of it is content."""
+    """The parser of an answer without a format: all text is content."""
 
     def push(self, text: str) -> list[Delta]:
         return [Content(text)] if text else []
@@ -64,9 +64,9 @@ class PlainText:
 
 
 def merged(deltas: Iterable[Delta]) -> list[Delta]:
-    """Neighbours of one kind as one, nothing empty."""
+    """The deltas with neighbours of one kind joined, and without empty ones."""
     deltas = [delta for delta in deltas if isinstance(delta, CallBegin) or delta.text]
-    if len(deltas) < 2:  # as for nearly every token
+    if len(deltas) < 2:  # nearly every token
         return deltas
     runs: list[tuple[Delta, list[str]]] = []
     for delta in deltas:

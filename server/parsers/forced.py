@@ -1,7 +1,7 @@
-"""The grammar of an answer that is held to calls, to a form, or to one of both, in llguidance's Lark.
+"""The grammar, in llguidance's Lark, of an answer that must call tools, must have a form, or must do one of both.
 
-A thought may come first. The arguments of a call follow the schema of their function. Each schema stands alone, so that
-its `$ref`s keep their root.
+A thought may come first. The arguments of a call follow the schema of their function. Each schema is a rule of its own,
+so that its `$ref`s keep their root.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ OBJECT = {"type": "object"}
 def forced_grammar(
     tools: list[dict[str, Any]], choice: ToolChoice, answer: AnswerFormat, otherwise: str | None = None
 ) -> str:
-    """One call at least, of any of `tools` or of the one that `choice` names; just one where `answer` takes no more.
+    """The grammar of one or more calls of `tools`, or of the tool that `choice` names.
 
-    `tools` are those of `tools.read_tools`, with parameters that a grammar can hold; `answer` is a format that has
-    calls. Arguments are an object, also where their schema leaves that open. `otherwise` is the right side of a rule
-    for an answer that calls nothing; None: there has to be a call.
+    `tools`: the result of `read_tools`, with parameters that a grammar can hold. `answer`: a format that has calls; its
+    `max_calls` of 1 allows one call only. Arguments are an object, also if their schema leaves that open. `otherwise`:
+    the right side of a rule for an answer without calls; None: the answer must have a call.
     """
     assert answer.tools is not None
     layout, lark = answer.tools.layout, _Lark(answer)
@@ -49,13 +49,13 @@ def forced_grammar(
 
 
 def after_thought(rule: str, answer: AnswerFormat) -> str:
-    """What the right side of a rule says, after a thought where `answer` may have one."""
+    """The grammar of an answer by `rule`, the right side of a rule, after a thought if `answer` may have one."""
     lark = _Lark(answer)
     return "\n".join([f"start: {lark.thought()} answer", f"answer: {rule}", *lark.thought_rules()]) + "\n"
 
 
 class _Lark:
-    """Text with markers as Lark: a marker that is a control token by its name, all else by its letters."""
+    """Writes text as Lark: control tokens among the markers by name, all other text by its characters."""
 
     def __init__(self, answer: AnswerFormat) -> None:
         self._answer = answer

@@ -1,4 +1,4 @@
-"""Which formats this checkpoint answers in: as set, or as its chat template tells."""
+"""The formats of this checkpoint's answers, by setting or by chat template."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from .json_calls import JsonCalls
 from .kimi_calls import KimiCalls
 from .reasoning import AfterThought, Thinking
 
-NUMBER = "{number}"  # in a layout: any number of a call
-# A prompt may end in an open thought, or in a closed one: then the answer has none. "none": the model decides.
+NUMBER = "{number}"  # in a layout: the number of a call, any digits
+# Of the thought at the end of a prompt. "open": the answer continues it. "over": the answer has none. "none": the model
+# decides.
 ThoughtState = Literal["none", "open", "over"]
 
 
@@ -36,8 +37,11 @@ class CallLayout:
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How calls are written. `in_template`: a template that spells this teaches the format, unless it spells one of
-    `not_in_template`, which belong to formats with the same outer marker."""
+    """A format of calls.
+
+    A chat template with the text `in_template` teaches it, unless the template has one of `not_in_template`, which
+    belong to other formats with the same outer marker.
+    """
 
     make: Callable[[], Parser]
     markers: tuple[str, ...]
@@ -75,12 +79,12 @@ TOOL_FORMATS = {
         in_template=kimi.CALL_BEGIN,
     ),
 }
-# MiniMax-M1 thinks, and its template, which Text-01 shares, does not say so.
+# The last is of MiniMax-M1, which thinks. Its template, which Text-01 shares, does not tell.
 THINKING_TEMPLATES = ("<think>", "</think>", "<beginning_of_sentence>ai")
 
 
 class ControlTokens(Protocol):
-    """What is needed of a tokenizer."""
+    """The part of a tokenizer that is needed here."""
 
     control_ids: frozenset[int]
 
@@ -95,23 +99,23 @@ class ControlTokens(Protocol):
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """How the answers to one request are read."""
+    """How the answers to one request are read. `control_ids`: its markers that are control tokens, with their ids."""
 
     tools: ToolFormat | None = None
     thinks: bool = False
-    is_thinking: bool = False  # where the prompt ends
+    is_thinking: bool = False  # the prompt ends in an open thought
     max_calls: int | None = None
-    control_ids: Mapping[str, int] = field(default_factory=dict)  # its markers that are control tokens
-    hides: bool = True  # no control tokens in content
+    control_ids: Mapping[str, int] = field(default_factory=dict)
+    hides: bool = True  # control tokens are kept out of the content
     stops_in_thought: bool = False
 
     @property
     def shown_ids(self) -> frozenset[int]:
-        """Control tokens that the parser has to see as text."""
+        """Control tokens that must reach the parser as text."""
         return frozenset(self.control_ids.values())
 
     def stop_scope(self) -> StopScope | None:
-        """Where stop strings count in one answer: not in a thought, unless asked for; None: everywhere."""
+        """Where stop strings count in one answer: outside the thought, unless asked for. None: everywhere."""
         return AfterThought(has_begun=self.is_thinking) if self.thinks and not self.stops_in_thought else None
 
     def parser(self) -> AnswerParser:
@@ -124,7 +128,7 @@ class AnswerFormat:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What a checkpoint's answers may hold."""
+    """The formats that a checkpoint's answers may have."""
 
     tools: ToolFormat | None
     thinks: bool
@@ -132,7 +136,7 @@ class ChatFormat:
 
     @classmethod
     def choose(cls, settings: ServerConfig, tokenizer: ControlTokens) -> ChatFormat:
-        """Raises `ConfigError` for a parser of calls where the template shows no tools to the model."""
+        """By settings and template. Raises `ConfigError` if a parser of calls is set and the template has no tools."""
         template = tokenizer.chat_template
         name = settings.tool_call_parser
         if name not in ("auto", "none") and not tokenizer.takes_tools:
@@ -156,7 +160,7 @@ class ChatFormat:
         hides: bool,
         stops_in_thought: bool = False,
     ) -> AnswerFormat:
-        """`thought`: where the prompt ends. `hides`: the request wants no control tokens in its text."""
+        """`thought`: its state where the prompt ends. `hides`: the request wants no control tokens in the content."""
         tools = self.tools if with_tools else None
         thinks = self.thinks and thought != "over"
         markers = (reasoning.OPEN, reasoning.CLOSE) * thinks + (tools.markers if tools else ())

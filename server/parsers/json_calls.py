@@ -5,7 +5,7 @@
     {"name": "g", "arguments": {...}}            </tool_call>
     </tool_calls>
 
-One parser serves both: any number of objects between the markers. What is no call is shown as it was written. Some
+One parser serves both: any number of objects between the markers. Text that is no call is content, as written. Some
 models write "parameters" for "arguments".
 """
 
@@ -23,17 +23,17 @@ MAX_RAW_NAME = 400  # 64 characters, each as \\uXXXX, and quotes
 
 
 class JsonCalls:
-    """A call begins once its name is known and its arguments open; from there its arguments go on as they come."""
+    """Gives a call as soon as its name is known and its arguments have opened, then the arguments as they come."""
 
     def __init__(self, open_marker: str, close_marker: str) -> None:
         self._open, self._close = open_marker, close_marker
         self._markers = Markers(open_marker)
         self._either = Markers(open_marker, close_marker)
         self._text = ""
-        self._position = 0  # what is before it has been read
+        self._position = 0  # the text before it has been read
         self._read = self._read_prose
         self._prose = TrimmedText()
-        self._held: list[str] = []  # since the opening marker, as written: shown should it be no call
+        self._held: list[str] = []  # the text since the opening marker, which becomes content if it is no call
         self._scanner = ObjectScanner()
         self._arguments = ""  # the key of the arguments of the call that has begun
         self._num_calls = 0
@@ -52,14 +52,14 @@ class JsonCalls:
         self._show_held(deltas)
         rest, self._text = self._text[self._position :], ""
         if self._has_calls and self._read == self._read_section:
-            rest = ""  # the beginning of a closing marker
+            rest = ""  # perhaps the beginning of a closing marker
         deltas += [Content(self._prose.write(rest)), Content(self._prose.finish())]
         return merged(deltas)
 
-    # Each reads on in its state, and returns whether it can go on without more text.
+    # One method per state. Each reads on, and returns whether reading can go on without more text.
 
     def _read_prose(self, deltas: list[Delta]) -> bool:
-        # After a call a closing marker without its opening one belongs to a call that was not written well.
+        # A closing marker without its opening one, after a call, belongs to a call that was written badly.
         markers = self._either if self._num_calls else self._markers
         end, marker = markers.find(self._text, self._position)
         deltas.append(Content(self._prose.write(self._text[self._position : end])))
@@ -79,7 +79,7 @@ class JsonCalls:
             if self._has_calls:
                 self._held = []
                 self._prose.meet_marker()
-        elif self._close.startswith(rest):  # nothing yet, too
+        elif self._close.startswith(rest):  # also when there is nothing yet
             return False
         elif rest[0] == "{":
             self._scanner, self._has_begun = ObjectScanner(), False
@@ -138,12 +138,12 @@ class JsonCalls:
 
 
 def _key_of_object(scanner: ObjectScanner) -> str | None:
-    """The first key of arguments whose value opens as an object."""
+    """The first key for arguments whose value opens as an object."""
     return next((key for key, first in scanner.starts.items() if key in ARGUMENTS and first == "{"), None)
 
 
 def _other_arguments(scanner: ObjectScanner) -> tuple[str, str | None]:
-    """The key and the arguments where they are left out, null, or JSON text in a string; None: neither."""
+    """(key, arguments) if the arguments are left out, null, or JSON text in a string; else None."""
     key = next((key for key in ARGUMENTS if scanner.member(key) not in (None, "null")), ARGUMENTS[0])
     raw = scanner.member(key)
     if raw in (None, "null"):

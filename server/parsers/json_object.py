@@ -1,4 +1,4 @@
-"""Walks one JSON object as it comes, so that a member can be passed on before the object is complete."""
+"""Reads one JSON object as it comes, so that a member can be passed on before the object is complete."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ CLOSERS = {"{": "}", "[": "]"}
 
 
 class ObjectScanner:
-    """Feed it from the opening brace on. It ends behind the closing brace, or before what cannot stand in JSON.
+    """Fed from the opening brace on, it stops behind the closing brace, or before a character that JSON does not allow.
 
-    It watches nesting, strings and the order of keys and values; whether a number or a word is one, it does not ask.
-    White space between the outermost keys and values is dropped. Linear in the text, whatever the nesting.
+    It checks nesting, strings and the order of keys and values, but not the spelling of numbers and words. White space
+    between the outermost keys and values is dropped. The time is linear in the text, whatever the nesting.
     """
 
     def __init__(self) -> None:
         self.is_closed = False
         self.is_broken = False
         self.starts: dict[str, str] = {}  # outermost key -> the first character of its value
-        self._members: dict[str, str] = {}  # outermost key -> its complete value as written, less what was taken
+        self._members: dict[str, str] = {}  # outermost key -> its complete value as written, less the parts taken
         self._closers: list[str] = []
         self._in_string = False
         self._is_escaped = False
-        self._key: str | None = None  # of the outermost value that is being read; None while a key is
-        self._parts: list[str] = []  # of that key or value
+        self._key: str | None = None  # the key of the outermost value that is being read; None while a key is read
+        self._parts: list[str] = []  # the text of that key or value so far
         self._is_begun = False  # that key or value has a first character
         self._is_whole = False  # and its last, where a quote or bracket tells
 
@@ -45,7 +45,7 @@ class ObjectScanner:
         return self._members.get(key)
 
     def take(self, key: str) -> str:
-        """What has come of an outermost value since it was taken last."""
+        """The text of an outermost value since the last call."""
         if self._key == key:
             parts, self._parts = self._parts, []
             return "".join(parts)
@@ -146,13 +146,13 @@ class ObjectScanner:
 
 
 def parse_string(raw: str) -> str | None:
-    """The string that this JSON text is, if it is one."""
+    """The string that `raw` is in JSON; None: it is none."""
     value = parse(raw)
     return value if isinstance(value, str) else None
 
 
 def parse(raw: str) -> object:
-    """The value of a JSON text; None for null, and for what is none."""
+    """The value of a JSON text; None for null and for a text that is no JSON."""
     try:
         return json.loads(raw)
     except (ValueError, RecursionError):

@@ -15,7 +15,7 @@ CALL_BEGIN = "<|tool_call_begin|>"
 ARGUMENTS_BEGIN = "<|tool_call_argument_begin|>"
 CALL_END = "<|tool_call_end|>"
 SECTION_BEGIN, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
-SINGULAR = ("<|tool_call_section_begin|>", "<|tool_call_section_end|>")  # seen, too
+SINGULAR = ("<|tool_call_section_begin|>", "<|tool_call_section_end|>")  # models write these, too
 MARKERS = (CALL_BEGIN, ARGUMENTS_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END, *SINGULAR)
 
 HEAD = re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[a-zA-Z0-9_-]{1,64})(?P<number>:\d{1,9})?)\s*")
@@ -23,11 +23,11 @@ ANY = Markers(*MARKERS)
 
 
 class KimiCalls:
-    """A marker ends what is before it. What is no call becomes content without its markers, which are no text."""
+    """A marker ends the text before it. Text that is no call becomes content, without its markers."""
 
     def __init__(self) -> None:
         self._text = ""
-        self._position = 0  # what is before it has been read
+        self._position = 0  # the text before it has been read
         self._read = self._read_prose
         self._prose = TrimmedText()
         self._head: list[str] = []
@@ -48,7 +48,7 @@ class KimiCalls:
         shown = self._prose.write("".join((*self._head, rest)))
         return merged([Content(shown), Content(self._prose.finish())])
 
-    # Each reads on in its state, and returns whether it can go on without more text.
+    # One method per state. Each reads on, and returns whether reading can go on without more text.
 
     def _read_prose(self, deltas: list[Delta]) -> bool:
         text, marker = self._read_until_marker()
@@ -74,13 +74,13 @@ class KimiCalls:
         return True
 
     def _read_opening(self, deltas: list[Delta]) -> bool:
-        """Before the arguments: only an object may follow."""
+        """Between the marker and the arguments, which must open as an object."""
         self._position = skip_spaces(self._text, self._position)
         if self._position == len(self._text):
             return False
         head = HEAD.fullmatch("".join(self._head))
         if self._text[self._position] == "{" and head is not None:
-            # The template repeats the id in the next prompt, so it has to be the model's own.
+            # The model's own id: the template repeats it in the next prompt.
             call_id = head["id"] if head["number"] else None
             deltas.append(CallBegin(self._num_calls, head["name"], call_id))
             self._num_calls += 1
@@ -96,7 +96,7 @@ class KimiCalls:
         deltas.append(CallArguments(self._num_calls - 1, self._arguments.write(text)))
         if marker is not None:
             self._arguments = None
-            self._read = self._read_prose  # which drops the marker, whichever it is
+            self._read = self._read_prose  # it drops the marker, whichever it is
         return marker is not None
 
     def _read_until_marker(self) -> tuple[str, str | None]:

@@ -16,7 +16,7 @@ class Markers:
         self._longest = max(map(len, markers)) - 1
 
     def find(self, text: str, start: int) -> tuple[int, str | None]:
-        """(where plain text from `start` on ends, the marker there). None: none, or only its beginning."""
+        """(end of the plain text from `start` on, the marker there). None: no marker, or only its beginning."""
         found = self._any.search(text, start)
         if found is not None:
             return found.start(), found[0]
@@ -27,14 +27,14 @@ class Markers:
 
 
 class TrimmedText:
-    """Text without the white space next to markers, which is layout. Other white space stays."""
+    """Drops the white space next to markers, which is layout. Other white space stays."""
 
     def __init__(self, *, follows_marker: bool = False) -> None:
         self._follows_marker = follows_marker
-        self._spaces: list[str] = []  # held back: what follows decides
+        self._spaces: list[str] = []  # held back: the next text decides
 
     def write(self, text: str) -> str:
-        """What of the text so far is safe to show."""
+        """The text that is safe to show now, held white space included."""
         if self._follows_marker:
             text = text.lstrip()
         body = text.rstrip()
@@ -57,6 +57,6 @@ class TrimmedText:
 
 
 def skip_spaces(text: str, start: int) -> int:
-    """Where the white space that begins at `start` ends."""
+    """The end of the white space that begins at `start`."""
     found = WORD.search(text, start)
     return len(text) if found is None else found.start()

@@ -1,6 +1,6 @@
-"""What a model thinks first: `<think>...</think>`, then the answer, which another parser reads.
+"""The thought before an answer, `<think>...</think>`. Another parser reads the answer.
 
-The opening marker may be the model's, or be in the prompt already, where the chat template put it.
+The model writes the opening marker, or the chat template has put it at the end of the prompt.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Pieces = list[tuple[Section, str]]
 
 
 class Sections:
-    """Splits text that comes in pieces into a thought and an answer; one that begins otherwise has no thought.
+    """Splits text that comes in pieces into a thought and an answer. Without an opening marker there is no thought.
 
-    The pieces it gives join to the text it got, and their sections do not depend on how the text was cut.
+    The pieces returned join to the text pushed, and their sections do not depend on how the text was cut.
     """
 
     def __init__(self, *, has_begun: bool) -> None:
@@ -40,11 +40,11 @@ class Sections:
 
     @property
     def is_open(self) -> bool:
-        """Whether what comes next belongs to the thought, its closing marker too."""
+        """Whether the next text belongs to the thought, its closing marker included."""
         return self._read == self._read_thought or (self._has_begun and self._read == self._read_opening)
 
     def push(self, text: str) -> Pieces:
-        """What `text` settles; what may still become a marker is held back."""
+        """The pieces that `text` settles. A text that may still become a marker is held back."""
         self._text += text
         pieces: Pieces = []
         while self._read(pieces):
@@ -52,10 +52,10 @@ class Sections:
         return pieces
 
     def finish(self) -> Pieces:
-        """What was held back, once the text has ended."""
+        """The held text, once the answer has ended."""
         return [(Section.THOUGHT if self.is_open else Section.ANSWER, self._take(len(self._text)))]
 
-    # Each reads on in its state, and returns whether it can go on without more text.
+    # One method per state. Each reads on, and returns whether reading can go on without more text.
 
     def _read_opening(self, pieces: Pieces) -> bool:
         word = self._text.lstrip()
@@ -95,7 +95,7 @@ class Sections:
 
 
 class Thinking:
-    """Passes the thought on as `Reasoning`, and the answer to its parser. The white space at markers is layout."""
+    """Gives the thought as `Reasoning`, and the answer to its parser. White space at markers is dropped."""
 
     def __init__(self, answer: Parser, *, has_begun: bool) -> None:
         """`has_begun`: the prompt ends in an open thought."""
@@ -105,7 +105,7 @@ class Thinking:
 
     @property
     def is_open(self) -> bool:
-        """Whether what comes next belongs to the thought, its closing marker too."""
+        """Whether the next text belongs to the thought, its closing marker included."""
         return self._sections.is_open
 
     def push(self, text: str) -> list[Delta]:
@@ -124,7 +124,7 @@ class Thinking:
 
 
 class AfterThought:
-    """The scope of stop strings in an answer that may think first (an `engine.detokenizer.StopScope`)."""
+    """The scope of stop strings in an answer that may think first (a `StopScope` of the detokenizer)."""
 
     def __init__(self, *, has_begun: bool) -> None:
         """`has_begun`: the prompt ends in an open thought."""

@@ -1,4 +1,4 @@
-"""The `input` of a response -> chat messages, which keep in mind where each of their fields came from."""
+"""The `input` of a response -> chat messages, and the field of the body that each field of a message came from."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..parsers.custom_input import INPUT
 MAX_ITEMS = MAX_MESSAGES
 MESSAGE_ROLES = ("user", "assistant", "system", "developer")
 CALL_TYPES = ("function_call", "custom_tool_call")
-# Calls of tools that a client ran, which OpenAI's models know without a definition -> the field that says what to do.
+# Calls that the client ran, of tools that OpenAI's models know without a definition -> the field with the order.
 CLIENT_CALLS = {"local_shell_call": "action", "shell_call": "action", "apply_patch_call": "operation"}
 OUTPUT_TYPES = ("function_call_output", "custom_tool_call_output", *(f"{kind}_output" for kind in CLIENT_CALLS))
 ITEM_TYPES = ("message", *CALL_TYPES, *CLIENT_CALLS, *OUTPUT_TYPES, "reasoning")
-# What tools of OpenAI's servers leave in a history. The answer that follows says what came of it.
+# Items that tools of OpenAI's servers leave in a history. The answer that follows has their result.
 LEFT_OUT = (
     "code_interpreter_call",
     "computer_call",
@@ -35,7 +35,7 @@ LEFT_OUT = (
     "web_search_call",
 )
 TEXT_TYPES = ("input_text", "output_text")
-# Of items and parts that a client sends back as it got them; they change nothing.
+# Fields that clients send back as they got them. They change nothing.
 ECHOES = frozenset({"type", "id", "status", "annotations", "logprobs"})
 ITEM_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "async": (False,),
@@ -53,7 +53,7 @@ NAMES = {
 
 
 class FieldNames:
-    """Which field of the body a field of the chat request was made of."""
+    """Fields of the chat request -> the fields of the body that they were made of."""
 
     def __init__(self) -> None:
         self._origins = dict(NAMES)
@@ -62,7 +62,7 @@ class FieldNames:
         self._origins[chat_field] = origin
 
     def of(self, chat_field: str) -> str:
-        """By the longest beginning that has an origin."""
+        """The body's name of `chat_field`, by its longest beginning that has an origin."""
         for end in range(len(chat_field), 0, -1):
             origin = self._origins.get(chat_field[:end])
             if origin is not None:
@@ -70,7 +70,7 @@ class FieldNames:
         return chat_field
 
     def renamed(self, error: RequestError) -> RequestError:
-        """The same error, about the field that the client sent."""
+        """The same error, with the name of the field that the client sent."""
         if error.param is None:
             return error
         param = self.of(error.param)
@@ -78,7 +78,7 @@ class FieldNames:
 
 
 class Conversation:
-    """Grows by items. Thoughts, words and calls that follow each other are one message of the assistant."""
+    """Chat messages, made item by item. Consecutive thoughts, texts and calls become one message of the assistant."""
 
     def __init__(self, names: FieldNames) -> None:
         self.messages: list[dict[str, Any]] = []
@@ -89,7 +89,7 @@ class Conversation:
         self._new({"role": role, "content": text}, where, where)
 
     def add_items(self, value: Any) -> None:
-        """Raises `RequestError`. What a message checks as well is left to `messages.read_messages`."""
+        """Raises `RequestError`. Faults that chat messages can have, too, are left to `messages.read_messages`."""
         if not isinstance(value, list):
             raise RequestError(f"input must be a string or a list of items, got {json_type(value)}", "input")
         if not 0 < len(value) <= MAX_ITEMS:
@@ -135,7 +135,7 @@ class Conversation:
             self._new({"role": role, "content": content}, where, f"{where}.content")
 
     def _add_reasoning(self, item: dict[str, Any], where: str) -> None:
-        """A summary stands for a thought that is not there itself; one that is encrypted cannot be read."""
+        """A thought by its content, else by its summary. Encrypted content cannot be read."""
         self._check_fields(item, ("content", "summary"), where)
         thought = self._thought(item, "content", "reasoning_text", where)
         summary = self._thought(item, "summary", "summary_text", where)
@@ -171,12 +171,12 @@ class Conversation:
         self._check_fields(item, ("call_id", "output", "name"), where)
         kind = item["type"]
         call_id = item.get("call_id")
-        if call_id is None and kind == "local_shell_call_output":  # it has only an id in OpenAI's document
+        if call_id is None and kind == "local_shell_call_output":  # OpenAI's document gives it an id only
             call_id = item.get("id")
         if call_id is None:
             raise RequestError(f"{where}.call_id is required", f"{where}.call_id")
         output = item.get("output", item.get("status") if kind == "apply_patch_call_output" else None)
-        if kind == "shell_call_output":  # a list of what commands wrote and how they ended
+        if kind == "shell_call_output":  # a list of the commands' outputs and endings
             output = json.dumps(output, ensure_ascii=False)
         content = self._text_parts(output, TEXT_TYPES, f"{where}.output")
         message = {"role": "tool", "tool_call_id": call_id, "content": content}
@@ -186,7 +186,7 @@ class Conversation:
         self._note("tool_call_id", f"{where}.call_id")
 
     def _text_parts(self, content: Any, types: tuple[str, ...], where: str) -> Any:
-        """Parts as chat's; anything else as it is."""
+        """A list of parts as chat has them; any other content as it is. Raises `RequestError`."""
         if not isinstance(content, list):
             return content
         if len(content) > MAX_PARTS:

@@ -1,4 +1,4 @@
-"""Output items of a response while they grow: each tells the events of its life."""
+"""Output items of a response while they grow, and the events that tell of it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Logprobs = list[ChatTokenLogprob]
 
 
 class GrowingItem:
-    """`begin`, then `add` for every piece, then `end`."""
+    """An output item: call `begin`, then `add` for every piece, then `end`; each gives its events."""
 
     prefix: str
 
@@ -52,7 +52,7 @@ class GrowingItem:
         yield ItemAdded(output_index=self.output_index, item=self.item("in_progress"))
 
     def add(self, text: str, logprobs: Logprobs) -> Iterator[ResponseEvent]:
-        """`logprobs` are kept by items that show some."""
+        """Add a piece. `logprobs` are for items that show them; others drop them."""
         self._pieces.append(text)
         yield from ()
 
@@ -60,7 +60,7 @@ class GrowingItem:
         yield ItemDone(output_index=self.output_index, item=self.item(status))
 
     def item(self, status: ItemStatus) -> OutputItem:
-        """As far as it has grown."""
+        """The item so far."""
         raise NotImplementedError
 
 
@@ -133,7 +133,7 @@ class GrowingCall(GrowingItem):
 
 
 class GrowingCustomCall(GrowingItem):
-    """A call of a custom tool: the text in the arguments is what the client gets."""
+    """A call of a custom tool. The client gets the text inside the arguments."""
 
     prefix = "ctc"
 

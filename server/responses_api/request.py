@@ -1,5 +1,7 @@
-"""The body of /v1/responses, and the chat request that it amounts to: every bound and every error is chat's, under the
-name of the field that the client sent."""
+"""The body of /v1/responses -> a chat request.
+
+Bounds and errors are those of chat; an error has the name of the field that the client sent.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,11 @@ from .tools import read_tool_choice, read_tools, repeated_tools
 from .wire import Settings
 
 LOGPROBS = "message.output_text.logprobs"
-ENCRYPTED = "reasoning.encrypted_content"  # thoughts come in the open, which serves the same end
+ENCRYPTED = "reasoning.encrypted_content"  # not needed: thoughts come as plain text
 TEXT_FORMAT = {"type": "text"}
 MAX_METADATA = 16  # OpenAI's
 MAX_INCLUDED = 16
-# Documented for this route or for another one, not served here -> the values that ask for nothing.
+# Fields documented for this route or another one, and not served here -> their values that ask for nothing.
 RESPONSES_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = NEUTRAL_VALUES | {
     "access_programs": (),
     "background": (False,),
@@ -44,7 +46,7 @@ RESPONSES_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = NEUTRAL_VALUES | {
     "stream_options": ({}, {"include_obfuscation": False}),
     "truncation": ("disabled",),
 }
-# Parts of items that the tools of OpenAI's servers leave, of which there are none here.
+# Values of `include` for items of OpenAI's server tools, of which there are none here.
 NOT_MADE = (
     ENCRYPTED,
     "code_interpreter_call.outputs",
@@ -106,7 +108,7 @@ class ResponsesRequest(SamplingRequest):
     """Repeated in the response."""
 
     def settings(self, model_name: str, params: SamplingParams) -> Settings:
-        """What the response repeats of its request."""
+        """The fields of the request that the response repeats."""
         return Settings(
             model=model_name,
             instructions=self.instructions,
@@ -149,7 +151,7 @@ async def prepare_response(http: Request, state: ServerState) -> PreparedRespons
 
 
 def _renamed(ignored: str, names: FieldNames) -> str:
-    """The client's name of a field that was left out under chat's. Names that the client sent stay as they are."""
+    """The client's name of an ignored field that has chat's name; other names are the client's already."""
     is_ours = ignored.startswith(("response_format.", "tools[", "reasoning_effort"))
     return names.of(ignored).replace("tools[].function.", "tools[].") if is_ours else ignored
 
@@ -182,7 +184,7 @@ def _as_chat(request: ResponsesRequest, names: FieldNames) -> tuple[dict[str, An
 
 
 def _read_include(request: ResponsesRequest) -> tuple[bool, list[str]]:
-    """(whether log-probabilities are asked for, what is left out)."""
+    """(whether log-probabilities are asked for, the names of values that are left out). Raises `RequestError`."""
     for index, name in enumerate(request.include):
         if name != LOGPROBS and name not in NOT_MADE:
             where = f"include[{index}]"
@@ -195,13 +197,13 @@ def _read_include(request: ResponsesRequest) -> tuple[bool, list[str]]:
 
 
 def _read_reasoning(settings: dict[str, Any]) -> tuple[Any, list[str]]:
-    """(chat's `reasoning_effort`, the names of what changes nothing: thoughts come in the open, without a summary)."""
+    """(chat's `reasoning_effort`, the names of settings that change nothing, such as a summary)."""
     given = drop_nulls(settings)
     return given.pop("effort", None), [f"reasoning.{name}" for name in given]
 
 
 def _read_text(text: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
-    """Chat's `response_format`, and the names of the undocumented fields."""
+    """(chat's `response_format`, the names of the undocumented fields). Raises `RequestError`."""
     unknown = []
     for name, value in drop_nulls(text).items():
         if name == "verbosity":

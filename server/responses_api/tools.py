@@ -1,4 +1,4 @@
-"""Tools of a response as chat's: a custom tool is a function of one text, and built-in tools are left out."""
+"""Tools of a response -> tools of chat. A custom tool becomes a function of one text; built-in tools are left out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOOL_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def read_tools(tools: Any, names: FieldNames) -> tuple[Any, list[str]]:
-    """(chat's tools, the names of what is left out). What is no list of objects stays, for chat to refuse."""
+    """(chat's tools, the names of tools that are left out). Chat refuses a value that is no list of objects."""
     if not isinstance(tools, list):
         return tools, []
     served: list[Any] = []
@@ -29,7 +29,7 @@ def read_tools(tools: Any, names: FieldNames) -> tuple[Any, list[str]]:
     for index, entry in enumerate(tools):
         where = f"tools[{index}]"
         kind = entry.get("type") if isinstance(entry, dict) else None
-        if isinstance(kind, str) and kind not in SERVED_TYPES:  # one of OpenAI's own
+        if isinstance(kind, str) and kind not in SERVED_TYPES:  # a built-in tool of OpenAI
             left_out[f"tools[].{kind}"] = None
             continue
         names.note(f"tools[{len(served)}]", where)
@@ -39,7 +39,7 @@ def read_tools(tools: Any, names: FieldNames) -> tuple[Any, list[str]]:
 
 
 def custom_names(tools: Any) -> frozenset[str]:
-    """The tools whose calls are given as text."""
+    """The names of custom tools, whose calls clients get as text."""
     return frozenset(tool["name"] for tool in tools or [] if tool.get("type") == "custom")
 
 
@@ -50,7 +50,7 @@ def repeated_tools(tools: Any) -> list[dict[str, Any]]:
 
 
 def read_tool_choice(value: Any) -> Any:
-    """Chat's choice. Raises `RequestError`."""
+    """The value as chat's `tool_choice`. Raises `RequestError`."""
     if isinstance(value, dict):
         if value.get("type") not in SERVED_TYPES:
             found = repr(value.get("type"))[:MAX_SHOWN_CHARS]
@@ -75,7 +75,7 @@ def _as_function(tool: dict[str, Any], where: str, left_out: dict[str, None]) ->
 
 
 def _text_parameter(form: Any, where: str, left_out: dict[str, None]) -> dict[str, Any]:
-    """The parameters of a custom tool. A grammar is told to the model, and the answer is not held to it."""
+    """The parameters of a custom tool. The model is told of a grammar, but its answer is not held to it."""
     form = require_type(form, dict, where)
     text = {"type": "string"}
     if form.get("type", "text") != "text":

@@ -1,4 +1,4 @@
-"""Engine outputs -> the events of a response, and the response that they end in."""
+"""Engine outputs -> the events of a response. The last event holds the whole response."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ResponseWriter(AnswerWriter[ChatRequest]):
         self._output: list[OutputItem] = []
         self._logprobs: Logprobs = []  # of tokens that no message has shown yet
         self._num_events = 0
-        self.num_chars = 0  # that writing all of the answer costs, for `off_loop`
+        self.num_chars = 0  # cost of writing the whole answer, in the unit of `off_loop`
 
     async def whole(self, events: Events) -> ResponseObject:
         async with aclosing(events) as closing:
@@ -82,12 +82,12 @@ class ResponseWriter(AnswerWriter[ChatRequest]):
             pass
 
     def render(self, event: Event) -> Iterator[ResponseEvent]:
-        """The events of one output, which the last one follows with the answer as a whole."""
+        """The events of one output. Behind the last output's events comes the event with the whole response."""
         self.num_chars += num_chars(event[1])
         yield from self._numbered(self._events(event))
 
     def render_failure(self, error: ApiError) -> Iterator[ResponseEvent]:
-        """Of a stream that was begun: the error, and the response as far as it came."""
+        """The last events of a stream that fails: the error, and the response so far."""
         yield from self._numbered(self._failure_events(error))
 
     def _numbered(self, events: Iterator[ResponseEvent]) -> Iterator[ResponseEvent]:
@@ -112,7 +112,7 @@ class ResponseWriter(AnswerWriter[ChatRequest]):
             yield InProgress(response=self.response)
 
     def _read(self, output: RequestOutput) -> list[Delta]:
-        """What one output adds, while a thought may go on token by token: so its tokens can be counted."""
+        """The deltas of one output. It is read token by token, so that the tokens of a thought can be counted."""
         deltas: list[Delta] = []
         num_before = output.num_output_tokens - len(output.token_ids)
         for number, piece in enumerate(output.pieces, start=1):
@@ -151,7 +151,7 @@ class ResponseWriter(AnswerWriter[ChatRequest]):
         return len(self._output) + (self._growing is not None)
 
     def _grow(self, item: GrowingItem) -> Iterator[ResponseEvent]:
-        """Another item, which ends the one before."""
+        """End the growing item, if there is one, and begin `item`."""
         yield from self._end_item("completed")
         self._growing = item
         yield from item.begin()
@@ -165,9 +165,9 @@ class ResponseWriter(AnswerWriter[ChatRequest]):
     def _finish(self, output: RequestOutput) -> Iterator[ResponseEvent]:
         is_complete = output.finish_reason == "stop"
         status: ItemStatus = "completed" if is_complete else "incomplete"
-        if not self._next_index:  # an answer without a word
+        if not self._next_index:  # an empty answer
             yield from self._grow(GrowingMessage(0))
-        if isinstance(self._growing, GrowingMessage) and self._logprobs:  # of tokens without text, as the last one
+        if isinstance(self._growing, GrowingMessage) and self._logprobs:  # of tokens without text, such as the last one
             yield from self._growing.add("", self._take_logprobs())
         yield from self._end_item(status)
         self.response = self._now(status)

@@ -1,4 +1,4 @@
-"""The routes, and how one that only reads is declared."""
+"""The routes. `reading` declares a route that only reads."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ H = TypeVar("H", bound=Callable[..., Any])
 
 
 def reading(router: APIRouter, path: str, **documentation: Any) -> Callable[[H], H]:
-    """A route for GET and HEAD, of which the document tells the first. Balancers and clients probe by the second."""
+    """A route for GET and HEAD; only GET is in the document. Balancers and clients probe by HEAD."""
 
     def add(handler: H) -> H:
-        router.add_api_route(path, handler, methods=["GET", "HEAD"], include_in_schema=False)  # asked first
+        router.add_api_route(path, handler, methods=["GET", "HEAD"], include_in_schema=False)  # the first match counts
         router.add_api_route(path, handler, methods=["GET"], **documentation)
         return handler
 

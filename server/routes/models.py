@@ -29,7 +29,7 @@ async def retrieve_model(http: Request, state: State) -> Response:
     """The model by its name."""
     model_id = http.path_params["model_id"]
     if not model_id:
-        raise HTTPException(404)  # as behind any other slash too many
+        raise HTTPException(404)  # as behind any other route's final slash
     if model_id != state.model_name:
         shown = model_id[:80]
         raise UnknownModelError(f"the model {shown!r} is not served here; this is {state.model_name!r}", "model")

@@ -1,4 +1,4 @@
-"""GET /playground, /docs, their static files, and the way there from /. They hold nothing of the server, so they need
+"""GET /playground, /docs, their static files, and / which leads to them. They tell nothing of the server, and so need
 no key."""
 
 from __future__ import annotations

@@ -93,14 +93,14 @@ async def _move(http: Request, state: ServerState, action: SessionAction) -> Res
 
 
 async def _call(http: Request, state: ServerState, action: SessionAction) -> tuple[str, SessionDone, dict[str, str]]:
-    """The session's id, what was done, and the headers of the answer."""
+    """(session's id, result of the engine, headers of the answer). Raises `RequestError` or `SessionError`."""
     session_id: str = http.path_params["session_id"]
     headers = await _name_fields(http, state)
     return session_id, await state.llm.client.call_session(action, session_id), headers
 
 
 async def _name_fields(http: Request, state: ServerState) -> dict[str, str]:
-    """These routes take no body: whatever fields one has are named in a header. Raises `RequestError`."""
+    """The header that names the fields of a body, which these routes ignore. Raises `RequestError`."""
     if not await http.body():
         return {}
     return state.tell_ignored(list(await read_body(http, state)))

@@ -1,5 +1,5 @@
-"""What the OpenAPI document says of a route. Handlers read bodies and write answers themselves, so FastAPI cannot see
-their types; the bounds are those of the default settings."""
+"""The OpenAPI document of a route. Handlers read bodies and write answers themselves, so FastAPI does not see their
+types. Bounds are those of the default settings."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def documented(
 ) -> dict[str, Any]:
     """The keyword arguments of a route that gives `answer` (None = plain text) or an error.
 
-    `body` is what it takes as JSON, `path` the name of its path parameter, `chunk` what its server-sent events hold;
-    or `named_events`, a union of structs whose tags are the names of the events.
+    `body`: the type of its JSON body. `path`: the name of its path parameter. `chunk`: the type of the data of its
+    server-sent events; or `named_events`: a union of structs whose tags are the names of the events.
     """
     errors += ANY_ROUTE + (WITH_BODY if body else ())
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
@@ -67,7 +67,7 @@ def documented(
 
 
 def _events(chunk: type[msgspec.Struct]) -> dict[str, Any]:
-    """Each event of a stream."""
+    """The schema of an event of a stream."""
     answers = [
         {"type": "string", "contentMediaType": "application/json", "contentSchema": _schema(each)}
         for each in (chunk, ErrorEnvelope)
@@ -97,7 +97,7 @@ def _error(status: int) -> dict[str, Any]:
 
 
 def _body_schema(model: type[RequestModel]) -> dict[str, Any]:
-    """null is the default of every field, and an undocumented field is taken and left out."""
+    """The schema of a body: every optional field may be null, and undocumented fields are allowed."""
     schema = _inline(model.model_json_schema())
     _open(schema)
     return schema
@@ -116,7 +116,7 @@ def _open(schema: dict[str, Any]) -> None:
 
 
 def _inline(schema: dict[str, Any]) -> dict[str, Any]:
-    """Put the definitions where they are used: inside a route, `#/$defs` would point at the whole document."""
+    """Put the definitions in place of their references: in a route `#/$defs` would point at the whole document."""
     definitions = schema.pop("$defs", {})
 
     def resolve(node: Any) -> Any:
@@ -126,7 +126,7 @@ def _inline(schema: dict[str, Any]) -> dict[str, Any]:
             return node
         if "$ref" in node:
             return resolve(definitions[node["$ref"].rsplit("/", 1)[-1]])
-        # A discriminator maps to definitions, and says no more than the constants of the alternatives.
+        # A discriminator refers to definitions, and says no more than the constants of the alternatives.
         return {key: resolve(entry) for key, entry in node.items() if key != "discriminator"}
 
     resolved: dict[str, Any] = resolve(schema)

@@ -1,4 +1,4 @@
-"""Fields of a request that were left out: their names go into a response header and, once each, into the log."""
+"""Names of fields that were left out of a request: in a response header and, once each, in the log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNSAFE_NAME_CHARS = re.compile(r"[^A-Za-z0-9_.$\[\]-]")
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:
-    """The response header that lists the fields left out; names come from users, so they are cut and cleaned."""
+    """The response header that lists the fields left out. Names come from users, so they are cut and cleaned."""
     if not names:
         return {}
     cleaned: list[str] = []
@@ -32,7 +32,7 @@ def ignored_header(names: list[str]) -> dict[str, str]:
 
 
 class IgnoredNames:
-    """Warns once of each field that is left out: a header is easily overlooked, and `temperatur` changes no answer.
+    """Warns once of each field that is left out: a header is easily overlooked, and a misspelt field changes no answer.
 
     Names come from users, so no more than `MAX_TOLD_NAMES` are told and kept.
     """

@@ -35,14 +35,14 @@ ToolMode = Literal["none", "auto", "required"]
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """`name` is the only function that may be called; "required" without it: any of them, but one at least."""
+    """`name`: the only function that may be called. "required" without a name: at least one call of any function."""
 
     mode: ToolMode
     name: str | None = None
 
 
 def _within(low: int, high: int, *, open_low: bool = False, default: Any = None) -> Any:
-    """A field whose bounds `SamplingParams` and `validation` check, and the document tells."""
+    """A field whose bounds the document tells, and `SamplingParams` and `validation` check."""
     return Field(default, json_schema_extra={"exclusiveMinimum" if open_low else "minimum": low, "maximum": high})
 
 

@@ -20,7 +20,7 @@ MAX_CACHE_SALT_CHARS = 256
 MAX_TOOLS = 128  # OpenAI's
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# What the document says; the settings may say otherwise, and `validation` asks them.
+# Bounds in the document: the defaults of settings that `validation` checks.
 MAX_N = ServerConfig.model_fields["max_n"].default
 MAX_PROMPTS = ServerConfig.model_fields["max_prompts"].default
 
@@ -28,7 +28,7 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def _bound_entries(value: Any) -> Any:
-    """Before each entry is looked at."""
+    """Refuse too many entries before each of them is checked."""
     if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
         raise ValueError(f"must have at most {MAX_LOGIT_BIAS} entries, has {len(value)}")
     return value

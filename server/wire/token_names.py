@@ -8,11 +8,11 @@ HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class TokenNames:
-    """Token id -> how logprobs show it, remembered. Part of a character is shown as its bytes, as OpenAI does."""
+    """Token id -> its name in log-probabilities, remembered. As with OpenAI, bytes name a part of a character."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._names: dict[int, str] = {}  # never more entries than the vocabulary
+        self._names: dict[int, str] = {}  # at most one entry per token of the vocabulary
         self._bytes: dict[int, list[int]] = {}  # likewise
 
     def __getitem__(self, token_id: int) -> str:
@@ -28,7 +28,7 @@ class TokenNames:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._tokenizer.token_bytes(token_id))
 
     def at_start(self, token_id: int) -> str:
-        """The name of a text's first token, where a decoder may drop a blank."""
+        """The name of a text's first token, whose leading blank a decoder may drop."""
         text = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return self[token_id] if HALF_CHARACTER in text else text
 
