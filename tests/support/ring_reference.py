@@ -20,7 +20,7 @@ VOCAB = 320  # the 256 bytes and some control tokens
 END, ROLE_END = 256, 257
 CONTROL = ("<|endoftext|>", "<|role_end|>", "<role>", "</role>", "<think>", "</think>", "<tool_call>", "</tool_call>")
 
-# The fields of Ring-mini-linear-2.0, which are these by name; the sizes are small.
+# All fields of Ring-mini-linear-2.0's config.json, with small sizes.
 TINY: dict[str, Any] = {
     "architectures": ["BailingMoeLinearV2ForCausalLM"],
     "attention_dropout": 0.0,
@@ -174,7 +174,7 @@ def silu(x: Tensor) -> Tensor:
 
 @dataclass
 class Sequence:
-    """What one sequence has left in each layer."""
+    """The state, or the keys and values, of one sequence in each layer."""
 
     position: int = 0
     states: dict[int, Tensor] = field(default_factory=dict)  # [H, K, V]
@@ -183,7 +183,10 @@ class Sequence:
 
 
 class Reference:
-    """One token at a time. `closest` is the narrowest choice of experts so far: nearer ones flip by rounding."""
+    """The model, fed one token at a time.
+
+    `closest` is the smallest difference so far between an expert or group that was chosen and the next best one.
+    """
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.config = config
@@ -293,7 +296,7 @@ class Reference:
         return torch.stack([self.feed(sequence, token) for token in tokens])
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
-        """The greedy continuation. Fails where float32 could answer otherwise."""
+        """The greedy continuation. Fails where a rounding of float32 could change a token or an expert."""
         sequence, tokens = Sequence(), list(prompt)
         for position in range(len(prompt) + num_tokens - 1):
             logits = self.feed(sequence, tokens[position])
