@@ -13,26 +13,26 @@ from leyden.configs.sources import load_settings
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
-def test_without_any_source_the_defaults_are_valid():
+def test_defaults_are_valid_without_any_source():
     settings = load()
     assert (settings.model, settings.port, settings.linear_backend) == ("demo", 8000, "auto")
 
 
 @pytest.mark.parametrize(("num_seqs", "num_waiting"), [(1, 1), (64, 1024), (512, 4096)])
-def test_a_full_queue_is_met_before_max_connections_unless_that_is_set(num_seqs, num_waiting):
+def test_a_full_queue_is_met_before_max_connections_by_default(num_seqs, num_waiting):
     environ = {"LEYDEN_MAX_NUM_SEQS": f"{num_seqs}", "LEYDEN_MAX_WAITING": f"{num_waiting}"}
     assert load(environ=environ).max_connections > num_seqs + num_waiting
     assert load({"max_connections": "7"}, environ=environ).max_connections == 7
 
 
 @pytest.mark.parametrize("text", ["", " "])
-def test_an_empty_host_is_refused_for_sockets_take_it_for_all_interfaces(tmp_path, text):
+def test_an_empty_host_is_refused(tmp_path, text):
     refused("host = ", "environment", "127.0.0.1", "0.0.0.0 for all", environ={"LEYDEN_HOST": text})
     refused("host = ", "command line", "127.0.0.1", flags={"host": text})
     refused("host = ", "settings.yaml", text=f"host: '{text}'", folder=tmp_path)
 
 
-def test_an_empty_name_in_the_api_is_refused_and_the_folders_name_is_taken_back_by_the_environment():
+def test_an_empty_served_model_name_is_refused_as_a_flag_and_unset_by_the_environment():
     refused("served_model_name = ''", flags={"served_model_name": ""})
     assert load_settings({}, None, {"LEYDEN_SERVED_MODEL_NAME": ""}).served_model_name is None
 
@@ -41,18 +41,18 @@ def test_an_empty_name_in_the_api_is_refused_and_the_folders_name_is_taken_back_
 @pytest.mark.parametrize(
     "key", ["max_num_seqs", "speculative_tokens", "max_model_len", "cpu_memory_gb", "port", "drain_seconds"]
 )
-def test_yes_and_no_are_no_numbers(tmp_path, key, word):
+def test_a_number_refuses_yes_and_no(tmp_path, key, word):
     value = repr(yaml.safe_load(word))
     refused(f"{key} = {value}", "settings.yaml", "must be a number", text=f"{key}: {word}", folder=tmp_path)
 
 
-def test_yes_and_no_are_what_a_switch_takes(tmp_path):
+def test_a_switch_takes_yes_and_no(tmp_path):
     settings = load(text="prefix_cache: no\nasync_scheduling: yes", folder=tmp_path)
     assert (settings.prefix_cache, settings.async_scheduling) == (False, True)
 
 
 @pytest.mark.parametrize(("name", "value"), [("prefix_cache", False), ("snapshots", 0)])
-def test_sessions_without_states_to_save_are_refused(name, value):
+def test_a_session_folder_without_snapshots_is_refused(name, value):
     settings = {name: value, "session_folder": "sessions"}
     message = refused("session_folder", f"{name} = {value}", f"leave {name} out", flags=settings)
     assert len(message.splitlines()) == 1
@@ -77,7 +77,7 @@ def test_there_are_presets():
     assert "demo" in [path.stem for path in PRESETS]
 
 
-def test_engine_settings_are_those_of_the_engine_alone():
+def test_engine_settings_hold_no_server_setting():
     engine = load({"port": 1, "block_size": 8}).engine()
     assert type(engine) is EngineConfig and engine.block_size == 8
     assert not set(EngineConfig.model_fields) & set(ServerConfig.model_fields)
@@ -97,5 +97,5 @@ def test_every_setting_has_a_help_text():
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
 
 
-def test_the_engine_is_told_what_was_set_and_keeps_its_own_defaults():
+def test_the_engine_settings_keep_which_fields_were_set():
     assert load_settings({"max_num_seqs": "8", "port": "1"}, environ={}).engine().model_fields_set == {"max_num_seqs"}

@@ -52,24 +52,24 @@ def test_api_keys_in_the_environment_are_a_list_with_commas(text, keys):
     assert load(environ={"LEYDEN_API_KEY": text}).api_key == keys
 
 
-def test_a_wrong_setting_is_told_without_those_that_follow_from_it():
+def test_a_wrong_setting_is_told_without_the_defaults_that_depend_on_it():
     assert len(refused("max_num_seqs", environ={"LEYDEN_MAX_NUM_SEQS": "0"}).splitlines()) == 1
 
 
 @pytest.mark.parametrize("text", ["", " , ", ","])
-def test_no_key_in_the_environment_or_in_a_text_is_refused_and_never_an_open_door(tmp_path, text):
+def test_an_api_key_setting_without_a_key_is_refused(tmp_path, text):
     for source in ({"environ": {"LEYDEN_API_KEY": text}}, {"text": f'api_key: "{text}"', "folder": tmp_path}):
         refused("api_key", "no key", "unset it", **source)
     assert load({"api_key": ["k"]}, environ={"LEYDEN_API_KEY": text}).api_key == ["k"]
 
 
-def test_an_empty_name_of_a_key_file_is_refused_and_null_takes_one_back(tmp_path):
+def test_an_empty_key_file_name_is_refused_and_null_unsets_it(tmp_path):
     refused("LEYDEN_API_KEY_FILE", "is empty", "unset it", environ={"LEYDEN_API_KEY_FILE": ""})
     environ = {"LEYDEN_API_KEY_FILE": "null"}
     assert load(text="api_key_file: keys", environ=environ, folder=tmp_path).api_key_file is None
 
 
-def test_what_kubernetes_adds_for_a_service_called_leyden_is_no_setting():
+def test_variables_of_a_kubernetes_service_called_leyden_are_no_settings():
     environ = {}
     for service in ("LEYDEN", "LEYDEN_GPU"):
         environ |= {
@@ -95,7 +95,7 @@ def test_what_kubernetes_adds_for_a_service_called_leyden_is_no_setting():
         ("LEYDEN_PORTS", "tcp://10.0.0.7:1"),
     ],
 )
-def test_what_kubernetes_does_not_add_is_a_wrong_setting_as_ever(name, text):
+def test_a_variable_that_kubernetes_does_not_add_is_a_wrong_setting(name, text):
     refused("environment", environ={name: text})
 
 
@@ -198,7 +198,7 @@ def test_yaml_that_cannot_be_read_is_refused_and_never_run(tmp_path, text):
     refused("settings.yaml", "not valid YAML", text=text, folder=tmp_path)
 
 
-def test_yaml_that_is_no_text_or_not_there_is_refused(tmp_path):
+def test_a_yaml_file_without_text_or_missing_is_refused(tmp_path):
     path = tmp_path / "bytes.yaml"
     path.write_bytes(b"\xff\xfe\xfa")
     for each in (path, tmp_path / "missing.yaml", tmp_path):
