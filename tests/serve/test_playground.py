@@ -86,7 +86,7 @@ def test_the_second_answer_is_in_sight(page, shared):
     assert abs((written["y"] + written["height"]) - (seen["y"] + seen["height"])) < 40, "the end of the list is shown"
 
 
-def test_figures_are_those_of_what_is_shown(page, shared):
+def test_figures_belong_to_the_answer_shown(page, shared):
     page.goto(f"{shared.url}/playground")
     open_sampling(page, max_tokens="30")
     page.locator("#send").click()

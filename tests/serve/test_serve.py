@@ -188,7 +188,7 @@ async def test_second_signal_does_not_wait(serve):
     assert not exists(engine)
 
 
-async def test_whatever_is_open_when_the_drain_is_over_is_told_so(serve, capfd):
+async def test_requests_open_at_the_end_of_the_drain_are_told_so(serve, capfd):
     served = serve("--drain-seconds", "0.5")
     engine = served.engine_pid
     body = {"model": "tiny", "prompt": "x", "max_tokens": 900, "ignore_eos": True}
@@ -282,7 +282,7 @@ def test_settings_reach_the_engine_from_yaml_environment_and_flags(serve, tmp_pa
     ],
     ids=["flag", "choice", "bound", "model", "file", "command"],
 )
-def test_wrong_command_line_exits_2_and_names_what_is_wrong(arguments, words):
+def test_wrong_command_line_exits_2_and_names_the_fault(arguments, words):
     command = [sys.executable, "-P", "-m", "leyden.server.commands.cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -53,7 +53,7 @@ READING = [
 
 
 @pytest.mark.parametrize("path", READING)
-async def test_what_is_read_by_get_may_be_asked_for_by_head(client, path):
+async def test_head_works_where_get_does(client, path):
     asked, told = await client.head(path), await client.get(path)
     assert (asked.status_code, asked.headers["content-type"]) == (200, told.headers["content-type"])
 
@@ -167,7 +167,7 @@ async def test_the_next_request_is_served_after_a_failed_one(complete, engine):
     assert (await complete()).status_code == 200
 
 
-async def test_what_a_user_wrote_is_shown_escaped_and_cut(complete, error_of):
+async def test_users_text_in_an_error_is_escaped_and_cut(complete, error_of):
     error = error_of(await complete(logit_bias={"\x1b[31mred\r\n" + "x" * 9999: "no number"}), 400)
     assert error["param"].startswith("logit_bias.\\x1b[31mred\\r\\n")
     assert error["message"].isprintable()

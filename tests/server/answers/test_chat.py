@@ -54,7 +54,7 @@ ASSISTANT_MESSAGES = {
 
 
 @pytest.mark.parametrize(("fields", "text"), ASSISTANT_MESSAGES.values(), ids=ASSISTANT_MESSAGES)
-async def test_what_an_assistant_may_have_said_is_taken_back(chat, engine, fields, text):
+async def test_any_earlier_answer_is_accepted_as_history(chat, engine, fields, text):
     validated(await chat(messages=[{"role": "user", "content": "u"}, {"role": "assistant"} | fields]))
     said = [ASSISTANT, *text.encode(), EOS]
     assert engine.requests[0].prompt_token_ids == [BOS, USER, *b"u", EOS, *said, ASSISTANT]
@@ -133,7 +133,7 @@ async def test_a_checkpoint_without_template_refuses_chat_by_name(chat, tokenize
     assert error_of(await chat(), 400)["param"] == "messages"
 
 
-async def test_what_the_template_refuses_is_the_clients_error(chat, error_of):
+async def test_refusal_of_the_template_is_the_clients_error(chat, error_of):
     error = error_of(await chat(messages=[{"role": "user", "content": "refuse me"}]), 400)
     assert "refused the messages" in error["message"]
 

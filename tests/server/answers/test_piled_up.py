@@ -155,7 +155,7 @@ async def test_tokens_before_a_failure_are_shown_before_it(complete, chunks_of, 
 
 
 @pytest.mark.parametrize("n", [1, 2])
-async def test_what_waits_for_a_reader_that_stops_is_ids_in_one_output_per_choice(
+async def test_outputs_for_a_stopped_reader_wait_as_ids_in_one_output_per_choice(
     make_app, engine, piling, eventually, n
 ):
     engine.reply = b"~" * 100

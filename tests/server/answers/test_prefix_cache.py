@@ -47,7 +47,7 @@ def ask(request, client):
     ],
     ids=lambda value: json.dumps(value)[:40],
 )
-async def test_what_is_asked_of_the_cache_reaches_the_engine(ask, engine, body, asked):
+async def test_cache_settings_of_a_request_reach_the_engine(ask, engine, body, asked):
     response = await ask(**body)
     assert response.status_code == 200 and "x-ignored-parameters" not in response.headers
     assert [(request.prefix_cache, request.cache_salt) for request in engine.requests] == [asked]
@@ -68,7 +68,7 @@ async def test_every_choice_of_every_prompt_has_the_salt(complete, engine):
         ("prefix_cache", "false", 'got "false"'),
     ],
 )
-async def test_what_cannot_be_meant_is_refused_by_name(ask, engine, error_of, field, value, words):
+async def test_wrong_cache_setting_is_refused_by_name(ask, engine, error_of, field, value, words):
     error = error_of(await ask(**{field: value}), 400)
     assert error["param"] == field and words in error["message"]
     assert engine.requests == []
@@ -160,7 +160,7 @@ async def test_the_same_prompt_again_is_computed_from_its_last_token_on(served, 
     assert 0 < load["snapshots_used"] < load["snapshots_total"] and load["kv_blocks_cached"] > 0
 
 
-async def test_salts_do_not_share_and_who_opts_out_neither_takes_nor_leaves(served):
+async def test_salts_do_not_share_and_prefix_cache_false_neither_takes_nor_leaves(served):
     async def num_cached(**body):
         body = {"prompt": LONG, "max_tokens": 4, "temperature": 0} | body
         return cached((await served.post("/v1/completions", json=body)).json()["usage"])

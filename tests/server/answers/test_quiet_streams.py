@@ -64,7 +64,7 @@ class Reader:
 
 
 @pytest.mark.parametrize("path", BODIES)
-async def test_stream_without_a_token_sends_headers_and_comments_and_then_the_same_answer(
+async def test_stream_without_a_token_sends_comments_and_then_the_same_answer(
     make_live, engine, eventually, impatient, path
 ):
     live = make_live()

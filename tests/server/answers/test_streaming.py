@@ -104,7 +104,7 @@ async def test_text_offsets_run_on_across_chunks_and_echo_comes_first(complete, 
     assert logprobs[0]["token_logprobs"][0] is None
 
 
-async def test_streamed_logprobs_are_those_of_the_whole_answer(chat, chunks_of):
+async def test_streamed_logprobs_equal_the_whole_answers(chat, chunks_of):
     whole = (await chat(logprobs=True, top_logprobs=1)).json()["choices"][0]["logprobs"]["content"]
     chunks = chunks_of(await chat(logprobs=True, top_logprobs=1, stream=True))
     found = [
@@ -132,7 +132,7 @@ async def test_echo_with_max_tokens_0_streams_the_prompt_and_its_reason(complete
     assert chunks[0]["choices"][0]["finish_reason"] == "length"
 
 
-async def test_streamed_token_ids_join_to_those_of_the_whole_answer(complete, chat, chunks_of):
+async def test_streamed_token_ids_join_to_the_whole_answers(complete, chat, chunks_of):
     whole = (await complete(return_token_ids=True)).json()["choices"][0]
     parts = [chunk["choices"][0] for chunk in chunks_of(await complete(return_token_ids=True, stream=True))]
     assert [token_id for part in parts for token_id in part["token_ids"]] == whole["token_ids"]

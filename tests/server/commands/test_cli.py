@@ -40,7 +40,7 @@ from leyden.server.commands.cli import main
         (["generate", "x", "--max-tokens", "-5"], "max_tokens must be in [0, 2147483647], got -5"),
     ],
 )
-def test_a_usage_error_exits_2_and_says_what_was_meant(arguments, words, capsys):
+def test_usage_error_exits_2_and_suggests_the_right_flag(arguments, words, capsys):
     try:
         code = main(arguments)
     except SystemExit as error:

@@ -122,7 +122,7 @@ def test_the_banner_names_the_backend_that_runs(tmp_path):
     assert memory_line(told, "backend") == "replay (torch kernels) on cpu (CPU)"
 
 
-def test_a_gpus_banner_names_what_was_measured(tmp_path):
+def test_banner_of_a_gpu_names_the_measured_memory(tmp_path):
     save_minimax(tmp_path, heads=2, layer_types=(LINEAR,))
     info = make_core(tmp_path).info()
     info.memory.workspace, info.memory.graphs, info.memory.other = 2_000_000, 3_000_000, 4_000_000
@@ -161,7 +161,7 @@ def test_a_models_name_may_hold_quotes_and_the_banners_command_stays_whole(engin
     assert json.loads(example(engine.info, name=name)[-1])["model"] == name
 
 
-def test_what_is_clamped_and_what_does_not_fit_is_said_without_an_engine(tmp_path):
+def test_info_tells_clamped_settings_and_models_that_do_not_fit(tmp_path):
     save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
     config = engine_config(tmp_path, max_num_seqs=64, max_model_len=1024)
     assert "max_num_seqs clamped from 64 to" in describe_model(config, 0.001)

@@ -153,7 +153,7 @@ BAD = {
 
 @pytest.mark.parametrize("route", ["complete", "chat"])
 @pytest.mark.parametrize(("fields", "param"), BAD.values(), ids=BAD)
-async def test_what_cannot_be_used_is_named(engine, asks, error_of, route, fields, param):
+async def test_form_that_cannot_be_used_is_refused_by_field(engine, asks, error_of, route, fields, param):
     assert error_of(await asks[route](**fields), 400)["param"] == param
     assert not engine.requests
 
@@ -290,7 +290,7 @@ async def test_a_strict_schema_that_is_kept_is_named_nowhere(asking, place, capl
 
 
 @pytest.mark.parametrize("place", PLACES)
-async def test_the_log_names_what_the_header_names(asking, place, caplog):
+async def test_log_and_header_name_the_same_ignored_fields(asking, place, caplog):
     answer = await asking(place, {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}})
     named = answer.headers["x-ignored-parameters"]
     assert named.endswith("properties.a.uniqueItems")
@@ -379,7 +379,7 @@ async def test_a_grammar_beside_tools_and_a_bad_form_beside_forced_calls_are_ref
         assert error["param"] == param
 
 
-async def test_a_thought_comes_before_what_has_to_be_said(engine, tokenizer, make_client):
+async def test_thought_comes_before_the_answers_form(engine, tokenizer, make_client):
     engine.info = msgspec.structs.replace(engine.info, max_model_len=4096)
     tokenizer.chat_template = "<think>"
     body = {"messages": [{"role": "user", "content": "Hi"}], "response_format": FORMAT}
@@ -398,7 +398,7 @@ ASKED = {
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "body"), ASKED.values(), ids=ASKED)
-async def test_what_the_engine_says_of_a_grammar_names_the_field_that_was_sent(
+async def test_engines_error_about_a_grammar_names_the_field_sent(
     engine, tokenizer, make_client, error_of, monkeypatch, request, path, body, stream
 ):
     async def refuse(sent):
@@ -424,7 +424,7 @@ async def test_a_schema_that_leaves_too_much_open_is_refused_at_the_door(engine,
     assert not engine.requests
 
 
-async def test_a_request_that_is_cancelled_takes_no_grammar_from_others_with_an_equal_one(monkeypatch, eventually):
+async def test_cancelled_request_leaves_the_grammar_to_requests_with_an_equal_one(monkeypatch, eventually):
     shared, asking = Future(), []
     compiler = grammar.GrammarCompiler(byte_vocabulary)
     monkeypatch.setattr(compiler, "compile", lambda text: asking.append(text) or grammar.Grammar(shared))

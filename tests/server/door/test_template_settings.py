@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from leyden.engine.errors import RequestError
 from leyden.engine.text.template_inputs import template_inputs
+from leyden.server.door import prompts, validation
 from leyden.server.door.template_settings import MAX_SETTINGS, MAX_SETTINGS_CHARS, read_settings
 
 # As the templates of real checkpoints ask.
@@ -46,11 +47,11 @@ def settings_of(effort, template, **settings):
         (PRINTS, "none", {"reasoning_effort": "none"}),
     ],
 )
-def test_an_effort_becomes_what_the_template_knows(template, effort, expected):
+def test_effort_becomes_a_word_of_the_template(template, effort, expected):
     assert settings_of(effort, template) == (expected, [])
 
 
-def test_what_a_template_does_not_read_is_told():
+def test_setting_that_the_template_does_not_read_is_listed():
     assert settings_of("high", MUTE, enable_thinking=False, tone="kind") == (
         {},
         ["chat_template_kwargs.enable_thinking", "chat_template_kwargs.tone", "reasoning_effort"],
@@ -69,7 +70,7 @@ OWN += ["conversation", "return_dict", "raise_exception", "strftime_now", "range
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_what_is_the_renderers_own_is_refused(name):
+def test_name_that_the_renderer_reserves_is_refused(name):
     inputs = template_inputs([f"{{{{ {name} }}}}"], ["return_dict"])
     assert name not in inputs.settings
     with pytest.raises(RequestError, match=name) as caught:
@@ -133,8 +134,22 @@ async def test_chat_and_tokenize_pass_them_on(post, tokenizer, path):
         ({"chat_template_kwargs": {"add_generation_prompt": True}}, "chat_template_kwargs"),
     ],
 )
-async def test_what_is_wrong_is_refused_by_name(post, error_of, path, body, param):
+async def test_wrong_template_setting_is_refused_by_name(post, error_of, path, body, param):
     assert error_of(await post(path, **body), 400)["param"] == param
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+async def test_template_settings_are_read_once_per_request(post, monkeypatch, path):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return read_settings(*arguments)
+
+    for module in (validation, prompts):
+        monkeypatch.setattr(module, "read_settings", counted, raising=False)
+    assert (await post(path, reasoning_effort="high")).status_code == 200
+    assert len(calls) == 1
 
 
 async def test_a_prompt_has_no_template(make_client, error_of):

@@ -429,7 +429,7 @@ CALL = "messages[1].tool_calls[0]"
         ({"messages": [{"role": "assistant", "content": "x", "reasoning": 5}]}, "messages[0].reasoning_content"),
     ],
 )
-async def test_what_is_wrong_with_tools_is_refused_by_its_place(ask, error_of, body, param):
+async def test_wrong_tool_is_refused_by_its_place(ask, error_of, body, param):
     assert error_of(await ask(**body), 400)["param"] == param
 
 

@@ -192,7 +192,7 @@ async def test_a_value_out_of_bounds_is_refused_by_name(complete, error_of, engi
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-async def test_a_refusal_says_what_must_be_and_what_was(complete, error_of, body, message):
+async def test_error_tells_the_type_expected_and_the_value_sent(complete, error_of, body, message):
     assert error_of(await complete(**body), 400)["message"] == message
 
 
@@ -332,7 +332,7 @@ async def test_null_is_the_default_of_every_field(path, asks, engine):
     assert engine.requests[0].sampling_params == engine.requests[1].sampling_params
 
 
-async def test_fields_that_nobody_documents_are_accepted_and_listed(complete, chunks_of):
+async def test_undocumented_fields_are_accepted_and_listed(complete, chunks_of):
     response = await complete(router_hint=1, **{"x\r\nset-cookie: a": 2})
     assert response.status_code == 200
     assert response.headers["x-ignored-parameters"] == "router_hint, x??set-cookie??a"
@@ -436,9 +436,7 @@ async def test_a_chat_without_a_length_is_as_long_as_its_log_probabilities_may_b
 
 
 @pytest.mark.parametrize(("context", "bound"), [(128, 2_000_000), (300_000, 2_400_000)])
-async def test_a_body_may_be_as_long_as_the_context_needs_unless_a_setting_says_otherwise(
-    make_client, engine, context, bound
-):
+async def test_bound_on_a_body_follows_from_the_context_or_the_setting(make_client, engine, context, bound):
     engine.info.max_model_len = context
     client = make_client()
     assert (await client.get("/server_info")).json()["max_body_bytes"] == bound
@@ -492,7 +490,7 @@ async def test_a_schema_as_deep_as_may_be_set_or_deeper_is_served_or_refused(mak
     ("body", "param"),
     [({"n": 5}, "n"), ({"prompt": ["a", "b", "c"], "n": 2}, "prompt"), ({"prompt": ["a"] * 5}, "prompt")],
 )
-async def test_more_sequences_than_there_can_ever_be_room_for_are_400_that_names_the_bound(
+async def test_request_for_more_sequences_than_the_engine_holds_is_400_with_the_bound(
     complete, error_of, engine, body, param, stream
 ):
     engine.info.num_state_slots, engine.info.max_waiting = 1, 3

@@ -101,7 +101,7 @@ async def test_headers_up_to_the_bound_are_taken(make_live):
         HEAD + b"Transfer-Encoding: gzip\r\n\r\n",
     ],
 )
-async def test_what_is_not_http_is_an_error_in_the_envelope(make_live, data):
+async def test_bytes_that_are_no_http_are_an_error_in_the_envelope(make_live, data):
     live = make_live()
     async with Client(live) as client:
         await client.send(data)
@@ -112,7 +112,7 @@ async def test_what_is_not_http_is_an_error_in_the_envelope(make_live, data):
     assert await is_served(live)
 
 
-async def test_a_chunked_body_that_breaks_is_answered_and_harms_nobody(make_live, engine):
+async def test_chunked_body_that_breaks_is_answered_and_harms_no_other(make_live, engine):
     live = make_live()
     async with Client(live) as client:
         await client.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nZZZ\r\n")
@@ -180,7 +180,7 @@ async def test_an_idle_connection_is_closed(make_live):
         await client.hung_up()
 
 
-async def test_a_body_that_nobody_wants_is_not_read_for_ever(make_live):
+async def test_body_that_no_route_reads_is_not_received_for_ever(make_live):
     live = make_live(idle_timeout=0.2, write_timeout=0.2)
     async with Client(live) as client:
         await client.send(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
@@ -278,9 +278,7 @@ async def test_pipelined_requests_are_answered_in_order(make_live):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_half_closed_connection_still_gets_its_answer_or_is_aborted_but_never_hangs(
-    make_live, engine, eventually, stream
-):
+async def test_half_closed_connection_is_answered_or_aborted_and_never_hangs(make_live, engine, eventually, stream):
     live = make_live()
     async with Client(live) as client:
         await client.send(request({"prompt": "a", "stream": stream}))

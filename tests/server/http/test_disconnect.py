@@ -63,7 +63,7 @@ async def test_an_aborted_answer_is_counted_as_such(make_app, engine, eventually
     assert 'leyden:request_success_total{finished_reason="abort",model_name="tiny"} 1.0' in text
 
 
-async def test_a_client_that_leaves_while_sending_its_body_harms_nobody(make_app, engine, caplog):
+async def test_client_that_leaves_while_sending_its_body_harms_no_other(make_app, engine, caplog):
     caller = Caller(make_app(), {"prompt": "a"}, is_body_cut=True)
     caller.leave()
     await caller.ended()

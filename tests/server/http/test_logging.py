@@ -25,7 +25,7 @@ def lines(caplog, level):
 
 
 @pytest.mark.parametrize(("method", "path", "body", "headers", "told"), REFUSALS, ids=[case[-1] for case in REFUSALS])
-async def test_a_refusal_is_one_line_at_debug_without_what_was_sent(
+async def test_refusal_is_one_line_at_debug_without_the_requests_text(
     make_client, caplog, method, path, body, headers, told
 ):
     caplog.set_level("DEBUG", logger="leyden")
@@ -44,7 +44,7 @@ async def test_an_error_after_the_start_is_one_line_too(complete, engine, caplog
     assert lines(caplog, logging.ERROR) == ["the request failed (generation_aborted): ApiError"]
 
 
-async def test_what_is_refused_before_it_is_a_request_is_told_at_debug(make_live, caplog, eventually):
+async def test_refusal_before_a_request_is_one_line_at_debug(make_live, caplog, eventually):
     caplog.set_level("DEBUG", logger="leyden")
     reader, writer = await asyncio.open_connection("127.0.0.1", make_live().port)
     writer.write(b"nonsense\r\n\r\n")

@@ -68,7 +68,7 @@ async def test_other_names_are_403_on_loopback_and_the_remedy_is_named(ask, erro
     ],
     ids=str,
 )
-async def test_other_names_are_answered_with_a_key_on_other_interfaces_and_where_a_setting_names_them(ask, settings):
+async def test_foreign_names_are_answered_with_a_key_or_other_interface_or_setting(ask, settings):
     headers = {"host": "Chat.Example:8000", "authorization": "Bearer k"}
     assert (await ask("/v1/models", settings, method="GET", **headers)).status_code == 200
 
@@ -138,7 +138,7 @@ async def test_preflight_of_a_named_origin_is_answered_without_a_key(ask, error_
     assert "access-control-allow-origin" not in refused.headers
 
 
-async def test_preflight_says_that_this_machine_may_be_reached_and_which_methods_there_are(ask, error_of):
+async def test_preflight_allows_private_networks_and_lists_the_methods(ask, error_of):
     settings = {"cors_origins": [PAGE]}
     private = PREFLIGHT | {"access_control_request_private_network": "true"}
     answer = await ask("/v1/chat/completions", settings, method="OPTIONS", origin=PAGE, **private)
@@ -185,6 +185,6 @@ async def test_cors_is_off_by_default(ask, error_of):
         ("allowed_hosts", "chat.example:8000", "without scheme, port"),
     ],
 )
-def test_what_is_no_origin_or_no_name_is_refused_with_the_right_form(make_app, setting, value, remedy):
+def test_setting_that_is_no_origin_or_name_is_refused_with_the_right_form(make_app, setting, value, remedy):
     with pytest.raises(ValidationError, match=remedy):
         make_app(**{setting: [value]})

@@ -30,7 +30,7 @@ async def test_everything_is_503_with_retry_after_in_the_envelope(listener, erro
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", b"x" * 1_000_000], ids=["nothing", "half a head", "no head"])
-async def test_who_does_not_ask_is_hung_up_on(listener, sent):
+async def test_client_without_a_request_is_disconnected(listener, sent):
     async with refusing(listener, BACKLOG, read_timeout=0.1):
         reader, writer = await asyncio.open_connection(*listener.getsockname())
         writer.write(sent)
@@ -39,7 +39,7 @@ async def test_who_does_not_ask_is_hung_up_on(listener, sent):
         writer.close()
 
 
-async def test_who_connects_at_the_end_is_served_by_what_follows(listener):
+async def test_client_that_connects_at_the_end_is_served_by_the_next_server(listener):
     async with refusing(listener, BACKLOG, read_timeout=5):
         pass
     reader, writer = await asyncio.open_connection(*listener.getsockname())
@@ -57,7 +57,7 @@ async def _serves(*arguments):
     return serve.Ending(0, "SIGTERM")
 
 
-def test_what_kubernetes_adds_is_told_in_one_line(monkeypatch, caplog):
+def test_variables_of_kubernetes_are_told_in_one_line(monkeypatch, caplog):
     monkeypatch.setattr(serve, "_serve", _serves)
     monkeypatch.setattr(serve.logs, "configure", lambda *arguments: None)
     monkeypatch.setenv("LEYDEN_PORT", "tcp://10.0.0.7:8000")

@@ -74,7 +74,7 @@ async def test_a_chats_span_has_the_conventions_names(client, exporter):
     }
 
 
-async def test_usage_is_that_of_the_answer_with_several_prompts_and_choices(client, exporter):
+async def test_span_has_the_answers_usage_with_several_prompts_and_choices(client, exporter):
     usage = (await client.post("/v1/completions", json={"prompt": ["a", "bc"], "n": 2})).json()["usage"]
     (span,) = exporter.get_finished_spans()
     assert span.name == "text_completion tiny"

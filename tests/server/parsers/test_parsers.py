@@ -106,14 +106,14 @@ def test_text_that_only_looks_like_a_marker_stays_text(name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_an_answer_that_ends_within_what_may_become_a_marker_keeps_it(name):
+def test_answer_that_ends_in_half_a_marker_keeps_it(name):
     opening = MARKERS[name][0]
     for n in range(1, len(opening)):
         assert read(name, "a " + opening[:n]).content == "a " + opening[:n]
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_call_that_is_cut_off_keeps_what_was_streamed(name):
+def test_call_that_is_cut_off_keeps_its_streamed_arguments(name):
     raw = '{"a": "b", "c": [1, 2]}'
     text = write(name, ("f", raw))
     start = text.index(raw)
@@ -125,7 +125,7 @@ def test_a_call_that_is_cut_off_keeps_what_was_streamed(name):
 
 
 @pytest.mark.parametrize("name", ["hermes", "minimax"])  # Kimi's markers are single tokens
-def test_a_call_whose_closing_marker_is_cut_off_leaves_no_piece_of_it_in_the_content(name):
+def test_half_a_closing_marker_of_a_call_is_no_content(name):
     text = write(name, ("f", '{"a": 1}'))
     for end in range(text.index("1}") + 2, len(text) + 1):
         assert read(name, text[:end]).content == "", text[:end]
@@ -162,7 +162,7 @@ def test_a_malformed_call_becomes_content_as_it_was_written(name, body):
     assert read(name, text) == Answer(text, "", [])
 
 
-def test_the_formats_and_their_markers_are_those_that_models_write():
+def test_formats_and_markers_match_the_models_templates():
     assert {name: sorted(known.markers) for name, known in TOOL_FORMATS.items()} == {
         name: sorted(markers) for name, markers in MARKERS.items()
     }
@@ -215,7 +215,7 @@ def test_kimi_calls_keep_the_models_ids_and_survive_a_missing_end():
         ('{"name": "f", "arguments": {"a": "</tool_call></tool_calls>"}}', '{"a": "</tool_call></tool_calls>"}'),
     ],
 )
-def test_what_is_clearly_a_call_is_one_however_it_is_laid_out(name, body, arguments):
+def test_call_is_read_in_any_layout(name, body, arguments):
     opening, closing = MARKERS[name]
     for text in (f"{opening}\n{body}\n{closing}", f"{opening}{body}{closing}"):
         assert read(name, text) == Answer("", "", [("f", arguments)])
@@ -240,7 +240,7 @@ def test_arguments_go_out_before_the_call_is_complete():
 
 
 @pytest.mark.parametrize("rest", [":", ":}", ' "x"', ', "arguments":', ', "name":', ", 5:", "]", " x", "<"])
-def test_what_comes_of_arguments_before_a_mistake_is_kept(rest):
+def test_arguments_before_a_mistake_are_kept(rest):
     answer = read("hermes", f'<tool_call>{{"name": "f", "arguments": {{"a": [1]}}{rest}')
     assert answer.calls == [("f", '{"a": [1]}')]
 
@@ -330,7 +330,7 @@ def damaged(name, data):
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(data=st.data())
 @pytest.mark.parametrize("name", FORMATS)
-def test_no_cut_changes_what_is_read(name, data):
+def test_no_cut_changes_the_deltas(name, data):
     text = data.draw(st.lists(st.sampled_from(PIECES), max_size=25).map("".join)) + damaged(name, data)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -398,7 +398,7 @@ LONG = {
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("start", LONG.values(), ids=LONG)
-def test_what_is_looked_at_again_is_never_longer_than_a_marker(name, start):
+def test_text_read_again_is_never_longer_than_a_marker(name, start):
     """So that the work grows with the text alone, however it comes and however long a call stays open."""
     calls = TOOL_FORMATS[name].make()
     parser = Thinking(calls, has_begun=True)

@@ -34,7 +34,7 @@ def test_every_static_file_is_served_and_none_is_missing():
     assert set(FILES.values()) == {path.name for path in FOLDER.iterdir()}
 
 
-def test_every_element_that_the_playground_fills_is_there_and_every_meter_has_a_label():
+def test_playground_has_every_element_its_script_fills_and_a_label_for_every_meter():
     page, script = (FOLDER / "playground.html").read_text(), (FOLDER / "playground.js").read_text()
     there = set(re.findall(r'\sid="([\w-]+)"', page))
     gauges = set(re.findall(r'\bgauge\("(\w+)"', script))
@@ -85,7 +85,7 @@ async def test_pages_need_no_key_for_a_browser_cannot_send_one_before_it_has_the
         "/static/app.py",
     ],
 )
-async def test_what_the_pages_ask_for_and_other_spellings_need_one(make_client, error_of, path):
+async def test_routes_that_the_pages_call_and_other_spellings_need_a_key(make_client, error_of, path):
     error_of(
         await make_client(api_key=[KEY]).get(f"http://localhost{path}"), 401
     )  # whole: "//playground" alone names a host

@@ -183,7 +183,7 @@ async def test_server_info_tells_the_engine_and_not_where_files_lie(client, engi
     assert engine.info.model_path not in response.text
 
 
-async def test_model_info_has_what_sglangs_router_reads(client, engine):
+async def test_model_info_has_the_fields_of_sglangs_router(client, engine):
     response = await client.get("/get_model_info")
     facts = response.json()
     assert (facts["model_path"], facts["served_model_name"], facts["is_generation"]) == ("tiny", "tiny", True)

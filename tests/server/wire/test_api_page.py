@@ -39,7 +39,7 @@ def test_every_code_of_a_session_has_the_status_that_the_page_says():
     assert {code: told.get(code) for code in SESSION_STATUS} == SESSION_STATUS
 
 
-async def test_the_metrics_are_those_that_the_page_names(client):
+async def test_page_and_server_name_the_same_metrics(client):
     await client.post("/v1/completions", json={"prompt": "Hi"})
     text = (await client.get("/metrics")).text
     told = names_in(section("Metrics").replace("`metrics_prefix`", "").replace("`model_name`", ""))
@@ -58,7 +58,7 @@ def test_every_field_of_a_request_is_on_the_page(model):
     assert set(model.model_fields) - names_in(PAGE) == set()
 
 
-def test_the_parsers_are_those_of_the_page_and_of_the_setting():
+def test_page_and_setting_name_the_same_parsers():
     told = set(re.findall(r"^\| `(\w+)` \| .* \|$", section("Tools"), re.MULTILINE))
     assert told == set(TOOL_FORMATS)
     setting = ServerConfig.model_fields["tool_call_parser"].annotation

@@ -61,7 +61,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("path", "mode", "fields"), CASES.values(), ids=CASES)
-def test_no_answer_differs_from_what_the_document_promises(document, path, mode, fields):
+def test_answers_follow_the_document(document, path, mode, fields):
     (route,) = [found.ok() for found in document.include(path=path).get_all_operations()]
 
     @settings(
