@@ -67,9 +67,8 @@ class ChatWriter(AnswerWriter[ChatRequest]):
             yield self._chunk([ChatChunkChoice(choice.index, ChatDelta(), finish_reason=reason)], usage)
 
     def render_end(self) -> Iterator[ChatChunk]:
-        options = self.request.stream_options
-        if options is not None and options.include_usage:
-            yield self._chunk([], self.usage.total())
+        if (usage := self.usage.at_end()) is not None:
+            yield self._chunk([], usage)
 
     def _role_chunk(self, choice: Choice) -> ChatChunk:
         role = ChatChunkChoice(choice.index, ChatDelta(role="assistant", content=""))

@@ -33,9 +33,8 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
             yield self.envelope([chunk], self.usage.of_chunk(choice, output.num_output_tokens))
 
     def render_end(self) -> Iterator[Completion]:
-        options = self.request.stream_options
-        if options is not None and options.include_usage:
-            yield self.envelope([], self.usage.total())
+        if (usage := self.usage.at_end()) is not None:
+            yield self.envelope([], usage)
 
     def whole(self, outputs: list[Event]) -> list[bytes]:
         """The JSON of the answer in one object, from one merged output per choice."""

@@ -34,6 +34,10 @@ class UsageCounter:
     def total(self) -> Usage:
         return _usage(sum(self._num_prompt_tokens), sum(self._num_cached_tokens), sum(self._num_output_tokens))
 
+    def at_end(self) -> Usage | None:
+        """`usage` of the chunk that ends a stream; None without `include_usage`: there is no such chunk."""
+        return self.total() if self._options is not None and self._options.include_usage else None
+
     def of_chunk(self, choice: Choice, num_output_tokens: int) -> Usage | UnsetType | None:
         """`usage` of a chunk before the last: that of its choice so far with `continuous_usage_stats`, null with
         `include_usage` alone, else left out."""
