@@ -1,8 +1,9 @@
-"""What a step has drawn, put where it belongs: into the sequences, which may end by it, and into outputs."""
+"""The tokens that a step has drawn go into the sequences, which may end by them, and into outputs."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from .execution.launcher import LaunchedStep
 from .messages import EngineStats
@@ -18,16 +19,45 @@ BAD_LOGITS = "the model gave NaN or infinite logits for this request"
 NOTHING_ALLOWED = "the grammar of this request allows no token here, or the model gave NaN or infinite logits"
 
 
+@dataclass(slots=True)
+class _Beginning:
+    """What is told of a request before its answer begins, or with its first token."""
+
+    arrived_at: float  # `time.perf_counter()`
+    queue_seconds: float | None = None  # from then to its first step; a preemption later does not count
+    num_scored: int = 0  # tokens of the prompt whose log-probabilities have been handed over
+
+
 class Collector:
     """Takes the tokens of steps. `stats` are counted up."""
 
     def __init__(self, scheduler: Scheduler, stats: EngineStats) -> None:
         self._scheduler = scheduler
         self._stats = stats
+        self._beginnings: dict[Sequence, _Beginning] = {}  # of sequences without a first token
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        """The sequence has come to the engine. now: on the clock of `time.perf_counter`."""
+        self._beginnings[sequence] = _Beginning(now)
+
+    def start(self, sequences: list[Sequence], now: float) -> None:
+        """The sequences leave the queue, some not for the first time."""
+        for sequence in sequences:
+            beginning = self._beginnings.get(sequence)
+            if beginning is not None and beginning.queue_seconds is None:
+                beginning.queue_seconds = now - beginning.arrived_at
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended otherwise than by its tokens."""
+        self._beginnings.pop(sequence, None)
+
+    def check_integrity(self) -> None:
+        """Nothing is kept of a sequence that is gone. Raises AssertionError."""
+        assert all(sequence.request_id in self._scheduler for sequence in self._beginnings)
 
     def collect(self, step: LaunchedStep, tokens: list[int], logprobs: list[TokenLogprobs | None]) -> list[StepOutput]:
-        """Put tokens in their places, finish the sequences that end, and say what is new. Those that ended or were
-        aborted while the step ran get nothing."""
+        """Put tokens in their places, finish the sequences that end, and return what is new. Sequences that ended or
+        were aborted while the step ran get nothing."""
         outputs = None
         if step.drafts is not None:
             outputs = self._collect_verified(step.drafts, tokens, logprobs)
@@ -36,6 +66,22 @@ class Collector:
         if outputs is None:
             outputs = self._collect_each(step, tokens, logprobs)
         self._stats.generation_tokens_total += sum([len(output.token_ids) for output in outputs])
+        return outputs
+
+    def prompt_scores(self, step: LaunchedStep) -> list[StepOutput]:
+        """The scores of prompts' tokens that a step has computed, before the step counts as computed: outputs of
+        `SCORED_TOKENS` at most. The first one of a prompt begins with None, for its first token. A prompt that starts
+        anew after a preemption gives nothing twice."""
+        outputs = []
+        for sequence, entries in step.prompt_logprobs.items():
+            start, beginning = sequence.num_computed_tokens, self._beginnings[sequence]
+            scores: list[TokenLogprobs | None] = [*entries] if start else [None, *entries]
+            new = scores[beginning.num_scored - (start + 1 if start else 0) :]
+            beginning.num_scored += len(new)
+            outputs += [
+                StepOutput(request_id=sequence.request_id, prompt_logprobs=new[i : i + SCORED_TOKENS])
+                for i in range(0, len(new), SCORED_TOKENS)
+            ]
         return outputs
 
     def _collect_verified(
@@ -84,7 +130,7 @@ class Collector:
                 outputs.append(self._advance(sequence, index, token_id, entry))
             else:  # nearly always
                 sequence.output_token_ids[index] = token_id
-                outputs.append(StepOutput(request_id=sequence.request_id, token_ids=[token_id]))
+                outputs.append(StepOutput(request_id=sequence.request.request_id, token_ids=[token_id]))
         return outputs
 
     def _advance(self, sequence: Sequence, index: int, token_id: int, logprobs: TokenLogprobs | None) -> StepOutput:
@@ -109,8 +155,8 @@ class Collector:
                 output.stop_token_id = token_id
         if index == 0:
             self._stats.prompt_tokens_total += sequence.num_prompt_tokens
-            output.queue_seconds = sequence.queue_seconds
-            output.num_cached_tokens = sequence.num_cached_tokens or 0
+            output.queue_seconds = self._beginnings.pop(sequence).queue_seconds
+            output.num_cached_tokens = self._scheduler.reuse.num_cached(sequence)
         if output.finish_reason is not None:
             del sequence.output_token_ids[index + 1 :]  # of the step that was computed once too often
             if output.is_failure:
@@ -123,19 +169,3 @@ class Collector:
 def _failure(sequence: Sequence, message: str) -> StepOutput:
     logger.error("request %s: %s", sequence.request_id, message)
     return StepOutput(request_id=sequence.request_id, finish_reason="error", error_code="internal", error=message)
-
-
-def prompt_scores(step: LaunchedStep) -> list[StepOutput]:
-    """What a step has computed of its prompts' scores, in outputs of `SCORED_TOKENS` at most; the first one of a prompt
-    begins with None, for its first token. A prompt that starts anew after a preemption gives nothing twice."""
-    outputs = []
-    for sequence, entries in step.prompt_logprobs.items():
-        start = sequence.num_computed_tokens
-        scores: list[TokenLogprobs | None] = [*entries] if start else [None, *entries]
-        new = scores[sequence.num_scored_tokens - (start + 1 if start else 0) :]
-        sequence.num_scored_tokens += len(new)
-        outputs += [
-            StepOutput(request_id=sequence.request_id, prompt_logprobs=new[i : i + SCORED_TOKENS])
-            for i in range(0, len(new), SCORED_TOKENS)
-        ]
-    return outputs

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from ..configs.schema import EngineConfig
-from .collector import Collector, prompt_scores
+from .collector import Collector
 from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, RequestError
 from .execution.launcher import LaunchedStep, Launcher
 from .memory.blocks import BlockManager
@@ -20,7 +20,7 @@ from .messages import AddRequest, EngineInfo, EngineStats
 from .outputs import ErrorCode, StepOutput
 from .prefix.cache import PrefixCache
 from .scheduling.scheduler import Scheduler
-from .scheduling.speculation import Speculation, can_draft
+from .scheduling.speculation import Speculation
 from .sequence import Sequence, Status
 from .sessions.calls import Sessions
 from .startup.build import build
@@ -76,43 +76,18 @@ class EngineCore:
     def add_request(self, request: AddRequest) -> None:
         """Queue a request. Raises `RequestError`, `ContextLengthError` or `QueueFullError`; then nothing is kept."""
         max_tokens = self.check(request)
-        params = request.sampling_params
-        eos = request.eos_token_ids
+        if request.eos_token_ids is None:
+            request = msgspec.structs.replace(request, eos_token_ids=list(self.runner.served.spec.eos_token_ids))
+        params, limit = request.sampling_params, request.max_queue_seconds
         self._arrivals += 1
-        limit = request.max_queue_seconds
         seed = params.seed if params.seed is not None else (self.config.seed << 32) + self._arrivals
-        sequence = Sequence(
-            request_id=request.request_id,
-            prompt_token_ids=request.prompt_token_ids.tolist(),
-            _prompt=request.prompt_token_ids.numpy,
-            sampling_params=params,
-            eos_token_ids=frozenset(self.runner.served.spec.eos_token_ids if eos is None else eos),
-            max_tokens=max_tokens,
-            priority=request.priority,
-            arrival=self._arrivals,
-            seed=seed,
-            num_siblings=request.num_siblings if _shares_prompt(request, max_tokens) else 0,
-            leader=self._leader_of(request, max_tokens),
-            uses_cache=_uses_cache(request, max_tokens),
-            cache_salt=request.cache_salt,
-            wanted_stops={request.beginning} if request.beginning else set(),
-            may_draft=can_draft(params),
-            session_id=request.session_id,
-            deadline=math.inf if limit is None else time.monotonic() + limit,
-            arrived_at=time.perf_counter(),
-        )
-        self.scheduler.add(sequence)
-        if params.grammar is not None:  # only for who is admitted
+        sequence = Sequence(request, max_tokens, self._arrivals, seed)
+        now = time.perf_counter()
+        self.scheduler.add(sequence, math.inf if limit is None else time.monotonic() + limit)
+        self._collector.add(sequence, now)
+        if params.grammar is not None:  # only for a request that is admitted
             sequence.grammar = self._grammars.compile(params.grammar)
             self._compiling.append((sequence, sequence.grammar))
-
-    def _leader_of(self, request: AddRequest, max_tokens: int) -> Sequence | None:
-        """The sequence whose computed prompt this request can copy, or None."""
-        if request.sibling_of is None or not _shares_prompt(request, max_tokens):
-            return None
-        leader = self.scheduler.find_leader(request.sibling_of)
-        is_same = leader is not None and request.prompt_token_ids == TokenIds(leader.prompt_token_ids)
-        return leader if is_same else None
 
     def check(self, request: AddRequest) -> int:
         """Refuse what can never be served, by `RequestError`. Returns the answer's bound in tokens."""
@@ -139,7 +114,7 @@ class EngineCore:
                 "max_tokens" if len(prompt) < self.max_model_len else "prompt",
             )
         max_tokens = room if params.max_tokens is None else params.max_tokens
-        if request.session_id is not None and not _uses_cache(request, max_tokens):
+        if request.session_id is not None and not request.uses_cache:
             raise RequestError(
                 "session_id needs what the prefix cache keeps: leave out prefix_cache: false and the scores of the "
                 "prompt (echo with logprobs), and ask for at least one token",
@@ -149,7 +124,9 @@ class EngineCore:
 
     def abort_request(self, request_id: str) -> None:
         """Forget a request and free what it holds. An id that is not here has just finished: nothing to do."""
-        self.scheduler.abort(request_id)
+        sequence = self.scheduler.abort(request_id)
+        if sequence is not None:
+            self._collector.forget(sequence)
 
     def step(self, tell_started: Callable[[list[str]], None] | None = None) -> list[StepOutput]:
         """Launch one batch. Returns what is new of it, or, when scheduling is asynchronous, of the one before: the
@@ -161,15 +138,14 @@ class EngineCore:
         refused = [*self._expire(time.monotonic()), *self._refuse_bad_grammars()]
         batch = self.scheduler.schedule()
         scheduled = time.perf_counter()
-        started_now = self.scheduler.started
-        _end_queueing(started_now, scheduled)
-        if started_now and tell_started is not None:
-            tell_started([sequence.request_id for sequence in started_now])
+        if batch.started:
+            self._collector.start(batch.started, scheduled)
+            if tell_started is not None:
+                tell_started([sequence.request_id for sequence in batch.started])
         launched, scored = None, []
         if not batch.is_empty:
             launched = self.launcher.launch(batch)
-            launched.num_finished = self.scheduler.num_finished
-            scored = prompt_scores(launched)
+            scored = self._collector.prompt_scores(launched)
             self.scheduler.update(batch)
             self._stats.steps_total += 1
         elif self.has_work and self._in_flight is None:  # for a grammar, siblings or a session
@@ -250,13 +226,17 @@ class EngineCore:
     def check_integrity(self) -> None:
         """Every slot and block has one owner. Raises AssertionError."""
         self.scheduler.check_integrity()
+        self._collector.check_integrity()
 
     def _expire(self, now: float) -> list[StepOutput]:
         """Refuse what has waited too long, looking every quarter of a second."""
         if now < self._next_look:
             return []
         self._next_look = now + EXPIRY_SECONDS
-        return [refusal(late.request_id, QueueTimeoutError()) for late in self.scheduler.expire(now)]
+        late = self.scheduler.expire(now)
+        for sequence in late:
+            self._collector.forget(sequence)
+        return [refusal(sequence.request_id, QueueTimeoutError()) for sequence in late]
 
     def _refuse_bad_grammars(self) -> list[StepOutput]:
         """Refuse those whose grammar turned out not to compile. The others are admitted from now on."""
@@ -269,6 +249,7 @@ class EngineCore:
             grammar.is_ready = error is None
             if error is not None and sequence.status is not Status.FINISHED:
                 self.scheduler.finish(sequence)
+                self._collector.forget(sequence)
                 outputs.append(refusal(sequence.request_id, RequestError(f"grammar: {error}", "grammar")))
         return outputs
 
@@ -276,24 +257,6 @@ class EngineCore:
 def grammar_compiler(config: EngineConfig) -> GrammarCompiler:
     """For the tokenizer of the model, which need not be loaded by then."""
     return GrammarCompiler(lambda: Tokenizer.of(config).for_grammars())
-
-
-def _end_queueing(started: list[Sequence], now: float) -> None:
-    """Note how long those waited that start; a preemption later does not count."""
-    for sequence in started:
-        if sequence.queue_seconds is None:
-            sequence.queue_seconds = now - sequence.arrived_at
-
-
-def _shares_prompt(request: AddRequest, max_tokens: int) -> bool:
-    """Whether one sequence may copy what another computed of the same prompt. Scores of a prompt are its sequence's
-    own, and take computing it."""
-    return max_tokens > 0 and request.sampling_params.prompt_logprobs is None
-
-
-def _uses_cache(request: AddRequest, max_tokens: int) -> bool:
-    """Whether the request takes from the prefix cache and leaves something there."""
-    return request.prefix_cache and _shares_prompt(request, max_tokens)
 
 
 def refusal(request_id: str, error: RequestError | QueueFullError | QueueTimeoutError) -> StepOutput:

@@ -42,6 +42,17 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     def __post_init__(self) -> None:
         self.prompt_token_ids = TokenIds(self.prompt_token_ids)
 
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether its sequence may copy what another computed of the same prompt, or another copy from it. Scores of a
+        prompt are its sequence's own, and take computing it."""
+        return self.sampling_params.max_tokens != 0 and self.sampling_params.prompt_logprobs is None
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether its sequence takes from the prefix cache and leaves something there."""
+        return self.prefix_cache and self.shares_prompt
+
 
 class AbortRequest(msgspec.Struct, tag="abort"):
     """Forget a sequence, whatever it is doing. Unknown ids are ignored: it may just have finished."""

@@ -6,6 +6,8 @@ the sequence's last step, however long its table is.
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ class SentBlocks:
 
     def __init__(self, width: int) -> None:
         self._width = width
+        # By slot: the table last sent to its row, and how many of its blocks. A table that was released is not used
+        # again, so another one there belongs to a new owner, or to the same sequence after a preemption.
+        self._sent: dict[int, tuple[array[int], int]] = {}
 
     def new_cells(self, sequences: list[Sequence]) -> Arrays:
         """`cells` [N] int64, flat places in `BlockTables.table`, and `blocks` [N] int32, their contents: all that these
@@ -28,13 +33,15 @@ class SentBlocks:
         """
         cells, blocks = [np.empty(0, dtype=np.int64)], []
         for sequence in sequences:
-            first, end = sequence.num_sent_blocks, len(sequence.block_table)
+            slot, table = sequence.state_slot, sequence.block_table
+            assert slot is not None
+            sent = self._sent.get(slot)
+            first, end = sent[1] if sent is not None and sent[0] is table else 0, len(table)
             if first < end:
-                assert sequence.state_slot is not None
-                row = sequence.state_slot * self._width
+                row = slot * self._width
                 cells.append(np.arange(row + first, row + end))
-                blocks.append(sequence.block_table[first:])
-                sequence.num_sent_blocks = end
+                blocks.append(table[first:])
+                self._sent[slot] = table, end
         return {"cells": np.concatenate(cells), "blocks": np.frombuffer(b"".join(blocks), dtype=np.int32)}
 
 

@@ -14,7 +14,7 @@ from .decode_rows import DecodeRows, TokenSink
 from .graph_shapes import SNAPSHOTS
 from .padding import GraphInputs, pad, places_of_draws
 from .prompt_scores import wanted_scores
-from .sampling_rows import SamplingRows
+from .sampling_rows import SamplingRows, SlotFacts
 from .step_input import StepInput, batch_arrays
 
 
@@ -41,7 +41,8 @@ class StepComposer:
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._ring = ring
-        self._sampling = SamplingRows([], [])
+        self._facts = SlotFacts()
+        self._sampling = SamplingRows([], [], self._facts)
         self._decoding: DecodeRows | None = None  # the last step, where it was of plain decode rows from a graph
 
     def compose(self, scheduled: ScheduledBatch) -> tuple[StepInput, Receivers]:
@@ -59,9 +60,9 @@ class StepComposer:
 
     def sampling_rows(self, sequences: list[Sequence]) -> SamplingRows:
         """The sampling parameters of these sequences in their slots; most steps have the rows of the step before."""
-        slots = [sequence.state_slot for sequence in sequences]
+        slots = [slot for sequence in sequences if (slot := sequence.state_slot) is not None]
         if self._sampling.sequences != sequences or self._sampling.slots != slots:
-            self._sampling = SamplingRows(sequences, slots)
+            self._sampling = SamplingRows(sequences, slots, self._facts)
         return self._sampling
 
     def _decode_rows(self, scheduled: ScheduledBatch) -> DecodeRows | None:
@@ -103,5 +104,6 @@ def _drawn_rows(scheduled: ScheduledBatch) -> tuple[list[Sequence], list[int]]:
     if not scheduled.num_drafted:
         rows = [scheduled.sequences[row] for row in scheduled.completing_rows]
         return rows, [len(sequence.output_token_ids) for sequence in rows]
-    rows = [s for s in scheduled.sequences for _ in range(1 + len(s.drafts))]
-    return rows, [s.num_output_tokens + i for s in scheduled.sequences for i in range(1 + len(s.drafts))]
+    drafted = list(zip(scheduled.sequences, scheduled.drafts, strict=True))
+    rows = [s for s, drafts in drafted for _ in range(1 + len(drafts))]
+    return rows, [s.num_output_tokens + i for s, drafts in drafted for i in range(1 + len(drafts))]

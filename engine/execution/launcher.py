@@ -28,7 +28,7 @@ class LaunchedStep:
     prompt_logprobs: dict[Sequence, list[TokenLogprobs]]
     sink: TokenSink | None = None
     drafts: list[tuple[Sequence, list[int]]] | None = None  # of a step with drafts, those of each of its rows
-    num_finished: int = 0  # sequences that had when it was launched
+    num_finished: int = 0  # `ScheduledBatch.num_finished`: as long as it stays, `sink` serves
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
         """Token (-1: bad logits) and log-probabilities of each completing row, once the step is computed. A step that
@@ -53,8 +53,8 @@ class Launcher:
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
         """Start computing the scheduled tokens, and sampling where a row's tokens are complete. On CUDA nothing waits
         for the device, but for log-probabilities of a prompt."""
-        drafts = [(s, s.drafts) for s in scheduled.sequences] if scheduled.num_drafted else None
+        drafts = list(zip(scheduled.sequences, scheduled.drafts, strict=True)) if scheduled.drafts else None
         step, (sequences, indices, sink) = self.composer.compose(scheduled)
         sampled, scores = self.runner.run(step)
         found = {scheduled.sequences[row]: entries for row, entries in scores.items()}
-        return LaunchedStep(sequences, indices, sampled, found, sink, drafts)
+        return LaunchedStep(sequences, indices, sampled, found, sink, drafts, scheduled.num_finished)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from typing import NamedTuple
+
 import numpy as np
 
 from ..sampling_params import SamplingParams
@@ -13,17 +16,48 @@ _BELOW_ONE = np.float32(1 - 2**-24)
 _NO_INTS = np.empty(0, dtype=np.int64)
 
 
+class Bias(NamedTuple):
+    table: array[int]  # the block table of the sequence that asks for it
+    token_ids: np.ndarray  # [N] int64
+    values: np.ndarray  # [N] float32, added to the logits
+
+
+class SlotFacts:
+    """Facts of the sequences in the slots. A sequence has a new block table whenever it gets a slot, so a fact that was
+    noted with another table is a former owner's."""
+
+    def __init__(self) -> None:
+        self._counted: dict[int, array[int]] = {}  # sequences whose tokens the sampler has counted
+        self._biases: dict[int, Bias] = {}
+
+    def count(self, sequence: Sequence, slot: int) -> bool:
+        """Whether the sampler has to count the sequence's tokens in this slot, which it does from here on."""
+        is_new = self._counted.get(slot) is not sequence.block_table
+        self._counted[slot] = sequence.block_table
+        return is_new
+
+    def bias(self, sequence: Sequence, slot: int) -> Bias:
+        """The sequence's logit bias as arrays, gathered once."""
+        found = self._biases.get(slot)
+        if found is None or found.table is not sequence.block_table:
+            bias = sequence.sampling_params.logit_bias or {}
+            ids, values = np.fromiter(bias, np.int64, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))
+            found = self._biases[slot] = Bias(sequence.block_table, ids, values)
+        return found
+
+
 class SamplingRows:
     """The sequences of a step in their slots. Made anew when they change; from step to step only `arrays` is."""
 
-    def __init__(self, sequences: list[Sequence], slots: list[int | None]) -> None:
+    def __init__(self, sequences: list[Sequence], slots: list[int], facts: SlotFacts) -> None:
         self.sequences = sequences
         self.slots = slots
+        self._facts = facts
         params = [sequence.sampling_params for sequence in sequences]
         self.num_top = [p.logprobs for p in params]  # per row, alternatives wanted; None = no log-probabilities at all
         self.seeds = np.array([sequence.seed & _MASK64 for sequence in sequences], dtype=np.uint64)
         self.is_drawn = any(not p.is_greedy for p in params)
-        self._biased = [(row, s.bias) for row, s in enumerate(sequences) if s.bias is not None]
+        self._biased = [(row, facts.bias(sequences[row], slots[row])) for row, p in enumerate(params) if p.logit_bias]
         self._unended = [row for row, p in enumerate(params) if p.min_tokens]
         self._bias_arrays: Arrays | None = None  # of `_biased` alone, the same in every step
         self._penalised = [row for row, p in enumerate(params) if p.is_penalised]
@@ -62,8 +96,8 @@ class SamplingRows:
     def _bias(self, vocab_size: int) -> Arrays:
         """What is added to logits: the rows' bias, and -inf for the stop ids that `min_tokens` forbids for now."""
         if self._bias_arrays is None:
-            at = [_NO_INTS, *(row * vocab_size + ids for row, (ids, _) in self._biased)]
-            values = [np.empty(0, dtype=np.float32), *(values for _, (_, values) in self._biased)]
+            at = [_NO_INTS, *(row * vocab_size + bias.token_ids for row, bias in self._biased)]
+            values = [np.empty(0, dtype=np.float32), *(bias.values for _, bias in self._biased)]
             self._bias_arrays = {"bias_at": np.concatenate(at), "bias": np.concatenate(values)}
         waiting = [(row, self.sequences[row]) for row in self._unended]
         waiting = [(row, s) for row, s in waiting if s.num_output_tokens < s.sampling_params.min_tokens]
@@ -86,16 +120,15 @@ class SamplingRows:
         return {"mask_rows": np.array(self._constrained, dtype=np.int64), "mask": mask}
 
     def _tokens_to_count(self, vocab_size: int) -> Arrays:
-        """The tokens so far of those whose slot the sampler has not counted."""
+        """The tokens so far of the sequences that the sampler has not counted in their slots."""
         fresh, prompts, answers = [], [_NO_INTS], [_NO_INTS]
         for row in self._penalised:
             sequence, slot = self.sequences[row], self.slots[row]
-            if not sequence.is_counted:
-                assert slot is not None and UNSEEN not in sequence.output_token_ids
+            if self._facts.count(sequence, slot):
+                assert UNSEEN not in sequence.output_token_ids
                 fresh.append(slot)
                 prompts.append(np.array(sequence.prompt_token_ids, dtype=np.int64) + slot * vocab_size)
                 answers.append(np.array(sequence.output_token_ids, dtype=np.int64) + slot * vocab_size)
-                sequence.is_counted = True
         return {
             "fresh_slots": np.array(fresh, dtype=np.int64),
             "prompt_at": np.concatenate(prompts),

@@ -77,7 +77,7 @@ def batch_arrays(scheduled: ScheduledBatch, block_size: int) -> Arrays:
             logits_indices = np.arange(len(rows))
         positions = np.arange(len(rows)) + (positions - query_start_loc[:-1])[rows]
     return {
-        "input_ids": _input_ids(sequences, counts, scheduled.num_prefills),
+        "input_ids": _input_ids(scheduled),
         "positions": positions,
         "slot_mapping": _slot_mapping(sequences, context_lens, counts, rows, positions, block_size),
         "logits_indices": logits_indices,
@@ -115,10 +115,13 @@ def _slot_mapping(
     return blocks[places[rows] + block] * block_size + offset
 
 
-def _input_ids(sequences: list[Sequence], counts: list[int], num_prefills: int) -> np.ndarray:
-    parts = [
-        np.array(s.token_ids(s.num_computed_tokens, s.num_computed_tokens + count) + s.drafts, dtype=np.int64)
-        for s, count in zip(sequences[:num_prefills], counts[:num_prefills], strict=True)
-    ]
+def _input_ids(scheduled: ScheduledBatch) -> np.ndarray:
+    sequences, num_prefills = scheduled.sequences, scheduled.num_prefills
+    parts = []
+    for row, sequence in enumerate(sequences[:num_prefills]):
+        start = sequence.num_computed_tokens
+        drafts = scheduled.drafts[row] if scheduled.drafts else []
+        ids = sequence.token_ids(start, start + scheduled.num_scheduled_tokens[row])
+        parts.append(np.array(ids + drafts, dtype=np.int64))
     decoding = _ints([(s.output_token_ids or s.prompt_token_ids)[-1] for s in sequences[num_prefills:]])
     return np.concatenate([*parts, decoding.astype(np.int64)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 
@@ -63,8 +64,7 @@ class BlockManager:
             self._tables[block] -= 1
             self.num_used -= not self._tables[block]
         self.let_go(reversed(sequence.block_table))
-        del sequence.block_table[:]
-        sequence.num_sent_blocks = 0
+        sequence.block_table = array("i")
 
     def hold(self, blocks: Iterable[int]) -> None:
         """One holder more for each."""

@@ -18,7 +18,7 @@ from ..prefix.cache import Match
 from ..prefix.reuse import NOTHING, Reuse
 from ..sequence import Sequence
 from .prompt_order import PromptOrder
-from .waiting import WaitingQueue, is_kept_waiting, is_overdue
+from .waiting import WaitingQueue
 
 NUM_COMPARED = 8  # waiting sequences, the first ones and the shortest, that are compared by what is left to compute
 NUM_EXAMINED = 32  # of those that wait, to find as many that need not wait for another's snapshot
@@ -62,7 +62,7 @@ class Admission:
     def admit(self, prompts: list[Sequence], budget: int) -> None:
         """Start the waiting sequences that get a share of the budget beside `prompts`, and add them to `prompts`."""
         self._found.clear()
-        self._saving = [s for s in self._running if s.stops]
+        self._saving = sorted(self._reuse.stops, key=lambda s: s.order)
         if not (self._waiting and budget > 0 and self._slots.num_free):
             return
         shares: list[tuple[tuple[int, int, int], int]] = []
@@ -76,7 +76,10 @@ class Admission:
                 shares = [(self._order.rank(s), self._order.next_chunk(s, budget)) for s in prompts]
             sequence, is_first = candidate.sequence, candidate.passed is None and blocked is None
             rank = self._order.rank(sequence, candidate.match.num_cached)
-            if not (is_first and is_overdue(sequence)) and sum(n for other, n in shares if other < rank) >= budget:
+            if (
+                not (is_first and self._waiting.is_overdue(sequence))
+                and sum(n for other, n in shares if other < rank) >= budget
+            ):
                 return
             if blocked is not None and not self._leaves_room(sequence, blocked):
                 return
@@ -84,7 +87,7 @@ class Admission:
                 promised += self._blocks.missing(sequence, sequence.num_tokens)
                 prompts.append(sequence)
                 shares.append((self._order.rank(sequence), self._order.next_chunk(sequence, budget)))
-            elif is_first and not sequence.was_preempted:
+            elif is_first and not self._waiting.was_preempted(sequence):
                 blocked = sequence
             else:
                 return
@@ -104,7 +107,7 @@ class Admission:
             return False
         self._waiting.remove(sequence)
         if passed is not None:
-            passed.num_passed += 1
+            self._waiting.pass_over(passed)
         self._reuse.plan(sequence, match, itertools.islice(self._waiting.ready(), NUM_COMPARED))
         self._start(sequence)
         self._saving.append(sequence)
@@ -136,7 +139,7 @@ class Admission:
         best = min(candidates, key=lambda s: self._order.rank(s, candidates[s].num_cached))
         if blocked is not None or best is first:
             return _Candidate(best, candidates[best], None)
-        if is_overdue(first):
+        if self._waiting.is_overdue(first):
             return _Candidate(first, candidates[first], None)
         return _Candidate(best, candidates[best], first)
 
@@ -145,8 +148,9 @@ class Admission:
         match = self._found.get(sequence, NOTHING)
         if sequence in self._found and (match is None or self._is_there(match)):
             return match
-        if is_kept_waiting(sequence) and sequence.waits_for is not None:
-            self._order.note_awaited(sequence.waits_for)
+        awaited = self._reuse.awaited(sequence)
+        if awaited is not None:
+            self._order.note_awaited(awaited)
             self._found[sequence] = None
         else:
             match = self._match(sequence)
@@ -170,10 +174,11 @@ class Admission:
     def _waits(self, sequence: Sequence, match: Match, running: list[Sequence]) -> bool:
         """Whether one of `running` is about to leave a snapshot for the sequence. It waits for none of lower
         priority, which may be long in coming."""
-        if not self._reuse.waits(sequence, match, (s for s in running if s.priority <= sequence.priority)):
+        others = (s for s in running if s.priority <= sequence.priority)
+        awaited = self._reuse.wait_for(sequence, match, others)
+        if awaited is None:
             return False
-        assert sequence.waits_for is not None
-        self._order.note_awaited(sequence.waits_for)
+        self._order.note_awaited(awaited)
         return True
 
     def _leaves_room(self, sequence: Sequence, blocked: Sequence) -> bool:

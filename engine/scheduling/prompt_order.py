@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..prefix.reuse import Reuse
 from ..sequence import Sequence
 from .siblings import Siblings
 
@@ -16,8 +17,9 @@ class PromptOrder:
     that rate at least, however many short ones come.
     """
 
-    def __init__(self, siblings: Siblings) -> None:
+    def __init__(self, siblings: Siblings, reuse: Reuse) -> None:
         self._siblings = siblings
+        self._stops = reuse.stops
         self._awaited: set[Sequence] = set()  # in this step, prompts whose next snapshot others wait for
         self._num_steps = 0  # with prompts
 
@@ -36,8 +38,8 @@ class PromptOrder:
     def rank(self, sequence: Sequence, num_cached: int = 0) -> tuple[int, int, int]:
         """The lowest is computed first. num_cached: tokens that a waiting sequence would find in the cache."""
         num_left = sequence.num_uncomputed_tokens - num_cached
-        if sequence in self._awaited and sequence.stops:
-            num_left = sequence.stops[0] - sequence.num_computed_tokens
+        if sequence in self._awaited and sequence in self._stops:
+            num_left = self._stops[sequence][0] - sequence.num_computed_tokens
         is_in_order = self._num_steps % IN_ORDER_EVERY == IN_ORDER_EVERY - 1
         return (sequence.priority, 0 if is_in_order else num_left, sequence.arrival)
 
@@ -47,6 +49,6 @@ class PromptOrder:
         num_new = sequence.num_uncomputed_tokens
         if sequence in self._siblings:
             num_new -= 1
-        if sequence.stops:
-            num_new = min(num_new, sequence.stops[0] - sequence.num_computed_tokens)
+        if sequence in self._stops:
+            num_new = min(num_new, self._stops[sequence][0] - sequence.num_computed_tokens)
         return min(num_new, budget)

@@ -33,7 +33,7 @@ from .prompt_order import PromptOrder
 from .siblings import Siblings
 from .speculation import Speculation
 from .step import ScheduledBatch
-from .waiting import WaitingQueue, is_kept_waiting
+from .waiting import WaitingQueue
 
 MANY_ROWS = 128
 
@@ -63,33 +63,29 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.ring = ring
         self.speculation = speculation or Speculation()
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(self._may_start)
         self.running: list[Sequence] = []  # kept in order
-        self.started: list[Sequence] = []  # by the last call of `schedule`
         self.num_preemptions = 0
         self.num_finished = 0  # aborted ones too
         self._by_id: dict[str, Sequence] = {}
-        self._at_stop: list[Sequence] = []  # the last step has brought them to a stop
+        self._started: list[Sequence] = []  # sequences that leave the queue with the step that is being chosen
+        self._at_stop: list[Sequence] = []  # sequences that the last step has brought to a stop
         self._siblings = Siblings(blocks)
-        self._order = PromptOrder(self._siblings)
+        self._order = PromptOrder(self._siblings, self.reuse)
         self._admission = Admission(self.waiting, self.running, slots, self.reuse, self._order, self._start)
         self._steady = Steady(blocks, self.cache.make_room)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
 
-    def find_leader(self, request_id: str) -> Sequence | None:
-        """The sequence whose computed tokens a sibling may still come to copy, or None."""
-        sequence = self._by_id.get(request_id)
-        return sequence if sequence is not None and sequence in self._siblings else None
-
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises `QueueFullError`, or `ContextLengthError` when it could never fit the cache."""
-        if len(self.waiting) >= self.max_waiting + self.slots.num_free:  # who finds a slot at once does not queue
+    def add(self, sequence: Sequence, deadline: float = math.inf) -> None:
+        """Queue a sequence, which is refused if it has not started by `deadline` on the monotonic clock. Raises
+        `QueueFullError`, or `ContextLengthError` when it could never fit the cache."""
+        if len(self.waiting) >= self.max_waiting + self.slots.num_free:  # one that finds a slot at once does not queue
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting already (max_waiting = {self.max_waiting}); try again later"
             )
@@ -104,34 +100,36 @@ class Scheduler:
             )
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is in the engine already"
         self._by_id[sequence.request_id] = sequence
-        self.waiting.add(sequence)
-        self._siblings.add(sequence)
-        if sequence.leader is not None:  # without a deadline once it has started
-            sequence.deadline = max(sequence.deadline, sequence.leader.deadline)
+        self._siblings.add(sequence, self._by_id.get(sequence.request.sibling_of or ""))
+        self.reuse.add(sequence)
+        leader = self._siblings.leader(sequence)
+        if leader is not None:  # which has no deadline once it has started
+            deadline = max(deadline, self.waiting.deadline(leader))
+        self.waiting.add(sequence, deadline)
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str) -> Sequence | None:
         """Forget a sequence and free what it holds, but for what a session is to keep: its answer may be as long as its
-        client wants it. False when it is not here (it may just have finished)."""
+        client wants it. Returns the sequence; None when it is not here (it may just have finished)."""
         sequence = self._by_id.get(request_id)
         if sequence is None:
-            return False
-        if sequence.session_id is not None and sequence.output_token_ids:
+            return None
+        if sequence.request.session_id is not None and sequence.output_token_ids:
             self.complete(sequence)
         else:
             self.finish(sequence)
-        return True
+        return sequence
 
     def expire(self, now: float) -> list[Sequence]:
-        """Forget those that have waited for their start beyond their deadlines, and return them. A preempted one has
-        been started, and so has a sibling of one that was; none is forgotten while another prompt is being computed
-        that is to spare it its own."""
-        late = [s for s in self.waiting if s.deadline < now and not is_kept_waiting(s)]
+        """Forget the sequences that have waited for their start beyond their deadlines, and return them. A preempted
+        one has been started, and so has a sibling of one that was. None is forgotten while another prompt is being
+        computed that is to spare it its own."""
+        late = [sequence for sequence in self.waiting.late(now) if self.reuse.awaited(sequence) is None]
         for sequence in late:
             self.finish(sequence)
         return late
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, from wherever it is."""
+        """Take a sequence out, from wherever it is. Every policy forgets it."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
@@ -142,6 +140,8 @@ class Scheduler:
         self.num_finished += 1
         del self._by_id[sequence.request_id]
         self._siblings.remove(sequence)
+        self.reuse.forget(sequence)
+        self.speculation.forget(sequence)
 
     def complete(self, sequence: Sequence) -> None:
         """Take a sequence out that has its whole answer, which stays in the prefix cache."""
@@ -150,14 +150,16 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's rows and give them the blocks and slots they need."""
-        self.started = []
-        nobody_joins = not self.waiting or not self.slots.num_free
-        if nobody_joins and not self.speculation.applies_to(len(self.running)):
+        none_joins = not self.waiting or not self.slots.num_free
+        if none_joins and not self.speculation.applies_to(len(self.running)):
             advance = self._steady.advance()
             if advance is not None:
-                return ScheduledBatch(advance.rows, [1] * len(advance.rows), 0, self.reuse.take_operations(), advance)
+                counts, operations = [1] * len(advance.rows), self.reuse.take_operations()
+                return ScheduledBatch(advance.rows, counts, 0, operations, advance, num_finished=self.num_finished)
         batch = self._schedule_anew()
         self._steady.follow(batch.sequences, batch.num_prefills, self.running)
+        batch.num_finished = self.num_finished
+        batch.started, self._started = self._started, []
         return batch
 
     def _schedule_anew(self) -> ScheduledBatch:
@@ -170,11 +172,11 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         decoding: dict[Sequence, int] = {}
         behind: list[Sequence] = []
-        block_size = self.blocks.block_size
+        block_size, verifying = self.blocks.block_size, self.speculation.verifying
         for sequence in self.running.copy():
             num_new, num_computed = sequence.num_uncomputed_tokens, sequence.num_computed_tokens
             if (
-                sequence.is_verifying
+                (verifying and sequence in verifying)
                 or (held and sequence in held)
                 or (sequence.grammar is not None and sequence.waits_for_its_token)
             ):
@@ -205,7 +207,7 @@ class Scheduler:
 
     def _draft(self, rows: list[Sequence]) -> ScheduledBatch | None:
         """A step of these decoding rows with drafts, an empty one where these depend on tokens that are on their way,
-        or None when nobody has drafts."""
+        or None when no row has drafts."""
         budget = self.max_num_batched_tokens - len(rows)
         if not budget:
             return None
@@ -213,19 +215,20 @@ class Scheduler:
             return ScheduledBatch([], [], 0)
         if any(row.ends_in_unseen for row in rows):
             return None
+        drafts = []
         for row in rows:
-            row.drafts = self._fitting(row, self.speculation.drafts(row)[:budget])
-            budget -= len(row.drafts)
-        if not any(row.drafts for row in rows):
+            drafts.append(self._fitting(row, self.speculation.drafts(row)[:budget]))
+            budget -= len(drafts[-1])
+        if not any(drafts):
             return None
-        for row in rows:  # a place stays free, for a step without drafts
-            if not self.ring.holds(row.num_pending_tokens, 1 + len(row.drafts)):
+        counts = [1 + len(each) for each in drafts]
+        for row, count in zip(rows, counts, strict=True):
+            if not self.ring.holds(row.num_pending_tokens, count):
                 self.reuse.fold(row)
-        counts = [1 + len(row.drafts) for row in rows]
-        return ScheduledBatch(rows, counts, len(rows), self.reuse.take_operations(), num_drafted=len(rows))
+        return ScheduledBatch(rows, counts, len(rows), self.reuse.take_operations(), drafts=drafts)
 
     def _fitting(self, sequence: Sequence, drafts: list[int]) -> list[int]:
-        """As many of the drafts as there are blocks for without putting anybody out."""
+        """As many of the drafts as there are blocks for without preempting a sequence."""
         total = sequence.num_computed_tokens + 1 + len(drafts)
         if self.cache.make_room(self.blocks.missing(sequence, total)):
             self.blocks.grow(sequence, total)
@@ -234,9 +237,8 @@ class Scheduler:
     def update(self, batch: ScheduledBatch) -> None:
         """Note that the batch is being computed: what it completes ends in `UNSEEN` until its tokens arrive. Of drafts
         nothing is known before."""
-        if batch.num_drafted:
-            for sequence in batch.sequences:
-                sequence.is_verifying = True
+        if batch.drafts:
+            self.speculation.verifying.update(batch.sequences)
             return
         num_prefills, pending_after = batch.num_prefills, self.ring.after_decode
         for row in batch.completing_prefills:
@@ -245,7 +247,8 @@ class Scheduler:
         for sequence, num_new in zip(batch.sequences[:num_prefills], batch.num_scheduled_tokens, strict=False):
             sequence.num_computed_tokens += num_new
             sequence.num_pending_tokens = 0
-            if sequence.stops and sequence.num_computed_tokens >= sequence.stops[0]:
+            stops = self.reuse.stops.get(sequence)
+            if stops and sequence.num_computed_tokens >= stops[0]:
                 self._at_stop.append(sequence)
         for sequence in batch.sequences[num_prefills:]:  # many, and each completes
             sequence.output_token_ids.append(UNSEEN)
@@ -254,7 +257,7 @@ class Scheduler:
 
     def verified(self, sequence: Sequence) -> None:
         """Note that a step with the sequence's drafts has come back."""
-        sequence.is_verifying, sequence.drafts = False, []
+        self.speculation.verifying.discard(sequence)
 
     def keep_verified(self, sequence: Sequence) -> None:
         """One more token of such a step is the sequence's. One that has fallen since has given it back."""
@@ -274,6 +277,10 @@ class Scheduler:
             assert sequence.status is Status.RUNNING
             assert 0 <= sequence.num_pending_tokens < max(self.ring.capacity, 1)
         assert len(self._by_id) == len(self.waiting) + len(self.running)
+        alive = set(self._by_id.values())
+        self._siblings.check_integrity(alive)
+        self.reuse.check_integrity(alive, set(self.running))
+        self.speculation.check_integrity(alive)
 
     def _bring_prompts(self, behind: list[Sequence], decoding: dict[Sequence, int], budget: int) -> dict[Sequence, int]:
         """Share the budget among prompts, those under way and new ones. Returns the tokens that each gets; one of which
@@ -297,7 +304,7 @@ class Scheduler:
         done, held = self._siblings.arrived()
         for leader in done:
             num_own = self._siblings.num_own_blocks(leader)
-            for sibling in leader.siblings:
+            for sibling in self._siblings.members(leader):
                 if sibling.is_ready and self.slots.num_free and self.cache.make_room(num_own):
                     self.waiting.remove(sibling)
                     self.slots.take(sibling)
@@ -308,10 +315,10 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
-        for started in (sequence, *sequence.siblings):
-            started.deadline = math.inf
-        sequence.waits_for = None  # else each would keep the one before it alive, and that one its own
-        self.started.append(sequence)
+        for sibling in self._siblings.members(sequence):
+            if sibling.status is Status.WAITING:
+                self.waiting.waive_deadline(sibling)
+        self._started.append(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
 
     def _make_room(self, sequence: Sequence, num_new: int, *scheduled: dict[Sequence, int]) -> bool:
@@ -333,13 +340,17 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.num_computed_tokens = sequence.num_pending_tokens = 0
-        sequence.stops = []
+        self.reuse.pause(sequence)
         sequence.status = Status.WAITING
-        sequence.was_preempted = True
-        self.waiting.add(sequence)
+        self.waiting.add(sequence, was_preempted=True)
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.release(sequence)
         self.slots.release(sequence)
-        sequence.is_counted = False
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        """Whether nothing but room keeps a sequence waiting. One that has just been preempted first gets the token that
+        is on its way."""
+        has_all = not sequence.ends_in_unseen and sequence not in self.speculation.verifying
+        return has_all and sequence.is_ready and self._siblings.leader(sequence) is None

@@ -1,4 +1,4 @@
-"""Speculative decoding by drafts from the text itself: who brings drafts, and what becomes of them.
+"""Speculative decoding by drafts from the text itself: which sequences bring drafts, and what becomes of them.
 
 A step in which some sequence brings drafts is made of *verify rows* alone: each the last token of a sequence, and its
 drafts after it. The device draws a token after each of them, with the very number that it would have used without
@@ -11,20 +11,24 @@ sequence whose text does not repeat proposes nothing, and steps are launched ahe
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from ..sampling_params import SamplingParams
 from ..sequence import Sequence
 from .ngrams import NgramProposer
 
 
 class Speculation:
-    """Drafts for the sequences of a step. `max_drafts` = most for one sequence; in steps of more than `max_rows`
-    sequences nobody drafts, since then the rows keep the device busy."""
+    """Drafts for the sequences of a step. `max_drafts` = most for one sequence. A step of more than `max_rows` rows has
+    no drafts: the rows keep the device busy."""
 
     def __init__(self, max_drafts: int = 0, max_rows: int = 1) -> None:
         self.max_drafts = max_drafts
         self.max_rows = max_rows
         self.num_drafted = 0
         self.num_accepted = 0
+        self.verifying: set[Sequence] = set()  # a step is under way that tells which of their drafts are right
+        self._proposers: dict[Sequence, NgramProposer | None] = {}  # None: the sequence may not draft
 
     def applies_to(self, num_rows: int) -> bool:
         return self.max_drafts > 0 and 0 < num_rows <= self.max_rows
@@ -40,20 +44,34 @@ class Speculation:
         return self._propose(sequence, min(self.max_drafts, room))
 
     def observe(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
-        """Learn from what became of a sequence's drafts."""
+        """Learn how many of a sequence's drafts were right. It may have finished by the last of them."""
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
-        if sequence.proposer is not None:
-            self._extend(sequence, sequence.proposer)
-            sequence.proposer.observe(num_drafted, num_accepted)
+        proposer = self._proposers.get(sequence)
+        if proposer is not None:
+            self._extend(sequence, proposer)
+            proposer.observe(num_drafted, num_accepted)
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence is gone."""
+        self.verifying.discard(sequence)
+        self._proposers.pop(sequence, None)
+
+    def check_integrity(self, alive: Container[Sequence]) -> None:
+        """Nothing is kept of a sequence that is gone. Raises AssertionError."""
+        assert all(sequence in alive for sequence in (*self.verifying, *self._proposers))
 
     def _propose(self, sequence: Sequence, count: int) -> list[int]:
-        if not sequence.may_draft or count <= 0:
+        if count <= 0:
             return []
-        if sequence.proposer is None:
-            sequence.proposer = NgramProposer(sequence.prompt_token_ids)
-        self._extend(sequence, sequence.proposer)
-        return sequence.proposer.propose(count)
+        if sequence not in self._proposers:
+            may_draft = can_draft(sequence.sampling_params)
+            self._proposers[sequence] = NgramProposer(sequence.prompt_token_ids) if may_draft else None
+        proposer = self._proposers[sequence]
+        if proposer is None:
+            return []
+        self._extend(sequence, proposer)
+        return proposer.propose(count)
 
     def _extend(self, sequence: Sequence, proposer: NgramProposer) -> None:
         """Tell the proposer the tokens that it does not know; the last one may be unseen."""

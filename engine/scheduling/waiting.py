@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from ..sequence import Sequence, Status
 
 MAX_PASSED = 8  # times that a sequence is passed over
 
 
+@dataclass(slots=True)
+class _Wait:
+    deadline: float  # on the monotonic clock: not started by then, the sequence is refused
+    was_preempted: bool
+    num_passed: int = 0  # times that a later sequence, with less to compute, was admitted before this one
+
+
 class WaitingQueue:
     """Two orders of the same sequences: by priority and arrival, in which it is iterated, and by priority and length of
-    the prompt."""
+    the prompt. may_start: whether nothing but room keeps a sequence waiting."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_start: Callable[[Sequence], bool]) -> None:
+        self._may_start = may_start
         self._in_order: list[Sequence] = []
         self._by_length: list[Sequence] = []
+        self._waits: dict[Sequence, _Wait] = {}
 
     def __len__(self) -> int:
         return len(self._in_order)
@@ -24,47 +35,59 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._in_order)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, deadline: float = math.inf, *, was_preempted: bool = False) -> None:
         bisect.insort(self._in_order, sequence, key=lambda s: s.order)
         bisect.insort(self._by_length, sequence, key=_length_order)
+        self._waits[sequence] = _Wait(deadline, was_preempted)
 
     def remove(self, sequence: Sequence) -> None:
         self._in_order.remove(sequence)
         self._by_length.remove(sequence)
+        del self._waits[sequence]
 
     def ready(self) -> Iterator[Sequence]:
         """Those that could start, in order."""
-        return filter(_is_ready, self._in_order)
+        return filter(self._may_start, self._in_order)
 
     def ready_by_length(self) -> Iterator[Sequence]:
         """The same, the shortest of each priority first."""
-        return filter(_is_ready, self._by_length)
+        return filter(self._may_start, self._by_length)
+
+    def deadline(self, sequence: Sequence) -> float:
+        """Infinite for a sequence that has started."""
+        return self._waits[sequence].deadline if sequence in self._waits else math.inf
+
+    def waive_deadline(self, sequence: Sequence) -> None:
+        self._waits[sequence].deadline = math.inf
+
+    def late(self, now: float) -> list[Sequence]:
+        """Those whose deadline is over."""
+        return [sequence for sequence in self._in_order if self._waits[sequence].deadline < now]
+
+    def pass_over(self, sequence: Sequence) -> None:
+        """A later sequence is admitted before this one."""
+        self._waits[sequence].num_passed += 1
+
+    def num_passed(self, sequence: Sequence) -> int:
+        return self._waits[sequence].num_passed
+
+    def was_preempted(self, sequence: Sequence) -> bool:
+        return self._waits[sequence].was_preempted
+
+    def is_overdue(self, sequence: Sequence) -> bool:
+        """Whether the sequence is passed over no more."""
+        wait = self._waits[sequence]
+        return wait.was_preempted or wait.num_passed >= MAX_PASSED
 
     def check_integrity(self) -> None:
         """Both orders hold, of the same sequences, which own nothing. Raises AssertionError."""
         assert self._in_order == sorted(self._in_order, key=lambda s: s.order)
         assert self._by_length == sorted(self._in_order, key=_length_order)
+        assert self._waits.keys() == set(self._in_order)
         for sequence in self._in_order:
             assert sequence.status is Status.WAITING
             assert sequence.state_slot is None and not sequence.block_table
             assert sequence.num_computed_tokens == sequence.num_pending_tokens == 0
-
-
-def is_overdue(sequence: Sequence) -> bool:
-    """Whether a waiting sequence is passed over no more."""
-    return sequence.was_preempted or sequence.num_passed >= MAX_PASSED
-
-
-def is_kept_waiting(sequence: Sequence) -> bool:
-    """Whether a prompt is under way that will leave the snapshot for which the sequence waits."""
-    other = sequence.waits_for
-    return other is not None and other.status is Status.RUNNING and sequence.awaited_stop in other.stops
-
-
-def _is_ready(sequence: Sequence) -> bool:
-    """A sequence that has just been preempted first gets the token that is on its way."""
-    has_all = not sequence.ends_in_unseen and not sequence.is_verifying
-    return sequence.leader is None and sequence.is_ready and has_all
 
 
 def _length_order(sequence: Sequence) -> tuple[int, int, int]:

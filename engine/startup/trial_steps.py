@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from ..execution.graph_shapes import doubling
 from ..memory.operations import Fold, Operation, Restore, Save, StepSave
+from ..messages import AddRequest
 from ..sampling_params import MAX_LOGPROBS, SamplingParams
 from ..scheduling.step import ScheduledBatch
 from ..sequence import Sequence
+from ..text.token_ids import TokenIds
 
 # Asks for everything that costs the sampler memory.
 DEMANDING = SamplingParams(
@@ -128,22 +130,22 @@ def _mixed(limits: StepLimits, num_decodes: int) -> ScheduledBatch:
 def _verifies(limits: StepLimits, count: int) -> ScheduledBatch:
     """Rows with drafts, shared out as the scheduler does. Of several the first has none, but asks for everything: then
     the logits of all are gone through once more."""
-    rows, left = [], limits.max_tokens - count
+    rows, drafts, left = [], [], limits.max_tokens - count
     for slot in range(count):
         is_demanding = count > 1 and slot == 0
         num_drafts = 0 if is_demanding else min(limits.max_drafts, limits.max_len - 2, left)
         rows.append(_decoding(limits, slot, num_drafts, DEMANDING if is_demanding else PLAIN))
+        drafts.append([0] * num_drafts)
         left -= num_drafts
-    return ScheduledBatch(rows, [1 + len(row.drafts) for row in rows], count, num_drafted=count)
+    return ScheduledBatch(rows, [1 + len(each) for each in drafts], count, drafts=drafts)
 
 
 def _decoding(limits: StepLimits, slot: int, num_drafts: int = 0, params: SamplingParams = DEMANDING) -> Sequence:
-    """A sequence whose prompt was computed in its slot, at its first own token, with drafts after it."""
+    """A sequence whose prompt was computed in its slot, at its first own token, with room for drafts after it."""
     length = min(limits.even_length, limits.max_len - 1 - num_drafts)
     sequence = _sequence(limits, slot, length, params, extra=1 + num_drafts)
     sequence.num_computed_tokens = length
     sequence.output_token_ids.append(0)
-    sequence.drafts = [0] * num_drafts
     return sequence
 
 
@@ -154,9 +156,7 @@ def _sequence(
     first = slot * (limits.num_blocks // limits.num_slots)
     num_blocks = -(-(length + extra) // limits.block_size)
     return Sequence(
-        request_id=f"trial-{slot}",
-        prompt_token_ids=[0] * length,
-        sampling_params=params,
+        AddRequest(request_id=f"trial-{slot}", prompt_token_ids=TokenIds([0] * length), sampling_params=params),
         block_table=array("i", [(first + i) % limits.num_blocks for i in range(num_blocks)]),
         state_slot=slot,
     )

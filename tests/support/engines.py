@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
+import dataclasses
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from leyden.engine.outputs import StepOutput, TokenLogprobs
 from leyden.engine.sampling_params import SamplingParams
 from leyden.engine.scheduling.step import ScheduledBatch
 from leyden.engine.sequence import Sequence
+from leyden.engine.text.token_ids import TokenIds
 from leyden.models.forward_batch import ForwardBatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for tests that are worth running on either
@@ -150,29 +151,23 @@ def build_batch(scheduled: ScheduledBatch, tables: BlockTables, block_size: int)
 def sequence(
     prompt: list[int] | int, *, request_id: str = "s", output: tuple[int, ...] = (), **fields: Any
 ) -> Sequence:
-    """A sequence by hand. Names of sampling parameters go to them, other names to the sequence."""
-    own = {
-        "num_pending_tokens",
-        "max_tokens",
-        "priority",
-        "arrival",
-        "seed",
-        "eos_token_ids",
-        "num_computed_tokens",
-        "state_slot",
-        "status",
-        "num_siblings",
-        "leader",
-        "uses_cache",
-        "cache_salt",
-    }
-    table = array("i", fields.pop("block_table", ()))
-    params = {name: value for name, value in fields.items() if name not in own}
-    return Sequence(
-        request_id=request_id,
-        prompt_token_ids=list(range(prompt)) if isinstance(prompt, int) else prompt,
-        sampling_params=SamplingParams(**params),
+    """A sequence by hand, greedy or not as `SamplingParams` has it. Names of a sequence's own fields go to it, names of
+    the request's fields to that, others to the sampling parameters. Without `prefix_cache=True` it does not use the
+    cache."""
+    own = {each.name for each in dataclasses.fields(Sequence) if each.init} & fields.keys()
+    of_request = set(AddRequest.__struct_fields__) & fields.keys()
+    params = {name: value for name, value in fields.items() if name not in own | of_request}
+    if "max_tokens" in fields:
+        params["max_tokens"] = fields["max_tokens"]
+    made = Sequence(
+        AddRequest(
+            request_id=request_id,
+            prompt_token_ids=TokenIds(range(prompt) if isinstance(prompt, int) else prompt),
+            sampling_params=SamplingParams(**params),
+            **({"prefix_cache": False} | {name: fields[name] for name in of_request}),
+        ),
         output_token_ids=list(output),
-        block_table=table,
-        **{name: value for name, value in fields.items() if name in own},
+        **{name: fields[name] for name in own - {"block_table"}},
     )
+    made.block_table.extend(fields.get("block_table", ()))
+    return made

@@ -24,6 +24,7 @@ def make_scheduler(
     on_host=0,
     min_tokens=1,
     interval=0,
+    speculation=None,
 ) -> Scheduler:
     manager = BlockManager(blocks, block_size)
     return Scheduler(
@@ -35,6 +36,7 @@ def make_scheduler(
         mixed_prefill_tokens=mixed,
         max_waiting=max_waiting,
         ring=ring,
+        speculation=speculation,
     )
 
 

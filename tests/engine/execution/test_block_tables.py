@@ -13,6 +13,7 @@ from leyden.engine.execution.arrays import packed_size
 from leyden.engine.execution.block_tables import SentBlocks
 from leyden.engine.execution.graph_shapes import shapes_for
 from leyden.engine.execution.step_input import batch_arrays
+from leyden.engine.scheduling.speculation import can_draft
 from leyden.engine.scheduling.step import ScheduledBatch
 from leyden.engine.sequence import Sequence
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
@@ -66,7 +67,9 @@ def test_the_device_knows_the_blocks_of_every_row(folder, graphs, lags):
     settings |= {"snapshots": 8, "snapshot_min_tokens": 8, "cpu_memory_gb": 0.1}
     core = make(folder, graphs=graphs, async_scheduling=lags, speculative_max_rows=2, **settings)
     propose, rng = core.scheduler.speculation._propose, random.Random(7)
-    core.scheduler.speculation._propose = lambda row, count: propose(row, count) or [5] * (row.may_draft and count)
+    core.scheduler.speculation._propose = lambda row, count: (
+        propose(row, count) or [5] * (count if can_draft(row.sampling_params) else 0)
+    )
     counts = watch(core)
     beginning = random_prompt(24, 0)
     for number in range(28):

@@ -159,8 +159,10 @@ def test_who_is_aborted_while_a_step_runs_gets_nothing_of_it(folder):
 
 
 def test_tokens_that_are_bad_or_may_be_the_last_are_left_to_a_closer_look():
-    rows = [sequence([1, 2], output=(3, UNSEEN), max_tokens=5), sequence([1], output=(4, 5, UNSEEN), max_tokens=8)]
-    rows[1].stop_ids = frozenset({9})
+    rows = [
+        sequence([1, 2], output=(3, UNSEEN), max_tokens=5),
+        sequence([1], output=(4, 5, UNSEEN), max_tokens=8, eos_token_ids=[9]),
+    ]
     sink = TokenSink(rows)
     assert sink.take([1, 2], [7, 9]) is sink.take([1, 2], [-1, 7]) is None
     assert [row.output_token_ids[-1] for row in rows] == [UNSEEN, UNSEEN]

@@ -17,6 +17,7 @@ from leyden.engine.execution.counts import Counts
 from leyden.engine.execution.graph_shapes import PREFILL_ROWS, SNAPSHOTS, GraphShape, graph_shapes, shapes_for
 from leyden.engine.execution.padding import GraphInputs, row_starts
 from leyden.engine.execution.step_input import StepInput
+from leyden.engine.scheduling.speculation import can_draft
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 
 DECODES = [GraphShape(2), GraphShape(8)]
@@ -257,7 +258,11 @@ def propose(core: EngineCore, change, answers) -> None:
 
     def proposal(row, count):
         known = row.num_output_tokens - row.ends_in_unseen
-        return change(answers[row.request_id].token_ids[known : known + max(count, 0)]) if row.may_draft else []
+        return (
+            change(answers[row.request_id].token_ids[known : known + max(count, 0)])
+            if can_draft(row.sampling_params)
+            else []
+        )
 
     core.scheduler.speculation._propose = proposal
 

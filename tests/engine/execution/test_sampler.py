@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from engines import sequence
 from leyden.engine.execution.sampler import Sampler, SamplingBatch, token_logprobs
-from leyden.engine.execution.sampling_rows import SamplingRows, uniform
+from leyden.engine.execution.sampling_rows import SamplingRows, SlotFacts, uniform
 from leyden.engine.outputs import TokenLogprobs
 from leyden.engine.sequence import UNSEEN, Sequence
 from leyden.kernels import load
@@ -31,12 +32,12 @@ class Drawn(NamedTuple):
 def sample(logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
     """One step of a new sampler that has these sequences in its slots."""
     for slot, each in enumerate(sequences):
-        each.state_slot, each.is_counted = slot, False
-    return step(Sampler(load("torch"), len(sequences), logits.shape[1], CPU), logits, sequences)
+        each.state_slot, each.block_table = slot, array("i")
+    return step(Sampler(load("torch"), len(sequences), logits.shape[1], CPU), SlotFacts(), logits, sequences)
 
 
-def step(sampler: Sampler, logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
-    rows = SamplingRows(sequences, [each.state_slot for each in sequences])
+def step(sampler: Sampler, facts: SlotFacts, logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
+    rows = SamplingRows(sequences, [each.state_slot for each in sequences], facts)
     arrays = rows.arrays(logits.shape[1], [each.num_output_tokens for each in sequences])
     batch = SamplingBatch.of({name: torch.from_numpy(array) for name, array in arrays.items()}, rows.num_top)
     tokens, logprobs = sampler.sample(logits, batch).wait()
@@ -150,12 +151,11 @@ class CountedBias(dict):
 def test_a_bias_is_gone_through_once_and_not_in_every_step():
     biases = [CountedBias({7: 1.0, 2: -1.0}), CountedBias({7: 2.0})]
     first, second = (sequence([1], logit_bias=bias, min_tokens=2, stop_token_ids=[4]) for bias in biases)
-    made = [bias.count for bias in biases]
     first.state_slot, second.state_slot = 0, 1
-    own = {7: 1.0, 2: -1.0}
+    own, facts = {7: 1.0, 2: -1.0}, SlotFacts()
     for step_number in range(4):  # rows that come and go are gathered anew, too
         for rows in ([first], [first, second], [second, first]):
-            gathered = SamplingRows(rows, [each.state_slot for each in rows])
+            gathered = SamplingRows(rows, [each.state_slot for each in rows], facts)
             arrays = gathered.arrays(VOCAB, [step_number] * len(rows))
             found = dict(zip(arrays["bias_at"].tolist(), arrays["bias"].tolist(), strict=True))
             stops = {4: -math.inf} if step_number < 2 else {}
@@ -163,6 +163,8 @@ def test_a_bias_is_gone_through_once_and_not_in_every_step():
             assert found == {row * VOCAB + t: value for row, one in at.items() for t, value in one.items()}
         for each in (first, second):
             each.output_token_ids.append(5)
+        if step_number == 0:
+            made = [bias.count for bias in biases]
     assert made == [bias.count for bias in biases]
 
 
@@ -318,15 +320,15 @@ def test_penalties_count_tokens_that_the_host_has_not_seen():
     logits = torch.tensor([[3.0, 2.5, 2.0, 0.0]])
     params = {"temperature": 0.0, "presence_penalty": 1.2, "max_tokens": 99}
     row = sequence([3], state_slot=1, **params)
-    sampler = Sampler(load("torch"), 2, 4, CPU)
+    sampler, facts = Sampler(load("torch"), 2, 4, CPU), SlotFacts()
     drawn = []
     for _ in range(4):
-        drawn.append(int(step(sampler, logits, [row]).token_ids[0]))
+        drawn.append(int(step(sampler, facts, logits, [row]).token_ids[0]))
         row.output_token_ids.append(UNSEEN)
     assert drawn == [0, 1, 2, 0]
     assert sampler.counts[1].tolist() == [4, 2, 2, 1] and not sampler.counts[0].any()
     assert sampler.last_tokens[:2].tolist() == [0, 0]
-    assert int(step(sampler, logits, [sequence([2], state_slot=1, **params)]).token_ids[0]) == 0
+    assert int(step(sampler, facts, logits, [sequence([2], state_slot=1, **params)]).token_ids[0]) == 0
     assert sampler.counts[1].tolist() == [2, 0, 1, 0]
 
 

@@ -141,8 +141,7 @@ def test_tokens_that_wait_in_rings_are_counted():
 def test_drafts_come_after_the_last_token_and_each_is_followed_by_a_draw():
     first = sequence([1, 2], output=(3,), block_table=[0, 4], state_slot=0, num_computed_tokens=2, num_pending_tokens=5)
     second = sequence([7], output=(8,), block_table=[2], state_slot=3, num_computed_tokens=1)
-    first.drafts = [4, 5]
-    batch = build(ScheduledBatch([first, second], [3, 1], 2, num_drafted=2))
+    batch = build(ScheduledBatch([first, second], [3, 1], 2, drafts=[[4, 5], []]))
     assert batch.input_ids.tolist() == [3, 4, 5, 8] and batch.positions.tolist() == [2, 3, 4, 1]
     assert batch.logits_indices.tolist() == [0, 1, 2, 3] and batch.num_pending.tolist() == [5, 0]
     assert (batch.num_prefills, batch.num_drafted, batch.num_drafted_tokens, batch.num_decodes) == (2, 2, 4, 0)

@@ -38,7 +38,7 @@ class Twin:
 
     def add(self, name: str, length: int, max_tokens: int, priority: int, arrival: int) -> None:
         numbers = {"max_tokens": max_tokens, "priority": priority, "arrival": arrival}
-        self.scheduler.add(sequence(length, request_id=name, eos_token_ids=frozenset({0}), **numbers))
+        self.scheduler.add(sequence(length, request_id=name, eos_token_ids=[0], **numbers))
 
     def step(self) -> ScheduledBatch:
         batch = self.scheduler.schedule()
@@ -98,7 +98,7 @@ def run_twins(seed: int, lags: bool) -> dict[str, int]:
                     continue
         if names and rng.random() < 0.05:
             name = rng.choice(names)
-            assert len({twin.scheduler.abort(name) for twin in twins}) == 1
+            assert len({twin.scheduler.abort(name) is None for twin in twins}) == 1
         batches = [twin.step() for twin in twins]
         assert described(batches[0]) == described(batches[1])
         assert batches[0].num_prefills == batches[1].num_prefills

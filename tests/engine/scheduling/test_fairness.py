@@ -141,7 +141,7 @@ def test_long_prompts_that_wait_are_admitted_however_many_short_ones_come():
         traffic.step()
         assert traffic.num_steps < 2000, "a long one is never admitted"
         started |= {s: traffic.num_sent for s in longs if s not in started and s.status is Status.RUNNING}
-    assert all(s.num_passed <= MAX_PASSED for s in longs)
+    assert all(scheduler.waiting.num_passed(s) <= MAX_PASSED for s in scheduler.waiting)
     between = [after - before for before, after in itertools.pairwise(started.values())]
     assert max(between) <= 2 * MAX_PASSED, "short ones that came meanwhile"
     assert traffic.longest_wait <= 4
@@ -171,12 +171,14 @@ def test_those_that_wait_for_blocks_are_looked_up_when_the_cache_has_more(monkey
     monkeypatch.setattr(scheduler.cache, "match", lambda *known: looked_up.append(known) or match(*known))
     for number, num_tokens in enumerate((50, 90)):
         prompt = [number] * 64 * 30
-        scheduler.add(sequence(prompt, request_id=f"r{number}", arrival=number, max_tokens=num_tokens, uses_cache=True))
+        scheduler.add(
+            sequence(prompt, request_id=f"r{number}", arrival=number, max_tokens=num_tokens, prefix_cache=True)
+        )
     step(scheduler)
     step(scheduler)  # their prompts' snapshots are made
     for number in range(20):
         prompt = [1] * 64 * 30 + [number] * 64 * 45
-        scheduler.add(sequence(prompt, request_id=f"w{number}", arrival=9 + number, uses_cache=True))
+        scheduler.add(sequence(prompt, request_id=f"w{number}", arrival=9 + number, prefix_cache=True))
     counts = []
     while len(scheduler.running) == 2:
         looked_up.clear()
@@ -184,7 +186,7 @@ def test_those_that_wait_for_blocks_are_looked_up_when_the_cache_has_more(monkey
         counts.append(len(looked_up))
     assert counts[0] > 5 and len(counts) > 30 and not any(counts[1:-2])
     step(scheduler)
-    assert scheduler.running[-1].num_cached_tokens == 64 * 30 - 1
+    assert scheduler.reuse.num_cached(scheduler.running[-1]) == 64 * 30 - 1
 
 
 def test_beside_one_that_waits_for_blocks_none_of_lower_priority_starts():
@@ -221,7 +223,7 @@ def test_a_short_prompt_is_seen_behind_many_long_ones():
 
 def test_a_short_prompt_is_seen_behind_many_long_ones_while_an_urgent_one_waits_for_another():
     scheduler = roomy(snapshots=8, budget=64, min_tokens=8)
-    urgent = {"uses_cache": True, "priority": -1, "max_tokens": 1}
+    urgent = {"prefix_cache": True, "priority": -1, "max_tokens": 1}
     scheduler.add(sequence([5] * 100 + [6] * 1000, request_id="under way", arrival=1, **urgent))
     step(scheduler)
     scheduler.add(sequence([5] * 100 + [7] * 4, request_id="waits", arrival=2, **urgent))
@@ -233,24 +235,24 @@ def test_a_short_prompt_is_seen_behind_many_long_ones_while_an_urgent_one_waits_
 
 def test_who_shares_a_beginning_with_a_long_prompt_waits_for_no_more_than_that():
     scheduler = roomy(snapshots=8, budget=16, min_tokens=8)
-    long = sequence([5] * 48 + [6] * 20_000, request_id="long", arrival=1, max_tokens=1, uses_cache=True)
+    long = sequence([5] * 48 + [6] * 20_000, request_id="long", arrival=1, max_tokens=1, prefix_cache=True)
     scheduler.add(long)
     step(scheduler)
-    other = sequence([5] * 48 + [7] * 4, request_id="other", arrival=2, max_tokens=1, uses_cache=True)
-    middle = sequence([8] * 160, request_id="middle", arrival=3, max_tokens=1, uses_cache=True)
+    other = sequence([5] * 48 + [7] * 4, request_id="other", arrival=2, max_tokens=1, prefix_cache=True)
+    middle = sequence([8] * 160, request_id="middle", arrival=3, max_tokens=1, prefix_cache=True)
     scheduler.add(middle)
     assert steps_to_first_token(scheduler, other) <= 3 + TURN, "two for the beginning, one for the rest"
-    assert other.num_cached_tokens == 48
+    assert scheduler.reuse.num_cached_tokens == 48
     assert not middle.num_output_tokens
 
 
 def test_nobody_waits_for_a_prompt_of_lower_priority():
     scheduler = roomy(snapshots=8, budget=16, min_tokens=8)
-    long = sequence([5] * 48 + [6] * 20_000, request_id="long", arrival=1, max_tokens=1, uses_cache=True, priority=1)
+    long = sequence([5] * 48 + [6] * 20_000, request_id="long", arrival=1, max_tokens=1, prefix_cache=True, priority=1)
     scheduler.add(long)
     step(scheduler)
     scheduler.add(sequence([9] * 160, request_id="between", arrival=2, max_tokens=1))
-    urgent = sequence([5] * 48, request_id="urgent", arrival=3, max_tokens=1, uses_cache=True)
+    urgent = sequence([5] * 48, request_id="urgent", arrival=3, max_tokens=1, prefix_cache=True)
     assert steps_to_first_token(scheduler, urgent) <= 4 + TURN, "it is saved before its last token"
 
 

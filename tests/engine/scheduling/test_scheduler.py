@@ -129,7 +129,7 @@ class Simulation:
         self.num_arrivals = 0
         self.alive: dict[str, Sequence] = {}
         self.finished: list[Sequence] = []
-        self.num_aborted = self.num_refused = self.num_fallen = self.num_copied = self.num_cached = 0
+        self.num_aborted = self.num_refused = self.num_fallen = self.num_copied = 0
         self.expected: list[tuple[str, list[int], str]] = []  # siblings still to come: of whom, prompt, their id
 
     def run(self, num_requests: int) -> None:
@@ -156,7 +156,7 @@ class Simulation:
 
     def arrive_sibling(self, leader: str, prompt: list[int], name: str) -> None:
         self.num_arrivals += 1
-        self.add(self.make(prompt, name, leader=self.scheduler.find_leader(leader)))
+        self.add(self.make(prompt, name, sibling_of=leader))
 
     def prompt(self, length: int) -> list[int]:
         """A beginning that others have, too, and some tokens of its own."""
@@ -167,13 +167,13 @@ class Simulation:
     def make(self, prompt: list[int], name: str, **fields) -> Sequence:
         return sequence(
             prompt,
-            uses_cache=self.cached and self.rng.random() < 0.9,
+            prefix_cache=self.cached and self.rng.random() < 0.9,
             cache_salt=self.rng.choice([None, None, "a"]),
             request_id=name,
             max_tokens=self.rng.randint(1, 12),
             arrival=self.num_arrivals,
             priority=self.rng.choice([-1, 0, 0, 2]) if self.has_priorities else 0,
-            eos_token_ids=frozenset({EOS}),
+            eos_token_ids=[EOS],
             ignore_eos=self.rng.random() < 0.5,
             **fields,
         )
@@ -215,14 +215,13 @@ class Simulation:
         for done in deliver(self.scheduler, launched, self.device.drawn):
             del self.alive[done.request_id]
             self.finished.append(done)
-            self.num_cached += done.num_cached_tokens or 0
             self.known.append(done.prompt_token_ids + done.output_token_ids)
         self.scheduler.check_integrity()
 
     def check(self, batch: ScheduledBatch, waiting_before: list[Sequence]) -> None:
         scheduler = self.scheduler
         scheduler.check_integrity()
-        patient = {s for s in scheduler.running if s.is_at_last_prompt_token and scheduler.find_leader(s.request_id)}
+        patient = {s for s in scheduler.running if s.is_at_last_prompt_token and s in scheduler._siblings}
         idle = not scheduler.has_work or self.in_flight or patient
         assert not batch.is_empty or idle, "work is there and nothing runs"
         self.check_operations(batch)
@@ -250,7 +249,7 @@ class Simulation:
         copied = {operation.target_slot for operation in batch.operations if isinstance(operation, Fork)}
         admitted = [s.priority for s in waiting_before if id(s) not in still and s.state_slot not in copied]
         left_behind = [s.priority for s in waiting_before if s in set(scheduler.waiting.ready())]
-        assert all(s.num_passed <= MAX_PASSED for s in waiting_before)
+        assert all(scheduler.waiting.num_passed(s) <= MAX_PASSED for s in scheduler.waiting)
         is_in_order = not admitted or not left_behind or max(admitted) <= min(left_behind)
         assert self.cached or is_in_order, "one of lower priority jumped the queue"
 
@@ -324,7 +323,7 @@ def test_thousands_of_random_requests_keep_every_law(lags, cached):
         aborted += simulation.num_aborted
         finished += len(simulation.finished)
         copied += simulation.num_copied
-        hits += simulation.num_cached
+        hits += simulation.scheduler.reuse.num_cached_tokens
     assert (hits > 500) == cached
     assert min(fallen, refused, aborted, finished, 2 * copied) > 100, "every case must be met to prove anything"
 
@@ -369,7 +368,7 @@ def test_prompts_bring_few_tokens_beside_decoding_rows_and_many_without():
 
 def test_a_request_that_waits_for_blocks_makes_the_cache_forget_nothing():
     scheduler = make_scheduler(blocks=20, block_size=4, slots=3, budget=100, snapshots=4)
-    kept = sequence(9, request_id="kept", max_tokens=1, uses_cache=True)
+    kept = sequence(9, request_id="kept", max_tokens=1, prefix_cache=True)
     scheduler.add(kept)
     step(scheduler)
     step(scheduler)
@@ -386,8 +385,7 @@ def test_a_request_that_waits_for_blocks_makes_the_cache_forget_nothing():
 
 def test_a_prompt_is_not_begun_with_blocks_that_one_under_way_needs():
     scheduler = make_scheduler(blocks=20, block_size=4, slots=2, budget=64, snapshots=4)
-    first = sequence(48, request_id="first", max_tokens=1, uses_cache=True)
-    first.wanted_stops.add(4)
+    first = sequence(48, request_id="first", max_tokens=1, prefix_cache=True, beginning=4)
     scheduler.add(first)
     scheduler.add(sequence(48, request_id="second", arrival=1, max_tokens=1))
     assert rows(step(scheduler)) == [("first", 4)]
@@ -544,7 +542,7 @@ def test_token_ids_run_over_the_border_of_prompt_and_answer():
 
 
 def cached(prompt: list[int], request_id: str, arrival: int, **fields) -> Sequence:
-    return sequence(prompt, request_id=request_id, arrival=arrival, uses_cache=True, **({"max_tokens": 1} | fields))
+    return sequence(prompt, request_id=request_id, arrival=arrival, prefix_cache=True, **({"max_tokens": 1} | fields))
 
 
 def run_alone(scheduler: Scheduler, each: Sequence) -> None:
@@ -578,10 +576,11 @@ def test_nobody_is_passed_over_for_ever(arrivals_per_step):
         for _ in range(arrivals_per_step):
             arrival += 1
             scheduler.add(cached([5] * 20, f"hit {arrival}", 1 + arrival))
+        passed = scheduler.waiting.num_passed(cold)
         step(scheduler)
         num_before += cold.status is Status.WAITING
         assert num_before < 10 * MAX_PASSED, "starved"
-    assert cold.num_passed == MAX_PASSED
+    assert passed == MAX_PASSED
 
 
 def test_who_shares_a_beginning_with_a_prompt_under_way_waits_for_it_and_nobody_else_does():
@@ -607,7 +606,8 @@ def test_a_sequence_waits_for_four_others_at_most():
         scheduler.add(waiting)
     for number in range(9):
         step(scheduler)
-        assert each[number].status is Status.RUNNING and each[-1].num_waits == min(number + 1, MAX_WAITS)
+        is_awaiting = scheduler.reuse.awaited(each[-1]) is not None
+        assert each[number].status is Status.RUNNING and is_awaiting == (number < MAX_WAITS)
         scheduler.abort(f"r{number}")
 
 
@@ -640,9 +640,11 @@ def test_a_sequence_does_not_keep_those_alive_that_it_has_waited_for():
     for number in range(20):
         last = cached(list(range(10 + 10 * number)), f"r{number}", number, max_tokens=9)
         scheduler.add(last)
+        waited = False
         while last.status is Status.WAITING:
             step(scheduler)
-        assert last.num_waits == (number > 0)
+            waited |= scheduler.reuse.awaited(last) is not None
+        assert waited == (number > 0)
     while scheduler.has_work or step(scheduler).sequences:
         step(scheduler)
     assert num_alive() - before == 1, "the last, which the test has"
@@ -687,9 +689,8 @@ def test_a_second_prompt_finds_three_quarters_of_what_it_shares_wherever_it_part
         scheduler.add(second)
         while second.status is not Status.FINISHED:
             step(scheduler)
-        assert 3 / 4 * shared <= second.num_cached_tokens <= shared, (pair, length, shared)
-        queried = scheduler.reuse.num_queried_tokens, scheduler.reuse.num_cached_tokens
-        assert queried == (length + second.num_prompt_tokens, second.num_cached_tokens)
+        assert 3 / 4 * shared <= scheduler.reuse.num_cached_tokens <= shared, (pair, length, shared)
+        assert scheduler.reuse.num_queried_tokens == length + second.num_prompt_tokens
 
 
 @pytest.mark.parametrize("budget", [7, 2048])
@@ -725,13 +726,13 @@ def test_where_places_are_scarce_the_rungs_that_stay_longest_get_them():
 
 
 def test_who_shares_nothing_by_salt_or_wish_finds_no_state_on_the_way_and_leaves_none():
-    for first, second in [({"cache_salt": "a"}, {}), ({"uses_cache": False}, {}), ({}, {"uses_cache": False})]:
+    for first, second in [({"cache_salt": "a"}, {}), ({"prefix_cache": False}, {}), ({}, {"prefix_cache": False})]:
         scheduler = long_scheduler()
         prompt = [1] * 4000
-        run_alone(scheduler, sequence(prompt, max_tokens=1, **({"uses_cache": True} | first)))
-        later = sequence(prompt[:3000] + [2] * 9, max_tokens=1, **({"uses_cache": True} | second))
+        run_alone(scheduler, sequence(prompt, max_tokens=1, **({"prefix_cache": True} | first)))
+        later = sequence(prompt[:3000] + [2] * 9, max_tokens=1, **({"prefix_cache": True} | second))
         run_alone(scheduler, later)
-        assert later.num_cached_tokens == 0
+        assert scheduler.reuse.num_cached_tokens == 0
 
 
 def test_after_a_preemption_a_prompt_goes_on_from_the_last_state_on_its_way():
@@ -748,7 +749,7 @@ def test_after_a_preemption_a_prompt_goes_on_from_the_last_state_on_its_way():
     assert not prompt.output_token_ids, "it fell on its way"
     while prompt.status is Status.WAITING:
         step(scheduler)
-    assert prompt.num_cached_tokens == 0, "what it computed itself is no hit"
+    assert scheduler.reuse.num_cached(prompt) == 0, "what it computed itself is no hit"
     assert prompt.num_computed_tokens >= done > 1000
 
 
@@ -834,6 +835,6 @@ def test_a_third_prompt_finds_where_two_have_parted_however_far_one_was_when_the
     scheduler.add(cached([5] * 30 + [2] * 9, "second", 2))
     while scheduler.has_work:
         step(scheduler)
-    third = cached([5] * 30 + [3] * 9, "third", 3)
-    run_alone(scheduler, third)
-    assert third.num_cached_tokens == 30
+    before = scheduler.reuse.num_cached_tokens
+    run_alone(scheduler, cached([5] * 30 + [3] * 9, "third", 3))
+    assert scheduler.reuse.num_cached_tokens - before == 30

@@ -32,7 +32,7 @@ class Oracle:
         self.rng = random.Random(seed)
 
     def propose(self, each, count):
-        if not each.may_draft or count <= 0:
+        if not can_draft(each.sampling_params) or count <= 0:
             return []
         answer, known = self.texts[tuple(each.prompt_token_ids)], each.num_output_tokens - each.ends_in_unseen
         drafts = answer[known : known + self.rng.randint(1, count)]
@@ -215,7 +215,7 @@ def test_sampled_tokens_keep_their_distribution(tiny):
     """Two hundred answers of three tokens: with drafts each is what its seed gives without."""
     prompt = random_prompt(12, seed=5)
     plain, core = make_core(tiny.folder), speculating(tiny.folder)
-    core.scheduler.speculation._propose = lambda each, count: [7, 11][:count] if each.may_draft else []
+    core.scheduler.speculation._propose = lambda each, count: [7, 11][:count] if can_draft(each.sampling_params) else []
     params = {"max_tokens": 3, "temperature": 1.5}
     texts = {}
     for name, engine in (("plain", plain), ("drafted", core)):
@@ -275,7 +275,6 @@ def test_bad_logits_after_a_right_draft_end_the_text_with_their_error(tiny):
 def test_drafts_end_before_the_answers_last_token_and_are_asked_of_seen_tokens():
     speculation = Speculation(7, 8)
     row = sequence([1, 2, 3] * 8, output=(1, 2, 3), num_computed_tokens=26, max_tokens=6)
-    row.may_draft = True
     assert speculation.drafts(row) == [1, 2]
     assert not speculation.waits([row])
     row.output_token_ids.append(-1)

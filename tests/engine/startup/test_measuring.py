@@ -234,8 +234,8 @@ def test_trial_steps_keep_within_their_limits(make, limits):
             assert len(sequence.block_table) * limits.block_size >= end
             assert max(sequence.block_table) < limits.num_blocks
             assert (sequence.num_computed_tokens > 0) == (row >= step.num_prefills or step.num_drafted > 0)
-            assert sequence.num_uncomputed_tokens + len(sequence.drafts) == count
-        assert step.num_drafted in (0, len(counts)) and bool(step.num_drafted) == any(s.drafts for s in step.sequences)
+            assert sequence.num_uncomputed_tokens + (len(step.drafts[row]) if step.drafts else 0) == count
+        assert step.num_drafted in (0, len(counts)) and bool(step.num_drafted) == any(step.drafts)
 
 
 def test_trial_steps_hold_the_largest_of_each_kind():
@@ -290,7 +290,7 @@ def test_the_first_steps_leave_numbers(tiny, monkeypatch, backend):
 
 def test_the_settings_say_which_steps_with_drafts_are_measured(device, tiny):
     start(tiny.folder, speculative_tokens=3, speculative_max_rows=2)
-    assert max(len(row.drafts) for step in device.steps for row in step.sequences) == 3
+    assert max(len(each) for step in device.steps for each in step.drafts) == 3
     assert max(step.num_drafted for step in device.steps) == 2
 
 
@@ -304,7 +304,7 @@ def test_a_decode_row_of_a_trial_reads_only_slots_that_a_prompt_wrote_before(tin
     limits = StepLimits(4, 64, 16, 256, 64, max_drafts=7, max_drafted=4)
     for step in serving_steps(limits):
         tokens, _ = core.launcher.launch(step).wait()
-        num_drafts = sum(len(sequence.drafts) for sequence in step.sequences)
+        num_drafts = sum(map(len, step.drafts))
         assert len(tokens) == len(step.sequences) + num_drafts and min(tokens) >= 0
 
 

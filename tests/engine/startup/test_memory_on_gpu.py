@@ -13,6 +13,7 @@ from engines import request
 from leyden.configs.schema import EngineConfig
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ConfigError
+from leyden.engine.scheduling.speculation import can_draft
 from leyden.engine.startup.device_memory import free_memory
 from leyden.engine.startup.trial_steps import DEMANDING
 
@@ -129,7 +130,7 @@ def test_no_request_waits_for_a_compiler(folder, monkeypatch, backend, cuda_grap
 
     settings = {"speculative_tokens": drafts, "speculative_max_rows": 16, "prefix_cache": not drafts}
     core = make(folder, linear_backend=backend, cuda_graphs=cuda_graphs, **settings)
-    core.scheduler.speculation._propose = lambda each, count: [5] * count if each.may_draft else []
+    core.scheduler.speculation._propose = lambda each, count: [5] * count if can_draft(each.sampling_params) else []
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **told: compiled.append(told["repr"]))
     lengths = [1, 2, 3, 17, 63, 64, 65, 200, 1000, 3001, 4096, 9000]

@@ -18,6 +18,7 @@ from engines import DEVICE, answer, computed, drain, request
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import CheckpointError
 from leyden.engine.messages import SessionCall
+from leyden.engine.scheduling.speculation import can_draft
 from leyden.kernels import load
 from leyden.models.families.registry import from_hf, read_config
 from leyden.models.layers.build import Build
@@ -165,7 +166,7 @@ def test_drafts_leave_the_answers_of_the_formulas(ring, backend):
 
 def proposals(text: list[int], each: Any, count: int) -> list[int]:
     """What comes next, with every fifth token of the answer wrong."""
-    if not each.may_draft or count <= 0:
+    if not can_draft(each.sampling_params) or count <= 0:
         return []
     known = each.num_output_tokens - each.ends_in_unseen
     return [token if (known + i) % 5 else (token + 1) % 250 for i, token in enumerate(text[known : known + count])]
