@@ -26,8 +26,7 @@ from leyden.engine.async_llm import AsyncLLM
 from leyden.engine.boundary.loop import run_loop
 from leyden.engine.boundary.process import connect
 from leyden.engine.boundary.process_client import ProcessClient
-from leyden.engine.memory.plan import MemoryUse
-from leyden.engine.messages import AddRequest, EngineInfo, EngineStats, SessionDone
+from leyden.engine.messages import AddRequest, EngineInfo, EngineStats, MemoryUse, SessionDone
 from leyden.engine.outputs import StepOutput
 from leyden.engine.text.tokenizer import Tokenizer
 from leyden.models.loading.checkpoint import resolve

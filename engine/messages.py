@@ -7,7 +7,6 @@ from typing import Literal
 import msgspec
 
 from .errors import SessionErrorCode
-from .memory.plan import MemoryUse
 from .outputs import StepOutput
 from .sampling_params import SamplingParams
 from .text.token_ids import TokenIds, decode_token_ids, encode_token_ids
@@ -71,6 +70,30 @@ class SessionCall(msgspec.Struct, tag="session"):
 
 class Shutdown(msgspec.Struct, tag="shutdown"):
     """Finish nothing, free everything, leave."""
+
+
+class MemoryUse(msgspec.Struct, kw_only=True):
+    """Bytes by their use. `total` is the share that the settings give: of a GPU `memory_fraction`, on a CPU the weights
+    and `cpu_memory_gb`."""
+
+    total: int
+    weights: int = 0  # parameters and the rope table
+    state: int = 0  # the state pool, with its rings
+    kv: int = 0  # the KV pool and the block tables
+    snapshots: int = 0  # of the prefix cache, on the device
+    sampler: int = 0  # tables of token counts, one row per slot
+    workspace: int = 0  # of the largest step at its peak
+    graphs: int = 0  # CUDA graphs
+    other: int = 0  # the CUDA context, compiled kernels, rounding, buffers of sessions, other processes
+
+    def by_kind(self) -> dict[str, int]:
+        """Every kind but `total`. Their sum and `unassigned` make `total`."""
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name != "total"}
+
+    @property
+    def unassigned(self) -> int:
+        """Bytes left of the share; negative when it is exceeded."""
+        return self.total - sum(self.by_kind().values())
 
 
 class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):

@@ -13,7 +13,8 @@ from ..execution.launcher import Launcher
 from ..execution.pools import DevicePools
 from ..execution.runner import ModelRunner
 from ..execution.served_model import ServedModel
-from ..memory.plan import MemoryPlan, MemoryUse
+from ..memory.plan import MemoryPlan
+from ..messages import MemoryUse
 from .device_memory import free_memory, refuse_out_of_memory
 from .measuring import capture, measure, wants_graphs
 from .model import load_model

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from ..errors import ConfigError
-from ..memory.plan import MemoryUse
+from ..messages import MemoryUse
 
 ALLOCATED_BYTES = 2 << 20  # the allocator takes memory in such pieces; a tensor may leave most of its last one unused
 ROUNDING_BYTES = 8 * ALLOCATED_BYTES  # of the tensors that a model of alike layers has beside its weights

@@ -9,7 +9,8 @@ import torch
 from ...configs.schema import EngineConfig
 from ..errors import ConfigError
 from ..execution.served_model import ServedModel
-from ..memory.plan import MemoryPlan, MemoryUse, context_length
+from ..memory.plan import MemoryPlan, context_length
+from ..messages import MemoryUse
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_files import TOKENIZER_FILE
 from .model import check_checkpoint, place_model

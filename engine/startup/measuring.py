@@ -12,7 +12,7 @@ from ..execution.pools import DevicePools
 from ..execution.runner import ModelRunner
 from ..execution.served_model import ServedModel
 from ..memory.groups import num_tensors
-from ..memory.plan import MemoryUse
+from ..messages import MemoryUse
 from .device_memory import ALLOCATED_BYTES, free_memory, refuse_out_of_memory
 from .planning import plan
 from .trial_steps import StepLimits, serving_steps

@@ -8,7 +8,8 @@ from ...configs.schema import EngineConfig
 from ..execution.block_tables import BlockTables
 from ..execution.sampler import Sampler
 from ..execution.served_model import ServedModel
-from ..memory.plan import MemoryPlan, MemoryUse, PoolCosts, context_length, plan_pools
+from ..memory.plan import MemoryPlan, PoolCosts, context_length, plan_pools
+from ..messages import MemoryUse
 from ..sessions.carrier import device_bytes as session_bytes
 
 

@@ -7,8 +7,7 @@ import shlex
 from typing import Any
 
 from ...configs.schema import EngineConfig
-from ...engine.memory.plan import MemoryUse
-from ...engine.messages import EngineInfo
+from ...engine.messages import EngineInfo, MemoryUse
 
 KINDS = {  # kinds of memory whose own name is short
     "kv": "KV cache",

@@ -12,8 +12,9 @@ from leyden.configs.schema import EngineConfig
 from leyden.engine import core as core_module
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ContextLengthError, QueueFullError
-from leyden.engine.memory.plan import MemoryPlan, MemoryUse
+from leyden.engine.memory.plan import MemoryPlan
 from leyden.engine.memory.ring import RingRule
+from leyden.engine.messages import MemoryUse
 from leyden.engine.scheduling.step import ScheduledBatch
 from leyden.engine.startup.build import Built
 

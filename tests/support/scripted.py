@@ -7,8 +7,7 @@ import re
 import threading
 
 from leyden.engine.errors import EngineDeadError, QueueFullError, RequestError
-from leyden.engine.memory.plan import MemoryUse
-from leyden.engine.messages import EngineInfo, EngineStats, SessionDone
+from leyden.engine.messages import EngineInfo, EngineStats, MemoryUse, SessionDone
 from leyden.engine.outputs import StepOutput, TokenLogprobs
 from leyden.engine.text.template_inputs import template_inputs
 from tiny_models import byte_tokenizer

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from leyden.engine.memory.plan import MemoryUse
-from leyden.engine.messages import EngineStats
+from leyden.engine.messages import EngineStats, MemoryUse
 from leyden.server.metrics import ServerMetrics
 from prometheus_client.parser import text_string_to_metric_families
 

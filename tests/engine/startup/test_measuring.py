@@ -20,7 +20,8 @@ from leyden.engine.execution.launcher import Launcher
 from leyden.engine.execution.pools import DevicePools
 from leyden.engine.memory import pools
 from leyden.engine.memory.operations import Fold
-from leyden.engine.memory.plan import MemoryUse, PoolCosts, plan_pools
+from leyden.engine.memory.plan import PoolCosts, plan_pools
+from leyden.engine.messages import MemoryUse
 from leyden.engine.startup import build as startup
 from leyden.engine.startup import device_memory, measuring
 from leyden.engine.startup import model as startup_model
