@@ -75,6 +75,26 @@ def offline_table(reference: dict[str, Any], *reports: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cases_table(report: dict[str, Any]) -> str:
+    """A row per case of `leyden bench offline`."""
+    weights, state, kv = (report["memory_bytes"][kind] / 1e9 for kind in ("weights", "state", "kv"))
+    lines = [
+        f"{report['hardware']}; {versions(report['software'])}; `linear_backend` {report['linear_backend']}, "
+        f"{report['dtype']}, state {report['state_dtype']}; weights {weights:.1f} GB, states {state:.1f} GB, KV cache "
+        f"{kv:.1f} GB.",
+        "",
+        "| requests x prompt x answer | ms per step | answer tokens/s | prompt tokens/s |",
+        "|---|---:|---:|---:|",
+    ]
+    for case in report["cases"]:
+        name = f"{case['requests']} x {case['prompt']} x {case['answer']}"
+        is_prefill = case["answer"] == 1
+        step = "-" if is_prefill else f"{case['ms_per_step']:.1f}"
+        answer = "-" if is_prefill else f"{case['answer_tokens_per_s']:,.0f}"
+        lines.append(f"| {name} | {step} | {answer} | {case['prompt_tokens_per_s']:,.0f} |")
+    return "\n".join(lines)
+
+
 def case_of(report: dict[str, Any], label: str) -> dict[str, Any]:
     """The case "REQUESTSxPROMPTxANSWER" of an offline run."""
     sizes = tuple(map(int, label.split("x")))
@@ -245,6 +265,12 @@ TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "kernels-h100": (KERNELS, kernels_table, ["kernels-h100"]),
     "choices-h100": (KERNELS, choices_table, ["kernels-h100"]),
     "kernels-h200": (KERNELS, kernels_table, ["kernels-h200"]),
+    "serving-ring-mini-h200": (PERFORMANCE, cases_table, ["serving-ring-mini-h200"]),
+    "steps-ring-mini-h200": (
+        PERFORMANCE,
+        steps_table,
+        ["profile-ring-mini-h200", "../configs/ring-mini/config", "kernels-h200"],
+    ),
     "steps-dense-h100": (PERFORMANCE, steps_table, ["profile-dense-h100", "../configs/dense/config", "kernels-h100"]),
     "steps-moe-h100": (PERFORMANCE, steps_table, ["profile-moe-h100", "../configs/moe/config", "kernels-h100"]),
 }
