@@ -11,7 +11,7 @@ import numpy as np
 from ..memory.operations import Operation
 from ..memory.ring import RingRule
 from ..outputs import StepOutput
-from ..scheduling.continuation import Advance
+from ..scheduling.continuation import ContinuedStep
 from ..scheduling.step import ScheduledBatch
 from ..sequence import UNSEEN, Sequence
 from .arrays import Arrays, unpack
@@ -101,7 +101,7 @@ class DecodeRows:
         is_enough = self._sink is not None and self._indices[0] < self._sink.end
         return self._sink if is_enough else None
 
-    def advance(self, advance: Advance) -> None:
+    def advance(self, advance: ContinuedStep) -> None:
         """Go on to the step that follows."""
         if advance.kept is not None:
             self._keep(advance)
@@ -119,16 +119,16 @@ class DecodeRows:
                 self._ahead, self._num_used = self._draw_ahead(), 0
             own["uniform"][:] = self._ahead[self._num_used]
             self._num_used += 1
-        self._turn(advance.turned)
+        self._begin_blocks(advance.new_block_rows)
 
-    def _turn(self, rows: list[int]) -> None:
+    def _begin_blocks(self, rows: list[int]) -> None:
         """These rows' tokens begin a block."""
         self.brings_cells = False
         if not rows:
             return
-        size, turned = self._block_size, [self.sequences[row] for row in rows]
-        self._own["slot_mapping"][rows] = [s.block_table[s.num_computed_tokens // size] * size for s in turned]
-        new = self._blocks.new_cells(turned)
+        size, beginning = self._block_size, [self.sequences[row] for row in rows]
+        self._own["slot_mapping"][rows] = [s.block_table[s.num_computed_tokens // size] * size for s in beginning]
+        new = self._blocks.new_cells(beginning)
         num_new = len(new["cells"])
         self.brings_cells = num_new > 0
         if num_new:
@@ -136,7 +136,7 @@ class DecodeRows:
                 place[:num_new] = new[name]
                 place[num_new:] = new[name][0]  # the first once more, for want of others
 
-    def _keep(self, advance: Advance) -> None:
+    def _keep(self, advance: ContinuedStep) -> None:
         """Go on with some of the rows, in the shape that is enough for them."""
         kept = advance.kept
         own = {name: array[kept] for name, array in self._own.items()}

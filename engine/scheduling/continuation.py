@@ -13,16 +13,16 @@ from ..memory.blocks import BlockManager
 from ..sequence import Sequence, Status
 
 
-class Advance(NamedTuple):
+class ContinuedStep(NamedTuple):
     """What makes a step out of the one before: every row that stays is one token on."""
 
     before: list[Sequence]  # the rows of the step before: the list of its batch
     rows: list[Sequence]  # of this step; the same list when all have stayed
     kept: list[int] | None  # which of those before are left; None = all
-    turned: list[int]  # rows of this step whose token is the first of a block, increasing
+    new_block_rows: list[int]  # rows of this step whose token is the first of a block, increasing
 
 
-class Steady:
+class Continuation:
     """Call `follow` after every step that is scheduled otherwise, then `advance` until it returns None. `advance` also
     gives rows the blocks that they enter, out of those that `make_room` frees."""
 
@@ -32,17 +32,17 @@ class Steady:
         self._rows: list[Sequence] = []  # of the last step; empty = the next one must be scheduled anew
         self._places: dict[Sequence, int] = {}  # in these
         self._left: set[Sequence] = set()  # finished since that step
-        self._due: dict[int, list[Sequence]] = {}  # to whom something happens in which step; each row once, in order
+        self._due: dict[int, list[Sequence]] = {}  # step -> rows to look at in it; each row once, in order
         self._step = 0
         self._has_begun = False
 
     def follow(self, rows: list[Sequence], num_prefills: int, running: list[Sequence]) -> None:
         """Note a step that was scheduled anew, before its tokens are counted as computed. The next one can follow from
-        it if it holds nothing but the next token of everyone who is to get one."""
-        is_steady = not num_prefills and (
+        it if it holds the next token of every running sequence that is to get one, and nothing else."""
+        may_continue = not num_prefills and (
             len(rows) == len(running) or len(rows) == sum([s.num_uncomputed_tokens > 0 for s in running])
         )
-        self._rows = rows if is_steady else []
+        self._rows = rows if may_continue else []
         self._has_begun = False
         self._left.clear()
 
@@ -50,29 +50,29 @@ class Steady:
         """It has finished."""
         self._left.add(sequence)
 
-    def advance(self) -> Advance | None:
-        """The next step, or None: it must be scheduled anew. The caller knows that nobody can be admitted."""
+    def advance(self) -> ContinuedStep | None:
+        """The next step, or None: it must be scheduled anew. The caller knows that no waiting sequence may start."""
         if not self._rows or not (self._has_begun or self._begin()):
             return None
-        turning = []
+        beginning = []
         for sequence in self._due.pop(self._step, ()):
             if sequence.num_computed_tokens == sequence.max_fed:
                 self._left.add(sequence)
             elif sequence.status is Status.RUNNING:
-                turning.append(sequence)
+                beginning.append(sequence)
         before, kept = self._rows, self._remove_left()
         block_size = self._blocks.block_size
-        missing = [s for s in turning if len(s.block_table) * block_size <= s.num_computed_tokens]
+        missing = [s for s in beginning if len(s.block_table) * block_size <= s.num_computed_tokens]
         if not self._rows or not self._make_room(len(missing)):
             self._rows = []
             return None
-        turned = [self._places[sequence] for sequence in turning]
-        for row in turned:
+        new_block_rows = [self._places[sequence] for sequence in beginning]
+        for row in new_block_rows:
             sequence = self._rows[row]
             self._blocks.grow(sequence, sequence.num_computed_tokens + 1)
             self._await(sequence, 1)
         self._step += 1
-        return Advance(before, self._rows, kept, turned)
+        return ContinuedStep(before, self._rows, kept, new_block_rows)
 
     def _begin(self) -> bool:
         """Ask every row once. False where a grammar has to see each token before the next step."""

@@ -28,7 +28,7 @@ from ..prefix.cache import PrefixCache
 from ..prefix.reuse import Reuse
 from ..sequence import UNSEEN, Sequence, Status
 from .admission import Admission
-from .continuation import Steady
+from .continuation import Continuation
 from .prompt_order import PromptOrder
 from .siblings import Siblings
 from .speculation import Speculation
@@ -73,7 +73,7 @@ class Scheduler:
         self._siblings = Siblings(blocks)
         self._order = PromptOrder(self._siblings, self.reuse)
         self._admission = Admission(self.waiting, self.running, slots, self.reuse, self._order, self._start)
-        self._steady = Steady(blocks, self.cache.make_room)
+        self._continuation = Continuation(blocks, self.cache.make_room)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
@@ -133,7 +133,7 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
-            self._steady.leave(sequence)
+            self._continuation.leave(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
@@ -152,12 +152,12 @@ class Scheduler:
         """Choose the next step's rows and give them the blocks and slots they need."""
         none_joins = not self.waiting or not self.slots.num_free
         if none_joins and not self.speculation.applies_to(len(self.running)):
-            advance = self._steady.advance()
+            advance = self._continuation.advance()
             if advance is not None:
                 counts, operations = [1] * len(advance.rows), self.reuse.take_operations()
                 return ScheduledBatch(advance.rows, counts, 0, operations, advance, num_finished=self.num_finished)
         batch = self._schedule_anew()
-        self._steady.follow(batch.sequences, batch.num_prefills, self.running)
+        self._continuation.follow(batch.sequences, batch.num_prefills, self.running)
         batch.num_finished = self.num_finished
         batch.started, self._started = self._started, []
         return batch

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ..memory.operations import Operation, StepSave
 from ..sequence import Sequence
-from .continuation import Advance
+from .continuation import ContinuedStep
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class ScheduledBatch:
     num_scheduled_tokens: list[int]
     num_prefills: int
     operations: list[Operation] = field(default_factory=list)  # to make before anything is computed
-    advance: Advance | None = None  # from the step before, where this one follows from it
+    advance: ContinuedStep | None = None  # from the step before, where this one follows from it
     snapshots: list[StepSave] = field(default_factory=list)  # of prefill rows, to make while they are computed
     drafts: list[list[int]] = field(default_factory=list)  # of each row of a step with drafts; some may be empty
     started: list[Sequence] = field(default_factory=list)  # sequences that leave the queue with this step

@@ -39,7 +39,7 @@ def watch(core: EngineCore) -> dict[str, int]:
     """Hold the input of every decode step against one that is made anew. Returns how often each thing happened."""
     runner, composer = core.runner, core.launcher.composer
     inputs, compose = GraphInputs(runner.graphs.shapes), composer.compose
-    counts = dict.fromkeys(("followed", "left", "turned"), 0)
+    counts = dict.fromkeys(("followed", "left", "begun"), 0)
 
     def checked(batch):
         step, receivers = compose(batch)
@@ -59,7 +59,7 @@ def watch(core: EngineCore) -> dict[str, int]:
         assert ids[known].tolist() == expected["input_ids"][known].tolist()
         counts["followed"] += batch.advance is not None
         counts["left"] += batch.advance is not None and batch.advance.kept is not None
-        counts["turned"] += batch.advance is not None and step.brings_cells
+        counts["begun"] += batch.advance is not None and step.brings_cells
         return step, receivers
 
     composer.compose = checked

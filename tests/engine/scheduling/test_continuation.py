@@ -11,7 +11,7 @@ from leyden.engine.errors import ContextLengthError, QueueFullError
 from leyden.engine.memory.blocks import BlockManager
 from leyden.engine.memory.ring import RingRule
 from leyden.engine.memory.slots import SlotManager
-from leyden.engine.scheduling.continuation import Steady
+from leyden.engine.scheduling.continuation import Continuation
 from leyden.engine.scheduling.scheduler import Scheduler
 from leyden.engine.scheduling.step import ScheduledBatch
 from leyden.engine.sequence import Sequence, Status
@@ -32,7 +32,7 @@ class Twin:
             ring=RingRule(settings["ring_size"], replays=settings["ring_size"] > 0),
         )
         if not follows:
-            self.scheduler._steady.advance = lambda: None
+            self.scheduler._continuation.advance = lambda: None
         self.lags = lags
         self.in_flight: list[tuple[Sequence, int]] = []
 
@@ -84,7 +84,7 @@ def run_twins(seed: int, lags: bool) -> dict[str, int]:
     settings = {"slots": slots, "blocks": rng.randint(6, 40), "block_size": rng.choice([1, 2, 4, 16])}
     settings |= {"budget": slots + rng.choice([0, 5, 40]), "ring_size": rng.choice([0, 4, 16])}
     twins = [Twin(settings, lags, follows=True), Twin(settings, lags, follows=False)]
-    counts = dict.fromkeys(("followed", "left", "turned", "preempted"), 0)
+    counts = dict.fromkeys(("followed", "left", "begun", "preempted"), 0)
     arrivals, names = 0, []
     for _ in range(400):
         while rng.random() < 0.12:
@@ -106,7 +106,7 @@ def run_twins(seed: int, lags: bool) -> dict[str, int]:
         if advance is not None:
             counts["followed"] += 1
             counts["left"] += advance.kept is not None
-            counts["turned"] += bool(advance.turned)
+            counts["begun"] += bool(advance.new_block_rows)
     counts["preempted"] = twins[0].scheduler.num_preemptions
     return counts
 
@@ -135,8 +135,8 @@ def test_rows_are_kept_by_the_list_of_the_batch_before():
 
 @pytest.mark.parametrize("max_tokens", [2, 1], ids=["sits out", "awaits its last token"])
 def test_nothing_follows_while_somebody_who_is_to_go_on_sits_out(max_tokens):
-    steady = Steady(BlockManager(8, 4), lambda _: True)
+    continuation = Continuation(BlockManager(8, 4), lambda _: True)
     going = sequence(3, output=(7,), max_tokens=9, num_computed_tokens=3, status=Status.RUNNING)
     other = sequence(3, output=(7,), max_tokens=max_tokens, num_computed_tokens=3, status=Status.RUNNING)
-    steady.follow([going], 0, [going, other])
-    assert (steady.advance() is None) == (max_tokens == 2)
+    continuation.follow([going], 0, [going, other])
+    assert (continuation.advance() is None) == (max_tokens == 2)
