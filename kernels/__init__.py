@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from .attention.contract import Attention
+from .delta.contract import Delta
 from .dense.contract import Dense
 from .experts.contract import Experts
 from .lightning.contract import Lightning
@@ -34,6 +35,7 @@ class Kernels:
     """
 
     lightning: Lightning
+    delta: Delta
     attention: Attention
     experts: Experts
     dense: Dense
@@ -47,22 +49,24 @@ def load(name: KernelName) -> Kernels:
 
 def _load_torch() -> Kernels:
     from .attention import reference as attention
+    from .delta import reference as delta
     from .dense import reference as dense
     from .experts import reference as experts
     from .lightning import reference as lightning
     from .sampling.reference import sample
 
-    return Kernels(lightning, attention, experts, dense, sample)
+    return Kernels(lightning, delta, attention, experts, dense, sample)
 
 
 def _load_triton() -> Kernels:
     from .attention import compiled as attention
+    from .delta import reference as delta
     from .dense import compiled as dense
     from .experts import compiled as experts
     from .lightning import compiled as lightning
     from .sampling.draw import sample
 
-    return Kernels(lightning, attention, experts, dense, sample)
+    return Kernels(lightning, delta, attention, experts, dense, sample)
 
 
 def default_for(device: torch.device) -> KernelName:
