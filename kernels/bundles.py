@@ -32,7 +32,7 @@ class Ring(NamedTuple):
 class HeadNorm(NamedTuple):
     """An RMS norm of each head's query and key, before they are rotated."""
 
-    query: Tensor  # [D], in the dtype of q and k
+    query: Tensor  # [D], in the dtype of q and k or float32
     key: Tensor  # [D]
     eps: float
 

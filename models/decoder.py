@@ -64,8 +64,8 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = SparseMoe(model.hidden_size, spec.mlp, build)
         self.shared = SharedExpert(model.hidden_size, spec.shared, build) if spec.shared is not None else None
-        self.input_norm = RMSNorm(model.hidden_size, model.rms_norm_eps, build)
-        self.mlp_norm = RMSNorm(model.hidden_size, model.rms_norm_eps, build)
+        self.input_norm = RMSNorm(model.hidden_size, model.norm, build)
+        self.mlp_norm = RMSNorm(model.hidden_size, model.norm, build)
 
     def forward(self, stream: ResidualStream, batch: ForwardBatch, cache: LayerCache) -> ResidualStream:
         x, h = stream.normed(self.input_norm)
@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(spec, layer, MIXERS[type(layer.mixer)](layer.mixer, common), build) for layer in spec.layers
         )
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, build)
+        self.norm = RMSNorm(spec.hidden_size, spec.norm, build)
         is_tied = spec.tie_word_embeddings
         self.lm_head = self.embedding if is_tied else build.parameter(spec.vocab_size, spec.hidden_size)
         self.head = Weight(self.lm_head)

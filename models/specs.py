@@ -7,7 +7,7 @@ families that use it; a mixer that shares little with its neighbours gets a spec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,17 @@ class RopeSpec:
 
     dim: int
     theta: float
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """An RMS norm: x / sqrt(mean(x^2) + eps) * w.
+
+    `is_zero_centred`: checkpoints hold w - 1. The model adds 1 in float32 and keeps the sum so.
+    """
+
+    eps: float
+    is_zero_centred: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +44,30 @@ class LightningSpec:
     is_interleaved: bool = True  # rows of q, k, v: those of each head in turn; otherwise all q, all k, all v
     norm_groups: int = 1  # equal parts of all heads' outputs, each with statistics of its own
     rope: RopeSpec | None = None  # of queries and keys
-    qk_norm_eps: float | None = None  # of the RMS norm of each head's query and key before rope; None = no such norm
+    qk_norm: NormSpec | None = None  # of each head's query and key before rope
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
         """[H, K, V] of one sequence in one layer."""
         return (self.num_heads, self.head_dim, self.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDeltaSpec:
+    """A gated delta net: a convolution over the last 4 tokens, the delta rule with a decay, and a gated norm of each
+    value head's output."""
+
+    kind: ClassVar[str] = "gated_delta"
+
+    num_key_heads: int
+    num_value_heads: int  # a multiple of num_key_heads
+    key_dim: int
+    value_dim: int
+    norm_eps: float
+    gate_activation: Literal["silu", "sigmoid"] = "silu"
+    # A checkpoint holds in_proj_qkvz and in_proj_ba with the rows of each key head in turn; otherwise in_proj_qkv,
+    # in_proj_z, in_proj_b and in_proj_a.
+    is_grouped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +80,9 @@ class SoftmaxSpec:
     num_kv_heads: int
     head_dim: int
     rope: RopeSpec
-    qk_norm_eps: float | None = None  # of the RMS norm of each head's query and key before rope; None = no such norm
+    qk_norm: NormSpec | None = None  # of each head's query and key before rope
     is_fused: bool = False  # a checkpoint holds q, k and v as one tensor, all q first
+    has_gate: bool = False  # of the output, by sigmoid; a checkpoint's q_proj holds the query and the gate of each head
 
     @property
     def scale(self) -> float:
@@ -95,11 +125,12 @@ class ExpertsSpec:
 class SharedSpec:
     """A gated MLP of inner width `width` beside a layer's MLP or experts, for all tokens.
 
-    `is_mixed`: c = sigmoid(coefficient x) weighs the two, (1 - c) * mlp(x) + c * shared(x). Otherwise they are added.
+    `joining`, with c = sigmoid(coefficient x): "added", mlp(x) + shared(x); "mixed", (1 - c) * mlp(x) + c * shared(x);
+    "gated", mlp(x) + c * shared(x).
     """
 
     width: int
-    is_mixed: bool
+    joining: Literal["added", "mixed", "gated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +141,7 @@ class Residual:
     beta: float
 
 
-MixerSpec = LightningSpec | SoftmaxSpec
+MixerSpec = LightningSpec | GatedDeltaSpec | SoftmaxSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +161,7 @@ class ModelSpec:
     vocab_size: int
     hidden_size: int
     layers: tuple[LayerSpec, ...]
-    rms_norm_eps: float
+    norm: NormSpec  # before each mixer, before each MLP, and the last one
     postnorm: bool
     tie_word_embeddings: bool
     max_model_len: int

@@ -17,7 +17,10 @@ class Dense(Protocol):
         """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [..., d] / sqrt(mean(x^2) + eps) * weight [d], statistics in float32, in x's dtype."""
+        """x [..., d] / sqrt(mean(x^2) + eps) * weight [d], computed in float32 and rounded once to x's dtype.
+
+        Here and below the weight of a norm is of x's dtype or float32.
+        """
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, alpha: float, beta: float

@@ -16,7 +16,9 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., d] -> [..., d] (Zhang and Sennrich 2019). Contract: `Dense.rms_norm`."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    if weight.dtype == x.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 
 def add_rms_norm(

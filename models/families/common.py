@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from ..errors import CheckpointError
-from ..specs import LayerSpec, LightningSpec, ModelSpec, RopeSpec
+from ..specs import LayerSpec, ModelSpec, NormSpec, RopeSpec, SoftmaxSpec
 from .fields import Fields
 
 # Fields whose other values change the mathematics of any family, and what is served of each.
 SERVED = {"hidden_act": ("silu", "swish"), "sliding_window": (), "quantization_config": ()}
 
 
-def read_model(fields: Fields, layers: list[LayerSpec], architecture: str, *, postnorm: bool) -> ModelSpec:
+def read_model(
+    fields: Fields, layers: list[LayerSpec], architecture: str, *, postnorm: bool, has_zero_centred_norms: bool = False
+) -> ModelSpec:
     """The spec of a model with these layers. Raises `CheckpointError`."""
     fields.must_all_be(SERVED)
-    if not any(isinstance(layer.mixer, LightningSpec) for layer in layers):
-        raise CheckpointError("config.json: no lightning layer; Leyden serves hybrid linear-attention models")
+    if all(isinstance(layer.mixer, SoftmaxSpec) for layer in layers):
+        raise CheckpointError("config.json: no linear layer; Leyden serves hybrid linear-attention models")
     return ModelSpec(
         architecture=architecture,
         vocab_size=fields.positive("vocab_size"),
         hidden_size=fields.positive("hidden_size"),
         layers=tuple(layers),
-        rms_norm_eps=fields.above_zero("rms_norm_eps", 1e-5),
+        norm=NormSpec(fields.above_zero("rms_norm_eps", 1e-5), has_zero_centred_norms),
         postnorm=postnorm,
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         max_model_len=fields.positive("max_position_embeddings"),

@@ -110,7 +110,7 @@ def read_original(config: Mapping[str, Any], architecture: str) -> ModelSpec:
             LayerSpec(
                 mixer=_lightning(fields, slopes) if kind == 0 else _softmax(fields),
                 mlp=_experts(fields, num_experts[i]) if num_experts[i] > 1 else _dense(fields),
-                shared=SharedSpec(shared[i], is_mixed=True) if shared[i] else None,
+                shared=SharedSpec(shared[i], "mixed") if shared[i] else None,
                 mixer_residual=_residual(fields, f"{prefix}_alpha", f"{prefix}_beta"),
                 mlp_residual=_residual(fields, "layernorm_mlp_alpha", "layernorm_mlp_beta"),
             )

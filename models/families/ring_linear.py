@@ -21,6 +21,7 @@ from ..specs import (
     LayerSpec,
     LightningSpec,
     ModelSpec,
+    NormSpec,
     Residual,
     SharedSpec,
     SigmoidGroupRoute,
@@ -106,7 +107,7 @@ def _lightning(fields: Fields, i: int) -> LightningSpec:
         is_interleaved=False,
         norm_eps=fields.above_zero("rms_norm_eps"),
         norm_groups=fields.divisor("group_norm_size", num_heads * head_dim, "num_attention_heads * head_dim"),
-        qk_norm_eps=_qk_norm_eps(fields),
+        qk_norm=_qk_norm(fields),
         rope=read_rope(fields),
     )
 
@@ -118,13 +119,13 @@ def _softmax(fields: Fields) -> SoftmaxSpec:
         num_kv_heads=fields.divisor("num_key_value_heads", num_heads, "num_attention_heads"),
         head_dim=read_head_dim(fields),
         rope=read_rope(fields),
-        qk_norm_eps=_qk_norm_eps(fields),
+        qk_norm=_qk_norm(fields),
         is_fused=True,
     )
 
 
-def _qk_norm_eps(fields: Fields) -> float | None:
-    return fields.above_zero("rms_norm_eps") if fields.flag("use_qk_norm") else None
+def _qk_norm(fields: Fields) -> NormSpec | None:
+    return NormSpec(fields.above_zero("rms_norm_eps")) if fields.flag("use_qk_norm") else None
 
 
 def _experts(fields: Fields) -> ExpertsSpec:
@@ -147,7 +148,7 @@ def _shared(fields: Fields) -> SharedSpec | None:
     """All shared experts as one: their rows, side by side, make a wider MLP."""
     width = fields.positive("moe_shared_expert_intermediate_size", fields.positive("moe_intermediate_size"))
     count = fields.integer("num_shared_experts")
-    return SharedSpec(count * width, is_mixed=False) if count else None
+    return SharedSpec(count * width, "added") if count else None
 
 
 def names(spec: ModelSpec) -> Names:

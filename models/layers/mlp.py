@@ -33,14 +33,14 @@ class DenseMlp(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """shared(x), added to the output y of a layer's MLP, or mixed with it: (1 - c) * y + c * shared(x) with
-    c = sigmoid(coefficient x)."""
+    """shared(x) beside the output y of a layer's MLP, joined as `SharedSpec.joining` says."""
 
     def __init__(self, hidden_size: int, spec: SharedSpec, build: Build) -> None:
         super().__init__()
         self.mlp = DenseMlp(hidden_size, spec.width, build)
         self.coefficient: Projection | None = None
-        if spec.is_mixed:
+        self.joining = spec.joining
+        if spec.joining != "added":
             self.coefficient = Projection(hidden_size, {"coefficient": 1}, build, dtype=torch.float32)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -49,10 +49,10 @@ class SharedExpert(nn.Module):
         if self.coefficient is None:
             return y + shared
         c = torch.sigmoid(self.coefficient(x.float())).to(x.dtype)
-        return torch.lerp(y, shared, c)
+        return torch.lerp(y, shared, c) if self.joining == "mixed" else torch.addcmul(y, shared, c)
 
     def targets(self, layer: str) -> Iterator[Target]:
-        """`{layer}shared_mlp.*` and, where it is mixed, `{layer}coefficient`."""
+        """`{layer}shared_mlp.*` and, unless it is added, `{layer}coefficient`."""
         yield from self.mlp.targets(f"{layer}shared_mlp.")
         if self.coefficient is not None:
             yield from self.coefficient.targets(layer)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from ...kernels.bundles import HeadNorm
 from ..loading.target import Target
+from ..specs import NormSpec
 from .build import Build
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dim (Zhang and Sennrich 2019)."""
 
-    def __init__(self, size: int, eps: float, build: Build) -> None:
+    def __init__(self, size: int, spec: NormSpec, build: Build) -> None:
         super().__init__()
-        self.eps = eps
+        self.spec = spec
+        self.eps = spec.eps
         self.dense = build.kernels.dense
-        self.weight = build.parameter(size)
+        self.weight = _weight(size, spec, build)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, size] -> norm(x)."""
@@ -34,24 +37,34 @@ class RMSNorm(nn.Module):
 
     def targets(self, name: str) -> Iterator[Target]:
         """`{name}.weight`."""
-        yield Target(f"{name}.weight", self.weight)
+        yield _target(name, self.weight, self.spec)
 
 
 class QkNorm(nn.Module):
     """An RMS norm of each head's query and key, which the kernels compute as they rotate."""
 
-    def __init__(self, head_dim: int, eps: float, build: Build) -> None:
+    def __init__(self, head_dim: int, spec: NormSpec, build: Build) -> None:
         super().__init__()
-        self.query = build.parameter(head_dim)
-        self.key = build.parameter(head_dim)
-        self.bundle = HeadNorm(self.query, self.key, eps)
+        self.spec = spec
+        self.query = _weight(head_dim, spec, build)
+        self.key = _weight(head_dim, spec, build)
+        self.bundle = HeadNorm(self.query, self.key, spec.eps)
 
     def targets(self, prefix: str) -> Iterator[Target]:
         """`{prefix}q_norm.weight` and `{prefix}k_norm.weight`."""
-        yield Target(f"{prefix}q_norm.weight", self.query)
-        yield Target(f"{prefix}k_norm.weight", self.key)
+        yield _target(f"{prefix}q_norm", self.query, self.spec)
+        yield _target(f"{prefix}k_norm", self.key, self.spec)
 
 
-def build_qk_norm(head_dim: int, eps: float | None, build: Build) -> QkNorm | None:
-    """None for an eps of None."""
-    return None if eps is None else QkNorm(head_dim, eps, build)
+def build_qk_norm(head_dim: int, spec: NormSpec | None, build: Build) -> QkNorm | None:
+    """None for no spec."""
+    return None if spec is None else QkNorm(head_dim, spec, build)
+
+
+def _weight(size: int, spec: NormSpec, build: Build) -> nn.Parameter:
+    """float32 where it is a sum with 1, since bfloat16 would round off half of the stored digits or more."""
+    return build.parameter(size, dtype=torch.float32 if spec.is_zero_centred else None)
+
+
+def _target(name: str, weight: nn.Parameter, spec: NormSpec) -> Target:
+    return Target(f"{name}.weight", weight, plus=1.0 if spec.is_zero_centred else 0.0)

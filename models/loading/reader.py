@@ -77,6 +77,7 @@ class Piece:
     stored: StoredTensor
     part: Tensor
     cut: Cut | None
+    plus: float = 0.0
 
 
 def read_header(path: Path) -> list[StoredTensor]:
@@ -162,7 +163,8 @@ class _Staging:
         """
         stored, part, cut = piece.stored, piece.part, piece.cut
         num_bytes = stored.nbytes
-        if cut is None and part.device.type == "cpu" and part.dtype == stored.dtype and part.is_contiguous():
+        is_plain = cut is None and not piece.plus
+        if is_plain and part.device.type == "cpu" and part.dtype == stored.dtype and part.is_contiguous():
             flat = part.as_strided((part.numel(),), (1,))  # a lone item may have any stride
             read(stored.path, stored.offset, flat.view(torch.uint8))
             return num_bytes
@@ -172,6 +174,8 @@ class _Staging:
             items = cut.part(items)
         with torch.cuda.stream(self.stream):
             part.copy_(items, non_blocking=True)
+            if piece.plus:
+                part.add_(piece.plus)
             if self.arrived is not None:
                 self.arrived.record()
         if self.arrived is not None:
@@ -203,7 +207,8 @@ def read_bytes(stored: StoredTensor, target: Target) -> int:
 def _pieces(pairs: list[tuple[StoredTensor, Target]]) -> Iterator[Piece]:
     """Pieces that fit a buffer, in the order of the files."""
     for stored, target in sorted(pairs, key=lambda pair: (pair[0].path, pair[0].offset)):
-        yield from _split(stored, target.view, target.cut, BUFFER_BYTES // stored.dtype.itemsize)
+        for piece in _split(stored, target.view, target.cut, BUFFER_BYTES // stored.dtype.itemsize):
+            yield replace(piece, plus=target.plus)
 
 
 def _split(stored: StoredTensor, view: Tensor, cut: Cut | None, limit: int) -> Iterator[Piece]:

@@ -30,13 +30,15 @@ class Target:
     """The view of a parameter that a stored tensor, or its `cut`, fills.
 
     `name` is canonical (`Names`). `covers` lists the canonical names of the targets in whose place a fused tensor may
-    come; a target without `covers` must be filled, by its own tensor or by one that covers it.
+    come; a target without `covers` must be filled, by its own tensor or by one that covers it. `plus` is added to the
+    stored values in the view's dtype.
     """
 
     name: str
     view: Tensor
     covers: tuple[str, ...] = ()
     cut: Cut | None = None  # None: the whole tensor
+    plus: float = 0.0
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from ..forward_batch import ForwardBatch
 from ..layers.norm import RMSNorm, build_qk_norm
 from ..layers.projection import Projection
 from ..loading.target import Target
-from ..specs import LightningSpec
+from ..specs import LightningSpec, NormSpec
 from .cache import CacheSpec, LayerCache, Part
 from .lightning_backends import LightningCall, ring_of
 from .mixer import Mixer, MixerBuild
@@ -36,10 +36,10 @@ class LightningAttention(Mixer):
         self.cache = _cache(spec, self.backend.ring_size)
         width = spec.num_heads * spec.head_dim
         self.in_proj = Projection(hidden_size, {"qkv_proj": 3 * width, "output_gate": width}, build)
-        assert spec.rope is not None or spec.qk_norm_eps is None, "a norm of heads is computed with their rotation"
+        assert spec.rope is not None or spec.qk_norm is None, "a norm of heads is computed with their rotation"
         self.rotary = None if spec.rope is None else common.rotary.table(spec.rope)
-        self.qk_norm = build_qk_norm(spec.head_dim, spec.qk_norm_eps, build)
-        self.norm = RMSNorm(width, spec.norm_eps, build)
+        self.qk_norm = build_qk_norm(spec.head_dim, spec.qk_norm, build)
+        self.norm = RMSNorm(width, NormSpec(spec.norm_eps), build)
         self.out_proj = Projection(width, {"out_proj": hidden_size}, build, split="in")
         self.slopes = torch.tensor(spec.slopes, dtype=torch.float32, device=build.device)
 

@@ -31,7 +31,7 @@ class SoftmaxAttention(Mixer):
         separate = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
         fused = {"qkv_proj": q_width + 2 * kv_width}
         self.qkv_proj = Projection(hidden_size, fused if spec.is_fused else separate, build)
-        self.qk_norm = build_qk_norm(spec.head_dim, spec.qk_norm_eps, build)
+        self.qk_norm = build_qk_norm(spec.head_dim, spec.qk_norm, build)
         self.o_proj = Projection(q_width, {"o_proj": hidden_size}, build, split="in")
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: LayerCache) -> Tensor:

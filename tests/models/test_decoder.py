@@ -25,6 +25,7 @@ from leyden.models.specs import (
     LayerSpec,
     LightningSpec,
     ModelSpec,
+    NormSpec,
     Residual,
     RopeSpec,
     SharedSpec,
@@ -42,7 +43,7 @@ NARROW = LightningSpec(num_heads=4, head_dim=8, slopes=(0.5, 0.1, 0.02, 0.004), 
 PARTIAL = SoftmaxSpec(num_heads=4, num_kv_heads=2, head_dim=8, rope=RopeSpec(dim=4, theta=1000.0))
 WHOLE = SoftmaxSpec(num_heads=2, num_kv_heads=1, head_dim=12, rope=RopeSpec(dim=12, theta=500.0))
 EXPERTS = ExpertsSpec(width=12, num_experts=3, top_k=2, route=SoftmaxRoute())
-ADDED, MIXED = SharedSpec(width=10, is_mixed=False), SharedSpec(width=6, is_mixed=True)
+ADDED, MIXED, GATED = SharedSpec(10, "added"), SharedSpec(6, "mixed"), SharedSpec(4, "gated")
 SPEC = ModelSpec(
     architecture="none",
     vocab_size=VOCAB,
@@ -53,9 +54,9 @@ SPEC = ModelSpec(
         LayerSpec(PARTIAL, DenseSpec(16), Residual(1.0, 0.7), Residual(0.9, 1.0), MIXED),
         LayerSpec(WHOLE, EXPERTS, Residual(1.0, 1.0), Residual(1.0, 1.0)),
         LayerSpec(NARROW, EXPERTS, Residual(1.0, 1.0), Residual(1.0, 1.0), MIXED),
-        LayerSpec(PARTIAL, DenseSpec(8), Residual(1.0, 1.0), Residual(1.0, 1.0)),
+        LayerSpec(PARTIAL, DenseSpec(8), Residual(1.0, 1.0), Residual(1.0, 1.0), GATED),
     ),
-    rms_norm_eps=EPS,
+    norm=NormSpec(EPS),
     postnorm=False,
     tie_word_embeddings=False,
     max_model_len=LONGEST,
@@ -134,8 +135,10 @@ class Reference:
         if spec.shared is None:
             return y
         shared = self.gated(x, f"{layer}.shared_mlp")
-        c = torch.sigmoid(self.w(f"{layer}.coefficient") @ x) if spec.shared.is_mixed else None
-        return y + shared if c is None else (1 - c) * y + c * shared
+        if spec.shared.joining == "added":
+            return y + shared
+        c = torch.sigmoid(self.w(f"{layer}.coefficient") @ x)
+        return (1 - c) * y + c * shared if spec.shared.joining == "mixed" else y + c * shared
 
     def moe(self, x: Tensor, name: str) -> Tensor:
         p, best = (self.w(f"{name}.gate") @ x).softmax(dim=0).topk(EXPERTS.top_k)

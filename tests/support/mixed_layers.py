@@ -19,7 +19,16 @@ from leyden.models.loading.weights import fill_with_noise
 from leyden.models.mixers.cache import LayerCache, Part
 from leyden.models.mixers.lightning import LightningAttention
 from leyden.models.mixers.mixer import MixerBuild
-from leyden.models.specs import DenseSpec, LayerSpec, LightningSpec, ModelSpec, Residual, RopeSpec, SoftmaxSpec
+from leyden.models.specs import (
+    DenseSpec,
+    LayerSpec,
+    LightningSpec,
+    ModelSpec,
+    NormSpec,
+    Residual,
+    RopeSpec,
+    SoftmaxSpec,
+)
 from tiny_models import VOCAB, save_minimax
 from torch import Tensor
 
@@ -86,7 +95,7 @@ def mixed_spec(mixers: tuple[Any, ...] = MIXERS) -> ModelSpec:
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         layers=tuple(LayerSpec(mixer, DenseSpec(48), alike, alike) for mixer in mixers),
-        rms_norm_eps=1e-5,
+        norm=NormSpec(1e-5),
         postnorm=False,
         tie_word_embeddings=False,
         max_model_len=1024,

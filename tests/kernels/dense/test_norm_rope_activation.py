@@ -27,9 +27,10 @@ def plain_norm(x, weight, eps):
 def test_rms_norm_follows_its_formula(backend, dtype, shape, device, rng, assert_close):
     x = (torch.randn(*shape, generator=rng) * 3).to(device, dtype)
     weight = torch.rand(shape[-1], generator=rng).to(device, dtype)
-    y = KERNELS[backend].rms_norm(x, weight, 1e-5)
-    assert y.dtype == dtype
-    assert_close("y", y, plain_norm(x, weight, 1e-5), BOUNDS[dtype])
+    for w in (weight, 1.0 + weight.float()):
+        y = KERNELS[backend].rms_norm(x, w, 1e-5)
+        assert y.dtype == dtype
+        assert_close("y", y, plain_norm(x, w, 1e-5), BOUNDS[dtype])
 
 
 @every_kernel
@@ -54,10 +55,11 @@ def test_add_rms_norm_returns_the_weighted_sum_and_its_norm(backend, dtype, alph
     x, residual = torch.randn(2, 5, 144, generator=rng).to(device, dtype)
     weight = torch.rand(144, generator=rng).to(device, dtype)
     kept = x.clone(), residual.clone()
-    y, h = KERNELS[backend].add_rms_norm(x, residual, weight, 1e-5, alpha, beta)
-    assert y.dtype == h.dtype == dtype
-    assert_close("h", h, alpha * residual.double() + beta * x.double(), BOUNDS[dtype])
-    assert_close("y", y, plain_norm(h, weight, 1e-5), BOUNDS[dtype])
+    for w in (weight, 1.0 + weight.float()):
+        y, h = KERNELS[backend].add_rms_norm(x, residual, w, 1e-5, alpha, beta)
+        assert y.dtype == h.dtype == dtype
+        assert_close("h", h, alpha * residual.double() + beta * x.double(), BOUNDS[dtype])
+        assert_close("y", y, plain_norm(h, w, 1e-5), BOUNDS[dtype])
     assert torch.equal(x, kept[0])
     assert torch.equal(residual, kept[1])
 
@@ -151,16 +153,18 @@ def test_rope_turns_the_first_channels_in_pairs_and_keeps_the_rest(
 
 @every_kernel
 @every_dtype
-@pytest.mark.parametrize("is_normed", [False, True], ids=["rope alone", "after a norm"])
+@pytest.mark.parametrize("norm_dtype", [None, "as x", torch.float32], ids=["rope alone", "norm", "float32 norm"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 2), (16, 16), (20, 1)])
 @pytest.mark.parametrize(("D", "R"), [(16, 8), (128, 64), (96, 96), (80, 20)])
 def test_heads_are_normed_then_rotated_in_place(
-    backend, dtype, is_normed, heads, kv_heads, D, R, device, rng, assert_close
+    backend, dtype, norm_dtype, heads, kv_heads, D, R, device, rng, assert_close
 ):
     """q and key as views of one projection, alone and on their way into the cache."""
     positions = torch.tensor([0, 7, 499, 250], device=device)
     projected = (torch.randn(4, heads + 2 * kv_heads, D, generator=rng) * 3).to(device, dtype)
-    q_weight, key_weight = torch.rand(2, D, generator=rng).to(device, dtype)
+    is_normed = norm_dtype is not None
+    weight_dtype = torch.float32 if norm_dtype == torch.float32 else dtype
+    q_weight, key_weight = (1.0 + torch.rand(2, D, generator=rng)).to(device, weight_dtype)
     cos_sin = angles(R).to(device)
     norm = HeadNorm(q_weight, key_weight, 1e-2) if is_normed else None
     weights = torch.cat([q_weight.expand(heads, D), key_weight.expand(kv_heads, D)])

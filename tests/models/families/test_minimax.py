@@ -107,7 +107,7 @@ def test_released_config_in_normal_form():
     assert [i for i, layer in enumerate(config.layers) if isinstance(layer.mixer, SoftmaxSpec)] == list(range(7, 80, 8))
     assert (config.vocab_size, config.hidden_size, config.max_model_len) == (200064, 6144, 10240000)
     assert config.postnorm and not config.tie_word_embeddings
-    assert (config.rms_norm_eps, config.dtype, config.eos_token_ids) == (1e-5, "bfloat16", ())
+    assert (config.norm.eps, config.dtype, config.eos_token_ids) == (1e-5, "bfloat16", ())
     linear, full = config.layers[0], config.layers[7]
     assert isinstance(linear.mixer, LightningSpec)
     assert (linear.mixer.num_heads, linear.mixer.head_dim, linear.mixer.scale) == (64, 128, 1.0)
@@ -134,7 +134,7 @@ def test_m1_is_the_same_network():
 
 def test_both_spellings_of_the_released_model_agree_but_for_a_rounding_of_the_slopes():
     original, hf = parse(), from_hf(TEXT_01_HF)
-    for field in ("vocab_size", "hidden_size", "rms_norm_eps", "postnorm", "max_model_len", "dtype"):
+    for field in ("vocab_size", "hidden_size", "norm", "postnorm", "max_model_len", "dtype"):
         assert getattr(original, field) == getattr(hf, field)
     for i, (a, b) in enumerate(zip(original.layers, hf.layers, strict=True)):
         assert (a.mlp, a.mixer_residual, a.mlp_residual) == (b.mlp, b.mixer_residual, b.mlp_residual)
@@ -190,7 +190,7 @@ def test_head_dim_follows_from_the_width_when_it_is_absent():
 def test_layers_may_differ_in_experts_and_shared_width():
     config = parse(num_local_experts=[1, 32] * 40, shared_intermediate_size=[64] + [0] * 79)
     assert [isinstance(layer.mlp, ExpertsSpec) for layer in config.layers[:3]] == [False, True, False]
-    assert [layer.shared for layer in config.layers[:3]] == [SharedSpec(64, is_mixed=True), None, None]
+    assert [layer.shared for layer in config.layers[:3]] == [SharedSpec(64, "mixed"), None, None]
     assert parse(num_local_experts=1).layers[0].mlp == DenseSpec(width=9216)
 
 
@@ -411,7 +411,7 @@ def test_softmax_shared_mode_is_refused_only_where_a_shared_expert_exists():
 
 
 def test_model_without_lightning_layers_is_refused():
-    refused("no lightning layer", attn_type_list=[1] * 80)
+    refused("no linear layer", attn_type_list=[1] * 80)
 
 
 def test_wrong_layer_types_are_refused():

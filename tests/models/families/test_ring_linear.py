@@ -28,6 +28,7 @@ from leyden.models.specs import (
     DenseSpec,
     ExpertsSpec,
     LightningSpec,
+    NormSpec,
     RopeSpec,
     SharedSpec,
     SigmoidGroupRoute,
@@ -234,18 +235,19 @@ def test_released_config_in_normal_form():
     """config.json of Ring-mini-linear-2.0, and the stop ids of Ring's generation_config.json."""
     spec = read_config(RELEASED)
     assert (spec.hidden_size, spec.vocab_size, spec.max_model_len) == (2048, 157184, 131072)
-    assert (spec.postnorm, spec.tie_word_embeddings, spec.rms_norm_eps, spec.dtype) == (False, False, 1e-6, "bfloat16")
+    assert (spec.postnorm, spec.tie_word_embeddings, spec.norm.eps, spec.dtype) == (False, False, 1e-6, "bfloat16")
     assert [i for i, layer in enumerate(spec.layers) if isinstance(layer.mixer, SoftmaxSpec)] == [4, 9, 14, 19]
     lightning, softmax = spec.layers[1].mixer, spec.layers[4].mixer
     assert isinstance(lightning, LightningSpec)
     assert (lightning.num_heads, lightning.head_dim, lightning.scale) == (16, 128, 128**-0.5)
     assert (lightning.norm_groups, lightning.has_silu, lightning.is_interleaved) == (4, False, False)
-    assert lightning.rope == softmax.rope == RopeSpec(64, 1e6) and lightning.qk_norm_eps == softmax.qk_norm_eps == 1e-6
+    assert lightning.rope == softmax.rope == RopeSpec(64, 1e6)
+    assert lightning.qk_norm == softmax.qk_norm == NormSpec(1e-6)
     assert (softmax.num_heads, softmax.num_kv_heads, softmax.head_dim, softmax.is_fused) == (16, 4, 128, True)
     assert spec.layers[0].mlp == DenseSpec(5120) and spec.layers[0].shared is None
     for layer in spec.layers[1:]:
         assert layer.mlp == ExpertsSpec(512, 256, 8, SigmoidGroupRoute(num_groups=8, num_kept=4, scale=2.5))
-        assert layer.shared == SharedSpec(512, is_mixed=False)
+        assert layer.shared == SharedSpec(512, "added")
 
 
 def test_stop_ids_are_those_of_both_files(tmp_path):
@@ -289,7 +291,7 @@ def test_layers_forget_less_and_less_from_the_offset_on(offset, first, last):
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = "),
         ({"slope_layer_offset": 2}, "slope_layer_offset = 2 is not supported (supported: 0, 1)"),
         ({"use_qk_norm": None}, "use_qk_norm is missing"),
-        ({"layer_group_size": 9}, "no lightning layer"),
+        ({"layer_group_size": 9}, "no linear layer"),
         ({"layer_group_size": 0}, "layer_group_size must be positive"),
         ({"group_norm_size": 5}, "group_norm_size (5) must divide num_attention_heads * head_dim (64)"),
         ({"num_key_value_heads": 3}, "num_key_value_heads (3) must divide num_attention_heads (4)"),

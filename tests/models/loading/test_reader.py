@@ -140,6 +140,17 @@ def test_every_item_lands_in_its_place_and_none_beside_it(tmp_path, buffers, lay
     check_fill(tmp_path, layout, stored_dtype, dtype, CPU)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stored_dtype", DTYPES, ids=str)
+def test_a_sum_with_the_stored_values_is_made_in_the_parameters_dtype(tmp_path, buffers, layout, stored_dtype, dtype):
+    tensor = random(3, 5, 7, dtype=stored_dtype)
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
+    view = LAYOUTS[layout](CPU, dtype)
+    load_weights(tmp_path, [Target("x", view, plus=1.0)], AS_STORED, progress=False)
+    assert torch.equal(view, tensor.to(dtype) + 1.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
