@@ -52,6 +52,7 @@ class EngineCore:
             SlotManager(plan.num_state_slots),
             cache=PrefixCache(blocks, plan.num_snapshots, plan.num_host_snapshots, config.snapshot_min_tokens),
             snapshot_interval=config.snapshot_interval,
+            snapshot_every=self.runner.served.snapshot_every,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
             mixed_prefill_tokens=config.mixed_prefill_tokens,

@@ -121,11 +121,12 @@ class Decoder(nn.Module):
             stream = layer(stream, batch, cache)
         return stream.normed(self.norm)[1]
 
-    def fold_pending(self, caches: list[LayerCache], slots: Tensor, num_pending: Tensor) -> None:
+    def fold_pending(self, caches: list[LayerCache], slots: Tensor, num_pending: Tensor, context_lens: Tensor) -> None:
         """Bring the tokens that wait in rings into the states of all layers, in place. slots: [N] int32, each once;
-        num_pending: [N] int32, the tokens that wait in each."""
+        num_pending: [N] int32, the tokens that wait in each; context_lens: [N] int32, the tokens of each slot's
+        sequence, those that wait included."""
         for layer, cache in zip(self._layers(), caches, strict=True):
-            layer.mixer.fold(cache, slots, num_pending)
+            layer.mixer.fold(cache, slots, num_pending, context_lens)
 
     def compute_logits(self, h: Tensor) -> Tensor:
         """h [N, d], rows of the forward's result -> logits [N, vocab]."""

@@ -16,8 +16,8 @@ from .arrays import upload
 class Copier:
     """The pools, and the one place that operations between their slots, blocks and snapshots.
 
-    fold: takes slots [N] int32, each once, and numbers of tokens [N] int32; brings so many tokens that wait in each
-    slot's ring into its state, in all layers.
+    fold: takes slots [N], each once, numbers of tokens that wait [N] and of computed tokens [N], all int32; brings the
+    tokens that wait in each slot's ring into its state, in all layers.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class Copier:
         states: StatePool,
         snapshots: SnapshotPool,
         kv: KVPool,
-        fold: Callable[[Tensor, Tensor], None],
+        fold: Callable[[Tensor, Tensor, Tensor], None],
         device: torch.device,
     ) -> None:
         self.states = states
@@ -42,9 +42,9 @@ class Copier:
         """
         folds = [operation for operation in operations if isinstance(operation, Fold)]
         if folds:
-            slots, counts = np.array(folds, dtype=np.int32).T
-            sent = upload({"slots": slots, "counts": counts}, self._device)
-            self._fold(sent["slots"], sent["counts"])
+            columns = np.array(folds, dtype=np.int32).T
+            sent = upload(dict(zip(Fold._fields, columns, strict=True)), self._device)
+            self._fold(*(sent[name] for name in Fold._fields))
         for operation in operations:
             match operation:
                 case Fork(source, target, blocks):

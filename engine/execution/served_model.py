@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,11 @@ class ServedModel:
     def snapshot_bytes(self) -> int:
         """Bytes of one snapshot of all layers."""
         return snapshot_bytes(self.model.caches, self.snapshot_dtypes.sizes)
+
+    @property
+    def snapshot_every(self) -> int:
+        """Of so many tokens of a sequence is the number after which a step can save its slot, in every layer."""
+        return math.lcm(*(cache.snapshot_every for cache in self.model.caches))
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -21,6 +21,7 @@ class Fold(NamedTuple):
 
     slot: int
     num_pending: int
+    num_computed_tokens: int  # of the slot's sequence, those that wait included
 
 
 class Save(NamedTuple):

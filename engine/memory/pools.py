@@ -21,6 +21,7 @@ class DTypes(NamedTuple):
 
     state: torch.dtype
     activation: torch.dtype
+    float32: torch.dtype = torch.float32
 
     def of(self, part: Part) -> torch.dtype:
         dtype: torch.dtype = getattr(self, part.holds)

@@ -43,10 +43,10 @@ class Reuse:
     empty. Read by the scheduler, written here alone.
     """
 
-    def __init__(self, cache: PrefixCache, interval: int) -> None:
+    def __init__(self, cache: PrefixCache, interval: int, every: int = 1) -> None:
         self.cache = cache
         self.blocks = cache.blocks
-        self.ladder = Ladder(cache.min_tokens, interval)
+        self.ladder = Ladder(cache.min_tokens, interval, every)
         cache.num_for_rungs = cache.num_snapshots // SHARE_OF_RUNGS if interval else 0
         self.operations: list[Operation] = []
         self.conversations = Conversations(cache)
@@ -198,7 +198,7 @@ class Reuse:
         """Let nothing wait in the ring of the sequence's slot."""
         if sequence.num_pending_tokens:
             assert sequence.state_slot is not None
-            self.operations.append(Fold(sequence.state_slot, sequence.num_pending_tokens))
+            self.operations.append(Fold(sequence.state_slot, sequence.num_pending_tokens, sequence.num_computed_tokens))
             sequence.num_pending_tokens = 0
 
     def take_operations(self) -> list[Operation]:

@@ -52,11 +52,12 @@ class Scheduler:
         ring: RingRule = RingRule(),
         cache: PrefixCache | None = None,
         snapshot_interval: int = 1 << 20,
+        snapshot_every: int = 1,
         speculation: Speculation | None = None,
     ) -> None:
         self.blocks = blocks
         self.cache = PrefixCache(blocks, 0) if cache is None else cache
-        self.reuse = Reuse(self.cache, snapshot_interval)
+        self.reuse = Reuse(self.cache, snapshot_interval, snapshot_every)
         self.slots = slots
         self.max_num_batched_tokens = max_num_batched_tokens
         self.mixed_prefill_tokens = max_num_batched_tokens if mixed_prefill_tokens is None else mixed_prefill_tokens

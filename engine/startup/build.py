@@ -91,7 +91,8 @@ def _warm_up(runner: ModelRunner, config: EngineConfig, plan: MemoryPlan) -> Non
         for step in smallest_steps(limits):
             launcher.launch(step).wait()
         if plan.num_snapshots:
-            launcher.launch(snapshot_step(limits, num_pending=min(1, runner.served.ring.capacity))).wait()
+            served = runner.served
+            launcher.launch(snapshot_step(limits, min(1, served.ring.capacity), served.snapshot_every)).wait()
 
 
 def _with_graphs(built: Built, config: EngineConfig, *, progress: bool) -> Built:

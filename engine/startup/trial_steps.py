@@ -68,14 +68,18 @@ def smallest_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
         yield _decodes(limits, 1)
     if limits.most_drafted:
         yield _verifies(limits, 1)
-        yield dataclasses.replace(_verifies(limits, 1), operations=[Fold(0, 1)])  # a token of the one before was right
+        yield dataclasses.replace(_verifies(limits, 1), operations=[Fold(0, 1, 1)])  # one was right before
 
 
-def snapshot_step(limits: StepLimits, num_pending: int) -> ScheduledBatch:
-    """A slot is saved and restored, as the prefix cache does, before a prompt of one token, which is saved too."""
-    folds = [Fold(0, num_pending)] if num_pending else []
+def snapshot_step(limits: StepLimits, num_pending: int, every: int) -> ScheduledBatch:
+    """A slot is saved and restored, as the prefix cache does, before a prompt's last token, after which it is saved
+    too. `every`: of so many tokens is the number after which a step can save; a shorter context has no such place."""
+    folds = [Fold(0, num_pending, num_pending)] if num_pending else []
     operations: list[Operation] = [*folds, Save(0, 0), Restore(0, 0, [(0, 0)])]
-    return ScheduledBatch([_sequence(limits, 0, 1)], [1], 1, operations, snapshots=[StepSave(0, 1, 0)])
+    sequence = _sequence(limits, 0, min(every, limits.max_len))
+    sequence.num_computed_tokens = sequence.num_tokens - 1
+    saves = [StepSave(0, 1, 0)] if sequence.num_tokens == every else []
+    return ScheduledBatch([sequence], [1], 1, operations, snapshots=saves)
 
 
 def serving_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:

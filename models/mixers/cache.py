@@ -14,12 +14,12 @@ class Part(NamedTuple):
     """One tensor of those that a layer keeps.
 
     `holds` tells its dtype. "state" is a recurrent state: the setting `state_dtype` in the pool, `snapshot_dtype` in a
-    snapshot. "activation" is what a token left: the model's own dtype everywhere.
+    snapshot. "activation" is what a token left: the model's own dtype everywhere. "float32" is float32 everywhere.
     """
 
     name: str  # unique in its layer; sessions' files tell parts apart by it
     shape: tuple[int, ...]
-    holds: Literal["state", "activation"]
+    holds: Literal["state", "activation", "float32"]
 
     @property
     def size(self) -> int:
@@ -34,6 +34,8 @@ class CacheSpec(NamedTuple):
     ring: tuple[Part, ...] = ()  # of each token that waits in a ring; in the pool its places follow the first dim
     ring_size: int = 0  # places of the ring, 0 without one
     token: tuple[Part, ...] = ()  # of each token, in blocks
+    # A step can save what a slot holds on a prompt's way after multiples of so many tokens of the sequence.
+    snapshot_every: int = 1
 
 
 class LayerCache(NamedTuple):
@@ -51,6 +53,7 @@ class ItemSizes(NamedTuple):
 
     state: int
     activation: int
+    float32: int = 4
 
     def of(self, parts: Iterable[Part]) -> int:
         """Bytes of one copy of each part."""

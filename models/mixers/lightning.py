@@ -68,7 +68,7 @@ class LightningAttention(Mixer):
             self.kernels.attention.rope_(q, k, positions, self.rotary.cos_sin, norm)
         return q, k, v
 
-    def fold(self, cache: LayerCache, slots: Tensor, num_pending: Tensor) -> None:
+    def fold(self, cache: LayerCache, slots: Tensor, num_pending: Tensor, context_lens: Tensor) -> None:
         if cache.ring:
             self.kernels.lightning.fold(self.slopes, cache.slot[0], ring_of(cache, num_pending), slots)
 

@@ -38,9 +38,8 @@ class Mixer(nn.Module):
         snapshots that it asks for."""
         raise NotImplementedError
 
-    def fold(self, cache: LayerCache, slots: Tensor, num_pending: Tensor) -> None:
-        """Bring the tokens that wait in the rings of these slots into their states, in place. slots: [N] int32, each
-        once; num_pending: [N] int32. A mixer without a ring does nothing."""
+    def fold(self, cache: LayerCache, slots: Tensor, num_pending: Tensor, context_lens: Tensor) -> None:
+        """`Decoder.fold_pending` for one layer. A mixer without a ring does nothing."""
 
     def targets(self, prefix: str) -> Iterator[Target]:
         """The checkpoint tensors that the mixer wants; `prefix` is the layer's name with the mixer's, dot included."""

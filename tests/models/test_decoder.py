@@ -204,8 +204,8 @@ class Driver:
         work = prefills + [(row, 1) for row in decodes]
         waiting = [row for row, _ in prefills if row.pending]
         if waiting:
-            slots, counts = ([row.slot for row in waiting], [row.pending for row in waiting])
-            self.model.fold_pending(self.caches, ints(slots), ints(counts))
+            each = ([row.slot for row in waiting], [row.pending for row in waiting], [row.computed for row in waiting])
+            self.model.fold_pending(self.caches, *map(ints, each))
             for row in waiting:
                 row.pending = 0
         places = [(row, i) for row, count in work for i in range(row.computed, row.computed + count)]

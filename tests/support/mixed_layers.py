@@ -64,8 +64,8 @@ class ShiftedLightning(LightningAttention):
                 kept[snapshot] = x[starts[row] + num_tokens - 1]
         return super().forward(x + before / 2, batch, _without_last(cache))
 
-    def fold(self, cache: LayerCache, slots: Tensor, num_pending: Tensor) -> None:
-        super().fold(_without_last(cache), slots, num_pending)
+    def fold(self, cache: LayerCache, slots: Tensor, num_pending: Tensor, context_lens: Tensor) -> None:
+        super().fold(_without_last(cache), slots, num_pending, context_lens)
 
 
 def _without_last(cache: LayerCache) -> LayerCache:

@@ -31,6 +31,16 @@ def test_the_rungs_of_the_default_settings():
     assert len(ladder.between(0, 8192)) == 11 and len(ladder.between(0, 131_072)) == 42
 
 
+@pytest.mark.parametrize(("min_tokens", "interval"), [(128, 4096), (128, 1000), (1, 1000), (5, 3), (200, 4096)])
+def test_rungs_lie_where_the_models_layers_can_save_their_states(min_tokens, interval):
+    rungs = [at for at, _ in Ladder(min_tokens, interval, every=64).between(0, 40_000)]
+    assert rungs == sorted(set(rungs)) and all(at % 64 == 0 for at in rungs)
+    for shared in range(max(4 * min_tokens, 256), 10_000):
+        kept = max((at for at in rungs if at <= shared), default=0)
+        assert kept >= 3 / 4 * shared - 64 or shared - kept < max(interval, 64)
+    assert [at for at, _ in Ladder(128, 4096, every=64).between(0, 1500)] == [384, 512, 640, 832, 1088, 1408]
+
+
 def test_parts_make_the_whole_in_any_order():
     rng = random.Random(0)
     whole = Ladder(7, 90).between(0, 5000)

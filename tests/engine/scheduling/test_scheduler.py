@@ -82,8 +82,8 @@ class Device:
                 assert self.pending[source] == 0, "tokens in a ring stay behind"
                 self.states[target], self.pending[target] = self.states[source], 0
                 self.copy_blocks(blocks)
-            case Fold(slot, num_pending):
-                assert num_pending == self.pending[slot]
+            case Fold(slot, num_pending, num_computed_tokens):
+                assert num_pending == self.pending[slot] and num_computed_tokens == len(self.states[slot])
                 self.pending[slot] = 0
             case Save(slot, snapshot):
                 assert self.pending[slot] == 0

@@ -263,7 +263,7 @@ def test_steps_with_drafts_are_measured_up_to_the_most_rows_and_tokens():
 
 def test_a_fold_is_compiled_at_start_and_finds_a_token_to_fold():
     drafted = [step for step in smallest_steps(LIMITS["drafts"]) if step.num_drafted]
-    assert [step.operations for step in drafted] == [[], [Fold(0, 1)]]
+    assert [step.operations for step in drafted] == [[], [Fold(0, 1, 1)]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
