@@ -28,7 +28,7 @@ class AsyncLLM:
         in the answer stop strings count; None: everywhere. Raises what `EngineClient.generate` raises.
         """
         text = TextStream(self.tokenizer, request.sampling_params, request.prompt_token_ids, shown_ids, stop_scope)
-        async with aclosing(self.client.generate(request)) as steps:  # type: ignore[type-var]
+        async with aclosing(self.client.generate(request)) as steps:
             async for step in steps:
                 output = text.push(step)
                 yield output

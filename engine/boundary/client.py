@@ -1,21 +1,12 @@
-"""The boundary between requests and sequences: token ids go down, token ids come up.
-
-`InProcessClient` runs the engine in a thread (tests, notebooks), `ProcessClient` in a process of its own (serving), so
-that HTTP and text never slow a step.
-"""
+"""The boundary between requests and sequences: token ids go down, token ids come up."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import math
-import queue
-import threading
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncGenerator
 
 from ...configs.schema import EngineConfig
 from ..errors import (
@@ -38,99 +29,21 @@ from ..messages import (
     SessionAction,
     SessionCall,
     SessionDone,
-    Shutdown,
     StepOutputs,
     ToEngine,
 )
 from ..outputs import StepOutput
-
-logger = logging.getLogger("leyden.engine")
-
-StreamFailure = EngineDeadError | StoppingError | QueueTimeoutError
+from .stream import Stream
 
 
-class EngineClient(Protocol):
-    """What the text layer and the server know of an engine."""
+class EngineClient(ABC):
+    """An engine, as the text layer and the server know it.
 
-    info: EngineInfo  # once started
-    stats: EngineStats  # after the latest step
+    A subclass starts the engine, ends it, and carries messages: it sends them by `_send` and calls `_receive` with each
+    answer. `EngineClient` sorts the answers to the requests and calls that wait for them.
 
-    @property
-    def is_healthy(self) -> bool:
-        """Started, and not dead."""
-
-    async def start(self) -> EngineInfo:
-        """Load the model. Raises `ConfigError` (a setting or the checkpoint is wrong) or `EngineDeadError`."""
-
-    def generate(self, request: AddRequest) -> AsyncIterator[StepOutput]:
-        """Outputs of one sequence; the last one has a finish_reason.
-
-        Raises `RequestError`, `QueueFullError` or `QueueTimeoutError` before the first output, `EngineDeadError` at any
-        time. Closing the iterator early aborts the sequence.
-        """
-
-    async def call_session(self, action: SessionAction, session_id: str = "") -> SessionDone:
-        """Save, restore or delete a session, or list them. Raises `SessionError` or `EngineDeadError`."""
-
-    async def wait_dead(self) -> str:
-        """Returns why, when the engine dies by itself; never otherwise."""
-
-    def end_streams(self, reason: str) -> None:
-        """Fail every open stream, and those to come, with `StoppingError`."""
-
-    async def close(self) -> None:
-        """Stop the engine and free what it holds. May be called twice."""
-
-
-class Stream:
-    """One sequence's outputs on their way to its reader, which pulls at its own pace.
-
-    Outputs that have piled up are one: a reader that falls behind gets fewer and longer ones, and what waits here is
-    never more than the ids (and log-probabilities) of one answer. Nothing waits for company: the first goes at once.
+    info: set once `start` has returned. stats: after the latest step.
     """
-
-    def __init__(self, deadline: float = math.inf, leader: Stream | None = None) -> None:
-        self.deadline = deadline  # of its start, on the event loop's clock
-        self.leader = leader  # whose prompt it copies
-        self.is_started = False
-        self._outputs: list[StepOutput] = []  # more than one only when the last is a failure
-        self._failure: StreamFailure | None = None
-        self._arrival: asyncio.Future[None] | None = None
-
-    def put(self, output: StepOutput) -> None:
-        if self._outputs and not output.is_failure:
-            self._outputs[-1].extend(output)
-        else:
-            self._outputs.append(output)
-        self._wake()
-
-    @property
-    def has_left_queue(self) -> bool:
-        """Its prompt is being computed, for itself or for its leader."""
-        return self.is_started or (self.leader is not None and self.leader.is_started)
-
-    def fail(self, error: StreamFailure) -> None:
-        """Nothing more will come."""
-        self._failure = error
-        self._wake()
-
-    async def get(self) -> StepOutput:
-        """All that is there. Raises what the stream has failed with once there is nothing left."""
-        if not self._outputs and self._failure is None:
-            self._arrival = asyncio.get_running_loop().create_future()
-            await self._arrival
-        if self._outputs:
-            return self._outputs.pop(0)
-        assert self._failure is not None
-        raise self._failure
-
-    def _wake(self) -> None:
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
-
-
-class StreamingClient(ABC):
-    """Sorts the engine's messages to the requests that wait for them."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -142,13 +55,15 @@ class StreamingClient(ABC):
         self._death: asyncio.Future[str]
         self._is_closing = self._is_closed = False
         self._closing = asyncio.Lock()
-        self._end: str | None = None  # why nothing more is served, while the engine lives
+        self._end: str | None = None  # why requests are refused while the engine still lives
 
     @property
     def is_healthy(self) -> bool:
+        """Whether the engine has started, and neither died nor begun to close."""
         return hasattr(self, "info") and not self._death.done() and not self._is_closing
 
     async def start(self) -> EngineInfo:
+        """Load the model. Raises `ConfigError` (a setting or the checkpoint is wrong) or `EngineDeadError`."""
         loop = asyncio.get_running_loop()
         self._ready, self._death = loop.create_future(), loop.create_future()
         try:
@@ -159,7 +74,12 @@ class StreamingClient(ABC):
             raise
         return self.info
 
-    async def generate(self, request: AddRequest) -> AsyncIterator[StepOutput]:
+    async def generate(self, request: AddRequest) -> AsyncGenerator[StepOutput, None]:
+        """Outputs of one sequence; the last one has a finish_reason. Closing the iterator early aborts the sequence.
+
+        Raises `RequestError`, `QueueFullError` or `QueueTimeoutError` before the first output, `EngineDeadError` or
+        `StoppingError` at any time.
+        """
         if not self.is_healthy:
             raise EngineDeadError(self._reason())
         if self._end is not None:
@@ -188,6 +108,7 @@ class StreamingClient(ABC):
         return Stream(deadline, leader)
 
     async def call_session(self, action: SessionAction, session_id: str = "") -> SessionDone:
+        """Save, restore or delete a session, or list all. Raises `SessionError`, `EngineDeadError`, `StoppingError`."""
         if not self.is_healthy:
             raise EngineDeadError(self._reason())
         call_id = uuid.uuid4().hex
@@ -202,14 +123,16 @@ class StreamingClient(ABC):
         return done
 
     async def wait_dead(self) -> str:
+        """Return the reason once the engine has died by itself; an engine that is closed never returns it."""
         return await asyncio.shield(self._death)
 
     def end_streams(self, reason: str) -> None:
-        """Fail all that waits for the engine, and what is still to come, with `StoppingError`."""
+        """Fail every open request and session call, and every later request, with `StoppingError`."""
         self._end = reason
         self._fail_streams(reason, StoppingError)
 
     async def close(self) -> None:
+        """Stop the engine and free its memory. May be called twice."""
         self._is_closing = True
         async with self._closing:  # a second call returns when all is closed, too: its caller may end the event loop
             if not self._is_closed:
@@ -226,11 +149,11 @@ class StreamingClient(ABC):
                         started.is_started = True
                 for output in message.outputs:
                     stream = self._streams.get(output.request_id)
-                    if stream is not None:  # its reader may have left
+                    if stream is not None:  # None: the reader has left
                         stream.put(output)
             case SessionDone():
                 future = self._calls.get(message.call_id)
-                if future is not None and not future.done():  # its caller may have left
+                if future is not None and not future.done():  # else the caller has left
                     future.set_result(message)
             case EngineInfo():
                 if not self._ready.done():  # the start may have been cancelled
@@ -239,7 +162,7 @@ class StreamingClient(ABC):
                 self._die(message.message, is_user_error=message.is_user_error)
 
     def _die(self, reason: str, *, is_user_error: bool = False) -> None:
-        """The engine is gone: every stream and call that waits for it fails."""
+        """Note that the engine is gone: every stream and session call that waits for it fails."""
         if self._is_closing or self._death.done():
             return
         self._death.set_result(reason)
@@ -255,7 +178,8 @@ class StreamingClient(ABC):
                 future.set_exception(kind(reason))
 
     def _check_room(self) -> None:
-        """The queue's bound, known here too, so that a refusal comes before any output of a request's other choices."""
+        """Refuse a request that the engine's queue has no room for. The engine checks the same bound, but its refusal
+        could come after outputs of the request's other choices."""
         bound = self.info.num_state_slots + self.info.max_waiting
         if len(self._streams) >= bound:
             raise QueueFullError(
@@ -274,60 +198,15 @@ class StreamingClient(ABC):
 
     @abstractmethod
     async def _stop(self) -> None:
-        """End the engine, whatever state it is in."""
+        """End the engine, in whatever state it is."""
 
     @abstractmethod
     def _send(self, message: ToEngine) -> None:
         """Hand a message over without waiting."""
 
 
-class InProcessClient(StreamingClient):
-    """The engine in a thread of this process."""
-
-    async def _launch(self) -> None:
-        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="leyden-engine", daemon=True)
-        self._thread.start()
-
-    async def _stop(self) -> None:
-        if hasattr(self, "_thread"):
-            self._inbox.put(Shutdown())
-            await asyncio.to_thread(self._thread.join)
-
-    def _send(self, message: ToEngine) -> None:
-        self._inbox.put(message)
-
-    def _run(self) -> None:
-        from ..core import EngineCore
-        from ..errors import LeydenError
-        from .loop import run_loop
-
-        try:
-            core = EngineCore(self.config, progress=False)
-            self._post(core.info())
-            run_loop(core, self._take, self._post)
-        except LeydenError as error:
-            self._post(EngineFailed(str(error), is_user_error=True))
-        except Exception as error:
-            logger.exception("the engine failed")
-            self._post(EngineFailed(f"{type(error).__name__}: {error}"))
-
-    def _take(self, wait_seconds: float) -> list[ToEngine]:
-        messages = []
-        with contextlib.suppress(queue.Empty):
-            messages.append(self._inbox.get(timeout=wait_seconds))
-            while True:
-                messages.append(self._inbox.get_nowait())
-        return messages
-
-    def _post(self, message: FromEngine) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop may have been closed under us
-            self._loop.call_soon_threadsafe(self._receive, message)
-
-
 def _raise_if_refused(output: StepOutput) -> None:
-    """Raise what the engine answered instead of tokens."""
+    """Raise the error that the engine answered in place of tokens."""
     match output.error_code:
         case "queue_full":
             raise QueueFullError(output.error or "the queue is full")

@@ -20,7 +20,7 @@ from ...configs.schema import EngineConfig
 from ..errors import ConfigError, QueueTimeoutError
 from ..logs import LogFormat
 from ..messages import EngineInfo, FromEngine, Shutdown, StepOutputs, ToEngine, to_engine
-from .client import StreamingClient
+from .client import EngineClient
 from .heartbeat import BEAT_SECONDS, Heartbeat
 
 logger = logging.getLogger("leyden.engine")
@@ -40,7 +40,7 @@ def _ctrl_c_withheld() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class ProcessClient(StreamingClient):
+class ProcessClient(EngineClient):
     """The engine in its own process, over a ZeroMQ ipc socket in a private folder."""
 
     STOP_SECONDS = 5.0

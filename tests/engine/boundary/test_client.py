@@ -20,8 +20,9 @@ import pytest
 from engines import engine_config, request
 from leyden.configs.schema import EngineConfig
 from leyden.engine.async_llm import AsyncLLM
-from leyden.engine.boundary.client import InProcessClient, Stream
+from leyden.engine.boundary.in_process import InProcessClient
 from leyden.engine.boundary.process_client import ProcessClient
+from leyden.engine.boundary.stream import Stream
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import (
     ConfigError,
@@ -443,6 +444,7 @@ PARENT = '''
 import asyncio, sys
 from leyden.configs.schema import EngineConfig
 from leyden.engine.boundary.process_client import ProcessClient
+from leyden.engine.boundary.stream import Stream
 
 SLOW = """
 import sys, time

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from backends import BACKENDS
 from engines import DEVICE, answer, assert_nothing_held, computed, drain, request
-from leyden.engine.boundary.client import InProcessClient
+from leyden.engine.boundary.in_process import InProcessClient
 from leyden.engine.boundary.process_client import ProcessClient
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ConfigError, EngineDeadError, RequestError, SessionError

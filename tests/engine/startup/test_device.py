@@ -10,7 +10,7 @@ import torch
 from engines import answer, engine_config, make_core
 from leyden import kernels
 from leyden.engine import llm
-from leyden.engine.boundary.client import InProcessClient
+from leyden.engine.boundary.in_process import InProcessClient
 from leyden.engine.messages import AddRequest
 from leyden.engine.sampling_params import SamplingParams
 from leyden.engine.sessions import calls as sessions

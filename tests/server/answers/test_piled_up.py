@@ -9,12 +9,12 @@ import pytest
 from callers import Caller
 from leyden.configs.schema import EngineConfig, ServerConfig
 from leyden.engine.async_llm import AsyncLLM
-from leyden.engine.boundary.client import StreamingClient
+from leyden.engine.boundary.client import EngineClient
 from leyden.engine.messages import AddRequest, EngineStats, StepOutputs
 from leyden.server.http.app import create_app
 
 
-class PilingClient(StreamingClient):
+class PilingClient(EngineClient):
     """The real client over the scripted engine, whose outputs arrive `num_piled` at a time."""
 
     def __init__(self, engine, num_piled=1):

@@ -7,7 +7,7 @@ import json
 import pytest
 from leyden.configs.schema import EngineConfig, ServerConfig
 from leyden.engine.async_llm import AsyncLLM
-from leyden.engine.boundary.client import InProcessClient
+from leyden.engine.boundary.in_process import InProcessClient
 from leyden.engine.text.tokenizer import Tokenizer
 from leyden.models.loading.checkpoint import resolve
 from leyden.server.http.app import create_app

@@ -14,7 +14,7 @@ import openai
 import pytest
 from leyden.configs.schema import EngineConfig, ServerConfig
 from leyden.engine.async_llm import AsyncLLM
-from leyden.engine.boundary.client import InProcessClient
+from leyden.engine.boundary.in_process import InProcessClient
 from leyden.engine.errors import RequestError
 from leyden.engine.text import grammar
 from leyden.engine.text.json_schema import MAX_OPEN_PROPERTIES
