@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -82,9 +83,9 @@ def shards(model: Decoder, shard_bytes: int) -> Iterator[dict[str, torch.Tensor]
     shard: dict[str, torch.Tensor] = {}
     for target in model.targets():
         if not target.covers:
-            times = -(-target.view.numel() // NOISE_ITEMS)
-            items = noise.to(target.view.dtype).repeat(times)[: target.view.numel()]
-            shard[target.name] = items.view(target.view.shape).clone()
+            num_items = math.prod(target.stored_shape)
+            items = noise.to(target.view.dtype).repeat(-(-num_items // NOISE_ITEMS))[:num_items]
+            shard[target.name] = items.view(target.stored_shape).clone()
         if sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes:
             yield shard
             shard = {}

@@ -207,8 +207,20 @@ def read_bytes(stored: StoredTensor, target: Target) -> int:
 def _pieces(pairs: list[tuple[StoredTensor, Target]]) -> Iterator[Piece]:
     """Pieces that fit a buffer, in the order of the files."""
     for stored, target in sorted(pairs, key=lambda pair: (pair[0].path, pair[0].offset)):
-        for piece in _split(stored, target.view, target.cut, BUFFER_BYTES // stored.dtype.itemsize):
-            yield replace(piece, plus=target.plus)
+        for rows, view in _blocks(stored, target):
+            for piece in _split(rows, view, target.cut, BUFFER_BYTES // stored.dtype.itemsize):
+                yield replace(piece, plus=target.plus)
+
+
+def _blocks(stored: StoredTensor, target: Target) -> Iterator[tuple[StoredTensor, Tensor]]:
+    """The target's views, each with the stored rows that fill it."""
+    if not target.behind:
+        yield stored, target.view
+        return
+    start = 0
+    for view in target.views:
+        yield stored.rows(start, view.shape[0]), view
+        start += view.shape[0]
 
 
 def _split(stored: StoredTensor, view: Tensor, cut: Cut | None, limit: int) -> Iterator[Piece]:

@@ -31,7 +31,8 @@ class Target:
 
     `name` is canonical (`Names`). `covers` lists the canonical names of the targets in whose place a fused tensor may
     come; a target without `covers` must be filled, by its own tensor or by one that covers it. `plus` is added to the
-    stored values in the view's dtype.
+    stored values in the view's dtype. `behind`, never with a cut, are views that take the stored rows behind those of
+    `view`, one after another: so rows that a file interleaves reach places that lie apart.
     """
 
     name: str
@@ -39,9 +40,17 @@ class Target:
     covers: tuple[str, ...] = ()
     cut: Cut | None = None  # None: the whole tensor
     plus: float = 0.0
+    behind: tuple[Tensor, ...] = ()
+
+    @property
+    def views(self) -> tuple[Tensor, ...]:
+        """All that the stored tensor fills, in the order of its rows."""
+        return (self.view, *self.behind)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape that the tensor has in a file."""
         shape = tuple(self.view.shape)
+        if self.behind:
+            return (sum(view.shape[0] for view in self.views), *shape[1:])
         return shape if self.cut is None else self.cut.whole(shape)

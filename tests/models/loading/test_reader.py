@@ -178,6 +178,28 @@ def test_cut_fills_its_part_of_the_stored_tensor_and_nothing_beside_it(tmp_path,
         assert torch.equal(whole, expected), f"part {index}"
 
 
+@pytest.mark.parametrize("stored_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plus", [0.0, 1.0])
+def test_rows_that_a_file_interleaves_reach_the_views_behind_one_another(tmp_path, buffers, stored_dtype, plus):
+    """As a projection whose file has a query and a gate for each head in turn."""
+    tensor = random(3 * (2 + 1), 5, dtype=stored_dtype)
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
+    query, gate = torch.full((3, 2, 7), 7.0)[..., 1:6], torch.full((3, 1, 5), 7.0)
+    first, *behind = (view for head in range(3) for view in (query[head], gate[head]))
+    load_weights(tmp_path, [Target("x", first, plus=plus, behind=tuple(behind))], AS_STORED, progress=False)
+    heads = tensor.float().view(3, 3, 5) + plus
+    assert torch.equal(query, heads[:, :2])
+    assert torch.equal(gate, heads[:, 2:])
+    assert (query._base[..., [0, 6]] == 7.0).all(), "items beside the views"
+
+
+def test_views_behind_one_another_that_a_tensor_does_not_fit_are_refused_with_both_shapes(tmp_path):
+    save_file({"x": random(7, 3)}, tmp_path / "x.safetensors")
+    target = Target("x", torch.empty(4, 3), behind=(torch.empty(4, 3),))
+    with pytest.raises(CheckpointError, match=r"\[7, 3\], the config asks for \[8, 3\]"):
+        load_weights(tmp_path, [target], AS_STORED, progress=False)
+
+
 def test_cut_of_rows_reads_its_rows_alone(tmp_path):
     save_file({"x": random(8, 100)}, tmp_path / "x.safetensors")
     (stored,) = read_header(tmp_path / "x.safetensors")
