@@ -59,7 +59,13 @@ class EngineCore:
             ring=self.runner.served.ring,
             speculation=Speculation(config.speculative_tokens, config.speculative_max_rows),
         )
-        self.sessions = Sessions(config.session_folder, self.runner, self.scheduler.reuse, plan.max_model_len)
+        self.sessions = Sessions(
+            config.session_folder,
+            self.runner,
+            self.scheduler.reuse,
+            self.scheduler.operations,
+            plan.max_model_len,
+        )
         self._stats = EngineStats()
         self._collector = Collector(self.scheduler, self._stats)
         self._arrivals = 0

@@ -1,4 +1,4 @@
-"""Operations on the pools. The host notes them; the device runs them in this order, on the stream of the steps.
+"""Operations on the pools. The host notes them; the device runs them in that order, on the stream of the steps.
 
 A step's operations run before it computes anything, folds first. `StepSave` is the exception: the step itself runs it.
 """
@@ -58,3 +58,31 @@ class StepSave(NamedTuple):
 
 
 Operation = Fold | Fork | Save | Restore | Move
+
+
+class OperationQueue:
+    """Operations that the host has noted and the device has not been given, in their order. The scheduler owns it.
+
+    Writers:
+    - during `Scheduler.schedule`: `Reuse` (a prompt at a stop is saved, an admitted sequence is restored, a ring is
+      folded) and `Siblings` (forks);
+    - between two steps: `Reuse` (the end of an answer is saved) and `Sessions` (moves out of memory that it will load).
+
+    Takers, which launch all that they take, at once and in order:
+    - the scheduler, for each batch that has rows. A batch without rows is never launched, so operations stay here;
+    - `Sessions`, before it reads or overwrites pool memory: an idle engine has no step that would run them.
+
+    A slot or block that an operation reads may be freed, and given away, while the operation waits here: the operation
+    still runs before the new owner's step writes.
+    """
+
+    def __init__(self) -> None:
+        self._operations: list[Operation] = []
+
+    def add(self, *operations: Operation) -> None:
+        self._operations += operations
+
+    def take(self) -> list[Operation]:
+        """Return all operations and forget them."""
+        operations, self._operations = self._operations, []
+        return operations

@@ -12,7 +12,7 @@ import bisect
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..memory.operations import Fold, Operation, Restore, Save, StepSave
+from ..memory.operations import Fold, OperationQueue, Restore, Save, StepSave
 from ..sequence import Sequence
 from .cache import Match, PrefixCache
 from .conversations import Conversations
@@ -37,18 +37,18 @@ class _Use:
 
 
 class Reuse:
-    """The cache as the scheduler sees it. `operations`: what is to be done before the next step.
+    """The cache as the scheduler sees it. It adds to `operations` whatever must be done before the next step.
 
     stops: of each running sequence whose prompt will be saved on its way, after how many tokens; increasing, never
     empty. Read by the scheduler, written here alone.
     """
 
-    def __init__(self, cache: PrefixCache, interval: int, every: int = 1) -> None:
+    def __init__(self, cache: PrefixCache, operations: OperationQueue, interval: int, every: int) -> None:
         self.cache = cache
         self.blocks = cache.blocks
         self.ladder = Ladder(cache.min_tokens, interval, every)
         cache.num_for_rungs = cache.num_snapshots // SHARE_OF_RUNGS if interval else 0
-        self.operations: list[Operation] = []
+        self._operations = operations
         self.conversations = Conversations(cache)
         self.stops: dict[Sequence, list[int]] = {}
         self._uses: dict[Sequence, _Use] = {}  # of every sequence that uses the cache
@@ -110,7 +110,7 @@ class Reuse:
         if node.end % self.blocks.block_size:  # the sequence goes on in a copy of the last block
             self.blocks.grow(sequence, node.end)
             partial = [(table[-1], sequence.block_table[-1])]
-        self.operations.append(Restore(node.snapshot, sequence.state_slot, partial))
+        self._operations.add(Restore(node.snapshot, sequence.state_slot, partial))
         sequence.num_computed_tokens = node.end
 
     def plan(self, sequence: Sequence, match: Match, others: Iterable[Sequence]) -> None:
@@ -189,22 +189,17 @@ class Reuse:
         tokens = sequence.known_tokens(sequence.num_computed_tokens)
         table = sequence.block_table.tolist()
         snapshot, moves = self.cache.insert(tokens, table, sequence.request.cache_salt, min_tokens)
-        self.operations += moves
+        self._operations.add(*moves)
         if snapshot is not None:
             self.fold(sequence)
-            self.operations.append(Save(sequence.state_slot, snapshot))
+            self._operations.add(Save(sequence.state_slot, snapshot))
 
     def fold(self, sequence: Sequence) -> None:
         """Let nothing wait in the ring of the sequence's slot."""
         if sequence.num_pending_tokens:
             assert sequence.state_slot is not None
-            self.operations.append(Fold(sequence.state_slot, sequence.num_pending_tokens, sequence.num_computed_tokens))
+            self._operations.add(Fold(sequence.state_slot, sequence.num_pending_tokens, sequence.num_computed_tokens))
             sequence.num_pending_tokens = 0
-
-    def take_operations(self) -> list[Operation]:
-        """Return the operations that are noted and forget them. The caller must make them before the next step."""
-        operations, self.operations = self.operations, []
-        return operations
 
     def awaited(self, sequence: Sequence) -> Sequence | None:
         """The prompt under way that will leave the snapshot for which the sequence waits, or None."""

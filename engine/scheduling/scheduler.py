@@ -22,6 +22,7 @@ import math
 
 from ..errors import ContextLengthError, QueueFullError
 from ..memory.blocks import BlockManager
+from ..memory.operations import OperationQueue
 from ..memory.ring import RingRule
 from ..memory.slots import SlotManager
 from ..prefix.cache import PrefixCache
@@ -57,7 +58,8 @@ class Scheduler:
     ) -> None:
         self.blocks = blocks
         self.cache = PrefixCache(blocks, 0) if cache is None else cache
-        self.reuse = Reuse(self.cache, snapshot_interval, snapshot_every)
+        self.operations = OperationQueue()
+        self.reuse = Reuse(self.cache, self.operations, snapshot_interval, snapshot_every)
         self.slots = slots
         self.max_num_batched_tokens = max_num_batched_tokens
         self.mixed_prefill_tokens = max_num_batched_tokens if mixed_prefill_tokens is None else mixed_prefill_tokens
@@ -71,7 +73,7 @@ class Scheduler:
         self._by_id: dict[str, Sequence] = {}
         self._started: list[Sequence] = []  # sequences that leave the queue with the step that is being chosen
         self._at_stop: list[Sequence] = []  # sequences that the last step has brought to a stop
-        self._siblings = Siblings(blocks)
+        self._siblings = Siblings(blocks, self.operations)
         self._order = PromptOrder(self._siblings, self.reuse)
         self._admission = Admission(self.waiting, self.running, slots, self.reuse, self._order, self._start)
         self._continuation = Continuation(blocks, self.cache.make_room)
@@ -155,7 +157,7 @@ class Scheduler:
         if none_joins and not self.speculation.applies_to(len(self.running)):
             advance = self._continuation.advance()
             if advance is not None:
-                counts, operations = [1] * len(advance.rows), self.reuse.take_operations()
+                counts, operations = [1] * len(advance.rows), self.operations.take()
                 return ScheduledBatch(advance.rows, counts, 0, operations, advance, num_finished=self.num_finished)
         batch = self._schedule_anew()
         self._continuation.follow(batch.sequences, batch.num_prefills, self.running)
@@ -202,7 +204,7 @@ class Scheduler:
         rows = [*prefilling, *decoding]
         snapshots = self.reuse.leave_rungs(prefilling)
         # Without rows no step follows: operations stay noted, and slots that they read stay as they are.
-        operations = self.reuse.take_operations() if rows else []
+        operations = self.operations.take() if rows else []
         counts = [*prefilling.values(), *decoding.values()]
         return ScheduledBatch(rows, counts, len(prefilling), operations, snapshots=snapshots)
 
@@ -226,7 +228,7 @@ class Scheduler:
         for row, count in zip(rows, counts, strict=True):
             if not self.ring.holds(row.num_pending_tokens, count):
                 self.reuse.fold(row)
-        return ScheduledBatch(rows, counts, len(rows), self.reuse.take_operations(), drafts=drafts)
+        return ScheduledBatch(rows, counts, len(rows), self.operations.take(), drafts=drafts)
 
     def _fitting(self, sequence: Sequence, drafts: list[int]) -> list[int]:
         """As many of the drafts as there are blocks for without preempting a sequence."""
@@ -309,7 +311,7 @@ class Scheduler:
                 if sibling.is_ready and self.slots.num_free and self.cache.make_room(num_own):
                     self.waiting.remove(sibling)
                     self.slots.take(sibling)
-                    self.reuse.operations.append(self._siblings.take_over(sibling, leader))
+                    self._siblings.take_over(sibling, leader)
                     self._start(sibling)
             self._siblings.disband(leader)
         return held

@@ -10,7 +10,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 
 from ..memory.blocks import BlockManager
-from ..memory.operations import Fork
+from ..memory.operations import Fork, OperationQueue
 from ..sequence import Sequence
 
 PATIENCE = 2000  # steps, two seconds where nothing else runs, that a sequence waits for siblings that were announced
@@ -28,8 +28,9 @@ class _Group:
 class Siblings:
     """The sequences that lead others, and the siblings that they wait for."""
 
-    def __init__(self, blocks: BlockManager) -> None:
+    def __init__(self, blocks: BlockManager, operations: OperationQueue) -> None:
         self._blocks = blocks
+        self._operations = operations
         self._groups: dict[Sequence, _Group] = {}  # by leader
         self._leaders: dict[Sequence, Sequence] = {}  # of each sibling, until it starts
 
@@ -93,8 +94,8 @@ class Siblings:
         """Blocks that each sibling of such a leader needs beside those that it shares."""
         return self._blocks.blocks_for(leader.num_prompt_tokens) - self._num_shared_blocks(leader)
 
-    def take_over(self, sibling: Sequence, leader: Sequence) -> Fork:
-        """Give the sibling, which has a slot, the leader's blocks and its own. Returns what is to be copied."""
+    def take_over(self, sibling: Sequence, leader: Sequence) -> None:
+        """Give the sibling, which has a slot, the leader's blocks and blocks of its own, and note the fork."""
         assert leader.state_slot is not None and sibling.state_slot is not None
         shared = self._num_shared_blocks(leader)
         self._blocks.share(sibling, leader.block_table[:shared].tolist())
@@ -103,7 +104,7 @@ class Siblings:
         partial = []
         if leader.num_computed_tokens % self._blocks.block_size:
             partial = [(leader.block_table[shared], sibling.block_table[shared])]
-        return Fork(leader.state_slot, sibling.state_slot, partial)
+        self._operations.add(Fork(leader.state_slot, sibling.state_slot, partial))
 
     def disband(self, leader: Sequence) -> None:
         """End the wait: each sequence goes on by itself, a sibling that has not started computes the prompt."""

@@ -23,6 +23,7 @@ from ...models.loading.fingerprint import fingerprint
 from ..errors import SessionError
 from ..execution.runner import ModelRunner
 from ..execution.served_model import ServedModel
+from ..memory.operations import OperationQueue
 from ..messages import SessionCall, SessionDone
 from ..prefix.reuse import Reuse
 from . import folder as session_folder
@@ -39,9 +40,16 @@ Work = Generator[Callable[[], Any], Any, SessionDone]
 class Sessions:
     """The calls of session routes, in their order. `folder` None = every call is refused."""
 
-    def __init__(self, folder: Path | None, runner: ModelRunner, reuse: Reuse, max_model_len: int) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        runner: ModelRunner,
+        reuse: Reuse,
+        operations: OperationQueue,
+        max_model_len: int,
+    ) -> None:
         self.folder = None if folder is None else session_folder.prepare(folder)
-        self._runner, self._reuse = runner, reuse
+        self._runner, self._reuse, self._operations = runner, reuse, operations
         self._waiting: deque[SessionCall] = deque()
         self._refused: list[SessionDone] = []
         self._current: tuple[SessionCall, Work, Future[Any]] | None = None
@@ -135,7 +143,7 @@ class Sessions:
                 "session_evicted",
             )
         cache, salt = self._reuse.cache, conversation.salt
-        self._runner.copier.make(self._reuse.take_operations())  # an idle engine has no step that would
+        self._runner.copier.make(self._operations.take())
         tokens, ends, lease = cache.lease(conversation.node, MAX_STATES)
         try:
             location = Location(lease.snapshots, slots_of(lease.blocks, len(tokens), cache.blocks.block_size))
@@ -153,11 +161,11 @@ class Sessions:
         if node is None or node.end < len(tokens):  # else all of it is there
             num_blocks = cache.blocks.blocks_for(len(tokens))
             lease, moves = cache.take(num_blocks, len(ends))
-            reuse.operations += moves
+            self._operations.add(*moves)
             if lease is None:
                 raise _no_room(len(tokens), num_blocks, cache.num_snapshots, cache.blocks.num_blocks)
             try:
-                self._runner.copier.make(reuse.take_operations())  # moves read what the load overwrites
+                self._runner.copier.make(self._operations.take())  # the moves read memory that the load overwrites
                 location = Location(lease.snapshots, slots_of(lease.blocks, len(tokens), cache.blocks.block_size))
                 yield partial(_after, self._carrier.mark(), partial(self._carrier.load, header, self._layout, location))
             except BaseException:
