@@ -32,7 +32,7 @@ from leyden.models.decoder import Decoder
 from leyden.models.families.registry import names_of, read_config
 from leyden.models.layers.build import Build
 from leyden.models.loading.weights import INDEX_FILE, load_weights
-from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
+from leyden.models.mixers.backends import build_backends
 from safetensors.torch import save_file
 
 NOISE_ITEMS = 1 << 24
@@ -97,7 +97,7 @@ def build(folder: Path, device: torch.device) -> Decoder:
     """The folder's model in its own dtype, without weights."""
     config, kernels = read_config(folder), load("torch")
     dtype = getattr(torch, config.dtype or "bfloat16")
-    return Decoder(config, Build(kernels, device, dtype), LINEAR_BACKENDS["auto"](kernels))
+    return Decoder(config, Build(kernels, device, dtype), build_backends("auto", config, kernels))
 
 
 def measure(folder: Path, device: torch.device, rounds: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-LinearBackendName = Literal["auto", "minimax", "seg_la", "replay"]
+LinearBackendName = Literal["auto", "minimax", "seg_la", "chunk", "replay"]
 ToolCallParserName = Literal["auto", "none", "minimax", "hermes", "kimi_k2"]
 ReasoningParserName = Literal["auto", "none", "think"]
 DEMO_MODEL = "demo"
@@ -58,8 +58,9 @@ class EngineConfig(_Numbers):
     )
     linear_backend: LinearBackendName = Field(
         "auto",
-        description="how lightning layers are computed; replay = prompts by minimax or seg_la, decode that seldom "
-        "writes states; auto = the fastest by measurement, today replay",
+        description="how linear layers are computed: lightning layers by minimax, seg_la or replay, gated delta nets "
+        "by chunk or replay; replay = decode that seldom writes states; auto = the fastest by measurement, today "
+        "replay",
     )
     kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto = triton on CUDA, torch elsewhere")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")

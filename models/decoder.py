@@ -22,9 +22,9 @@ from .layers.mlp import DenseMlp, SharedExpert
 from .layers.norm import RMSNorm
 from .layers.rotary import RotaryTables
 from .loading.target import Target
+from .mixers.backends import LinearBackends
 from .mixers.cache import CacheSpec, LayerCache
 from .mixers.lightning import LightningAttention
-from .mixers.lightning_backends import LinearAttentionBackend
 from .mixers.mixer import Mixer, MixerBuild
 from .mixers.softmax import SoftmaxAttention
 from .specs import DenseSpec, LayerSpec, LightningSpec, ModelSpec, Residual, SoftmaxSpec
@@ -88,18 +88,17 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Token ids to hidden states to logits. Knows rows, slots and blocks from the batch, nothing of requests.
 
-    `linear_backend` computes the lightning layers. On the device `meta` a decoder takes no memory, and `caches`,
-    `targets` and `position_bytes` answer as anywhere.
+    On the device `meta` a decoder takes no memory, and `caches`, `targets` and `position_bytes` answer as anywhere.
     """
 
-    def __init__(self, spec: ModelSpec, build: Build, linear_backend: LinearAttentionBackend) -> None:
+    def __init__(self, spec: ModelSpec, build: Build, linear_backends: LinearBackends) -> None:
         super().__init__()
         self.spec = spec
         self.dense = build.kernels.dense
         self.shard = build.shard
         self.embedding = build.parameter(spec.vocab_size, spec.hidden_size)
         self.rotary = RotaryTables(build.device)
-        common = MixerBuild(spec.hidden_size, build, self.rotary, linear_backend)
+        common = MixerBuild(spec.hidden_size, build, self.rotary, linear_backends)
         self.layers = nn.ModuleList(
             DecoderLayer(spec, layer, MIXERS[type(layer.mixer)](layer.mixer, common), build) for layer in spec.layers
         )

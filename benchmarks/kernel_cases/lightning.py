@@ -15,7 +15,7 @@ from leyden.benchmarks.kernel_cases.base import Bound, Implementation, Work, nor
 from leyden.kernels.bundles import Ring, Rows
 from leyden.models.forward_batch import ForwardBatch
 from leyden.models.mixers.cache import LayerCache
-from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS, LightningCall
+from leyden.models.mixers.lightning_backends import LIGHTNING_BACKENDS, LightningCall
 from torch import Tensor
 
 HEAD_DIM = 128
@@ -188,7 +188,7 @@ def returning(
 def bind_backend(name: str, x: LightningInputs) -> Bound:
     """A backend as the model calls it, the first time with empty rings, if it has any."""
     kernels = base.our_kernels()
-    backend = LINEAR_BACKENDS[name](kernels)
+    backend = LIGHTNING_BACKENDS[name](kernels)
     rings = new_rings(x, backend.ring_size)
     cache = LayerCache(slot=(x.state,), ring=rings if backend.ring_size else ())
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from ...configs.schema import EngineConfig
+from ...kernels import Kernels, use_device
 from ...kernels import load as load_kernels
-from ...kernels import use_device
 from ...models.decoder import Decoder
 from ...models.families.registry import names_of, read_config
 from ...models.layers.build import Build
 from ...models.loading.checkpoint import resolve
 from ...models.loading.weights import check_weights, fill_with_noise, has_weights, load_weights
-from ...models.mixers.lightning_backends import LINEAR_BACKENDS
+from ...models.mixers.backends import LinearBackends, backend_names, build_backends, linear_kinds
+from ...models.specs import ModelSpec
 from ..errors import ConfigError
 from ..execution.served_model import ServedModel
 from ..memory.pools import DTypes
@@ -47,27 +48,39 @@ def place_model(config: EngineConfig, *, on_meta: bool = False) -> ServedModel:
     dtype = pick_dtype(config.dtype, spec, device)
     kernel_name = "torch" if on_meta else pick_kernels(config.kernels, device)
     kernels = load_kernels(kernel_name)
-    backend = LINEAR_BACKENDS[config.linear_backend](kernels, speculative=config.speculative_tokens > 0)
-    ring = RingRule(backend.ring_size, backend.replays)
-    if config.speculative_tokens > ring.most_drafts:
-        raise ConfigError(
-            f"speculative_tokens = {config.speculative_tokens}: linear_backend {backend.name} keeps {ring.capacity} "
-            f"tokens beside a state, and drafts need {config.speculative_tokens + 2}; set speculative_tokens to 0 or "
-            "take another linear_backend"
-        )
+    backends = _linear_backends(config, spec, kernels)
     build = Build(kernels, torch.device("meta") if on_meta else device, dtype)
     return ServedModel(
         folder=folder,
-        model=Decoder(spec, build, backend),
+        model=Decoder(spec, build, backends),
         device=device,
         dtype=dtype,
         dtypes=DTypes(getattr(torch, config.state_dtype), dtype),
         snapshot_dtypes=DTypes(getattr(torch, config.saved_state_dtype), dtype),
         kernels=kernels,
         kernel_name=kernel_name,
-        linear_backend=backend.name,
-        ring=ring,
+        linear_backend=backends.name,
+        ring=RingRule(backends.ring_size, backends.replays),
     )
+
+
+def _linear_backends(config: EngineConfig, spec: ModelSpec, kernels: Kernels) -> LinearBackends:
+    """What `linear_backend` names for this model. Raises `ConfigError`."""
+    names, kinds = backend_names(spec), " and ".join(linear_kinds(spec))
+    if config.linear_backend not in names:
+        raise ConfigError(
+            f"linear_backend = {config.linear_backend}: the model's {kinds} layers are computed by "
+            f"{', '.join(names[:-1])} or {names[-1]}"
+        )
+    backends = build_backends(config.linear_backend, spec, kernels, speculative=config.speculative_tokens > 0)
+    most_drafts = RingRule(backends.ring_size, backends.replays).most_drafts
+    if config.speculative_tokens > most_drafts:
+        raise ConfigError(
+            f"speculative_tokens = {config.speculative_tokens}: linear_backend {backends.name} keeps "
+            f"{backends.ring_size} tokens beside a state, and drafts need {config.speculative_tokens + 2}; set "
+            "speculative_tokens to 0 or take another linear_backend"
+        )
+    return backends
 
 
 def check_checkpoint(config: EngineConfig, served: ServedModel) -> None:

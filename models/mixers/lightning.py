@@ -15,6 +15,7 @@ from ..layers.norm import RMSNorm, build_qk_norm
 from ..layers.projection import Projection
 from ..loading.target import Target
 from ..specs import LightningSpec, NormSpec
+from .backend import LinearBackend
 from .cache import CacheSpec, LayerCache, Part
 from .lightning_backends import LightningCall, ring_of
 from .mixer import Mixer, MixerBuild
@@ -31,7 +32,7 @@ class LightningAttention(Mixer):
         super().__init__()
         hidden_size, build = common.hidden_size, common.build
         self.spec = spec
-        self.backend = common.linear_backend
+        self.backend: LinearBackend[LightningCall] = common.linear_backends.by_kind[spec.kind]
         self.kernels = build.kernels
         self.cache = _cache(spec, self.backend.ring_size)
         width = spec.num_heads * spec.head_dim

@@ -1,9 +1,9 @@
-"""How lightning attention is computed for a step: backends by their name in the YAML."""
+"""How lightning attention is computed for a step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from ...kernels import Kernels
 from ...kernels.bundles import Ring, Rows
 from ...kernels.lightning.contract import Lightning
 from ..forward_batch import ForwardBatch, RowsOfKind
+from .backend import RING_SIZE, BackendFactory
 from .cache import LayerCache
 
 
@@ -39,34 +40,6 @@ class LightningCall(NamedTuple):
 
     def ring(self, part: RowsOfKind) -> Ring:
         return ring_of(self.cache, part.num_pending)
-
-
-class LinearAttentionBackend(Protocol):
-    """Lightning attention for all rows of a batch. Nothing else is asked of a backend.
-
-    `name` is the value of the setting. `ring_size` is C of `Ring`, 0 for none; without a ring there are no verify rows,
-    and the engine refuses `speculative_tokens`. `replays` says that decode rows leave their tokens in the ring too. The
-    table in `models/forward_batch.py` has how many tokens wait in a ring after a step; the i-th of them has its key and
-    value at place i, unchanged. The model folds them into the state by `Lightning.fold` where the next row does not
-    read the ring.
-    """
-
-    name: str
-    ring_size: int
-    replays: bool
-
-    def forward(self, call: LightningCall) -> Tensor:
-        """Fills and returns `call.out`, and updates the states and rings of the batch's slots."""
-
-
-class BackendFactory(Protocol):
-    """An entry of `LINEAR_BACKENDS`: a backend's class, or a function that makes one."""
-
-    def __call__(self, kernels: Kernels, *, speculative: bool = False) -> LinearAttentionBackend:
-        """`speculative`: rows may bring drafts, which need a ring with room for `speculative_tokens` and two more."""
-
-
-RING_SIZE = 16
 
 
 class MinimaxBackend:
@@ -152,11 +125,11 @@ class ReplayBackend:
         return self.lightning.seg_la
 
 
-LINEAR_BACKENDS: dict[str, BackendFactory] = {
+LIGHTNING_BACKENDS: dict[str, BackendFactory[LightningCall]] = {
+    "auto": ReplayBackend,  # the fastest by measurement: for prompts by their shape, and for decode
     "minimax": MinimaxBackend,
     "seg_la": SegLaBackend,
     "replay": ReplayBackend,
-    "auto": ReplayBackend,  # the fastest by measurement: for prompts by their shape, and for decode
 }
 
 

@@ -15,8 +15,8 @@ from ..forward_batch import ForwardBatch
 from ..layers.build import Build
 from ..layers.rotary import RotaryTables
 from ..loading.target import Target
+from .backends import LinearBackends
 from .cache import CacheSpec, LayerCache
-from .lightning_backends import LinearAttentionBackend
 
 
 class MixerBuild(NamedTuple):
@@ -25,7 +25,7 @@ class MixerBuild(NamedTuple):
     hidden_size: int
     build: Build
     rotary: RotaryTables  # a mixer that rotates asks for its table here
-    linear_backend: LinearAttentionBackend  # computes the lightning layers
+    linear_backends: LinearBackends  # a linear mixer takes that of its kind
 
 
 class Mixer(nn.Module):

@@ -155,7 +155,7 @@ def test_broken_yaml_is_told_in_one_line_with_its_place(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("linear_backend", "flash", "auto, minimax, seg_la, replay"),
+        ("linear_backend", "flash", "auto, minimax, seg_la, chunk, replay"),
         ("kernels", "cuda", "auto, torch, triton"),
         ("state_dtype", "int8", "float32, bfloat16, float16"),
         ("log_level", "loud", "debug, info, warning, error"),

@@ -16,7 +16,7 @@ from leyden.engine.core import EngineCore
 from leyden.engine.errors import ConfigError, ContextLengthError, QueueFullError, RequestError
 from leyden.engine.messages import AbortRequest, Shutdown, StepOutputs, ToEngine
 from leyden.engine.sequence import Status
-from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
+from leyden.models.mixers.lightning_backends import LIGHTNING_BACKENDS
 from tiny_models import VOCAB, greedy, random_prompt
 
 PROMPT = random_prompt(40, seed=3)
@@ -362,11 +362,20 @@ def test_state_in_half_precision_serves(tiny):
     assert core.info().state_bytes_per_slot == 4 * 16 * 16 * 2
 
 
-@pytest.mark.parametrize(("setting", "told"), [("auto", "replay"), *((n, n) for n in LINEAR_BACKENDS if n != "auto")])
-def test_the_backend_told_is_the_one_that_runs(tiny, setting, told):
+@pytest.mark.parametrize("setting", LIGHTNING_BACKENDS)
+def test_the_backend_told_is_the_one_that_runs(tiny, setting):
     core = make_core(tiny.folder, linear_backend=setting)
-    assert core.info().linear_backend == told
+    told = core.info().linear_backend
+    assert told == ("replay" if setting == "auto" else setting)
     assert core.runner.served.ring.replays is (told == "replay")
+
+
+def test_backend_of_another_kind_of_layer_is_refused_with_those_that_this_model_has(tiny):
+    with pytest.raises(
+        ConfigError,
+        match=r"^linear_backend = chunk: .* lightning layers are computed by auto, minimax, seg_la or replay$",
+    ):
+        make_core(tiny.folder, linear_backend="chunk")
 
 
 def test_rings_beside_the_states_are_counted(tiny):

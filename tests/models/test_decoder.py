@@ -17,8 +17,8 @@ from leyden.models.decoder import Decoder
 from leyden.models.forward_batch import ForwardBatch
 from leyden.models.layers.build import Build
 from leyden.models.loading.weights import fill_with_noise
+from leyden.models.mixers.backends import build_backends
 from leyden.models.mixers.cache import CacheSpec, ItemSizes, LayerCache, Part, slot_bytes, token_bytes
-from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
 from leyden.models.specs import (
     DenseSpec,
     ExpertsSpec,
@@ -67,7 +67,7 @@ SPEC = ModelSpec(
 
 def build(backend: str = "auto", device: str = "cpu") -> Decoder:
     kernels = load("torch")
-    return Decoder(SPEC, Build(kernels, torch.device(device), torch.float32), LINEAR_BACKENDS[backend](kernels))
+    return Decoder(SPEC, Build(kernels, torch.device(device), torch.float32), build_backends(backend, SPEC, kernels))
 
 
 # -- the reference --------------------------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def test_settings_reach_the_engine_from_yaml_environment_and_flags(serve, tmp_pa
     ("arguments", "words"),
     [
         (["serve", "--max-num-seq", "3"], ["--max-num-seq", "did you mean --max-num-seqs?"]),
-        (["serve", "--linear-backend", "x"], ["linear_backend", "'x'", "auto, minimax, seg_la, replay"]),
+        (["serve", "--linear-backend", "x"], ["linear_backend", "'x'", "auto, minimax, seg_la, chunk, replay"]),
         (["serve", "--max-num-seqs", "0"], ["max_num_seqs", "greater than or equal to 1"]),
         (["serve", "/nowhere"], ["/nowhere"]),
         (["serve", "--config", "/no.yaml"], ["/no.yaml"]),

@@ -1,12 +1,13 @@
-"""Every linear backend, and one that knows nothing but the documented protocol."""
+"""Every backend of lightning layers, and one that knows nothing but the documented protocol."""
 
 from __future__ import annotations
 
 from leyden.kernels import Kernels
-from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS, LightningCall, LinearAttentionBackend
+from leyden.models.mixers.backend import LinearBackend
+from leyden.models.mixers.lightning_backends import LIGHTNING_BACKENDS, LightningCall
 from torch import Tensor
 
-BACKENDS = [name for name in LINEAR_BACKENDS if name != "auto"]  # `auto` is one of the others
+BACKENDS = [name for name in LIGHTNING_BACKENDS if name != "auto"]  # `auto` is one of the others
 
 
 class PlainBackend:
@@ -30,6 +31,6 @@ class PlainBackend:
         return call.out
 
 
-def follows_protocol(kernels: Kernels) -> LinearAttentionBackend:
+def follows_protocol(kernels: Kernels) -> LinearBackend[LightningCall]:
     """For mypy: the class is a backend."""
     return PlainBackend(kernels)

@@ -6,7 +6,7 @@ import pytest
 from leyden.configs.schema import MAX_DRAFTS
 from leyden.engine.memory.ring import RingRule
 from leyden.kernels import load
-from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
+from leyden.models.mixers.backends import LINEAR_BACKENDS
 
 
 @pytest.mark.parametrize("capacity", [1, 4, 16])
@@ -31,7 +31,8 @@ def test_a_verify_row_leaves_one_place_free():
     assert rule.holds(0, 1 + rule.most_drafts) and not rule.holds(0, 2 + rule.most_drafts)
 
 
-@pytest.mark.parametrize("name", LINEAR_BACKENDS)
-def test_every_backend_has_room_for_the_most_drafts_that_the_settings_allow(name):
-    backend = LINEAR_BACKENDS[name](load("torch"), speculative=True)
-    assert RingRule(backend.ring_size, backend.replays).most_drafts >= MAX_DRAFTS
+@pytest.mark.parametrize("kind", LINEAR_BACKENDS)
+def test_every_backend_has_room_for_the_most_drafts_that_the_settings_allow(kind):
+    for make in LINEAR_BACKENDS[kind].values():
+        backend = make(load("torch"), speculative=True)
+        assert RingRule(backend.ring_size, backend.replays).most_drafts >= MAX_DRAFTS

@@ -28,7 +28,7 @@ from leyden.engine.startup import model as startup_model
 from leyden.engine.startup.build import Built, build
 from leyden.engine.startup.trial_steps import StepLimits, serving_steps, smallest_steps
 from leyden.models.decoder import Decoder
-from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
+from leyden.models.mixers.lightning_backends import LIGHTNING_BACKENDS
 from tiny_models import FULL, LINEAR, save_minimax
 
 CUDA = torch.device("cuda")
@@ -332,7 +332,7 @@ def test_graphs_are_measured_with_the_most_tokens_and_the_most_rows_of_logits(mo
 
 
 def test_a_backend_without_room_for_drafts_is_told_at_start(tiny, monkeypatch):
-    monkeypatch.setitem(LINEAR_BACKENDS, "seg_la", lambda kernels, *, speculative=False: PlainBackend(kernels))
+    monkeypatch.setitem(LIGHTNING_BACKENDS, "seg_la", lambda kernels, *, speculative=False: PlainBackend(kernels))
     start(tiny.folder, linear_backend="seg_la")
     with pytest.raises(ConfigError, match=r"speculative_tokens = 7: linear_backend plain keeps 0 .* need 9"):
         start(tiny.folder, linear_backend="seg_la", speculative_tokens=7)
@@ -342,7 +342,7 @@ def test_a_backend_without_room_for_drafts_is_told_at_start(tiny, monkeypatch):
 def test_an_engine_runs_on_a_backend_that_follows_the_protocol_alone(tiny, monkeypatch, drafts):
     requests = [request(str(i), [i, 7, 8, 9] * 9, max_tokens=30) for i in range(3)]
     expected = drain(make_core(tiny.folder), *requests)
-    monkeypatch.setitem(LINEAR_BACKENDS, "seg_la", PlainBackend)
+    monkeypatch.setitem(LIGHTNING_BACKENDS, "seg_la", PlainBackend)
     core = make_core(tiny.folder, linear_backend="seg_la", speculative_tokens=drafts)
     assert core.info().linear_backend == "plain"
     answers = drain(core, *requests)

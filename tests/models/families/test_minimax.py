@@ -14,8 +14,8 @@ from leyden.models.families.common import alibi_slopes, geometric_slopes, layer_
 from leyden.models.families.minimax import hf_layer_factor
 from leyden.models.families.registry import from_hf
 from leyden.models.layers.build import Build
+from leyden.models.mixers.backends import build_backends
 from leyden.models.mixers.cache import ItemSizes, slot_bytes, token_bytes
-from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
 from leyden.models.specs import (
     DenseSpec,
     ExpertsSpec,
@@ -123,7 +123,7 @@ def test_released_config_in_normal_form():
 def test_released_model_keeps_280_mib_of_a_sequence_and_40_kib_of_a_token():
     kernels, sizes = load("torch"), ItemSizes(state=4, activation=2)
     build = Build(kernels, torch.device("meta"), torch.bfloat16)
-    caches = Decoder(parse(), build, LINEAR_BACKENDS["minimax"](kernels)).caches
+    caches = Decoder(parse(), build, build_backends("minimax", parse(), kernels)).caches
     assert (slot_bytes(caches, sizes), token_bytes(caches, sizes)) == (280 * 2**20, 40 * 2**10)
 
 

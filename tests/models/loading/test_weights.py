@@ -17,7 +17,7 @@ from leyden.models.families.registry import names_of, read_config
 from leyden.models.layers.build import Build
 from leyden.models.loading.checkpoint import resolve
 from leyden.models.loading.weights import INDEX_FILE, load_weights
-from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS
+from leyden.models.mixers.backends import build_backends
 from safetensors.torch import load_file, save_file
 from tiny_models import greedy, save_minimax
 
@@ -50,7 +50,7 @@ def write(folder, tensors, name="model.safetensors"):
 def load(folder) -> dict[str, torch.Tensor]:
     config = read_config(folder)
     kernels = load_kernels("torch")
-    model = Decoder(config, Build(kernels, **CPU), LINEAR_BACKENDS["auto"](kernels))
+    model = Decoder(config, Build(kernels, **CPU), build_backends("auto", config, kernels))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))

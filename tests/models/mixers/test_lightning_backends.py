@@ -14,8 +14,9 @@ from leyden.kernels import load
 from leyden.kernels.bundles import Ring, Rows
 from leyden.kernels.lightning.reference import recurrence
 from leyden.models.forward_batch import ForwardBatch
+from leyden.models.mixers.backends import LINEAR_BACKENDS
 from leyden.models.mixers.cache import LayerCache
-from leyden.models.mixers.lightning_backends import LINEAR_BACKENDS, LightningCall
+from leyden.models.mixers.lightning_backends import LIGHTNING_BACKENDS, LightningCall
 from torch import Tensor
 
 HEADS, DIM = 2, 16
@@ -49,7 +50,7 @@ class Layer:
 
     def __init__(self, backend: str, kernels: str, device: str, *, speculative: bool = False) -> None:
         self.device = device
-        make = PlainBackend if backend == "plain" else LINEAR_BACKENDS[backend]
+        make = PlainBackend if backend == "plain" else LIGHTNING_BACKENDS[backend]
         self.kernels = load(kernels)
         self.backend = make(self.kernels, speculative=speculative)
         ring = self.backend.ring_size
@@ -199,7 +200,7 @@ def test_auto_chooses_by_shape_and_replays(heads, prompts, decodes, expected):
     )
     q = torch.empty(tokens + decodes, heads, 1)
     cache = LayerCache(slot=(q,), ring=(q, q))
-    LINEAR_BACKENDS["auto"](kernels).forward(LightningCall(q, q, q, q, 1.0, cache, batch, q))
+    LIGHTNING_BACKENDS["auto"](kernels).forward(LightningCall(q, q, q, q, 1.0, cache, batch, q))
     assert kernels.called == expected
 
 
@@ -248,12 +249,12 @@ def test_a_preempted_sequence_is_computed_again_in_another_slot(layer):
 
 
 def test_setting_names_every_backend_of_the_table():
-    assert set(get_args(LinearBackendName)) == set(LINEAR_BACKENDS)
+    assert set(get_args(LinearBackendName)) == {name for backends in LINEAR_BACKENDS.values() for name in backends}
 
 
 def test_backends_have_rings_where_they_replay_or_may_verify_drafts():
     for name in ("minimax", "seg_la", "replay", "auto"):
-        make = LINEAR_BACKENDS[name]
+        make = LIGHTNING_BACKENDS[name]
         assert make(load("torch")).ring_size == (16 if make(load("torch")).replays else 0)
         assert make(load("torch"), speculative=True).ring_size == 16
 
@@ -313,7 +314,7 @@ def test_drafts_alone_and_beside_one_other_kind(speculating):
 def test_each_kind_of_row_has_its_own_operation(name):
     kernels = Recorder()
     layer = Layer(name, "torch", "cpu", speculative=True)
-    backend = LINEAR_BACKENDS[name](kernels, speculative=True)
+    backend = LIGHTNING_BACKENDS[name](kernels, speculative=True)
     row = make_row(20, slot=0)
     row.computed, row.pending = 5, 9
     batch = layer.batch([row], [7], 0, 1)
