@@ -60,7 +60,7 @@ def _load_torch() -> Kernels:
 
 def _load_triton() -> Kernels:
     from .attention import compiled as attention
-    from .delta import reference as delta
+    from .delta import compiled as delta
     from .dense import compiled as dense
     from .experts import compiled as experts
     from .lightning import compiled as lightning

@@ -184,7 +184,8 @@ def _fold(pool: DeltaState, ring: DeltaRing, row: _Row) -> None:
 
 def _single(rows: Rows) -> Rows:
     """Rows of one token, with `starts`."""
-    return rows._replace(starts=torch.arange(len(rows.slots) + 1, dtype=torch.int32), max_len=1)
+    starts = torch.arange(len(rows.slots) + 1, dtype=torch.int32, device=rows.slots.device)
+    return rows._replace(starts=starts, max_len=1)
 
 
 def _real(rows: Rows, context_lens: Tensor, num_pending: Tensor | None = None) -> Iterator[tuple[int, _Row]]:
@@ -210,7 +211,7 @@ def _chunks(context_len: int, num_tokens: int) -> Iterator[tuple[int, int]]:
 def _tail(pool: DeltaState, row: _Row) -> Tensor:
     """Raw values of the three tokens before those that wait, [3, C]; zeros before position 0."""
     ends = row.context_len - row.num_pending
-    positions = torch.arange(ends - TAPS + 1, ends)
+    positions = torch.arange(ends - TAPS + 1, ends, device=pool.tail.device)
     return torch.where((positions >= 0)[:, None], pool.tail[row.slot, positions % TAPS], 0)
 
 
@@ -224,7 +225,7 @@ def _before(pool: DeltaState, ring: DeltaRing | None, row: _Row) -> Tensor:
 
 def _write_tail(tail: Tensor, raw: Tensor, end: int) -> None:
     """The last raw rows of a sequence of `end` tokens into tail [TAPS, C], in place. raw: [>= 3, C]."""
-    positions = torch.arange(end - TAPS + 1, end) % TAPS
+    positions = torch.arange(end - TAPS + 1, end, device=tail.device) % TAPS
     tail[positions] = raw[1 - TAPS :].to(tail.dtype)
 
 

@@ -1,0 +1,33 @@
+"""`prefill` in three launches: `convolve`, `prepare`, `walk`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..bundles import Rows
+from .contract import DeltaInputs, DeltaState, DeltaWeights
+from .convolve import convolve
+from .prepare import prepare
+from .walk import walk
+
+
+def prefill(
+    inputs: DeltaInputs,
+    weights: DeltaWeights,
+    pool: DeltaState,
+    rows: Rows,
+    context_lens: Tensor,
+    places: Tensor,
+    snapshots: DeltaState,
+    out: Tensor,
+) -> Tensor:
+    """Contract: `Delta.prefill`."""
+    num_heads, V, K = pool.state.shape[1:]
+    key_heads = (inputs.raw.shape[1] - num_heads * V) // (2 * K)
+    if out.shape[0] == 0 or rows.slots.shape[0] == 0:
+        return out
+    dims = key_heads, num_heads, K, V
+    x = convolve(inputs, weights, pool, rows, context_lens, dims)
+    prepared = prepare(x, inputs, weights, rows, context_lens, dims)
+    walk(x, prepared, inputs, pool, rows, context_lens, places, snapshots, out, dims)
+    return out
