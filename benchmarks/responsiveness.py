@@ -139,7 +139,7 @@ class Watch:
         after_abort = self.steps[self.sent["abort"][1] :]
         last = max((i + 1 for i, names in enumerate(after_abort) if "long" in names), default=0)
         return {
-            "device": self.core.info().device_name,
+            "device": self.core.info.device_name,
             "tokens": self.arguments.tokens,
             "max_num_batched_tokens": self.core.config.max_num_batched_tokens,
             "most_steps_launched_and_not_complete": self.most_ahead,

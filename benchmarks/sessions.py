@@ -69,7 +69,7 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> dict[st
     print(f"{arguments.tokens} tokens computed in {computed_s:.2f} s")
     print(f"{saved.num_bytes / 1e9:.3f} GB saved in {saved.seconds:.3f} s")
     expected, _ = answer(core, prompt + first + turn)
-    device = core.info().device_name
+    device = core.info.device_name
     del core
     gc.collect()  # its pools, before those of the next
     core = start(arguments, model, folder)

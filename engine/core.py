@@ -8,16 +8,15 @@ import time
 from collections.abc import Callable
 
 import msgspec
-import torch
 
 from ..configs.schema import EngineConfig
 from .collector import Collector
-from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, RequestError
+from .errors import ContextLengthError, QueueTimeoutError, RequestError
 from .execution.launcher import LaunchedStep, Launcher
 from .memory.blocks import BlockManager
 from .memory.slots import SlotManager
-from .messages import AddRequest, EngineInfo, EngineStats
-from .outputs import ErrorCode, StepOutput
+from .messages import AddRequest, EngineStats
+from .outputs import StepOutput, refusal
 from .prefix.cache import PrefixCache
 from .scheduling.scheduler import Scheduler
 from .scheduling.speculation import Speculation
@@ -25,6 +24,7 @@ from .sequence import Sequence, Status
 from .sessions.calls import Sessions
 from .startup.build import build
 from .startup.device_memory import hold_share
+from .startup.info import engine_info
 from .text.grammar import Grammar, GrammarCompiler
 from .text.grammar import require as require_grammars
 from .text.token_ids import TokenIds
@@ -42,15 +42,16 @@ class EngineCore:
     def __init__(self, config: EngineConfig, *, progress: bool = True, grammars: GrammarCompiler | None = None) -> None:
         """`grammars`: the result of `grammar_compiler(config)`, so that its tokenizer loads while the model does."""
         self.config = config
-        self.runner, self.plan, self.memory = build(config, progress=progress)
+        built = build(config, progress=progress)
+        self.info = engine_info(config, built)
+        self.runner, self.plan = built.runner, built.plan
         self.launcher = Launcher(self.runner)
         plan = self.plan
         self.max_model_len = plan.max_model_len
         blocks = BlockManager(plan.num_kv_blocks, config.block_size)
         self.scheduler = Scheduler(
-            blocks,
+            PrefixCache(blocks, plan.num_snapshots, plan.num_host_snapshots, config.snapshot_min_tokens),
             SlotManager(plan.num_state_slots),
-            cache=PrefixCache(blocks, plan.num_snapshots, plan.num_host_snapshots, config.snapshot_min_tokens),
             snapshot_interval=config.snapshot_interval,
             snapshot_every=self.runner.served.snapshot_every,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -191,44 +192,9 @@ class EngineCore:
             preemptions_total=scheduler.num_preemptions,
         )
 
-    def info(self) -> EngineInfo:
-        """What the engine turned out to be."""
-        served, plan = self.runner.served, self.plan
-        spec, device = served.spec, served.device
-        speculation = self.scheduler.speculation
-        return EngineInfo(
-            model_path=str(served.folder),
-            architecture=spec.architecture,
-            num_parameters=served.num_parameters,
-            layer_counts=spec.layer_counts,
-            vocab_size=spec.vocab_size,
-            max_model_len=plan.max_model_len,
-            eos_token_ids=list(spec.eos_token_ids),
-            device=str(device),
-            device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-            dtype=str(served.dtype).removeprefix("torch."),
-            state_dtype=str(served.dtypes.state).removeprefix("torch."),
-            linear_backend=served.linear_backend,
-            kernels=served.kernel_name,
-            num_state_slots=plan.num_state_slots,
-            max_waiting=self.config.max_waiting,
-            num_kv_blocks=plan.num_kv_blocks,
-            num_snapshots=plan.num_snapshots,
-            num_host_snapshots=plan.num_host_snapshots,
-            block_size=self.config.block_size,
-            speculative_tokens=speculation.max_drafts,
-            speculative_max_rows=speculation.max_rows if speculation.max_drafts else 0,
-            weight_bytes=served.weight_bytes,
-            memory=self.memory,
-            state_bytes_per_slot=served.state_bytes_per_slot,
-            kv_bytes_per_token=served.kv_bytes_per_token,
-            has_sessions=self.sessions.folder is not None,
-            notes=plan.notes,
-        )
-
     def hold_share(self) -> None:
         """For a process that does nothing else: keep all of its memory on the device within the configured share."""
-        hold_share(self.runner.device, self.memory)
+        hold_share(self.runner.device, self.info.memory)
 
     def check_integrity(self) -> None:
         """Every slot and block has one owner. Raises AssertionError."""
@@ -264,21 +230,3 @@ class EngineCore:
 def grammar_compiler(config: EngineConfig) -> GrammarCompiler:
     """For the tokenizer of the model, which need not be loaded by then."""
     return GrammarCompiler(lambda: Tokenizer.of(config).for_grammars())
-
-
-def refusal(request_id: str, error: RequestError | QueueFullError | QueueTimeoutError) -> StepOutput:
-    """The answer to a request that was not admitted."""
-    code: ErrorCode = "invalid"
-    if isinstance(error, QueueFullError):
-        code = "queue_full"
-    elif isinstance(error, QueueTimeoutError):
-        code = "queue_timeout"
-    elif isinstance(error, ContextLengthError):
-        code = "context_length"
-    return StepOutput(
-        request_id=request_id,
-        finish_reason="error",
-        error=str(error),
-        error_code=code,
-        error_param=getattr(error, "param", None),
-    )

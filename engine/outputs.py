@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from .errors import ContextLengthError, QueueFullError, QueueTimeoutError, RequestError
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 ErrorCode = Literal["invalid", "context_length", "queue_full", "queue_timeout", "internal"]
 
@@ -67,6 +69,24 @@ class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
         self.stop_token_id = later.stop_token_id
         if later.num_cached_tokens is not None:
             self.queue_seconds, self.num_cached_tokens = later.queue_seconds, later.num_cached_tokens
+
+
+def refusal(request_id: str, error: RequestError | QueueFullError | QueueTimeoutError) -> StepOutput:
+    """The only output of a request that the engine does not compute: it carries the error to the client."""
+    code: ErrorCode = "invalid"
+    if isinstance(error, QueueFullError):
+        code = "queue_full"
+    elif isinstance(error, QueueTimeoutError):
+        code = "queue_timeout"
+    elif isinstance(error, ContextLengthError):
+        code = "context_length"
+    return StepOutput(
+        request_id=request_id,
+        finish_reason="error",
+        error=str(error),
+        error_code=code,
+        error_param=getattr(error, "param", None),
+    )
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 import re
 import subprocess
 from pathlib import Path
 
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from ...engine.startup.cores import num_cores
 
 
 def processor() -> str:

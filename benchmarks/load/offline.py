@@ -50,7 +50,7 @@ def measure_offline(
     startup = time.perf_counter() - started
     gc.collect()
     gc.freeze()  # as the engine's own process does
-    info = core.info()
+    info = core.info
     report = {
         "model": model,
         "hardware": hardware(),

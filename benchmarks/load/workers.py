@@ -17,10 +17,10 @@ from itertools import islice
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
+from ...engine.startup.cores import num_cores
 from .client import Client, Sample, run_closed, run_open
 from .errors import BenchError
 from .load import Load, Request, Workload, poisson_arrivals
-from .machine import num_cores
 from .target import Target
 
 MAX_WORKERS = 8

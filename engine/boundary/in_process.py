@@ -37,7 +37,7 @@ class InProcessClient(EngineClient):
     def _run(self) -> None:
         try:
             core = EngineCore(self.config, progress=False)
-            self._post(core.info())
+            self._post(core.info)
             run_loop(core, self._take, self._post)
         except LeydenError as error:
             self._post(EngineFailed(str(error), is_user_error=True))

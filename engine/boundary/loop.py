@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from ..core import EngineCore, refusal
+from ..core import EngineCore
 from ..errors import QueueFullError, RequestError
 from ..messages import AbortRequest, AddRequest, FromEngine, SessionCall, Shutdown, StepOutputs, ToEngine
-from ..outputs import StepOutput
+from ..outputs import StepOutput, refusal
 from .heartbeat import BEAT_SECONDS
 
 # Returns the messages that are there, after waiting for one for at most so many seconds.

@@ -109,7 +109,7 @@ def _serve(config: EngineConfig, link: Link) -> int:
     grammars.wait()
     gc.collect()
     gc.freeze()  # what start-up made lives as long as the process: no collection need look at it between two steps
-    link.send(core.info())
+    link.send(core.info)
     run_loop(core, link.receive, link.send)
     return 0
 

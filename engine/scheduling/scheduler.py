@@ -21,7 +21,6 @@ import bisect
 import math
 
 from ..errors import ContextLengthError, QueueFullError
-from ..memory.blocks import BlockManager
 from ..memory.operations import OperationQueue
 from ..memory.ring import RingRule
 from ..memory.slots import SlotManager
@@ -44,28 +43,27 @@ class Scheduler:
 
     def __init__(
         self,
-        blocks: BlockManager,
+        cache: PrefixCache,
         slots: SlotManager,
         *,
         max_num_batched_tokens: int,
         max_waiting: int,
-        mixed_prefill_tokens: int | None = None,
-        ring: RingRule = RingRule(),
-        cache: PrefixCache | None = None,
-        snapshot_interval: int = 1 << 20,
-        snapshot_every: int = 1,
-        speculation: Speculation | None = None,
+        mixed_prefill_tokens: int,
+        ring: RingRule,
+        snapshot_interval: int,
+        snapshot_every: int,
+        speculation: Speculation,
     ) -> None:
-        self.blocks = blocks
-        self.cache = PrefixCache(blocks, 0) if cache is None else cache
+        self.cache = cache
+        self.blocks = cache.blocks
         self.operations = OperationQueue()
         self.reuse = Reuse(self.cache, self.operations, snapshot_interval, snapshot_every)
         self.slots = slots
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.mixed_prefill_tokens = max_num_batched_tokens if mixed_prefill_tokens is None else mixed_prefill_tokens
+        self.mixed_prefill_tokens = mixed_prefill_tokens
         self.max_waiting = max_waiting
         self.ring = ring
-        self.speculation = speculation or Speculation()
+        self.speculation = speculation
         self.waiting = WaitingQueue(self._may_start)
         self.running: list[Sequence] = []  # kept in order
         self.num_preemptions = 0
@@ -73,10 +71,10 @@ class Scheduler:
         self._by_id: dict[str, Sequence] = {}
         self._started: list[Sequence] = []  # sequences that leave the queue with the step that is being chosen
         self._at_stop: list[Sequence] = []  # sequences that the last step has brought to a stop
-        self._siblings = Siblings(blocks, self.operations)
+        self._siblings = Siblings(self.blocks, self.operations)
         self._order = PromptOrder(self._siblings, self.reuse)
         self._admission = Admission(self.waiting, self.running, slots, self.reuse, self._order, self._start)
-        self._continuation = Continuation(blocks, self.cache.make_room)
+        self._continuation = Continuation(self.blocks, self.cache.make_room)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id

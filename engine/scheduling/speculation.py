@@ -22,7 +22,7 @@ class Speculation:
     """Drafts for the sequences of a step. `max_drafts` = most for one sequence. A step of more than `max_rows` rows has
     no drafts: the rows keep the device busy."""
 
-    def __init__(self, max_drafts: int = 0, max_rows: int = 1) -> None:
+    def __init__(self, max_drafts: int, max_rows: int) -> None:
         self.max_drafts = max_drafts
         self.max_rows = max_rows
         self.num_drafted = 0

@@ -13,12 +13,6 @@ from ...models.specs import ModelSpec
 from ..errors import ConfigError
 
 
-def spare_cores() -> int:
-    """All cores but one: a step waits for its slowest thread, so a core that HTTP uses too costs more than it gives."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores - 1)
-
-
 def pick_device(name: str) -> torch.device:
     """The device of a setting; `auto` is CUDA where there is one. Raises `ConfigError`."""
     if name == "auto":

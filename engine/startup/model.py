@@ -18,7 +18,8 @@ from ..errors import ConfigError
 from ..execution.served_model import ServedModel
 from ..memory.pools import DTypes
 from ..memory.ring import RingRule
-from .device import pick_device, pick_dtype, pick_kernels, spare_cores
+from .cores import num_cores
+from .device import pick_device, pick_dtype, pick_kernels
 from .device_memory import refuse_out_of_memory
 
 
@@ -27,7 +28,8 @@ def load_model(config: EngineConfig, *, progress: bool) -> ServedModel:
     the machine or another setting. The model's device becomes the calling thread's current one: another thread calls
     `use_device` before it launches a step."""
     use_device(pick_device(config.device))
-    torch.set_num_threads(config.num_threads or spare_cores())
+    # One core is spared: a step waits for its slowest thread, so a core that HTTP uses too costs more than it gives.
+    torch.set_num_threads(config.num_threads or max(1, num_cores() - 1))
     with refuse_out_of_memory("the weights", "take a device with more memory, or a smaller dtype"):
         served = place_model(config)
         if config.load_format == "dummy":

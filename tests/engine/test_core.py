@@ -359,13 +359,13 @@ def test_half_precision_serves_on_a_cpu_too(tiny, dtype):
 def test_state_in_half_precision_serves(tiny):
     core = make_core(tiny.folder, state_dtype="bfloat16", linear_backend="minimax")
     assert len(answer(core, PROMPT, max_tokens=12).token_ids) == 12
-    assert core.info().state_bytes_per_slot == 4 * 16 * 16 * 2
+    assert core.info.state_bytes_per_slot == 4 * 16 * 16 * 2
 
 
 @pytest.mark.parametrize("setting", LIGHTNING_BACKENDS)
 def test_the_backend_told_is_the_one_that_runs(tiny, setting):
     core = make_core(tiny.folder, linear_backend=setting)
-    told = core.info().linear_backend
+    told = core.info.linear_backend
     assert told == ("replay" if setting == "auto" else setting)
     assert core.runner.served.ring.replays is (told == "replay")
 
@@ -379,7 +379,7 @@ def test_backend_of_another_kind_of_layer_is_refused_with_those_that_this_model_
 
 
 def test_rings_beside_the_states_are_counted(tiny):
-    plain, replay = (make_core(tiny.folder, linear_backend=name).info() for name in ("minimax", "auto"))
+    plain, replay = (make_core(tiny.folder, linear_backend=name).info for name in ("minimax", "auto"))
     assert replay.state_bytes_per_slot - plain.state_bytes_per_slot == 4 * 16 * (16 + 16) * 4  # heads, ring, K + V
 
 
@@ -443,7 +443,7 @@ def test_those_whose_prompt_others_computed_tell_their_queue_time_too(tiny, monk
 
 
 def test_info_tells_what_was_loaded(core, tiny):
-    info = core.info()
+    info = core.info
     assert (info.architecture, info.layer_counts) == ("MiniMaxForCausalLM", {"lightning": 1, "softmax": 1})
     assert (info.vocab_size, info.max_model_len, info.dtype, info.device) == (VOCAB, 256, "float32", "cpu")
     assert info.num_parameters == sum(p.numel() for p in tiny.model.parameters())

@@ -7,6 +7,7 @@ from leyden.engine.memory.ring import RingRule
 from leyden.engine.memory.slots import SlotManager
 from leyden.engine.prefix.cache import PrefixCache
 from leyden.engine.scheduling.scheduler import Scheduler
+from leyden.engine.scheduling.speculation import Speculation
 from leyden.engine.scheduling.step import ScheduledBatch
 from leyden.engine.sequence import UNSEEN, Sequence, Status
 
@@ -26,17 +27,18 @@ def make_scheduler(
     interval=0,
     speculation=None,
 ) -> Scheduler:
+    """Without snapshots and drafts unless they are asked for; `mixed` None: prompts may fill a step that decodes."""
     manager = BlockManager(blocks, block_size)
     return Scheduler(
-        manager,
+        PrefixCache(manager, snapshots, on_host, min_tokens),
         SlotManager(slots),
-        cache=PrefixCache(manager, snapshots, on_host, min_tokens),
         snapshot_interval=interval,
+        snapshot_every=1,
         max_num_batched_tokens=budget,
-        mixed_prefill_tokens=mixed,
+        mixed_prefill_tokens=budget if mixed is None else mixed,
         max_waiting=max_waiting,
         ring=ring,
-        speculation=speculation,
+        speculation=speculation or Speculation(0, 1),
     )
 
 

@@ -580,7 +580,7 @@ def test_random_conversations_under_pressure_answer_as_without_a_cache(tiny, bac
 def test_half_precision_takes_half_the_memory(tiny):
     whole = make_core(tiny.folder, snapshots=4)
     half = make_core(tiny.folder, snapshots=4, snapshot_dtype="bfloat16")
-    assert half.info().memory.snapshots * 2 == whole.info().memory.snapshots
+    assert half.info.memory.snapshots * 2 == whole.info.memory.snapshots
     prompt = random_prompt(30, seed=9)
     answer(half, prompt, max_tokens=2)
     answer(half, prompt, max_tokens=2)

@@ -10,11 +10,10 @@ from engines import sequence
 from leyden.engine.errors import ContextLengthError, QueueFullError
 from leyden.engine.memory.blocks import BlockManager
 from leyden.engine.memory.ring import RingRule
-from leyden.engine.memory.slots import SlotManager
 from leyden.engine.scheduling.continuation import Continuation
-from leyden.engine.scheduling.scheduler import Scheduler
 from leyden.engine.scheduling.step import ScheduledBatch
 from leyden.engine.sequence import Sequence, Status
+from schedulers import make_scheduler
 
 EOS_RATE = 0.04
 
@@ -23,12 +22,11 @@ class Twin:
     """A scheduler and what the engine does with it, moved by calls that others get too."""
 
     def __init__(self, settings: dict[str, int], lags: bool, *, follows: bool) -> None:
-        blocks = BlockManager(settings["blocks"], settings["block_size"])
-        self.scheduler = Scheduler(
-            blocks,
-            SlotManager(settings["slots"]),
-            max_num_batched_tokens=settings["budget"],
-            max_waiting=100,
+        self.scheduler = make_scheduler(
+            blocks=settings["blocks"],
+            block_size=settings["block_size"],
+            slots=settings["slots"],
+            budget=settings["budget"],
             ring=RingRule(settings["ring_size"], replays=settings["ring_size"] > 0),
         )
         if not follows:

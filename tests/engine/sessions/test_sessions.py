@@ -255,7 +255,7 @@ def test_without_a_folder_there_are_no_sessions(tiny):
     talk(core)
     for action in ("save", "restore", "delete", "list"):
         refused(core, action, "sessions_disabled", "session_folder")
-    assert not core.info().has_sessions
+    assert not core.info.has_sessions
 
 
 @pytest.mark.parametrize("session_id", ["", "../a", "a/b", "a.b", ".", "a" * 65, "ü", "a\n", "a\0"])

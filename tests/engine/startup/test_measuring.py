@@ -44,7 +44,7 @@ def start(folder, **settings) -> Built:
 @pytest.mark.parametrize("backend", ["auto", "replay"])
 def test_every_byte_of_the_share_is_accounted_for(tiny, backend):
     core = make_core(tiny.folder, linear_backend=backend, cpu_memory_gb=0.05)
-    use, info, runner = core.info().memory, core.info(), core.runner
+    use, info, runner = core.info.memory, core.info, core.runner
     rope = runner.model.position_bytes(core.max_model_len)
     assert use.weights == info.weight_bytes + rope > info.weight_bytes
     assert use.state == info.num_state_slots * info.state_bytes_per_slot == runner.pools.states.nbytes
@@ -72,12 +72,12 @@ def long_folder(tmp_path):
 @pytest.mark.parametrize("megabytes", [4, 50])
 def test_a_context_too_long_for_the_share_is_charged_as_it_is_clamped(long_folder, megabytes):
     core = make_core(long_folder, max_model_len=None, cpu_memory_gb=megabytes / 1000)
-    use, length = core.info().memory, core.max_model_len
+    use, length = core.info.memory, core.max_model_len
     assert use.weights == core.runner.served.weight_bytes + core.runner.model.position_bytes(length)
     assert [len(table.cos_sin) for table in core.runner.model.rotary] == [length] and length < LONG
     assert length * (64 + 256) > 0.8 * megabytes * 10**6, "most of the share goes to keys, values and positions"
     assert 0 <= use.unassigned < 0.02 * megabytes * 10**6
-    assert f"max_model_len clamped from {LONG} to {length}" in core.info().notes[0]
+    assert f"max_model_len clamped from {LONG} to {length}" in core.info.notes[0]
     assert len(drain(core, request("a", [1] * 40, max_tokens=4))["a"].token_ids) == 4
 
 
@@ -181,7 +181,7 @@ def test_the_capacity_told_at_start_is_reached_and_nobody_is_preempted(tiny, num
         "prefix_cache": False,
     }
     core = make_core(tiny.folder, num_kv_blocks=num_kv_blocks, **settings)
-    info = core.info()
+    info = core.info
     share, rest = divmod(info.num_kv_blocks, info.num_state_slots)
     answer = info.block_size - 1  # within the last block, which a prompt has begun: all hold all of theirs at once
     for slot in range(info.num_state_slots):
@@ -344,7 +344,7 @@ def test_an_engine_runs_on_a_backend_that_follows_the_protocol_alone(tiny, monke
     expected = drain(make_core(tiny.folder), *requests)
     monkeypatch.setitem(LIGHTNING_BACKENDS, "seg_la", PlainBackend)
     core = make_core(tiny.folder, linear_backend="seg_la", speculative_tokens=drafts)
-    assert core.info().linear_backend == "plain"
+    assert core.info.linear_backend == "plain"
     answers = drain(core, *requests)
     assert {name: each.token_ids for name, each in answers.items()} == {
         name: each.token_ids for name, each in expected.items()

@@ -81,7 +81,7 @@ def make(folder: Path, *, gigabytes: float = GIGABYTES, **settings) -> EngineCor
 def fill_to_the_last_block(core: EngineCore) -> tuple[int, int]:
     """(most sequences that ran at once, most blocks in use). Every prompt begins the last of its slot's blocks, and its
     answer ends there."""
-    info = core.info()
+    info = core.info
     share, rest = divmod(info.num_kv_blocks, info.num_state_slots)
     answer = info.block_size - 1
     for slot in range(info.num_state_slots):
@@ -101,7 +101,7 @@ def fill_to_the_last_block(core: EngineCore) -> tuple[int, int]:
 @pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "eager"])
 def test_memory_stays_within_the_share_when_every_slot_and_block_is_taken(folder, backend, cuda_graphs):
     core = make(folder, linear_backend=backend, cuda_graphs=cuda_graphs)
-    info = core.info()
+    info = core.info
     use = info.memory
     assert info.num_kv_blocks < 16 * 32768 // 64, "memory does not bound the cache: the test shows nothing"
     assert 0 <= use.unassigned < 256 * 2**20, f"memory is left idle: {use}"
@@ -117,7 +117,7 @@ def test_memory_stays_within_the_share_when_every_slot_and_block_is_taken(folder
 
 
 def test_every_kind_of_memory_is_measured(folder):
-    use = make(folder).info().memory
+    use = make(folder).info.memory
     assert all(num_bytes > 0 for num_bytes in use.by_kind().values()), use
     assert use.graphs < 10**9 and use.workspace < 2 * 10**9 and use.other < 4 * 10**9, use
 

@@ -36,13 +36,13 @@ def test_the_split_planned_from_the_config_is_the_one_the_engine_makes(tmp_path,
     settings = {"linear_backend": backend, "cpu_memory_gb": 0.001} | settings
     config = engine_config(tmp_path, **settings)
     core = make_core(tmp_path, **settings)
-    told = banner(core.info(), name="tiny", address="http://x", needs_key=False, can_chat=True)
+    told = banner(core.info, name="tiny", address="http://x", needs_key=False, can_chat=True)
     planned = describe_model(config, None)
     split = memory_line(planned, "planned split")
     assert split == memory_line(told, "memory")
     for word in ("weights", "state", "KV cache", "snapshots", "sampler tables", "free of"):
         assert word in split
-    assert f"for {core.info().num_state_slots} sequences at once" in planned
+    assert f"for {core.info.num_state_slots} sequences at once" in planned
 
 
 @pytest.mark.parametrize("gigabytes", [0.004, 0.05])
@@ -51,7 +51,7 @@ def test_a_context_that_does_not_fit_is_planned_as_the_engine_clamps_it(tmp_path
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10_240_000}))
     settings = {"max_model_len": None, "cpu_memory_gb": gigabytes}
-    info = make_core(tmp_path, **settings).info()
+    info = make_core(tmp_path, **settings).info
     told = banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True)
     planned = describe_model(engine_config(tmp_path, **settings), None)
     assert memory_line(planned, "planned split") == memory_line(told, "memory")
@@ -77,9 +77,7 @@ def test_a_context_that_does_not_fit_is_planned_as_the_engine_clamps_it(tmp_path
 def test_the_prefix_cache_is_told_alike_before_and_after_the_start(tmp_path, settings, words):
     save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
     planned = describe_model(engine_config(tmp_path, **settings), None)
-    told = banner(
-        make_core(tmp_path, **settings).info(), name="tiny", address="http://x", needs_key=False, can_chat=True
-    )
+    told = banner(make_core(tmp_path, **settings).info, name="tiny", address="http://x", needs_key=False, can_chat=True)
     assert memory_line(planned, "prefix cache") == memory_line(told, "prefixes") == words
     assert memory_line(planned, "planned split") == memory_line(told, "memory")
 
@@ -88,12 +86,12 @@ def test_drafts_are_told_where_there_may_be_some_and_otherwise_not(tmp_path):
     save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
     settings = {"speculative_tokens": 5, "speculative_max_rows": 3}
     core = make_core(tmp_path, **settings)
-    assert (core.info().speculative_tokens, core.info().speculative_max_rows) == (5, 3)
-    on = [banner(core.info(), name="tiny", address="http://x", needs_key=False, can_chat=True)]
+    assert (core.info.speculative_tokens, core.info.speculative_max_rows) == (5, 3)
+    on = [banner(core.info, name="tiny", address="http://x", needs_key=False, can_chat=True)]
     on.append(describe_model(engine_config(tmp_path, **settings), None))
     for text in on:
         assert memory_line(text, "drafts") == "up to 5 per sequence and step, while at most 3 sequences decode"
-    info = make_core(tmp_path, speculative_max_rows=3).info()
+    info = make_core(tmp_path, speculative_max_rows=3).info
     assert (info.speculative_tokens, info.speculative_max_rows) == (0, 0)
     off = [banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True)]
     off.append(describe_model(engine_config(tmp_path), None))
@@ -109,7 +107,7 @@ def test_files_that_replace_the_checkpoints_own_are_told_and_no_others(tmp_path)
         describe_model(config, None)
     config = engine_config(tmp_path, tokenizer=tmp_path, chat_template=template)
     settings = {"name": "tiny", "address": "http://x", "needs_key": False, "can_chat": True}
-    info = make_core(tmp_path).info()
+    info = make_core(tmp_path).info
     for told in (describe_model(config, None), banner(info, **settings, config=config)):
         assert (memory_line(told, "tokenizer"), memory_line(told, "template")) == (str(tmp_path), str(template))
     for told in (describe_model(engine_config(tmp_path), None), banner(info, **settings)):
@@ -118,13 +116,13 @@ def test_files_that_replace_the_checkpoints_own_are_told_and_no_others(tmp_path)
 
 def test_the_banner_names_the_backend_that_runs(tmp_path):
     save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
-    told = banner(make_core(tmp_path).info(), name="tiny", address="http://x", needs_key=False, can_chat=True)
+    told = banner(make_core(tmp_path).info, name="tiny", address="http://x", needs_key=False, can_chat=True)
     assert memory_line(told, "backend") == "replay (torch kernels) on cpu (CPU)"
 
 
 def test_banner_of_a_gpu_names_the_measured_memory(tmp_path):
     save_minimax(tmp_path, heads=2, layer_types=(LINEAR,))
-    info = make_core(tmp_path).info()
+    info = make_core(tmp_path).info
     info.memory.workspace, info.memory.graphs, info.memory.other = 2_000_000, 3_000_000, 4_000_000
     told = banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True)
     assert "2 MB workspace, 3 MB CUDA graphs, 4 MB other" in memory_line(told, "memory")
@@ -133,7 +131,7 @@ def test_banner_of_a_gpu_names_the_measured_memory(tmp_path):
 def test_the_banner_names_the_folder_of_sessions(tmp_path):
     save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
     config = engine_config(tmp_path, session_folder=tmp_path)
-    info = make_core(tmp_path).info()
+    info = make_core(tmp_path).info
     told = banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True, config=config)
     assert memory_line(told, "sessions") == f"kept in {tmp_path}"
     assert "sessions  " not in banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True)
