@@ -46,16 +46,20 @@ def walk_tiles(x: Tensor, num_rows: int, num_heads: int, V: int) -> WalkTiles:
 def _times(b_m, b_y, b_acc, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
     """b_acc + m y; transposed, b_y is y^T, and b_acc and the result are too."""
     if TRANSPOSED:
-        return tl.dot(b_y, tl.trans(b_m), b_acc, input_precision=PRECISION)
-    return tl.dot(b_m, b_y, b_acc, input_precision=PRECISION)
+        b_acc = tl.dot(b_y, tl.trans(b_m), b_acc, input_precision=PRECISION)
+    else:
+        b_acc = tl.dot(b_m, b_y, b_acc, input_precision=PRECISION)
+    return b_acc
 
 
 @triton.jit
 def _outer(a, b, TRANSPOSED: tl.constexpr):
     """Vectors of tokens or keys, and of values, along their axes of a tile."""
     if TRANSPOSED:
-        return a[None, :], b[:, None]
-    return a[:, None], b[None, :]
+        b_a, b_b = a[None, :], b[:, None]
+    else:
+        b_a, b_b = a[:, None], b[None, :]
+    return b_a, b_b
 
 
 @triton.jit
