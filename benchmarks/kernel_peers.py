@@ -1,4 +1,4 @@
-"""Other people's lightning attention for `benchmarks/kernels.py`: fla-core and two of SGLang's files.
+"""Other people's linear attention for `benchmarks/kernels.py`: fla-core and two of SGLang's files.
 
 What is not installed is left out. Inputs come as the peer wants them, prepared outside the measured time. The calls fit
 fla-core 0.6.0 and SGLang 0.5.23.
@@ -9,23 +9,28 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from leyden.benchmarks.kernel_cases.base import Bound, Case, Implementation
+from leyden.benchmarks.kernel_cases.delta import DIM, HEADS, KEY_HEADS, DeltaCase, DeltaSet, layer_weights
 from leyden.benchmarks.kernel_cases.lightning import LightningCase, LightningInputs, returning
+from leyden.kernels.delta.convolve import convolve
 from torch import Tensor
 
 PEERS = {"lightning_attn": "sglang minimax", "seg_la": "sglang seg_la", "fla": "fla"}  # module: its name here
 
 
 def implementations(case: Case) -> dict[str, Implementation]:
-    """The peers that can be imported, by their names here; none unless the case is lightning attention."""
-    if not (isinstance(case, LightningCase) and case.has_peers):
-        return {}
-    if case.lengths:
+    """The peers that can be imported, by their names here; none unless the case is linear attention."""
+    binds: dict[str, Callable[[Any], Bound]] = {}
+    if isinstance(case, DeltaCase) and not (case.lengths and case.num_decodes):
+        binds = {"fla": bind_fla_delta_chunk if case.lengths else bind_fla_delta_decode}
+    elif isinstance(case, LightningCase) and case.has_peers and case.lengths:
         binds = {"lightning_attn": bind_sglang_minimax_prefill, "seg_la": bind_sglang_seg_la, "fla": bind_fla_chunk}
-    else:
+    elif isinstance(case, LightningCase) and case.has_peers:
         binds = {"lightning_attn": bind_sglang_minimax_decode, "seg_la": bind_sglang_seg_la, "fla": bind_fla_decode}
     available = {module: bind for module, bind in binds.items() if isinstance(peer_module(module), ModuleType)}
     return {PEERS[module]: Implementation(bind, is_peer=True) for module, bind in available.items()}
@@ -141,3 +146,54 @@ def bind_fla_decode(x: LightningInputs) -> Bound:
         return out
 
     return returning(x, step, lambda: last[0])
+
+
+def prepared_delta(x: DeltaSet) -> dict[str, Tensor]:
+    """Queries and keys of length 1, values, logarithms of decays and strengths of all steps, [S, T, heads, ...]: the
+    work of the layer around the rule, which fla leaves to others."""
+    weights, num_steps = layer_weights(), len(x.projected)
+    rows = x.rows._replace(starts=x.rows.starts * num_steps)
+    inputs = x.sequences()
+    flat = convolve(inputs, weights, x.pool, rows, x.context_lens, (KEY_HEADS, HEADS, DIM, DIM))
+    parts = flat.split([KEY_HEADS * DIM, KEY_HEADS * DIM, HEADS * DIM], dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, DIM)) for part in parts)
+    g = -weights.decay.exp() * torch.nn.functional.softplus(inputs.step.float() + weights.step_bias)
+    named = {"q": q, "k": k, "v": v, "g": g, "beta": inputs.strength.float().sigmoid()}
+    return {name: y.unflatten(0, (-1, num_steps)).transpose(0, 1).contiguous() for name, y in named.items()}
+
+
+def delta_states(x: DeltaSet) -> Tensor:
+    """The rows' incoming states side by side, as fla has them, [B, Hv, K, V]; zeros where a row is new."""
+    states = x.pool.state[x.rows.slots].transpose(2, 3).contiguous()
+    states[~x.rows.continues] = 0.0
+    return states
+
+
+def bind_fla_delta_chunk(x: DeltaSet) -> Bound:
+    """The rule alone: without convolution, norms and gates."""
+    module = importlib.import_module("fla.ops.gated_delta_rule")
+    y, states = prepared_delta(x), delta_states(x)
+    starts = x.rows.starts if len(x.rows.slots) > 1 else None
+    results = [states, states]
+
+    def step(_: int) -> None:
+        results[:] = module.chunk_gated_delta_rule(
+            **y, initial_state=states, output_final_state=True, cu_seqlens=starts
+        )
+
+    # With several rows fla reads the number of chunks on the host, which a capture forbids.
+    return Bound(step, lambda: (results[0][0], results[1].transpose(2, 3)), capturable=starts is None)
+
+
+def bind_fla_delta_decode(x: DeltaSet) -> Bound:
+    """The rule alone. A step starts from the states that the step before returned, the first from the rows' own."""
+    module = importlib.import_module("fla.ops.gated_delta_rule")
+    y, initial = prepared_delta(x), delta_states(x)
+    last, outs = [initial], list(x.out)
+
+    def step(i: int) -> None:
+        states = last[0] if i else initial
+        one = {name: part[i][:, None] for name, part in y.items()}
+        outs[i], last[0] = module.fused_recurrent_gated_delta_rule(**one, initial_state=states, output_final_state=True)
+
+    return Bound(step, lambda: (torch.stack(outs, 1).flatten(0, 2), last[0].transpose(2, 3)))

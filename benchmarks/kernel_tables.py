@@ -8,6 +8,10 @@ KERNEL_GROUPS = {
     "prefill": "Lightning prefill and mixed steps, time over the floor",
     "decode": "Lightning decode, time per step over the floor",
     "verify": "Rows of 8 tokens with drafts, after 8 that wait in the ring, time over the floor",
+    "delta-prefill": "Gated delta rule with convolution, norms and gates, 16 key and 32 value heads of 128: prompts "
+    "and mixed steps, time and share of the rate that bounds it",
+    "delta-decode": "The same, decode: time per step, and its floor if the state is written in every step as a share",
+    "delta-verify": "The same, rows of 8 tokens with drafts, after 8 that wait in the ring",
     "attention-decode": "Softmax attention, decode over a paged cache, time and share of the copy bandwidth",
     "attention-prefill": "Softmax attention, prefill, time and share of the matrix rate",
     "linear": "One row times a bfloat16 matrix, N x K, time and share of the copy bandwidth",

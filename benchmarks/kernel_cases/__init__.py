@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from leyden.benchmarks.kernel_cases.around import OPERATIONS, AroundCase, LinearCase
 from leyden.benchmarks.kernel_cases.attention import AttentionCase
 from leyden.benchmarks.kernel_cases.base import Case
+from leyden.benchmarks.kernel_cases.delta import DeltaCase, DeltaVerifyCase
 from leyden.benchmarks.kernel_cases.experts import MoeCase, RoutingCase
 from leyden.benchmarks.kernel_cases.lightning import LightningCase, VerifyCase
 from leyden.benchmarks.kernel_cases.sampling import SAMPLERS, SamplingCase
@@ -42,6 +43,15 @@ def all_cases() -> Iterator[Case]:
             yield LightningCase(f"B={rows}", heads, (), rows)
     for rows in (1, 8, 64):
         yield VerifyCase(64, rows)
+    yield DeltaCase("1 x 2048", (2048,))
+    yield DeltaCase("1 x 8192", (8192,))
+    yield DeltaCase("16 ragged", ragged_lengths())
+    yield DeltaCase("4 x 2048 + 60", (2048,) * 4, 60)
+    yield DeltaCase("64 x 128", (128,) * 64)
+    for rows in (1, 8, 32, 64, 128, 256):
+        yield DeltaCase(f"B={rows}", (), rows)
+    for rows in (1, 8, 64):
+        yield DeltaVerifyCase(rows)
     for head_dim in (128, 64):
         yield AttentionCase(is_prefill=False, num_rows=64, length=4096, head_dim=head_dim)
     for rows, length in ((1, 4096), (1, 8192), (4, 2048)):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from leyden.benchmarks import kernel_peers as peers
 from leyden.benchmarks import kernel_tables as tables
-from leyden.benchmarks.kernel_cases import all_cases, around, attention, base, experts, lightning, sampling
+from leyden.benchmarks.kernel_cases import all_cases, around, attention, base, delta, experts, lightning, sampling
 from leyden.kernels import load
 from leyden.kernels.bundles import Rows
 from leyden.kernels.lightning.reference import recurrence
@@ -39,12 +39,16 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     yield
     lightning.lightning_batch.cache_clear()
     experts.expert_weights.cache_clear()
+    delta.layer_weights.cache_clear()
 
 
 SMALL_CASES = [
     lightning.LightningCase("mixed", 2, (70, 3, 1), 2),
     lightning.LightningCase("B=3", 2, (), 3),
     lightning.VerifyCase(heads=2, num_rows=3),
+    delta.DeltaCase("mixed", (70, 3), 1),
+    delta.DeltaCase("B=2", (), 2),
+    delta.DeltaVerifyCase(num_rows=2),
     attention.AttentionCase(is_prefill=False, num_rows=2, length=48, head_dim=16, heads=4, kv_heads=2),
     attention.AttentionCase(is_prefill=True, num_rows=2, length=32, head_dim=16, heads=4, kv_heads=2),
     experts.MoeCase(5, num_experts=4, top_k=2, size=24, width=16),
@@ -87,7 +91,7 @@ def test_own_implementations_pass_the_check(case, name, on_cpu):
     expected = case.expected(case.inputs(benchmark.CHECK_SEED, checked=True))
     errors = benchmark.check(case, case.implementations()[name], expected)
     assert benchmark.excess(errors, is_peer=False) is None
-    assert name == "replay bf16" or max(errors.values()) < 2e-6  # float32 inputs
+    assert name in ("replay bf16", "replay fp16") or max(errors.values()) < 2e-6  # float32 inputs
 
 
 def test_a_kernel_that_writes_nothing_is_a_failure_and_is_not_timed(on_cpu, monkeypatch):
