@@ -24,14 +24,16 @@ from .layers.rotary import RotaryTables
 from .loading.target import Target
 from .mixers.backends import LinearBackends
 from .mixers.cache import CacheSpec, LayerCache
+from .mixers.gated_delta import GatedDeltaNet
 from .mixers.lightning import LightningAttention
 from .mixers.mixer import Mixer, MixerBuild
 from .mixers.softmax import SoftmaxAttention
-from .specs import DenseSpec, LayerSpec, LightningSpec, ModelSpec, Residual, SoftmaxSpec
+from .specs import DenseSpec, GatedDeltaSpec, LayerSpec, LightningSpec, ModelSpec, Residual, SoftmaxSpec
 
 # The module of each spec of a mixer.
 MIXERS: dict[type, Callable[[Any, MixerBuild], Mixer]] = {
     LightningSpec: LightningAttention,
+    GatedDeltaSpec: GatedDeltaNet,
     SoftmaxSpec: SoftmaxAttention,
 }
 

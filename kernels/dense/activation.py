@@ -1,5 +1,5 @@
 # ruff: noqa: ANN201 device functions return registers
-"""silu(gate) * up: the gate of SwiGLU (Shazeer 2020)."""
+"""silu(gate) * up, the gate of SwiGLU (Shazeer 2020), and other gates."""
 
 from __future__ import annotations
 
@@ -32,6 +32,27 @@ def _silu_and_mul_kernel(p_x, p_y, x_t, F, BF: tl.constexpr):
     b_gate = tl.load(p_x + o_f, mask=o_f < F, other=0.0).to(tl.float32)
     b_up = tl.load(p_x + F + o_f, mask=o_f < F, other=0.0).to(tl.float32)
     tl.store(p_y + i_t * F + o_f, (silu(b_gate) * b_up).to(p_y.dtype.element_ty), mask=o_f < F)
+
+
+@triton.jit
+def _gate_kernel(p_x, p_gate, g_t, g_h, W, D: tl.constexpr, BW: tl.constexpr):
+    i_t, i_w = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_w = i_w * BW + tl.arange(0, BW)
+    p_x += i_t * W + o_w
+    b_gate = tl.load(p_gate + i_t * g_t + o_w // D * g_h + o_w % D, mask=o_w < W, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x, mask=o_w < W, other=0.0).to(tl.float32)
+    tl.store(p_x, (b_x / (1.0 + tl.exp(-b_gate))).to(p_x.dtype.element_ty), mask=o_w < W)
+
+
+def gate_(x: Tensor, gate: Tensor) -> Tensor:
+    """x, gate [T, H, D]; x in place. Contract: `Dense.gate_`."""
+    num_tokens, num_heads, head_dim = x.shape
+    if num_tokens:
+        width = num_heads * head_dim
+        BW = min(1024, triton.next_power_of_2(width))
+        grid = (num_tokens, triton.cdiv(width, BW))
+        _gate_kernel[grid](x, gate, *gate.stride()[:2], width, D=head_dim, BW=BW, num_warps=4)
+    return x
 
 
 def silu_(x: Tensor) -> Tensor:

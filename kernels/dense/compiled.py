@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .activation import gate_ as gate_
 from .activation import silu_ as silu_
 from .activation import silu_and_mul as silu_and_mul
 from .linear import linear as linear

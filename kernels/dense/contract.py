@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from ..bundles import Weight
+
+GateActivation = Literal["sigmoid", "silu"]
 
 
 class Dense(Protocol):
@@ -27,11 +29,23 @@ class Dense(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """h = alpha * residual + beta * x; returns (rms_norm(h), h). x, residual: [T, d]."""
 
-    def gated_rms_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float, num_groups: int = 1) -> Tensor:
-        """rms_norm(x) * sigmoid(gate), rounded once; x, gate: [T, W], weight: [W].
+    def gated_rms_norm(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        weight: Tensor,
+        eps: float,
+        num_groups: int = 1,
+        activation: GateActivation = "sigmoid",
+    ) -> Tensor:
+        """rms_norm(x) * activation(gate), rounded once; x, gate: [T, W].
 
-        The norm is over each of `num_groups` equal parts of the last dim.
+        The norm is over each of `num_groups` equal parts of the last dim. weight: [W], or [W / num_groups] for all
+        parts alike.
         """
+
+    def gate_(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x * sigmoid(gate), in place; x, gate: [T, H, D], x contiguous. Returns x."""
 
     def silu_(self, x: Tensor) -> Tensor:
         """x * sigmoid(x), in place; x: [T, W]. Returns x."""

@@ -7,6 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .contract import GateActivation
+
+MOST_ELEMENTS = 2048  # of several groups in one program
+
 
 @triton.jit
 def _normalise(b_x, b_w, eps, D: tl.constexpr):
@@ -38,23 +42,42 @@ def _add_rms_norm_kernel(p_x, p_r, p_w, p_y, p_h, eps, alpha, beta, x_t, r_t, D:
 
 @triton.jit
 def _gated_rms_norm_kernel(
-    p_x, p_gate, p_w, p_y, eps, x_t, g_t, GROUPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+    p_x,
+    p_gate,
+    p_w,
+    p_y,
+    eps,
+    x_t,
+    g_t,
+    GROUPS: tl.constexpr,
+    D: tl.constexpr,
+    BG: tl.constexpr,
+    BD: tl.constexpr,
+    IS_SHARED: tl.constexpr,
+    IS_SILU: tl.constexpr,
 ):
-    """D: width of one group."""
-    i_t, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_d = tl.arange(0, BD)
-    o_w = i_g * D + o_d
-    b_x = tl.load(p_x + i_t * x_t + o_w, mask=o_d < D, other=0.0).to(tl.float32)
-    b_gate = tl.load(p_gate + i_t * g_t + o_w, mask=o_d < D, other=0.0).to(tl.float32)
-    b_w = tl.load(p_w + o_w, mask=o_d < D, other=0.0).to(tl.float32)
-    b_y = _normalise(b_x, b_w, eps, D) / (1.0 + tl.exp(-b_gate))
-    tl.store(p_y + i_t * (GROUPS * D) + o_w, b_y.to(p_y.dtype.element_ty), mask=o_d < D)
+    """A program takes BG groups of a token. D: width of one group; IS_SHARED: one weight [D] for all groups."""
+    i_t = tl.program_id(0).to(tl.int64)
+    o_g, o_d = tl.program_id(1) * BG + tl.arange(0, BG), tl.arange(0, BD)
+    o_w = o_g[:, None] * D + o_d[None, :]
+    m = (o_g < GROUPS)[:, None] & (o_d < D)[None, :]
+    b_x = tl.load(p_x + i_t * x_t + o_w, mask=m, other=0.0).to(tl.float32)
+    b_gate = tl.load(p_gate + i_t * g_t + o_w, mask=m, other=0.0).to(tl.float32)
+    if IS_SHARED:
+        b_w = tl.load(p_w + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+    else:
+        b_w = tl.load(p_w + o_w, mask=m, other=0.0).to(tl.float32)
+    b_scale = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / D + eps)
+    b_y = b_x * b_scale[:, None] * b_w / (1.0 + tl.exp(-b_gate))
+    if IS_SILU:
+        b_y *= b_gate
+    tl.store(p_y + i_t * (GROUPS * D) + o_w, b_y.to(p_y.dtype.element_ty), mask=m)
 
 
-def launch_options(size: int) -> dict[str, int]:
-    """A program takes a row, a thread 16 elements: two loads of 16 bytes in half precision."""
+def launch_options(size: int, count: int = 1) -> dict[str, int]:
+    """A program takes `count` rows, a thread 16 elements: two loads of 16 bytes in half precision."""
     block = triton.next_power_of_2(size)
-    return {"D": size, "BD": block, "num_warps": min(16, max(1, block // 512))}
+    return {"D": size, "BD": block, "num_warps": min(16, max(1, count * block // 512))}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -93,12 +116,20 @@ def add_rms_norm(
     return y, h
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, num_groups: int = 1) -> Tensor:
+def gated_rms_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    num_groups: int = 1,
+    activation: GateActivation = "sigmoid",
+) -> Tensor:
     """x, gate [T, W] -> [T, W], a new contiguous tensor. Contract: `Dense.gated_rms_norm`."""
-    num_tokens, width = x.shape
+    num_tokens, width = x.shape[0], x.shape[1] // num_groups
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if num_tokens:
-        _gated_rms_norm_kernel[(num_tokens, num_groups)](
+        BG = min(triton.next_power_of_2(num_groups), max(1, MOST_ELEMENTS // triton.next_power_of_2(width)))
+        _gated_rms_norm_kernel[(num_tokens, triton.cdiv(num_groups, BG))](
             x,
             gate,
             weight,
@@ -107,6 +138,9 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, num_grou
             x.stride(0),
             gate.stride(0),
             GROUPS=num_groups,
-            **launch_options(width // num_groups),
+            BG=BG,
+            IS_SHARED=num_groups > 1 and weight.shape[0] == width,
+            IS_SILU=activation == "silu",
+            **launch_options(width, BG),
         )
     return y

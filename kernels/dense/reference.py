@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bundles import Weight
+from .contract import GateActivation
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -32,11 +33,27 @@ def add_rms_norm(
     return rms_norm(h, weight, eps), h
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, num_groups: int = 1) -> Tensor:
+def gated_rms_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    num_groups: int = 1,
+    activation: GateActivation = "sigmoid",
+) -> Tensor:
     """x, gate [T, W] -> [T, W]. Contract: `Dense.gated_rms_norm`."""
     groups = x.float().unflatten(-1, (num_groups, -1))
-    normed = F.rms_norm(groups, groups.shape[-1:], None, eps).flatten(-2)
-    return normed.mul_(weight).mul_(torch.sigmoid(gate.float())).to(x.dtype)
+    width = groups.shape[-1]
+    normed = F.rms_norm(groups, (width,), None, eps).mul_(weight.view(-1, width)).flatten(-2)
+    activate = F.silu if activation == "silu" else torch.sigmoid
+    return normed.mul_(activate(gate.float())).to(x.dtype)
+
+
+def gate_(x: Tensor, gate: Tensor) -> Tensor:
+    """x, gate [T, H, D]; x in place. Contract: `Dense.gate_`."""
+    if x.dtype == torch.float32:
+        return x.mul_(torch.sigmoid(gate))
+    return x.copy_(x.float().mul_(torch.sigmoid(gate.float())))
 
 
 def silu_(x: Tensor) -> Tensor:

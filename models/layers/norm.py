@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.bundles import HeadNorm
+from ...kernels.dense.contract import GateActivation
 from ..loading.target import Target
 from ..specs import NormSpec
 from .build import Build
@@ -31,9 +32,10 @@ class RMSNorm(nn.Module):
         """(norm(h), h) with h = alpha * residual + beta * x."""
         return self.dense.add_rms_norm(x, residual, self.weight, self.eps, alpha, beta)
 
-    def gated(self, x: Tensor, gate: Tensor, num_groups: int = 1) -> Tensor:
-        """norm(x) * sigmoid(gate), with statistics of each of `num_groups` equal parts of x. x, gate: [T, size]."""
-        return self.dense.gated_rms_norm(x, gate, self.weight, self.eps, num_groups)
+    def gated(self, x: Tensor, gate: Tensor, num_groups: int = 1, activation: GateActivation = "sigmoid") -> Tensor:
+        """norm(x) * activation(gate), with statistics of each of `num_groups` equal parts of x. x, gate: [T, W]; the
+        norm's size is W, or that of one part."""
+        return self.dense.gated_rms_norm(x, gate, self.weight, self.eps, num_groups, activation)
 
     def targets(self, name: str) -> Iterator[Target]:
         """`{name}.weight`."""

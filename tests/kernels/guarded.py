@@ -138,6 +138,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "dense.rms_norm": lambda: OPS.dense.rms_norm(normal(5, 37), normal(37), 1e-5),
     "dense.add_rms_norm": lambda: OPS.dense.add_rms_norm(normal(5, 37), normal(5, 37), normal(37), 1e-5, 0.5, 2.0),
     "dense.gated_rms_norm": lambda: OPS.dense.gated_rms_norm(normal(5, 38), normal(5, 38), normal(38), 1e-5, 2),
+    "dense.gated_rms_norm of heads": lambda: OPS.dense.gated_rms_norm(
+        normal(5, 3 * 37), normal(5, 3 * 37), normal(37), 1e-5, 3, "silu"
+    ),
+    "dense.gate_": lambda: OPS.dense.gate_(normal(5, 3, 37), normal(5, 3, 37)),
     "dense.silu_": lambda: OPS.dense.silu_(normal(5, 37)),
     "dense.silu_and_mul": lambda: OPS.dense.silu_and_mul(normal(5, 74)),
     "experts.moe of few": lambda: moe(1, 5),

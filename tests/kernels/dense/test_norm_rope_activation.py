@@ -66,19 +66,23 @@ def test_add_rms_norm_returns_the_weighted_sum_and_its_norm(backend, dtype, alph
 
 @every_kernel
 @every_dtype
-@pytest.mark.parametrize(("width", "num_groups"), [(96, 1), (96, 3), (96, 6), (2048, 1), (2048, 4), (80, 5)])
+@pytest.mark.parametrize("activation", ["sigmoid", "silu"])
+@pytest.mark.parametrize("is_shared", [False, True], ids=["weight per channel", "weight of a group"])
+@pytest.mark.parametrize(("width", "num_groups"), [(96, 1), (96, 3), (96, 6), (2048, 1), (2048, 4), (4480, 35)])
 def test_gated_rms_norm_is_the_norm_of_each_group_times_the_open_gate(
-    backend, dtype, width, num_groups, device, rng, assert_close
+    backend, dtype, width, num_groups, is_shared, activation, device, rng, assert_close
 ):
     projected = (torch.randn(5, 3 * width, generator=rng) * 3).to(device, dtype)
     wide = torch.randn(5, 2 * width, generator=rng).to(device, dtype)
     wide[:, width:] *= torch.arange(1, width + 1, device=device)  # groups of different sizes of values
     x, gate = wide[:, width:], projected[:, width : 2 * width]
-    weight = torch.rand(width, generator=rng).to(device, dtype)
+    weight = torch.rand(width // num_groups if is_shared else width, generator=rng).to(device, dtype)
     kept = wide.clone(), projected.clone()
-    y = KERNELS[backend].gated_rms_norm(x, gate, weight, 1e-5, num_groups)
-    groups = (part.unflatten(-1, (num_groups, -1)) for part in (x, weight))
-    expected = plain_norm(*groups, 1e-5).flatten(1) * gate.double().sigmoid()
+    y = KERNELS[backend].gated_rms_norm(x, gate, weight, 1e-5, num_groups, activation)
+    whole = weight.repeat(num_groups) if is_shared else weight
+    groups = (part.unflatten(-1, (num_groups, -1)) for part in (x, whole))
+    opened = gate.double().sigmoid() * (gate.double() if activation == "silu" else 1.0)
+    expected = plain_norm(*groups, 1e-5).flatten(1) * opened
     assert y.dtype == dtype
     assert y.is_contiguous()
     assert_close("y", y, expected, BOUNDS[dtype])
@@ -226,6 +230,19 @@ def test_silu_in_place_changes_its_columns_alone(backend, dtype, shape, device, 
     if shape[0]:
         assert_close("x", x, before * torch.sigmoid(before), BOUNDS[dtype])
     assert torch.equal(wide[:, shape[1] :], kept[:, shape[1] :])
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize("shape", [(1, 1, 16), (5, 3, 80), (3, 24, 128)], ids=str)
+def test_gate_opens_heads_in_place_by_its_sigmoid(backend, dtype, shape, device, rng, assert_close):
+    """The gate is a view of heads of queries and gates by turns."""
+    heads = (torch.randn(*shape[:2], 2 * shape[2], generator=rng) * 3).to(device, dtype)
+    x, gate = torch.randn(shape, generator=rng).to(device, dtype), heads[..., shape[2] :]
+    before, kept = x.double(), heads.clone()
+    assert KERNELS[backend].gate_(x, gate) is x
+    assert_close("x", x, before * gate.double().sigmoid(), BOUNDS[dtype])
+    assert torch.equal(heads, kept)
 
 
 @every_kernel
