@@ -11,11 +11,33 @@ from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True, slots=True)
+class YarnSpec:
+    """A rope stretched over a context `factor` times longer than the one of training (Peng et al. 2023).
+
+    Pairs that turn `beta_fast` times or more within `original_len` positions keep their frequency, those that turn
+    `beta_slow` times or less have it divided by `factor`, and between lies a ramp.
+    """
+
+    factor: float
+    original_len: int
+    attention_factor: float  # of cosines and sines, so that scores grow by its square
+    beta_fast: float
+    beta_slow: float
+    is_rounded: bool  # the ramp's ends, to whole pairs
+
+    @property
+    def max_len(self) -> int:
+        """The context that it reaches."""
+        return int(self.factor * self.original_len)
+
+
+@dataclass(frozen=True, slots=True)
 class RopeSpec:
     """A rotation of the first `dim` channels of each head by the token's position, in pairs (j, j + dim/2)."""
 
     dim: int
     theta: float
+    yarn: YarnSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)

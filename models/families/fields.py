@@ -76,6 +76,10 @@ class Fields:
             raise CheckpointError(f"config.json: {name} must be an object, got {value!r}")
         return Fields(value or {})
 
+    def present(self) -> dict[str, Any]:
+        """All fields that are not null."""
+        return {name: value for name, value in self._config.items() if value is not None}
+
     def token_ids(self, name: str) -> tuple[int, ...]:
         """An integer, a list of them, or null."""
         return token_ids(self._config.get(name))
@@ -87,6 +91,16 @@ class Fields:
         if len(entries) != length:
             raise CheckpointError(f"config.json: {name} has {len(entries)} entries for {length} layers")
         return [Fields({name: entry}).integer(name) for entry in entries]
+
+    def kinds(self, name: str, length: int, *allowed: Any) -> list[Any]:
+        """One of the values `allowed` per layer."""
+        value = self._config.get(name)
+        if not isinstance(value, list) or len(value) != length:
+            raise CheckpointError(f"config.json: {name} must list {length} layers, got {value!r}")
+        for kind in value:
+            if kind not in allowed:
+                raise CheckpointError(f"config.json: {name} may hold {' and '.join(map(repr, allowed))}, got {kind!r}")
+        return value
 
     def must_be(self, name: str, *allowed: Any) -> None:
         """Refuse a value that would change the mathematics and is not implemented; absent or null is fine."""

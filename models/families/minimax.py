@@ -70,12 +70,13 @@ def names(spec: ModelSpec) -> Names:
 
 def read_hf(config: Mapping[str, Any], architecture: str) -> ModelSpec:
     """`MiniMaxForCausalLM`. Raises `CheckpointError`."""
-    config = {"eos_token_id": DEFAULT_EOS} | dict(config)
-    fields = Fields(config)
+    fields = Fields({"eos_token_id": DEFAULT_EOS} | dict(config))
     num_layers = fields.positive("num_hidden_layers")
-    kinds = config.get("layer_types") or ["linear_attention" if i % 2 else "full_attention" for i in range(num_layers)]
+    kinds = ["linear_attention" if i % 2 else "full_attention" for i in range(num_layers)]
+    if config.get("layer_types"):
+        kinds = fields.kinds("layer_types", num_layers, "linear_attention", "full_attention")
     layers = []
-    for i, kind in enumerate(_checked_kinds(kinds, num_layers, "layer_types", "linear_attention", "full_attention")):
+    for i, kind in enumerate(kinds):
         slopes = tuple(
             b * hf_layer_factor(i, num_layers) for b in geometric_slopes(fields.positive("num_attention_heads"))
         )
@@ -98,7 +99,7 @@ def read_original(config: Mapping[str, Any], architecture: str) -> ModelSpec:
     name = "attn_type_list" if fields.has("attn_type_list") else "decoder_attention_types"
     if not fields.has(name):
         raise CheckpointError("config.json: attn_type_list is missing (0 = lightning, 1 = softmax, one per layer)")
-    kinds = _checked_kinds(config[name], num_layers, name, 0, 1)
+    kinds = fields.kinds(name, num_layers, 0, 1)
     num_experts = fields.integers(_experts_field(fields), num_layers, DEFAULT_EXPERTS)
     shared = fields.integers("shared_intermediate_size", num_layers, 0)
     fields.must_be("shared_moe_mode", "sigmoid", *(("softmax",) if not any(shared) else ()))
@@ -121,15 +122,6 @@ def read_original(config: Mapping[str, Any], architecture: str) -> ModelSpec:
 def hf_layer_factor(i: int, num_layers: int) -> float:
     """Hugging Face's spelling, with the 1e-5 inside the division too."""
     return 1.0 - i / (num_layers - 1 + 1e-5) + 1e-5
-
-
-def _checked_kinds(kinds: Any, num_layers: int, name: str, *allowed: Any) -> list[Any]:
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-        raise CheckpointError(f"config.json: {name} must list {num_layers} layers, got {kinds!r}")
-    for kind in kinds:
-        if kind not in allowed:
-            raise CheckpointError(f"config.json: {name} may hold {' and '.join(map(repr, allowed))}, got {kind!r}")
-    return kinds
 
 
 def _lightning(fields: Fields, slopes: tuple[float, ...]) -> LightningSpec:

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..loading.checkpoint import GENERATION_FILE, read_generation_config, read_json
 from ..loading.names import Names
 from ..specs import ModelSpec
-from . import minimax, ring_linear
+from . import minimax, qwen, qwen3_5, qwen3_next, ring_linear
 from .fields import token_ids
 
 
@@ -31,6 +31,11 @@ FAMILIES: dict[str, Family] = {
     "MiniMaxText01ForCausalLM": Family(minimax.read_original, minimax.names),
     "MiniMaxM1ForCausalLM": Family(minimax.read_original, minimax.names),
     "BailingMoeLinearV2ForCausalLM": Family(ring_linear.read, ring_linear.names),
+    "Qwen3NextForCausalLM": Family(qwen3_next.read, qwen.names),
+    "Qwen3_5ForCausalLM": Family(qwen3_5.read, qwen.names),
+    "Qwen3_5MoeForCausalLM": Family(qwen3_5.read, qwen.names),
+    "Qwen3_5ForConditionalGeneration": Family(qwen3_5.read, qwen.names),
+    "Qwen3_5MoeForConditionalGeneration": Family(qwen3_5.read, qwen.names),
 }
 
 

@@ -24,13 +24,21 @@ class Released(NamedTuple):
     other: re.Pattern[str]
 
 
+class LeftOut(NamedTuple):
+    """Tensors of a part of the model that is not served."""
+
+    pattern: re.Pattern[str]  # found in their canonical names
+    part: str  # for the log, with its article
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """A family's spellings. The canonical name of a tensor is the one that a module's `Target` bears."""
 
     renames: tuple[Rename, ...]  # from any spelling to the canonical one, made in order
     released: tuple[Released, ...] = ()  # back, for messages, made in order
-    ignored: re.Pattern[str] | None = None  # found in the canonical names of tensors that no model wants
+    ignored: re.Pattern[str] | None = None  # found in the canonical names of tensors that follow from the config
+    left_out: tuple[LeftOut, ...] = ()
 
     def canonical(self, stored: str) -> str:
         """The canonical name of a tensor that a file calls `stored`."""
@@ -40,6 +48,10 @@ class Names:
 
     def is_ignored(self, canonical: str) -> bool:
         return self.ignored is not None and self.ignored.search(canonical) is not None
+
+    def part_left_out(self, canonical: str) -> str | None:
+        """The part of the model, not served, to which the tensor belongs."""
+        return next((part for pattern, part in self.left_out if pattern.search(canonical)), None)
 
     def as_spelt(self, canonical: str, present: Iterable[str]) -> str:
         """A canonical name in the spelling of files that hold tensors of the names `present`."""

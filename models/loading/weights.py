@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -72,10 +73,14 @@ def _match(
     found: dict[str, Path] = {}
     pairs = []
     present = []
+    left_out: Counter[str] = Counter()
     for stored in (stored for path in find_files(folder) for stored in read_header(path)):
         present.append(stored.name)
         canonical = names.canonical(stored.name)
         if names.is_ignored(canonical) or canonical in ignored:
+            continue
+        if part := names.part_left_out(canonical):
+            left_out[part] += 1
             continue
         target = wanted.get(canonical)
         if target is None:
@@ -90,6 +95,9 @@ def _match(
         shown = ", ".join(f"{names.as_spelt(name, present)} {list(wanted[name].stored_shape)}" for name in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise CheckpointError(f"{folder}: missing tensors: {shown}{more}")
+    if left_out:
+        counts = ", ".join(f"{count} of {part}" for part, count in left_out.items())
+        logger.info("%s: tensors left out, whose parts are not served: %s", folder, counts)
     return pairs
 
 
