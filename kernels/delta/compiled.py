@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from .decode import decode as decode
 from .prefill import prefill as prefill
-from .reference import decode as decode
-from .reference import fold as fold
-from .reference import replay as replay
 from .reference import verify as verify
+from .replay import fold as fold
+from .replay import replay as replay
