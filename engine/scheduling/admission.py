@@ -18,11 +18,11 @@ from ..prefix.cache import Match
 from ..prefix.reuse import NOTHING, Reuse
 from ..sequence import Sequence
 from .prompt_order import PromptOrder
+from .siblings import Siblings
 from .waiting import WaitingQueue
 
 NUM_COMPARED = 8  # waiting sequences, the first ones and the shortest, that are compared by what is left to compute
 NUM_EXAMINED = 32  # of those that wait, to find as many that need not wait for another's snapshot
-MAX_MATCHES = 256  # that are remembered, of sequences that may have gone
 
 
 class _Candidate(NamedTuple):
@@ -44,6 +44,7 @@ class Admission:
         running: list[Sequence],
         slots: SlotManager,
         reuse: Reuse,
+        siblings: Siblings,
         order: PromptOrder,
         start: Callable[[Sequence], None],
     ) -> None:
@@ -52,12 +53,32 @@ class Admission:
         self._slots = slots
         self._reuse = reuse
         self._cache, self._blocks = reuse.cache, reuse.blocks
+        self._siblings = siblings
         self._order = order
         self._start = start
         self._matches: dict[Sequence, Match] = {}  # what is cached of some that wait, as of `_num_given`
         self._num_given = 0
         self._found: dict[Sequence, Match | None] = {}  # in this step, by `_find`
         self._saving: list[Sequence] = []  # in this step, running prompts that will leave snapshots
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence is gone."""
+        self._matches.pop(sequence, None)
+
+    def start_siblings(self) -> set[Sequence]:
+        """Start the siblings of those that have reached their prompt's last token, as far as there is room: one that
+        finds none computes for itself. Returns those that wait for siblings to arrive."""
+        done, held = self._siblings.arrived()
+        for leader in done:
+            num_own = self._siblings.num_own_blocks(leader)
+            for sibling in self._siblings.members(leader):
+                if sibling.is_ready and self._slots.num_free and self._cache.make_room(num_own):
+                    self._waiting.remove(sibling)
+                    self._slots.take(sibling)
+                    self._siblings.take_over(sibling, leader)
+                    self._start(sibling)
+            self._siblings.disband(leader)
+        return held
 
     def admit(self, prompts: list[Sequence], budget: int) -> None:
         """Start the waiting sequences that get a share of the budget beside `prompts`, and add them to `prompts`."""
@@ -160,7 +181,7 @@ class Admission:
     def _match(self, sequence: Sequence) -> Match:
         """What is cached of a waiting sequence. It is looked up again only where that may have changed: those that wait
         for blocks are asked in every step."""
-        if self._num_given != self._cache.num_given or len(self._matches) > MAX_MATCHES:
+        if self._num_given != self._cache.num_given:
             self._matches.clear()
             self._num_given = self._cache.num_given
         match = self._matches.get(sequence)

@@ -45,6 +45,8 @@ class Continuation:
         self._rows = rows if may_continue else []
         self._has_begun = False
         self._left.clear()
+        self._due.clear()
+        self._places.clear()
 
     def leave(self, sequence: Sequence) -> None:
         """It has finished."""
@@ -79,7 +81,6 @@ class Continuation:
         if any(sequence.grammar is not None for sequence in self._rows):
             self._rows = []
             return False
-        self._due.clear()
         self._step = 0
         for sequence in self._rows:
             self._await(sequence, 0)

@@ -33,6 +33,7 @@ from .prompt_order import PromptOrder
 from .siblings import Siblings
 from .speculation import Speculation
 from .step import ScheduledBatch
+from .verify_steps import VerifySteps
 from .waiting import WaitingQueue
 
 MANY_ROWS = 128
@@ -73,7 +74,10 @@ class Scheduler:
         self._at_stop: list[Sequence] = []  # sequences that the last step has brought to a stop
         self._siblings = Siblings(self.blocks, self.operations)
         self._order = PromptOrder(self._siblings, self.reuse)
-        self._admission = Admission(self.waiting, self.running, slots, self.reuse, self._order, self._start)
+        self._admission = Admission(
+            self.waiting, self.running, slots, self.reuse, self._siblings, self._order, self._start
+        )
+        self._verify_steps = VerifySteps(speculation, ring, self.reuse, self.operations, max_num_batched_tokens)
         self._continuation = Continuation(self.blocks, self.cache.make_room)
 
     def __contains__(self, request_id: str) -> bool:
@@ -141,6 +145,7 @@ class Scheduler:
         self.num_finished += 1
         del self._by_id[sequence.request_id]
         self._siblings.remove(sequence)
+        self._admission.forget(sequence)
         self.reuse.forget(sequence)
         self.speculation.forget(sequence)
 
@@ -169,7 +174,7 @@ class Scheduler:
             if sequence.status is Status.RUNNING:
                 self.reuse.save_at_stop(sequence)
         self._at_stop = []
-        held = self._start_siblings()
+        held = self._admission.start_siblings()
         budget = self.max_num_batched_tokens
         decoding: dict[Sequence, int] = {}
         behind: list[Sequence] = []
@@ -193,7 +198,7 @@ class Scheduler:
             budget = min(budget, self.mixed_prefill_tokens * (2 if len(decoding) >= MANY_ROWS else 1))
         prefilling = self._bring_prompts(behind, decoding, budget)
         if not prefilling and self.speculation.applies_to(len(decoding)):
-            drafted = self._draft(list(decoding))
+            drafted = self._verify_steps.schedule(list(decoding))
             if drafted is not None:
                 return drafted
         if not self.ring.replays:
@@ -205,35 +210,6 @@ class Scheduler:
         operations = self.operations.take() if rows else []
         counts = [*prefilling.values(), *decoding.values()]
         return ScheduledBatch(rows, counts, len(prefilling), operations, snapshots=snapshots)
-
-    def _draft(self, rows: list[Sequence]) -> ScheduledBatch | None:
-        """A step of these decoding rows with drafts, an empty one where these depend on tokens that are on their way,
-        or None when no row has drafts."""
-        budget = self.max_num_batched_tokens - len(rows)
-        if not budget:
-            return None
-        if self.speculation.waits(rows):
-            return ScheduledBatch([], [], 0)
-        if any(row.ends_in_unseen for row in rows):
-            return None
-        drafts = []
-        for row in rows:
-            drafts.append(self._fitting(row, self.speculation.drafts(row)[:budget]))
-            budget -= len(drafts[-1])
-        if not any(drafts):
-            return None
-        counts = [1 + len(each) for each in drafts]
-        for row, count in zip(rows, counts, strict=True):
-            if not self.ring.holds(row.num_pending_tokens, count):
-                self.reuse.fold(row)
-        return ScheduledBatch(rows, counts, len(rows), self.operations.take(), drafts=drafts)
-
-    def _fitting(self, sequence: Sequence, drafts: list[int]) -> list[int]:
-        """As many of the drafts as there are blocks for without preempting a sequence."""
-        total = sequence.num_computed_tokens + 1 + len(drafts)
-        if self.cache.make_room(self.blocks.missing(sequence, total)):
-            self.blocks.grow(sequence, total)
-        return drafts[: len(sequence.block_table) * self.blocks.block_size - sequence.num_computed_tokens - 1]
 
     def update(self, batch: ScheduledBatch) -> None:
         """Note that the batch is being computed: what it completes ends in `UNSEEN` until its tokens arrive. Of drafts
@@ -298,21 +274,6 @@ class Scheduler:
                 budget -= num_new
         self._order.end_step(has_prompts=bool(prefilling))
         return prefilling
-
-    def _start_siblings(self) -> set[Sequence]:
-        """Start the siblings of those that have reached their prompt's last token, as far as there is room: one that
-        finds none computes for itself. Returns those that wait for siblings to arrive."""
-        done, held = self._siblings.arrived()
-        for leader in done:
-            num_own = self._siblings.num_own_blocks(leader)
-            for sibling in self._siblings.members(leader):
-                if sibling.is_ready and self.slots.num_free and self.cache.make_room(num_own):
-                    self.waiting.remove(sibling)
-                    self.slots.take(sibling)
-                    self._siblings.take_over(sibling, leader)
-                    self._start(sibling)
-            self._siblings.disband(leader)
-        return held
 
     def _start(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
