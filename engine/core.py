@@ -70,7 +70,7 @@ class EngineCore:
         self._stats = EngineStats()
         self._collector = Collector(self.scheduler, self._stats)
         self._arrivals = 0
-        self._next_look = 0.0  # for what has waited too long, on the clock of `time.monotonic`
+        self._next_look = 0.0  # for requests that have waited too long, on the clock of `time.monotonic`
         on_cuda = self.runner.device.type == "cuda"
         self._is_async = on_cuda if config.async_scheduling is None else config.async_scheduling
         self._in_flight: LaunchedStep | None = None
@@ -98,7 +98,7 @@ class EngineCore:
             self._compiling.append((sequence, sequence.grammar))
 
     def check(self, request: AddRequest) -> int:
-        """Refuse what can never be served, by `RequestError`. Returns the answer's bound in tokens."""
+        """Return the answer's bound in tokens. Raises `RequestError` for a request that can never be served."""
         params, prompt = request.sampling_params, request.prompt_token_ids
         vocab = self.runner.served.spec.vocab_size
         if request.request_id in self.scheduler:
@@ -202,7 +202,7 @@ class EngineCore:
         self._collector.check_integrity()
 
     def _expire(self, now: float) -> list[StepOutput]:
-        """Refuse what has waited too long, looking every quarter of a second."""
+        """Refuse requests that have waited too long. Looks once in `EXPIRY_SECONDS`."""
         if now < self._next_look:
             return []
         self._next_look = now + EXPIRY_SECONDS
@@ -212,7 +212,7 @@ class EngineCore:
         return [refusal(sequence.request_id, QueueTimeoutError()) for sequence in late]
 
     def _refuse_bad_grammars(self) -> list[StepOutput]:
-        """Refuse those whose grammar turned out not to compile. The others are admitted from now on."""
+        """Refuse requests whose grammar does not compile. Requests whose grammar does may start from now on."""
         outputs = []
         for sequence, grammar in self._compiling.copy():
             if not grammar.is_compiled:

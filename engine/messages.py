@@ -17,12 +17,12 @@ SessionAction = Literal["save", "restore", "delete", "list"]
 class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     """Start a sequence. A lower `priority` runs earlier; ties run in order of arrival.
 
-    `eos_token_ids` None = those of the checkpoint's config and generation config. `max_queue_seconds` None = it waits
-    for its start as long as it takes. `num_siblings` more requests will follow at once that have the same prompt and
-    name this one as `sibling_of`: the prompt is then computed once. `prefix_cache` False = it takes nothing from the
-    prefix cache and leaves nothing there; `cache_salt` = it shares only with requests of the same salt; `beginning` =
-    length in tokens of the part that other prompts probably share, 0 if unknown. `session_id` = where its answer
-    ends is known by that id, and can be saved.
+    `eos_token_ids` None = the ids of the checkpoint's config and generation config. `max_queue_seconds` None = the
+    sequence waits for its start without a limit. `num_siblings` more requests will follow at once that have the same
+    prompt and name this one as `sibling_of`: the prompt is then computed once. `prefix_cache` False = the sequence
+    takes nothing from the prefix cache and leaves nothing there; `cache_salt` = it shares only with requests of the
+    same salt; `beginning` = length in tokens of the part that other prompts probably share, 0 if unknown.
+    `session_id`: under this id the end of the answer is known, and can be saved.
     """
 
     request_id: str
@@ -97,7 +97,7 @@ class MemoryUse(msgspec.Struct, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
-    """What the engine turned out to be, once the model is loaded and memory is sized."""
+    """The model, the device and the sizes of the pools, once the model is loaded and memory is sized."""
 
     model_path: str
     architecture: str
@@ -110,7 +110,7 @@ class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
     device_name: str
     dtype: str
     state_dtype: str
-    linear_backend: str  # never `auto`: what it stands for
+    linear_backend: str  # the chosen backend, never `auto`
     kernels: str
     num_state_slots: int
     max_waiting: int
@@ -139,7 +139,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     snapshots_used: int = 0
     host_snapshots_used: int = 0
     prefix_cache_queries_total: int = 0  # prompt tokens that were looked up
-    prefix_cache_hits_total: int = 0  # those of them that were not computed again
+    prefix_cache_hits_total: int = 0  # looked-up tokens that were found, and not computed again
     draft_tokens_total: int = 0
     accepted_tokens_total: int = 0  # drafts that were right
     prompt_tokens_total: int = 0
@@ -150,7 +150,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     schedule_seconds_total: float = 0.0
     host_seconds_total: float = 0.0  # of step_seconds_total, all but waiting for the device
     decode_steps_total: int = 0  # steps of decode rows alone
-    decode_host_seconds_total: float = 0.0  # of host_seconds_total, that of these
+    decode_host_seconds_total: float = 0.0  # the part of host_seconds_total spent on decode_steps_total
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True):
@@ -173,7 +173,7 @@ class SessionFile(msgspec.Struct, frozen=True):
 
 
 class SessionDone(msgspec.Struct, tag="session_done", kw_only=True):
-    """What became of a `SessionCall`: what was saved, restored or deleted, or an error and why."""
+    """The answer to a `SessionCall`: counts of the data that was saved, restored or deleted, or an error."""
 
     call_id: str
     num_tokens: int = 0
@@ -201,5 +201,5 @@ def to_engine(message: ToEngine) -> bytes:
 
 
 def engine_decoder() -> msgspec.msgpack.Decoder[ToEngine]:
-    """Of what `to_engine` gave."""
+    """A decoder of the bytes that `to_engine` returns."""
     return msgspec.msgpack.Decoder(ToEngine, dec_hook=decode_token_ids)

@@ -105,7 +105,8 @@ class Carrier:
         self._move(read, self._transfers(pieces, location, num_skipped))
 
     def _move(self, work: Callable[[Transfer, _Staging], T], transfers: list[Transfer]) -> list[T]:
-        """The results of `work` for every transfer. The first error is raised, once no transfer is under way."""
+        """Run `work` for every transfer and return the results in order. Raises the first error, once no transfer is
+        under way."""
 
         @torch.inference_mode()
         def move(transfer: Transfer) -> T:
@@ -116,7 +117,7 @@ class Carrier:
                 self._free.put(staging)
 
         with ThreadPoolExecutor(NUM_READERS, "sessions", use_device, (self._device,)) as threads:
-            return list(threads.map(move, transfers))  # an error cancels what has not begun
+            return list(threads.map(move, transfers))  # an error cancels the transfers that have not begun
 
     def _transfers(self, pieces: list[Piece], location: Location, num_skipped: int) -> list[Transfer]:
         """The pieces with their memory, without those of the first `num_skipped` states."""

@@ -47,7 +47,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Metadata(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """`checksums`: 8 hexadecimal digits per piece, those of `tokens` last."""
+    """`checksums`: 8 hexadecimal digits per piece, in the file's order; the last 8 belong to `tokens`."""
 
     version: int
     fingerprint: str
@@ -301,7 +301,7 @@ def _read_tokens(path: Path, stored: StoredTensor, expected: int) -> np.ndarray:
 
 
 def read_piece(path: Path, offset: int, into: Tensor, expected: int) -> None:
-    """Fill bytes [N] uint8 from the file. Raises `SessionError` when they are not those that were written."""
+    """Fill bytes [N] uint8 from the file. Raises `SessionError` when their checksum is not `expected`."""
     try:
         read(path, offset, into)
     except CheckpointError as error:
@@ -311,7 +311,7 @@ def read_piece(path: Path, offset: int, into: Tensor, expected: int) -> None:
 
 
 def _without(path: Path, error: Exception) -> str:
-    """The message; where the server's files lie is nobody's business."""
+    """The error's message without the path: a client must not learn where the server keeps its files."""
     return str(error).replace(str(path), "the file")
 
 
