@@ -1,13 +1,16 @@
-"""Every backend of lightning layers, and one that knows nothing but the documented protocol."""
+"""Backends of linear layers, and one for lightning layers that knows nothing but the documented protocol."""
 
 from __future__ import annotations
 
 from leyden.kernels import Kernels
 from leyden.models.mixers.backend import LinearBackend
+from leyden.models.mixers.delta_backends import DELTA_BACKENDS
 from leyden.models.mixers.lightning_backends import LIGHTNING_BACKENDS, LightningCall
 from torch import Tensor
 
-BACKENDS = [name for name in LIGHTNING_BACKENDS if name != "auto"]  # `auto` is one of the others
+# `auto` is one of the others.
+BACKENDS = [name for name in LIGHTNING_BACKENDS if name != "auto"]
+OF_DELTA = [name for name in DELTA_BACKENDS if name != "auto"]
 
 
 class PlainBackend:

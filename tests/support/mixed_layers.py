@@ -1,15 +1,17 @@
-"""A model whose layers keep different things: other heads and dims, and beside one state what its last token left."""
+"""Models whose layers keep different things: other heads and dims, beside a state what the last tokens left, and other
+rings."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import engines
 import torch
+from backends import BACKENDS, OF_DELTA
 from leyden.engine.core import EngineCore
 from leyden.engine.startup import model as startup_model
 from leyden.engine.text import tokenizer
@@ -21,6 +23,7 @@ from leyden.models.mixers.lightning import LightningAttention
 from leyden.models.mixers.mixer import MixerBuild
 from leyden.models.specs import (
     DenseSpec,
+    GatedDeltaSpec,
     LayerSpec,
     LightningSpec,
     ModelSpec,
@@ -86,6 +89,26 @@ MIXERS = (
     SoftmaxSpec(num_heads=2, num_kv_heads=1, head_dim=32, rope=RopeSpec(32, 1e4)),
     lightning(4, 16),
 )
+DELTA = (
+    GatedDeltaSpec(2, 6, key_dim=8, value_dim=16, norm_eps=1e-5),
+    SoftmaxSpec(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rope=RopeSpec(8, 1e4),
+        qk_norm=NormSpec(1e-5, is_zero_centred=True),
+        has_gate=True,
+    ),
+    GatedDeltaSpec(3, 3, key_dim=16, value_dim=8, norm_eps=1e-5, gate_activation="sigmoid"),
+    GatedDeltaSpec(2, 6, key_dim=8, value_dim=16, norm_eps=1e-5, is_grouped=True),
+)
+WITHOUT_SHIFT = tuple(mixer for mixer in MIXERS if not isinstance(mixer, ShiftedSpec))
+# A model's mixers, and the backends that compute all of them.
+MODELS = {
+    "lightning": (MIXERS, BACKENDS),
+    "gated delta": (DELTA, OF_DELTA),
+    "lightning and gated delta": ((*WITHOUT_SHIFT, *DELTA), ["replay"]),
+}
 
 
 def mixed_spec(mixers: tuple[Any, ...] = MIXERS) -> ModelSpec:
@@ -111,5 +134,14 @@ def install(monkeypatch, folder: Path, mixers: tuple[Any, ...] = MIXERS) -> Call
     monkeypatch.setitem(decoder.MIXERS, ShiftedSpec, ShiftedLightning)
     for module in (startup_model, tokenizer):
         monkeypatch.setattr(module, "read_config", lambda folder: spec)
-    monkeypatch.setattr(startup_model, "fill_with_noise", functools.partial(fill_with_noise, std=0.25))
+    monkeypatch.setattr(startup_model, "fill_with_noise", _fill)
     return functools.partial(engines.make_core, folder, load_format="dummy")
+
+
+def _fill(parameters: Iterator[Tensor]) -> None:
+    """Noise, and decays of delta layers at which a token is remembered for a hundred others."""
+    found = list(parameters)
+    fill_with_noise(found, std=0.25)
+    for parameter in found:
+        if parameter.shape in [(mixer.num_value_heads,) for mixer in DELTA if isinstance(mixer, GatedDeltaSpec)]:
+            parameter.fill_(-2.0)

@@ -3,29 +3,36 @@ everything again gives."""
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
 import torch
-from backends import BACKENDS
 from engines import answer, drain, request
 from leyden.engine.messages import SessionCall
-from mixed_layers import MIXERS, ShiftedSpec, install
+from mixed_layers import MODELS, WITHOUT_SHIFT, install
 from tiny_models import random_prompt
 
-SHARED = random_prompt(40, seed=0)
-WITHOUT_SHIFT = tuple(mixer for mixer in MIXERS if not isinstance(mixer, ShiftedSpec))
+SHARED = random_prompt(150, seed=0)
+CASES = [(model, backend) for model, (_, backends) in MODELS.items() for backend in backends]
+
+
+@pytest.fixture(params=CASES, ids=", ".join)
+def case(request) -> tuple[str, str]:
+    """A model, and the backend that computes it."""
+    return request.param
 
 
 @pytest.fixture
-def make_core(monkeypatch, tmp_path):
-    return install(monkeypatch, tmp_path / "model")
+def make_core(monkeypatch, tmp_path, case):
+    model, backend = case
+    return functools.partial(install(monkeypatch, tmp_path / "model", MODELS[model][0]), linear_backend=backend)
 
 
 @pytest.fixture
 def recomputed(make_core):
     """Greedy tokens, each from a prompt of everything before it."""
-    core = make_core(prefix_cache=False, linear_backend="minimax")
+    core = make_core(prefix_cache=False)
 
     def of(prompt: list[int], num_tokens: int) -> list[int]:
         found: list[int] = []
@@ -47,31 +54,27 @@ def test_answers_are_no_one_token_over_and_over(recomputed):
     assert len(set(recomputed(SHARED, 8))) > 3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 7}, {"async_scheduling": True}], ids=str)
-def test_chunks_and_decode_rows_give_the_tokens_of_a_recomputation(make_core, recomputed, backend, settings):
-    core = make_core(linear_backend=backend, **settings)
+def test_chunks_and_decode_rows_give_the_tokens_of_a_recomputation(make_core, recomputed, settings):
+    core = make_core(**settings)
     poison(core)
-    prompts = [random_prompt(length, seed=length) for length in (1, 3, 17, 40)]
+    prompts = [random_prompt(length, seed=length) for length in (1, 3, 17, 70)]
     answers = drain(core, *(request(str(i), prompt, max_tokens=8) for i, prompt in enumerate(prompts)))
     assert [answers[str(i)].token_ids for i in range(4)] == [recomputed(prompt, 8) for prompt in prompts]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_choices_of_a_prompt_fork_every_part(make_core, recomputed, backend):
-    core = make_core(linear_backend=backend)
+def test_choices_of_a_prompt_fork_every_part(make_core, recomputed):
+    core = make_core()
     poison(core)
     siblings = [request(f"c{i}", SHARED, max_tokens=8, sibling_of="c0") for i in (1, 2)]
     answers = drain(core, request("c0", SHARED, max_tokens=8, num_siblings=2), *siblings)
     assert {tuple(answers[f"c{i}"].token_ids) for i in range(3)} == {tuple(recomputed(SHARED, 8))}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("on_host", [0.0, 0.001], ids=["device", "host"])
 @pytest.mark.parametrize("interval", [0, 8], ids=["at stops", "on the way"])
-def test_a_snapshot_resumes_every_part(make_core, recomputed, backend, on_host, interval):
+def test_a_snapshot_resumes_every_part(make_core, recomputed, on_host, interval):
     core = make_core(
-        linear_backend=backend,
         snapshots=1 if on_host else 16,
         host_snapshot_gb=on_host,
         snapshot_min_tokens=4,
@@ -79,19 +82,17 @@ def test_a_snapshot_resumes_every_part(make_core, recomputed, backend, on_host, 
     )
     poison(core)
     answer(core, SHARED, max_tokens=4)
-    others = [SHARED[:at] + random_prompt(9, seed=at) for at in (13, 27, 40)]
+    others = [SHARED[:at] + random_prompt(9, seed=at) for at in (13, 70, 140)]
     for prompt in others * 2:
         assert answer(core, prompt, max_tokens=6).token_ids == recomputed(prompt, 6)
     assert core.stats().prefix_cache_hits_total >= 3 * len(others[0])
     assert core.stats().host_snapshots_used > 0 or not on_host
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", range(3))
-def test_preempted_sequences_and_snapshots_anywhere(make_core, recomputed, backend, seed):
+def test_preempted_sequences_and_snapshots_anywhere(make_core, recomputed, seed):
     rng = random.Random(seed)
     core = make_core(
-        linear_backend=backend,
         num_kv_blocks=11,
         block_size=8,
         max_num_batched_tokens=rng.choice([16, 24]),
@@ -109,22 +110,33 @@ def test_preempted_sequences_and_snapshots_anywhere(make_core, recomputed, backe
     assert core.stats().preemptions_total > 0
 
 
-def test_drafts_of_layers_that_differ_are_verified(monkeypatch, tmp_path):
-    make_core = install(monkeypatch, tmp_path / "model", WITHOUT_SHIFT)  # the toy keeps no ring of its own
-    plain = make_core(prefix_cache=False, linear_backend="minimax")
-    expected = answer(plain, SHARED, max_tokens=30).token_ids
+def test_drafts_of_layers_that_differ_are_verified(monkeypatch, tmp_path, case):
+    model, backend = case
+    mixers = WITHOUT_SHIFT if model == "lightning" else MODELS[model][0]  # the toy keeps no ring of its own
+    make_core = functools.partial(install(monkeypatch, tmp_path / "model", mixers), linear_backend=backend)
+    expected = answer(make_core(prefix_cache=False), SHARED, max_tokens=30).token_ids
 
     def propose(sequence, count):
         """Two tokens that are right, and one that is not."""
         known = sequence.num_output_tokens - sequence.ends_in_unseen
         return [*expected[known : known + 2], 1][:count] if count > 0 else []
 
-    for backend in BACKENDS:
-        core = make_core(linear_backend=backend, speculative_tokens=4)
-        poison(core)
-        core.scheduler.speculation._propose = propose
-        assert answer(core, SHARED, max_tokens=30).token_ids == expected
-        assert 0 < core.stats().accepted_tokens_total < core.stats().draft_tokens_total
+    core = make_core(speculative_tokens=4)
+    poison(core)
+    core.scheduler.speculation._propose = propose
+    assert answer(core, SHARED, max_tokens=30).token_ids == expected
+    assert 0 < core.stats().accepted_tokens_total < core.stats().draft_tokens_total
+
+
+def test_prompt_resumes_at_the_last_rung_where_all_layers_can_save(make_core, recomputed, case):
+    """Nothing waits for a stop: the second prompt is unknown until the first is done."""
+    core = make_core(snapshot_min_tokens=16, snapshot_interval=16)
+    poison(core)
+    answer(core, SHARED, max_tokens=1)
+    prompt = SHARED[:120] + random_prompt(5, seed=1)
+    found = core.stats().prefix_cache_hits_total
+    assert answer(core, prompt, max_tokens=6).token_ids == recomputed(prompt, 6)
+    assert core.stats().prefix_cache_hits_total - found == (64 if "delta" in case[0] else 112)
 
 
 def call(core, action: str):
@@ -135,10 +147,9 @@ def call(core, action: str):
             return done
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_snapshots", [1, 8], ids=["the last state alone", "both states"])
-def test_a_session_brings_every_part_back(make_core, recomputed, tmp_path, backend, num_snapshots):
-    settings = {"session_folder": tmp_path / "saved", "snapshot_min_tokens": 8, "linear_backend": backend}
+def test_a_session_brings_every_part_back(make_core, recomputed, tmp_path, num_snapshots):
+    settings = {"session_folder": tmp_path / "saved", "snapshot_min_tokens": 8}
     core = make_core(**settings)
     conversation = SHARED + answer(core, SHARED, max_tokens=12, session_id="a").token_ids
     assert call(core, "save").error_code is None
