@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from leyden.engine.execution.padding import GraphInputs
 from leyden.engine.execution.runner import ModelRunner
 from leyden.engine.execution.step_input import make_batch
 from leyden.engine.memory.ring import RingRule
-from leyden.engine.messages import AddRequest
+from leyden.engine.messages import AddRequest, SessionCall
 from leyden.engine.outputs import StepOutput, TokenLogprobs
 from leyden.engine.sampling_params import SamplingParams
 from leyden.engine.scheduling.step import ScheduledBatch
@@ -129,6 +130,18 @@ def drain(core: EngineCore, *requests: AddRequest, max_steps: int = 2000) -> dic
 def answer(core: EngineCore, prompt: list[int], **params: Any) -> Answer:
     """The answer to one request that is alone in the engine."""
     return drain(core, request("alone", prompt, **params))["alone"]
+
+
+def call_session(core: EngineCore, action: str, session_id: str = "a") -> None:
+    """Save or restore a session, and wait until that is done."""
+    core.sessions.add(SessionCall("1", action, session_id))
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for done in core.sessions.advance():
+            assert done.error_code is None, done.error
+            return
+        time.sleep(0.001)
+    raise AssertionError("the call does not come to an end")
 
 
 def assert_nothing_held(core: EngineCore) -> None:

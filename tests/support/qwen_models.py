@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, byte_tokenizer
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 NEXT, DENSE, MOE = "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"
 CONFIGS = {
@@ -48,6 +50,10 @@ def make_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     config = CONFIGS[architecture](**TINY | experts | {"rope_parameters": rope} | changes)
     model = getattr(transformers, architecture)(config).eval()
+    if changes.get("output_gate_type") == "sigmoid":
+        for layer in model.model.layers:
+            if hasattr(layer, "linear_attn"):
+                layer.linear_attn.norm.forward = functools.partial(_gate_by_sigmoid, layer.linear_attn.norm)
     for name, parameter in model.named_parameters():
         if name.endswith("conv1d.weight"):
             torch.nn.init.normal_(parameter, std=0.6)
@@ -58,6 +64,11 @@ def make_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
         parameter.requires_grad_(False)
         assert parameter.isfinite().all(), name
     return model
+
+
+def _gate_by_sigmoid(norm: Any, x: Tensor, gate: Tensor) -> Tensor:
+    """Transformers' gated norm, whose class has silu whatever output_gate_type says."""
+    return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon) * gate.sigmoid()
 
 
 def save_model(folder: Path, model: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,10 +13,8 @@ import engines
 import pytest
 import torch
 from backends import BACKENDS
-from engines import DEVICE, answer, computed, drain, request
-from leyden.engine.core import EngineCore
+from engines import DEVICE, answer, call_session, computed, drain, request
 from leyden.engine.errors import CheckpointError
-from leyden.engine.messages import SessionCall
 from leyden.engine.scheduling.speculation import can_draft
 from leyden.kernels import load
 from leyden.models.families.registry import from_hf, read_config
@@ -191,24 +188,13 @@ def test_session_goes_on_after_a_restart_by_the_formulas(ring, backend, tmp_path
     prompt, ids = ring.expected[64]
     core = make_core(ring.folder, **settings)
     assert answer(core, prompt, max_tokens=NUM_TOKENS, session_id="a").token_ids == ids
-    call(core, "save")
+    call_session(core, "save")
     again = make_core(ring.folder, **settings)
-    call(again, "restore")
+    call_session(again, "restore")
     more = prompt + ids + random_prompt(9, seed=1)
     counts = computed(again)
     assert answer(again, more, max_tokens=NUM_TOKENS).token_ids == ring.reference.greedy(more, NUM_TOKENS)
     assert sum(counts) == 1 + 9 + NUM_TOKENS - 1, "the last token of an answer is not fed"
-
-
-def call(core: EngineCore, action: str) -> None:
-    core.sessions.add(SessionCall("1", action, "a"))
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        for done in core.sessions.advance():
-            assert done.error_code is None, done.error
-            return
-        time.sleep(0.001)
-    raise AssertionError("the call does not come to an end")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
