@@ -135,13 +135,14 @@ def replay(
     out: Tensor,
 ) -> Tensor:
     """Row by row: a draft that is kept. Contract: `Delta.replay`."""
+    size = ring.key.shape[2]
+    full = rows.continues & (ring.num_pending >= size)  # by drafts: no place is left for the token
+    fold(pool, ring, torch.where(full, rows.slots, -1), context_lens)
+    waiting = torch.where(full | ~rows.continues, 0, ring.num_pending)
+    ring = ring._replace(num_pending=waiting)
     verify(inputs, weights, pool, ring, _single(rows), context_lens, out)
-    full = ring.num_pending + 1 >= ring.key.shape[2]
-    count = torch.where(rows.continues, ring.num_pending, 0) + 1
-    folded = torch.where(full | ~rows.continues, rows.slots, -1)
-    for slot, pending, context_len in zip(folded.tolist(), count.tolist(), context_lens.tolist(), strict=True):
-        if slot >= 0:
-            _fold(pool, ring, _Row(slot, context_len + 1, slice(0), pending))
+    folded = torch.where(full | ~rows.continues | (waiting + 1 >= size), rows.slots, -1)
+    fold(pool, ring._replace(num_pending=waiting + 1), folded, torch.where(rows.continues, context_lens, 0) + 1)
     return out
 
 
