@@ -1,4 +1,4 @@
-"""Arrays of a step by name: packed into one buffer of bytes, and sent to the device in one copy."""
+"""Named arrays of a step, packed into one buffer of bytes and sent to the device in one copy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Arrays = dict[str, np.ndarray]
-ALIGNMENT = 16  # bytes; Triton specialises on it
+ALIGNMENT = 16  # bytes; Triton specialises kernels on addresses so aligned
 _DTYPES = {
     torch.empty(0, dtype=dtype).numpy().dtype: dtype
     for dtype in (torch.int64, torch.int32, torch.float32, torch.bool, torch.uint8)
@@ -18,7 +18,7 @@ _DTYPES = {
 
 
 class Upload:
-    """Arrays on the device, one after another in one buffer of bytes. Indexing by name makes a tensor of one."""
+    """Arrays on the device, one after another in one buffer of bytes. `upload[name]` is a view of one as a tensor."""
 
     def __init__(self, arrays: Arrays, buffer: Tensor) -> None:
         self.buffer = buffer
@@ -34,7 +34,7 @@ class Upload:
 
 
 def upload(arrays: Arrays, device: torch.device) -> Upload:
-    """Send every array in one copy, on CUDA out of pinned memory and without waiting."""
+    """Send all arrays to the device in one copy; on CUDA from pinned memory, without waiting."""
     is_cuda = device.type == "cuda"
     host = torch.empty(packed_size(arrays), dtype=torch.uint8, pin_memory=is_cuda)
     pack(arrays, host.numpy())
@@ -59,7 +59,7 @@ def pack(arrays: Arrays, buffer: np.ndarray) -> None:
 
 
 def packed(arrays: Arrays) -> np.ndarray:
-    """The arrays one after another, [..] uint8."""
+    """The arrays one after another in a new buffer, [..] uint8."""
     buffer = np.zeros(packed_size(arrays), dtype=np.uint8)
     pack(arrays, buffer)
     return buffer
@@ -74,6 +74,6 @@ def unpack(arrays: Arrays, buffer: np.ndarray) -> Arrays:
 
 
 def _starts(arrays: Arrays) -> list[int]:
-    """Where each array begins, and where the last ends."""
+    """The first byte of each array, and the end of the last."""
     padded = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays.values()]
     return list(itertools.accumulate(padded, initial=0))

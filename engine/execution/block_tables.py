@@ -1,7 +1,7 @@
-"""The block tables of all running sequences, on the device, where they stay from step to step.
+"""The block tables of all running sequences, kept on the device from step to step.
 
-A table grows at its end alone, until its sequence gives everything back. So a step sends the cells that are new since
-the sequence's last step, however long its table is.
+A table only grows at its end, until its sequence frees all blocks. So a step sends only the cells that are new since
+the sequence's last step, however long the table is.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ CELLS = {"cells": "int64", "blocks": "int32"}  # dtypes of what a step sends
 
 
 class SentBlocks:
-    """The host's side: which blocks of each sequence the device knows. width: columns of the table there."""
+    """Which blocks of each sequence the device has, as noted on the host. width: columns of `BlockTables.table`."""
 
     def __init__(self, width: int) -> None:
         self._width = width
-        # By slot: the table last sent to its row, and how many of its blocks. A table that was released is not used
-        # again, so another one there belongs to a new owner, or to the same sequence after a preemption.
+        # By slot: the table that was last sent to its row, and how many of its blocks. A released table is not used
+        # again, so a different table means a new owner, or the same sequence after a preemption.
         self._sent: dict[int, tuple[array[int], int]] = {}
 
     def new_cells(self, sequences: list[Sequence]) -> Arrays:
-        """`cells` [N] int64, flat places in `BlockTables.table`, and `blocks` [N] int32, their contents: all that these
-        sequences' rows lack. They count as sent: they must be written before the next kernel reads the table.
+        """`cells` [N] int64, flat places in `BlockTables.table`, and `blocks` [N] int32, their contents: every block of
+        these sequences that has not been sent. They count as sent, so the caller must write them before the next
+        kernel reads the table.
         """
         cells, blocks = [np.empty(0, dtype=np.int64)], []
         for sequence in sequences:
@@ -48,7 +49,7 @@ class SentBlocks:
 class BlockTables:
     """table [num_slots, width] int32: row i names the KV blocks of the sequence in slot i, in their order.
 
-    Cells past the end of a sequence's table hold what a former owner of the slot left: no kernel reads them.
+    Cells past the end of a sequence's table hold blocks of former owners of the slot. No kernel reads them.
     """
 
     CELL_BYTES = 4
@@ -65,7 +66,7 @@ class BlockTables:
         return self.table.nbytes
 
     def write(self, cells: Tensor, blocks: Tensor) -> None:
-        """Put blocks [N] int32 at flat places [N] int64. A place that comes twice must get the same block."""
+        """Write blocks [N] int32 at flat places `cells` [N] int64. A place given twice must get the same block."""
         if len(cells):
             self.table.view(-1).scatter_(0, cells, blocks)
 

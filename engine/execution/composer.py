@@ -19,18 +19,18 @@ from .step_input import StepInput, batch_arrays
 
 
 class Receivers(NamedTuple):
-    """Where the tokens of a step go. With drafts a sequence comes once for each token that is drawn for it."""
+    """The sequence of each token that a step draws. With drafts a sequence comes once for each of its tokens."""
 
     sequences: list[Sequence]
-    indices: list[int]  # which token of its answer each gets
-    sink: TokenSink | None = None  # a shorter way, as long as none of the sequences has finished
+    indices: list[int]  # of each token in its sequence's answer
+    sink: TokenSink | None = None  # writes all tokens at once; valid as long as none of the sequences has finished
 
 
 class StepComposer:
-    """Makes the inputs of steps, in the order in which these run. Remembers the rows of the last step, and which blocks
-    the device knows.
+    """Makes the inputs of steps, in the order in which the steps run. Remembers the rows of the last step, and which
+    blocks the device has.
 
-    inputs: of the runner's graphs, if it has some. ring: of the runner's linear backend.
+    inputs: the shapes of the runner's graphs, perhaps none. ring: the rule of the runner's linear backend.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class StepComposer:
         self._ring = ring
         self._facts = SlotFacts()
         self._sampling = SamplingRows([], [], self._facts)
-        self._decoding: DecodeRows | None = None  # the last step, where it was of plain decode rows from a graph
+        self._decoding: DecodeRows | None = None  # the last step, if it had plain decode rows alone and a graph
 
     def compose(self, scheduled: ScheduledBatch) -> tuple[StepInput, Receivers]:
-        """The input of the batch, and who gets its tokens. Blocks and penalised tokens in it count as known to the
-        device from here on: it must be run."""
+        """The batch's input, and the receivers of its tokens. Its blocks and penalised tokens count as known to the
+        device from here on, so the caller must run it."""
         rows, advance = self._decoding, scheduled.advance
         if rows is not None and advance is not None and advance.before is rows.sequences:
             rows.advance(advance)

@@ -1,4 +1,4 @@
-"""Makes the operations of a step on the pools of device memory."""
+"""Carries out the pool operations of a step."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .arrays import upload
 
 
 class Copier:
-    """The pools, and the one place that operations between their slots, blocks and snapshots.
+    """The one place that copies between slots, blocks and snapshots of the pools.
 
-    fold: takes slots [N], each once, numbers of tokens that wait [N] and of computed tokens [N], all int32; brings the
-    tokens that wait in each slot's ring into its state, in all layers.
+    fold: takes slots [N], each once, numbers of waiting tokens [N] and of computed tokens [N], all int32. It adds the
+    waiting tokens of each slot's ring to the slot's state, in all layers.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class Copier:
 
     @torch.inference_mode()
     def make(self, operations: Sequence[Operation]) -> None:
-        """Launch the operations on the current stream, all folds first and together, then the others in their order.
+        """Launch the operations on the current stream: all folds together, then the others in their order.
 
-        The caller guarantees that no other operation writes to a slot before its fold.
+        The caller guarantees that no other operation writes to a slot before the slot's fold.
         """
         folds = [operation for operation in operations if isinstance(operation, Fold)]
         if folds:
@@ -59,7 +59,7 @@ class Copier:
                     self.snapshots.row(target).copy_(self.snapshots.row(source), non_blocking=True)
 
     def _copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """pairs: (from, to) of each block."""
+        """pairs: the number of each block, and the number of the block that becomes its copy."""
         if pairs:
             source, target = np.array(pairs, dtype=np.int64).T
             sent = upload({"source": source, "target": target}, self._device)
@@ -67,6 +67,6 @@ class Copier:
 
 
 def _copy(source: list[Tensor], target: list[Tensor]) -> None:
-    """Copy each tensor to the one in the same place of `target`, which may have another dtype or device."""
+    """Copy source[i] to target[i], whose dtype and device may differ."""
     for a, b in zip(source, target, strict=True):
         b.copy_(a, non_blocking=True)

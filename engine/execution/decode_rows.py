@@ -1,7 +1,7 @@
-"""What a graph of decode rows reads, kept on the host from one step to the next.
+"""The inputs of a graph of decode rows, kept on the host from one step to the next.
 
-A step that follows from the one before differs by a few additions. It asks its sequences nothing but the blocks of
-those that begin one.
+A continuation's inputs are the last step's after a few additions. Of the sequences it reads only the blocks that rows
+begin.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from .padding import DECODE_FIELDS, GraphInputs
 from .sampling_rows import SamplingRows, draws
 from .step_input import StepInput, batch_arrays
 
-STEPS_AHEAD = 16  # for which random numbers are made at once
+STEPS_AHEAD = 16  # random numbers are made for so many steps at once
 COUNTED = {name: each.per_step for name, each in DECODE_FIELDS.items() if each.per_step}
 
 
 class TokenSink:
-    """Puts tokens into the answers of some rows, which have begun, in steps in which none of them ends."""
+    """Puts a step's tokens into the answers of its rows. Only for rows that have a token already, and for steps in
+    which no row ends."""
 
     def __init__(self, sequences: list[Sequence]) -> None:
         self._request_ids = [sequence.request_id for sequence in sequences]
@@ -36,8 +37,8 @@ class TokenSink:
         self.end = first + min([s.max_tokens - 1 - len(s.output_token_ids) for s in sequences])
 
     def take(self, indices: list[int], tokens: list[int]) -> list[StepOutput] | None:
-        """Put the tokens in their places and say what is new; None, and nothing is done, where one is not good or may
-        be the last of its answer."""
+        """Put the tokens in their places and return the outputs. If a token is -1 (bad logits) or a stop id, return
+        None and change nothing."""
         if min(tokens) < 0 or not self._stop_ids.isdisjoint(tokens):
             return None
         for answer, index, token_id in zip(self._tokens, indices, tokens, strict=True):
@@ -49,10 +50,10 @@ class TokenSink:
 
 
 class DecodeRows:
-    """Rows that want nothing but `Sampler.draw`, in a shape that holds them.
+    """Decode rows that need `Sampler.draw` alone, in the smallest shape that holds them.
 
-    sequences: the batch's own list. packed: the shape's inputs, laid out as by `pad`. brings_cells: whether these hold
-    blocks that rows begin in this step.
+    sequences: the batch's own list. packed: the shape's inputs, laid out as by `pad`. brings_cells: `packed` holds new
+    cells of the block tables.
     """
 
     def __init__(
@@ -72,14 +73,14 @@ class DecodeRows:
         self._seeds = wanted.seeds
         self.sequences = scheduled.sequences
         self._indices = np.array([len(sequence.output_token_ids) for sequence in self.sequences])
-        self._sink: TokenSink | None = None  # from the second step on: a first token asks for more
+        self._sink: TokenSink | None = None  # from the second step on: the collector does more for a first token
         self.brings_cells = False
         self._is_drawn = wanted.is_drawn
         self._ahead, self._num_used = self._draw_ahead(), 1
         self._lay_out(arrays | wanted.constant | {"uniform": self._ahead[0]})
 
     def step_input(self, arrays: Arrays, operations: list[Operation]) -> StepInput:
-        """This step. arrays: cells of the block tables that `packed` has no place for."""
+        """This step's input. arrays: new cells of the block tables, if `packed` has no place for them."""
         return StepInput(
             arrays,
             len(self.sequences),
@@ -92,17 +93,17 @@ class DecodeRows:
 
     @property
     def indices(self) -> list[int]:
-        """Which token of its answer each row gets."""
+        """The index of each row's new token in its answer."""
         return self._indices.tolist()
 
     @property
     def sink(self) -> TokenSink | None:
-        """Where this step's tokens go; None where some row is to be looked at, whatever it gets."""
-        is_enough = self._sink is not None and self._indices[0] < self._sink.end
-        return self._sink if is_enough else None
+        """The sink of this step's tokens; None if some row may get its first or last token."""
+        is_usable = self._sink is not None and self._indices[0] < self._sink.end
+        return self._sink if is_usable else None
 
     def advance(self, advance: ContinuedStep) -> None:
-        """Go on to the step that follows."""
+        """Change the inputs to those of the next step."""
         if advance.kept is not None:
             self._keep(advance)
         self._indices += 1
@@ -110,7 +111,7 @@ class DecodeRows:
             self._sink = TokenSink(self.sequences)
         assert self._indices[0] == len(self.sequences[0].output_token_ids), "the step before was not launched"
         own = self._own
-        own["input_ids"].fill(UNSEEN)  # the last token of the slot, which the device knows
+        own["input_ids"].fill(UNSEEN)  # stands for the slot's last token, which is on the device
         for name, each_step in COUNTED.items():
             own[name] += each_step
         own["num_pending"][:] = self._next_pending[own["num_pending"]]
@@ -122,7 +123,7 @@ class DecodeRows:
         self._begin_blocks(advance.new_block_rows)
 
     def _begin_blocks(self, rows: list[int]) -> None:
-        """These rows' tokens begin a block."""
+        """Set the places of the rows whose tokens begin a block, and put the new cells of their tables in `packed`."""
         self.brings_cells = False
         if not rows:
             return
@@ -134,10 +135,10 @@ class DecodeRows:
         if num_new:
             for name, place in self._cells.items():
                 place[:num_new] = new[name]
-                place[num_new:] = new[name][0]  # the first once more, for want of others
+                place[num_new:] = new[name][0]  # writing the first cell again is harmless
 
     def _keep(self, advance: ContinuedStep) -> None:
-        """Go on with some of the rows, in the shape that is enough for them."""
+        """Go on with the kept rows, in the smallest shape that holds them."""
         kept = advance.kept
         own = {name: array[kept] for name, array in self._own.items()}
         self.sequences = advance.rows
@@ -146,7 +147,7 @@ class DecodeRows:
         self._lay_out(own)
 
     def _draw_ahead(self) -> np.ndarray:
-        """[STEPS_AHEAD, B] float32, uniform numbers of this step and of those after it; zeros where all are greedy."""
+        """[STEPS_AHEAD, B] float32, uniform numbers of this step and the next ones; zeros if all rows are greedy."""
         if not self._is_drawn:
             return np.zeros((STEPS_AHEAD, len(self.sequences)), dtype=np.float32)
         return draws(self._seeds, self._indices + np.arange(STEPS_AHEAD)[:, None])

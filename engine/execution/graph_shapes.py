@@ -9,21 +9,22 @@ from .counts import Counts
 
 PREFILL_TOKENS = (64, 128, 256, 512)  # beside decoding rows and without
 PREFILL_TOKENS_ALONE = range(640, 2049, 128)
-PREFILL_ROWS = 32  # the last is the padding's
-SNAPSHOTS = 16  # states that a step with prompts saves on their way: 2,048 tokens seldom pass more
-VERIFY_TOKENS = MAX_DRAFTS + 1  # of a row: its drafts and the token before them
+PREFILL_ROWS = 32  # the last row takes the padding tokens
+SNAPSHOTS = 16  # places for snapshots on a prompt's way: 2,048 tokens seldom pass more rungs
+VERIFY_TOKENS = MAX_DRAFTS + 1  # of a row: a token and its drafts
 
 
 class GraphShape(NamedTuple):
-    """Room for decoding rows and, before them, for prompts of so many tokens in `PREFILL_ROWS` rows; 0 = none."""
+    """The rows and tokens that a graph holds: `num_prefill_tokens` in `PREFILL_ROWS` rows, then decode rows. A shape of
+    verify rows holds nothing else."""
 
     num_decodes: int
-    num_prefill_tokens: int = 0
-    num_verifies: int = 0  # rows of up to VERIFY_TOKENS tokens, then as many for the padding; alone
+    num_prefill_tokens: int = 0  # 0 = no rows of prompts
+    num_verifies: int = 0  # rows of up to VERIFY_TOKENS tokens; as many padding rows follow them
 
     @classmethod
     def of_drafts(cls, num_rows: int) -> GraphShape:
-        """Room for so many rows with drafts and nothing else."""
+        """The shape of `num_rows` verify rows and nothing else."""
         return cls(0, num_rows * VERIFY_TOKENS, num_rows)
 
     @property
@@ -34,7 +35,7 @@ class GraphShape(NamedTuple):
 
     @property
     def num_draws(self) -> int:
-        """Rows of logits: one per row, with drafts one per token."""
+        """Rows of logits: one per row, or one per token in a shape of verify rows."""
         return self.num_tokens if self.num_verifies else self.num_rows
 
     @property
@@ -56,9 +57,12 @@ class GraphShape(NamedTuple):
 
 
 def graph_shapes(max_rows: int, max_tokens: int) -> list[GraphShape]:
-    """Shapes worth a graph for steps of up to so many decoding rows and tokens in all, increasing. Without prompts at
-    most 8 rows are padding up to 64, 16 up to 256, then 32; beside prompts at most 64. Of more than 512 prompt tokens,
-    which have no rows beside them, at most a fifth is padding."""
+    """The shapes worth a graph, increasing, for steps of at most `max_rows` decode rows and `max_tokens` tokens.
+
+    Padding is bounded. Without prompts it is fewer than 8 decode rows in shapes up to 64, 16 up to 256, 32 above;
+    beside prompts it is fewer than 64 decode rows. Shapes of more than 512 prompt tokens hold no decode rows, and at
+    most a fifth of their tokens is padding.
+    """
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows, 32)]
     beside = [0, 16, *range(64, max_rows, 64)]
     shapes = [GraphShape(size) for size in (*(size for size in steps if size < max_rows), max_rows)]
@@ -71,7 +75,7 @@ def graph_shapes(max_rows: int, max_tokens: int) -> list[GraphShape]:
 
 
 def shapes_for(config: EngineConfig, num_slots: int) -> list[GraphShape]:
-    """The shapes that serving wants."""
+    """The shapes whose graphs serving captures, by increasing size."""
     most_rows = min(num_slots, config.max_graph_rows)
     shapes = graph_shapes(most_rows, config.max_num_batched_tokens)
     if config.speculative_tokens:

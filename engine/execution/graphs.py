@@ -1,9 +1,9 @@
 """CUDA graphs of whole steps: one launch instead of hundreds.
 
-A graph is bound to shapes and addresses, so there is one for each of a few shapes, over static inputs; a step takes the
-smallest that holds it. The rows that a step does not use are padding with slot -1, for which the kernels write zeros,
-and nothing into the pools. Steps of decoding rows alone have graphs of many sizes. Those with prompts have fewer, up to
-as many tokens as take the device no longer than the host takes to launch kernel by kernel.
+A graph is bound to shapes and addresses. So each of a few shapes has a graph over static inputs, and a step runs in the
+smallest shape that holds it. The rows of a shape that a step does not use are padding rows with slot -1: the kernels
+write zeros for them, and nothing into the pools. Decode rows alone have graphs of many sizes. Steps with prompts have
+fewer, up to the number of tokens from which launching kernel by kernel is as fast.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .step_input import make_batch
 
 
 class StepResult(NamedTuple):
-    """What a step computes for each of its draws, those of padding included."""
+    """Results of all draws of a step, padding included."""
 
-    logits: Tensor  # [N, V], after a row's last token, of rows with drafts after each token
-    tokens: Tensor  # [N] int32, drawn for rows that look at nothing but their logits
+    logits: Tensor  # [N, V]: after each row's last token; of verify rows after each token
+    tokens: Tensor  # [N] int32, drawn from these logits without bias, penalties or grammar
 
 
 Step = Callable[[ForwardBatch, SamplingInputs], StepResult]
@@ -42,16 +42,16 @@ Step = Callable[[ForwardBatch, SamplingInputs], StepResult]
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures on a device, since cuBLAS keeps a workspace for each stream. PyTorch's own default is
-    one for the process, on the first device that captured."""
+    """The one stream of all captures on a device, because cuBLAS keeps a workspace for each stream. PyTorch's default
+    capture stream belongs to the first device that captured in this process."""
     return torch.cuda.Stream(device)
 
 
 def record(
     function: Callable[[], StepResult], pool: Any, device: torch.device
 ) -> tuple[Callable[[], None], StepResult]:
-    """(a call that computes `function` again, the tensors that then hold its results). Runs `function` once before,
-    to compile."""
+    """Capture `function` in a graph, after one run that compiles its kernels. Returns the call that replays the graph,
+    and the tensors that then hold the results."""
     function()
     graph = torch.cuda.CUDAGraph()
     with _without_collections(), torch.cuda.graph(graph, pool=pool, stream=_capture_stream(device)):
@@ -61,7 +61,7 @@ def record(
 
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
-    """What one would find, such as another engine's pinned memory, cannot be freed while something is captured."""
+    """No garbage collection during a capture: one might free pinned memory, such as another engine's, and fail."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -72,7 +72,7 @@ def _without_collections() -> Iterator[None]:
 
 
 class StepGraphs:
-    """`step` for some shapes, in the order of `graph_shapes`, captured on construction."""
+    """Graphs of `step` for `shapes` (increasing, as `graph_shapes` gives them), captured on construction."""
 
     def __init__(
         self,
@@ -87,23 +87,24 @@ class StepGraphs:
         self.shapes = shapes
         most_draws = max(shape.num_draws for shape in self.shapes)
         self.tables = tables
-        self.logits: Tensor | None = None  # of the last replay; one for all graphs, since a vocabulary is large
-        self.staging: dict[GraphShape, StagingPool] = {}  # of shapes without prompts
+        self.logits: Tensor | None = None  # of the last replay; all graphs share it, since a vocabulary is large
+        self.staging: dict[GraphShape, StagingPool] = {}  # for shapes without prompts
         self._host_inputs = GraphInputs(shapes)
         self._most_draws = most_draws
         self._graphs: dict[GraphShape, tuple[Callable[[], None], StepResult]] = {}
         self._inputs: dict[GraphShape, Tensor] = {}
         self._cells: dict[GraphShape, tuple[Tensor, Tensor]] = {}
-        self._batches: dict[GraphShape, ForwardBatch] = {}  # a graph knows addresses alone: these keep the tensors
+        self._batches: dict[GraphShape, ForwardBatch] = {}  # keeps the tensors alive: a graph holds addresses alone
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        for shape in tqdm(self.shapes[::-1], desc="CUDA graphs", disable=not progress):  # the largest shapes the pool
+        # The largest first: its buffers make the pool that the others reuse.
+        for shape in tqdm(self.shapes[::-1], desc="CUDA graphs", disable=not progress):
             self._capture(step, shape, pool)
 
     def replay(self, shape: GraphShape, packed: Tensor, *, brings_cells: bool = False) -> StepResult:
-        """Results of every row of the shape.
+        """Compute a step; returns the results of all draws of the shape, valid until the next replay.
 
-        packed: [..] uint8, the arrays of `pad`, on the device or in pinned memory that keeps them until the step has
-        run. `brings_cells`: they hold new cells of the block tables, which a shape with prompts has no place for.
+        packed: [..] uint8, the arrays of `pad`, on the device, or in pinned memory that stays unchanged until the step
+        has run. brings_cells: `packed` holds new cells of the block tables (only shapes without prompts have a place).
         """
         self._inputs[shape].copy_(packed, non_blocking=True)
         if brings_cells:

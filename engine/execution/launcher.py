@@ -1,4 +1,4 @@
-"""A scheduled batch on its way: the step that computes it, paired with the sequences that get its tokens."""
+"""Launches a scheduled batch: the step that computes it, paired with the sequences that get its tokens."""
 
 from __future__ import annotations
 
@@ -18,26 +18,24 @@ from .staging import StagedTokens
 
 @dataclass(slots=True)
 class LaunchedStep:
-    """A step on its way. `sequences`: those that get a token, perhaps none; `indices`: its index in their answers;
-    `sink`: a shorter way to put the tokens there, as long as none of these sequences has finished. With drafts a
-    sequence comes once for each token that was drawn for it."""
+    """A step that was launched, and the receivers of its tokens (`Receivers`)."""
 
-    sequences: list[Sequence]
-    indices: list[int]
+    sequences: list[Sequence]  # of each token, perhaps none; with drafts a sequence comes once for each of its tokens
+    indices: list[int]  # of each token in its sequence's answer
     sampled: Sampled | StagedTokens
     prompt_logprobs: dict[Sequence, list[TokenLogprobs]]
     sink: TokenSink | None = None
-    drafts: list[tuple[Sequence, list[int]]] | None = None  # of a step with drafts, those of each of its rows
-    num_finished: int = 0  # `ScheduledBatch.num_finished`: as long as it stays, `sink` serves
+    drafts: list[tuple[Sequence, list[int]]] | None = None  # each row's drafts, in a step that has drafts
+    num_finished: int = 0  # `ScheduledBatch.num_finished`: while the scheduler's count equals it, `sink` is valid
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Token (-1: bad logits) and log-probabilities of each completing row, once the step is computed. A step that
-        draws nothing is waited for too: nothing else keeps the host from launching a whole prompt at once."""
+        """Wait for the step; returns the token (-1 = bad logits) and the log-probabilities of each draw. Waits for a
+        step without draws too, or the host would launch all chunks of a long prompt at once."""
         return self.sampled.wait()
 
 
 class Launcher:
-    """The composer's and the runner's meeting place: the first rank has both, every other one a runner alone."""
+    """Composes a batch's input and runs it. Rank 0 has a composer and a runner; other ranks need a runner alone."""
 
     def __init__(self, runner: ModelRunner) -> None:
         pools, served = runner.pools, runner.served
@@ -51,8 +49,8 @@ class Launcher:
         )
 
     def launch(self, scheduled: ScheduledBatch) -> LaunchedStep:
-        """Start computing the scheduled tokens, and sampling where a row's tokens are complete. On CUDA nothing waits
-        for the device, but for log-probabilities of a prompt."""
+        """Start computing the scheduled tokens, and drawing tokens for the rows that are complete. On CUDA the host
+        waits for the device only if a prompt's log-probabilities are wanted."""
         drafts = list(zip(scheduled.sequences, scheduled.drafts, strict=True)) if scheduled.drafts else None
         step, (sequences, indices, sink) = self.composer.compose(scheduled)
         sampled, scores = self.runner.run(step)

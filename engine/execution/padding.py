@@ -1,4 +1,4 @@
-"""The inputs of a CUDA graph on the host: a step's arrays at their places in the graph's shape, the rest padding."""
+"""The inputs of a CUDA graph on the host: a step's arrays at their places in the graph's shape, padding elsewhere."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .sampler import SamplingInputs
 from .step_input import BATCH
 
 SAMPLING = layout_of(SamplingInputs)
-# All that a decode row brings, one entry each.
+# The fields with one entry per decode row, without `logits_indices`: row i's is i in every step.
 DECODE_FIELDS = {name: each for name, each in (BATCH | SAMPLING).items() if each.axis in ("token", "row", "draw")}
-DECODE_FIELDS.pop("logits_indices")  # its own place: the same in every step
+DECODE_FIELDS.pop("logits_indices")
 
 
 class Padding(NamedTuple):
@@ -30,22 +30,22 @@ class Padding(NamedTuple):
 
 
 class GraphInputs:
-    """The shapes that have graphs, increasing, and how steps are laid out in them."""
+    """The shapes that have graphs, increasing, and the padding of each."""
 
     def __init__(self, shapes: Sequence[GraphShape]) -> None:
         self.shapes = shapes
         self._padding: dict[GraphShape, Padding] = {}
 
     def shape_for(self, counts: Counts) -> GraphShape | None:
-        """The smallest shape that holds such a step, or None."""
+        """The smallest shape that holds a step of these counts, or None."""
         return next((shape for shape in self.shapes if shape.holds(counts)), None)
 
     def shape_of_decodes(self, num_rows: int) -> GraphShape | None:
-        """The smallest shape for so many decoding rows alone, or None."""
+        """The smallest shape for `num_rows` decode rows alone, or None."""
         return self.shape_for(Counts(0, 0, num_rows, max_query_len=1))
 
     def padding(self, shape: GraphShape) -> Padding:
-        """The arrays of `pad` for a step without rows. Not to be changed."""
+        """The arrays of `pad` for a step without rows. Shared: the caller must not change them."""
         if shape not in self._padding:
             nothing: Arrays = {name: np.empty(0, dtype=each.dtype) for name, each in (BATCH | SAMPLING).items()}
             nothing["query_start_loc"] = np.zeros(1, dtype=np.int32)
@@ -56,7 +56,7 @@ class GraphInputs:
 
 
 def pad(arrays: Arrays, counts: Counts, shape: GraphShape, places: np.ndarray) -> Arrays:
-    """The arrays of a step at their places in the shape. places: [N] int64, of the rows to draw, in their order.
+    """The arrays of a step at their places in the shape. places: [N] int64, the place of each draw (`places_of_draws`).
 
     A shape without prompts has places for new cells of the block tables instead of `query_start_loc`,
     `logits_indices` and `snapshots`.
@@ -89,8 +89,11 @@ def _filled(each: Each, *size: int) -> np.ndarray:
 
 
 def row_starts(own: np.ndarray, shape: GraphShape) -> np.ndarray:
-    """query_start_loc of a shape: the prompts at `own`, empty rows after them, the last with all tokens that are left.
-    After rows with drafts the padding rows take the tokens that are left together."""
+    """`query_start_loc` of a shape. own: the starts of a step's prompts or verify rows, and the end of the last.
+
+    The other tokens are padding. After prompts the shape's last prefill row takes all of them, after verify rows the
+    padding rows share them.
+    """
     starts = np.full(shape.num_rows + 1, own[-1], dtype=np.int32)
     starts[: len(own)] = own
     if shape.num_verifies:  # no row may be longer than a ring

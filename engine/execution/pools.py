@@ -1,4 +1,4 @@
-"""All that steps read and write on the device beside the weights. Sized once, at start."""
+"""All device memory that steps read and write, besides the weights. Its size is set once, at start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .served_model import ServedModel
 
 @dataclass(frozen=True, slots=True)
 class DevicePools:
-    """The pools of `memory.pools`, and the tables of what must not leave the device between steps."""
+    """The pools of `memory.pools`, the block tables, and the sampler's tables."""
 
     block_size: int
     states: StatePool
@@ -34,7 +34,7 @@ class DevicePools:
         max_model_len: int,
         num_snapshots: int = 0,
     ) -> DevicePools:
-        """Uninitialised pools for so many sequences at once. Snapshots on the host are allocated later."""
+        """Uninitialised pools for `num_slots` sequences at once. Snapshots on the host are allocated later."""
         kept, device = served.model.caches, served.device
         states = StatePool(kept, num_slots, served.dtypes, device=device)
         snapshots = SnapshotPool(kept, num_snapshots, served.snapshot_dtypes, device=device)

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompt tokens (`prompt_logprobs`), out of the hidden states that a step computes anyway."""
+"""Log-probabilities of prompt tokens (`prompt_logprobs`), from the hidden states that a step computes anyway."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_ROWS = 64  # rows of vocabulary-wide float32 that exist at once
 
 
 class WantedScores(NamedTuple):
-    """The scores that one row of a step is to give."""
+    """The prompt tokens of one row to be scored in a step."""
 
     row: int
     first: int  # place of the row's first token on the step's token axis
@@ -25,7 +25,7 @@ class WantedScores(NamedTuple):
 
 
 def wanted_scores(scheduled: ScheduledBatch) -> list[WantedScores]:
-    """The rows of prompts that ask for scores. A row's last token predicts the next chunk's first, if there is one."""
+    """The scores that the step's prompts ask for. A row's last token predicts the first of the prompt's next chunk."""
     wanted, first = [], 0
     prompts = zip(scheduled.sequences[: scheduled.num_prefills], scheduled.num_scheduled_tokens, strict=False)
     for row, (sequence, count) in enumerate(prompts):

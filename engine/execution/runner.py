@@ -1,4 +1,4 @@
-"""Runs steps: forward, and draw. Knows slots, blocks and rows; no sequence and no schedule."""
+"""Runs steps: the model's forward pass, and drawing tokens. Knows slots, blocks and rows; no sequence, no schedule."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class RunningStep(NamedTuple):
 
 
 class ModelRunner:
-    """Runs steps of a model on its pools, from graphs where these hold them.
+    """Runs steps of a model on its pools; a step that a graph holds runs from the graph.
 
-    Whole once it exists: `engine.startup` loads the model, allocates the pools and captures the graphs.
+    Complete when constructed: `engine.startup` loads the model, allocates the pools and captures the graphs.
     """
 
     def __init__(self, served: ServedModel, pools: DevicePools, graphs: StepGraphs | None = None) -> None:
@@ -45,8 +45,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> RunningStep:
-        """Start computing a step, which writes to the pools, and drawing its tokens. On CUDA nothing waits for the
-        device, but for log-probabilities of a prompt."""
+        """Start computing a step, which writes to the pools, and drawing its tokens. On CUDA the host waits for the
+        device only if a prompt's log-probabilities are wanted."""
         if step.operations:
             self.copier.make(step.operations)
         if step.shape is not None:
@@ -64,7 +64,7 @@ class ModelRunner:
         return RunningStep(sampled, score(step.scores, hidden, self.model.compute_logits))
 
     def _decode(self, step: StepInput) -> StagedTokens:
-        """A step of plain decode rows from its graph, in as few calls as can be: the host does this for every token."""
+        """Run a step of plain decode rows from its graph. Few calls: the host makes them for every token."""
         assert self.graphs is not None and step.shape is not None and step.padded is not None
         if step.arrays:
             sent = upload(step.arrays, self.device)
@@ -77,7 +77,7 @@ class ModelRunner:
         return StagedTokens(pool, staging, step.num_draws)
 
     def _replay(self, step: StepInput) -> Sampled:
-        """Any other step from its graph, which draws the tokens too; rows that want more are drawn again."""
+        """Run any other step from its graph, which draws tokens too. A step that is not plain is drawn again."""
         assert self.graphs is not None and step.shape is not None and step.padded is not None
         sent = upload({"padded": step.padded} | step.arrays, self.device)
         self.tables.write(sent["cells"], sent["blocks"])
@@ -91,7 +91,7 @@ class ModelRunner:
         return self.sampler.sample(result.logits[rows], SamplingBatch.of(sent, step.num_top))
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
-        """Hidden states [T, d]. Tokens that the host has not seen are those last drawn for their slots."""
+        """Hidden states [T, d]. An input id below 0 is replaced, in place, by the last token drawn for its slot."""
         if batch.num_decodes:
             ids = batch.input_ids[batch.num_prefill_tokens :]
             last = self.sampler.last_tokens[batch.state_indices[batch.num_prefills :]]
@@ -99,9 +99,11 @@ class ModelRunner:
         return self.model(batch, self.pools.caches)
 
     def compute(self, batch: ForwardBatch, inputs: SamplingInputs) -> StepResult:
-        """A step as its graph is to hold it."""
+        """Logits and tokens of a step, without log-probabilities and adjusted logits; the graphs capture this call."""
         hidden = self._forward(batch)
         logits = self.model.compute_logits(hidden[batch.logits_indices] if batch.num_prefills else hidden)
-        if batch.num_drafted:  # the host sees these tokens before anything follows them
+        if (
+            batch.num_drafted
+        ):  # `last_tokens` stays: the host sees a verify row's tokens before it launches the next step
             return StepResult(logits, self.served.kernels.sample(logits, *inputs))
         return StepResult(logits, self.sampler.draw(logits, inputs, batch.state_indices))

@@ -1,7 +1,7 @@
-"""From logits to tokens, on the device. Every row is treated alone, so a text never depends on its neighbours.
+"""From logits to tokens, on the device. Each row is computed alone, so a text never depends on its neighbours.
 
-What a step needs of its sequences is gathered on the host into plain arrays (`sampling_rows`), and travels with the
-batch; what comes back is `Sampled`, whose copy to the host is already under way when the next step is launched.
+`sampling_rows` gathers the parameters of a step's sequences on the host as plain arrays, which travel with the batch.
+The result is a `Sampled`, whose copy to the host is under way when the next step is launched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .arrays import Upload
 
 
 class SamplingInputs(NamedTuple):
-    """How N rows are drawn from their logits, on the device. Arguments of `Kernels.sample`. Padding is greedy."""
+    """Parameters of N draws, on the device: the arguments of `Kernels.sample`. Padding rows are greedy."""
 
     temperature: Annotated[Tensor, Each("draw", "float32")]  # 0 = greedy
     top_k: Annotated[Tensor, Each("draw", "int32")]  # 0 = off
@@ -33,28 +33,28 @@ class SamplingInputs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """What the N rows to sample ask for, on the device. An index into a table of rows x vocabulary is flat."""
+    """All sampling parameters of N rows, on the device. An index into [rows or slots, V] is flat."""
 
     inputs: SamplingInputs
-    num_top: list[int | None]  # on the host, per row, alternatives wanted; None = no log-probabilities at all
+    num_top: list[int | None]  # on the host, per row: alternatives wanted, None = no log-probabilities
     slots: Tensor  # [N] int32, state slots
-    bias_at: Tensor  # [M] int64 in [N, V]: logit bias, and -inf for what min_tokens forbids
+    bias_at: Tensor  # [M] int64 in [N, V]: places of `bias`, which is -inf for a stop id that min_tokens forbids
     bias: Tensor  # [M] float32
     penalised_rows: Tensor  # [P] int64 in [N]
     penalised_slots: Tensor  # [P] int64
     repetition: Tensor  # [P] float32
     presence: Tensor  # [P] float32
     frequency: Tensor  # [P] float32
-    fresh_slots: Tensor  # [Q] int64, those of P whose tokens have not been counted in this slot
-    prompt_at: Tensor  # [..] int64 in [slots, V], tokens of their prompts
-    answer_at: Tensor  # [..] int64 in [slots, V], tokens of their answers so far
+    fresh_slots: Tensor  # [Q] int64, the penalised slots whose counts are of a former owner
+    prompt_at: Tensor  # [..] int64 in [slots, V], prompt tokens of the fresh slots
+    answer_at: Tensor  # [..] int64 in [slots, V], answer tokens of the fresh slots so far
     logprob_rows: Tensor  # [R] int64 in [N]
-    mask_rows: Tensor  # [G] int64 in [N], those that a grammar constrains
-    mask: Tensor  # [G, ceil(V / 32)] int32, a bit for each token that may come
+    mask_rows: Tensor  # [G] int64 in [N], rows with a grammar
+    mask: Tensor  # [G, ceil(V / 32)] int32, one bit per token: 1 = allowed
 
     @classmethod
     def of(cls, arrays: Mapping[str, Tensor] | Upload, num_top: list[int | None]) -> SamplingBatch:
-        """From the tensors of `SamplingRows.arrays`, by name."""
+        """arrays: tensors named and shaped as in `SamplingRows.arrays`."""
         inputs = SamplingInputs(*(arrays[name] for name in SamplingInputs._fields))
         names = [field.name for field in dataclasses.fields(cls)][2:]
         return cls(inputs, num_top, **{name: arrays[name] for name in names})
@@ -62,15 +62,15 @@ class SamplingBatch:
 
 @dataclass(slots=True)
 class Sampled:
-    """What was drawn, on its way to the host: `tokens` [N] int32, -1 where the logits were NaN or inf."""
+    """The drawn tokens and their log-probabilities, on their way to the host."""
 
-    tokens: Tensor
+    tokens: Tensor  # [N] int32, -1 where the logits were NaN or inf
     logprobs: tuple[Tensor, Tensor, Tensor] | None  # of R rows: chosen [R], best values [R, W], their ids [R, W]
-    num_top: list[int | None]  # per row, alternatives wanted; None = no log-probabilities at all
+    num_top: list[int | None]  # per row: alternatives wanted, None = no log-probabilities
     event: torch.cuda.Event | None
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """The tokens (-1 = bad logits) and log-probabilities of the rows, once they are on the host."""
+        """Wait for the copy; returns the tokens (-1 = bad logits) and log-probabilities of the rows."""
         if self.event is not None:
             self.event.synchronize()
         tokens = self.tokens.tolist()
@@ -85,15 +85,16 @@ class Sampled:
 
 
 class Sampler:
-    """Draws tokens, and holds what must not leave the device between steps: each slot's last token, and how often each
-    token occurred.
+    """Draws tokens. Keeps two tables on the device between steps.
 
-    counts [num_slots, V] int32: twice the times in the answer, plus 1 if in the prompt; of sequences with penalties.
+    last_tokens [num_slots + 1] int32: the last token drawn for each slot; the last entry serves padding rows.
+    counts [num_slots, V] int32, only of sequences with penalties: twice the number of times that a token occurs in the
+    answer, plus 1 if it occurs in the prompt.
     """
 
     def __init__(self, kernels: Kernels, num_slots: int, vocab_size: int, device: torch.device) -> None:
         self.kernels = kernels
-        self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)  # [-1]: of padding rows
+        self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
         self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
 
     @property
@@ -106,17 +107,17 @@ class Sampler:
 
     @classmethod
     def bytes_for(cls, num_slots: int, vocab_size: int) -> int:
-        """`nbytes` of such a sampler: that of its slots, and a place for padding rows."""
+        """`nbytes` of a sampler of this size: all slots, and the padding rows' entry."""
         return num_slots * cls.bytes_per_slot(vocab_size) + 4
 
     def draw(self, logits: Tensor, inputs: SamplingInputs, slots: Tensor) -> Tensor:
-        """Tokens [N] int32 of rows of logits [N, V], -1 where these are NaN or inf; noted as their slots' last."""
+        """Tokens [N] int32 drawn from logits [N, V], -1 where these are NaN or inf. Writes them to `last_tokens`."""
         tokens = self.kernels.sample(logits, *inputs)
         self.last_tokens[slots] = tokens.clamp(min=0)
         return tokens
 
     def draw_nothing(self) -> Sampled:
-        """No tokens, which are on the host once the device has computed all that was launched before."""
+        """A `Sampled` without tokens; its `wait` waits for all work launched so far."""
         return send_home(self.last_tokens[:0])
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
@@ -139,7 +140,7 @@ class Sampler:
         return send_home(tokens, logprobs, num_top)
 
     def _adjust(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
-        """Logits after everything that looks at a sequence's own tokens; `logits` itself when no row asks for it."""
+        """Logits [N, V] float32 after bias, penalties and grammars; `logits` itself if no row has any of them."""
         if not (batch.bias_at.shape[0] or batch.penalised_rows.shape[0] or batch.mask_rows.shape[0]):
             return logits
         adjusted = logits.to(torch.float32, copy=True)
@@ -159,7 +160,8 @@ class Sampler:
         flat.scatter_add_(0, batch.answer_at, torch.full_like(batch.answer_at, 2, dtype=torch.int32))
 
     def _penalise(self, x: Tensor, batch: SamplingBatch) -> Tensor:
-        """Repetition (Keskar et al. 2019) looks at prompt and answer, presence and frequency at the answer alone."""
+        """x [P, V] with penalties: repetition (Keskar et al. 2019) counts prompt and answer, presence and frequency
+        the answer alone."""
         counts = self.counts[batch.penalised_slots]
         repetition = batch.repetition[:, None]
         x = torch.where(counts > 0, torch.where(x > 0, x / repetition, x * repetition), x)
@@ -175,7 +177,7 @@ def _unpack(mask: Tensor, size: int) -> Tensor:
 
 
 def token_logprobs(raw: Tensor, token_ids: Tensor, num_top: list[int]) -> list[TokenLogprobs]:
-    """Log-probabilities of chosen tokens, and the most likely ones beside them; waits for the device.
+    """Log-probabilities of chosen tokens and of the most likely alternatives. Waits for the device.
 
     raw: [N, vocab] float32 logits; token_ids: [N]; num_top: alternatives wanted per row.
     """
@@ -183,7 +185,7 @@ def token_logprobs(raw: Tensor, token_ids: Tensor, num_top: list[int]) -> list[T
 
 
 def _logprobs(raw: Tensor, token_ids: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(those of token_ids [N], the `width` largest [N, W], their ids [N, W]); raw: [N, vocab] float32 logits."""
+    """Log-probabilities of token_ids [N], the `width` largest [N, W], and their ids [N, W]. raw: [N, vocab] float32."""
     table = raw.log_softmax(dim=-1)
     values, indices = table.topk(min(width, raw.shape[-1]), dim=-1)
     return table.gather(1, token_ids[:, None]).squeeze(1), values, indices
@@ -192,7 +194,7 @@ def _logprobs(raw: Tensor, token_ids: Tensor, width: int) -> tuple[Tensor, Tenso
 def _entries(
     token_ids: list[int], chosen: Tensor, values: Tensor, indices: Tensor, num_top: list[int]
 ) -> list[TokenLogprobs]:
-    """One float per token: the entry of `top` for the chosen token is the very number in `logprob`."""
+    """One entry per token. If `top` holds the chosen token, both give exactly the same number."""
     pairs = np.empty(tuple(values.shape), dtype=[("token_id", "<i4"), ("logprob", "<f4")])
     pairs["token_id"], pairs["logprob"] = indices.cpu().numpy(), values.cpu().numpy()
     is_chosen = pairs["token_id"] == np.array(token_ids, dtype=np.int32)[:, None]
@@ -207,7 +209,7 @@ def _entries(
 def send_home(
     tokens: Tensor, logprobs: tuple[Tensor, Tensor, Tensor] | None = None, num_top: list[int | None] | None = None
 ) -> Sampled:
-    """Start the copies to the host, into pinned memory, behind an event. num_top None: only tokens are wanted."""
+    """Start the copies to pinned host memory, and record an event after them. num_top None: only tokens are wanted."""
     num_top = [None] * tokens.shape[0] if num_top is None else num_top
     if tokens.device.type != "cuda":
         return Sampled(tokens, logprobs, num_top, None)

@@ -1,4 +1,4 @@
-"""What a step's rows ask of the sampler, gathered on the host."""
+"""The sampling parameters of a step's rows, gathered on the host as arrays."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _NO_INTS = np.empty(0, dtype=np.int64)
 
 
 class Bias(NamedTuple):
-    table: array[int]  # the block table of the sequence that asks for it
+    table: array[int]  # the block table of the bias's sequence
     token_ids: np.ndarray  # [N] int64
     values: np.ndarray  # [N] float32, added to the logits
 
 
 class SlotFacts:
-    """Facts of the sequences in the slots. A sequence has a new block table whenever it gets a slot, so a fact that was
-    noted with another table is a former owner's."""
+    """Facts of the sequences in the slots. A sequence gets a new block table with each slot, so a fact that was noted
+    with another table is a former owner's."""
 
     def __init__(self) -> None:
-        self._counted: dict[int, array[int]] = {}  # sequences whose tokens the sampler has counted
+        self._counted: dict[int, array[int]] = {}  # tables of sequences whose tokens the sampler has counted
         self._biases: dict[int, Bias] = {}
 
     def count(self, sequence: Sequence, slot: int) -> bool:
-        """Whether the sampler has to count the sequence's tokens in this slot, which it does from here on."""
+        """Whether the sampler has yet to count the sequence's tokens in this slot; they count as counted afterwards."""
         is_new = self._counted.get(slot) is not sequence.block_table
         self._counted[slot] = sequence.block_table
         return is_new
 
     def bias(self, sequence: Sequence, slot: int) -> Bias:
-        """The sequence's logit bias as arrays, gathered once."""
+        """The sequence's logit bias as arrays, made once per slot and sequence."""
         found = self._biases.get(slot)
         if found is None or found.table is not sequence.block_table:
             bias = sequence.sampling_params.logit_bias or {}
@@ -47,7 +47,7 @@ class SlotFacts:
 
 
 class SamplingRows:
-    """The sequences of a step in their slots. Made anew when they change; from step to step only `arrays` is."""
+    """The sequences of a step in their slots. Steps with the same rows share it: only `arrays` changes."""
 
     def __init__(self, sequences: list[Sequence], slots: list[int], facts: SlotFacts) -> None:
         self.sequences = sequences
@@ -67,8 +67,8 @@ class SamplingRows:
         self.constant = self._constant_arrays(params)
 
     def arrays(self, vocab_size: int, indices: list[int]) -> Arrays:
-        """The fields of `SamplingBatch`. indices: which token of its answer each row gets. Sequences with penalties
-        count as counted from here on."""
+        """The fields of `SamplingBatch` by name. indices: of each row's new token in its answer. Tokens of sequences
+        with penalties count as counted afterwards, so the caller must run the step."""
         numbers = np.zeros(len(self.sequences), dtype=np.float32)
         if self.is_drawn:
             numbers = draws(self.seeds, np.array(indices))
@@ -94,7 +94,7 @@ class SamplingRows:
         }
 
     def _bias(self, vocab_size: int) -> Arrays:
-        """What is added to logits: the rows' bias, and -inf for the stop ids that `min_tokens` forbids for now."""
+        """The rows' logit bias, and -inf for the stop ids that `min_tokens` still forbids."""
         if self._bias_arrays is None:
             at = [_NO_INTS, *(row * vocab_size + bias.token_ids for row, bias in self._biased)]
             values = [np.empty(0, dtype=np.float32), *(bias.values for _, bias in self._biased)]
@@ -111,7 +111,7 @@ class SamplingRows:
         }
 
     def _masks(self, vocab_size: int) -> Arrays:
-        """Which tokens the grammars allow, a bit each; computed while the device is busy with the step before."""
+        """The tokens that the rows' grammars allow, one bit each. Computed while the device runs the step before."""
         mask = np.zeros((len(self._constrained), -(-vocab_size // 32)), dtype=np.int32)
         for bits, row in zip(mask, self._constrained, strict=True):
             grammar = self.sequences[row].grammar
@@ -120,7 +120,7 @@ class SamplingRows:
         return {"mask_rows": np.array(self._constrained, dtype=np.int64), "mask": mask}
 
     def _tokens_to_count(self, vocab_size: int) -> Arrays:
-        """The tokens so far of the sequences that the sampler has not counted in their slots."""
+        """All tokens of the sequences that the sampler has not counted in their slots."""
         fresh, prompts, answers = [], [_NO_INTS], [_NO_INTS]
         for row in self._penalised:
             sequence, slot = self.sequences[row], self.slots[row]
@@ -137,13 +137,12 @@ class SamplingRows:
 
 
 def draws(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """`uniform` as float32, below 1 still."""
+    """`uniform` as float32, rounded so that it stays below 1."""
     return np.minimum(uniform(seeds, positions).astype(np.float32), _BELOW_ONE)
 
 
 def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """[.., N] float64 in [0, 1), each a function of its seed [N] (uint64) and position [.., N]: splitmix64 (Steele et
-    al. 2014)."""
+    """[.., N] float64 in [0, 1) from seeds [N] uint64 and positions [.., N]: splitmix64 (Steele et al. 2014)."""
     z = seeds * np.uint64(0xD1342543DE82EF95)
     z = z + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

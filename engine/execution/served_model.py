@@ -1,4 +1,4 @@
-"""A model, and what the settings come to for it: where it runs, in which numbers, by which kernels."""
+"""A model and the settings resolved for it: device, dtypes, kernels, linear backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..memory.ring import RingRule
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model lies on `device`; that of a forecast lies on `meta`, has no weights, and tells the same sizes."""
+    """A forecast's model lies on `meta` instead of `device`: it has no weights, but the same sizes."""
 
     folder: Path
     model: Decoder

@@ -1,4 +1,4 @@
-"""Host memory that steps borrow: pinned on CUDA, made once, since asking for it costs more than filling it."""
+"""Host memory that steps borrow. It is pinned on CUDA and reused, since allocating it costs more than filling it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ..outputs import TokenLogprobs
 
 
 class Staging:
-    """Of one step: its inputs on their way to the device, and its tokens on their way back. Nobody else writes there
-    until both have arrived, which the event after the tokens tells."""
+    """The inputs of one step on their way to the device, and its tokens on their way back. No other step writes here
+    until the event after the tokens says that both have arrived."""
 
     def __init__(self, num_bytes: int, num_rows: int, device: torch.device) -> None:
         is_cuda = device.type == "cuda"
@@ -26,15 +26,15 @@ class Staging:
             self._event.record()
 
     def read(self) -> list[int]:
-        """The tokens, once they are here; the inputs, which the step read before it drew them, are then free too."""
+        """Wait for the tokens. The inputs are free too by then: the step read them before it drew."""
         if self._event is not None:
             self._event.synchronize()
         return self.tokens.tolist()
 
 
 class StagingPool:
-    """Reusable `Staging` buffers of one graph shape. One is given back once its step's tokens are read, so there are at
-    most as many as steps in flight."""
+    """Reusable `Staging` buffers of one graph shape. A buffer is given back when its step's tokens are read, so at most
+    one exists per step in flight."""
 
     def __init__(self, num_bytes: int, num_rows: int, device: torch.device) -> None:
         self._shape = (num_bytes, num_rows, device)
@@ -48,7 +48,7 @@ class StagingPool:
 
 
 class StagedTokens:
-    """The tokens of a step of `num_rows` rows. The staging goes back to the pool when they are read."""
+    """The tokens of a step of `num_rows` rows. Reading them gives the staging back to the pool."""
 
     def __init__(self, pool: StagingPool, staging: Staging, num_rows: int) -> None:
         self._pool = pool
@@ -56,7 +56,7 @@ class StagedTokens:
         self._num_rows = num_rows
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """The tokens (-1 = bad logits) and no log-probabilities, once they are on the host. Asked once."""
+        """Wait for the tokens (-1 = bad logits); returns them and no log-probabilities. To be called once."""
         assert self._staging is not None, "the tokens were read before"
         tokens = self._staging.read()[: self._num_rows]
         self._pool.give_back(self._staging)

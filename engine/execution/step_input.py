@@ -23,12 +23,13 @@ BATCH = layout_of(ForwardBatch)
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One step. `StepComposer` makes it, `ModelRunner.run` computes it and asks nothing else; so it can be sent.
+    """One step. `StepComposer` makes it. `ModelRunner.run` needs nothing else, so any process can run it.
 
-    arrays: by name, `cells` and `blocks` for the block tables; without a graph the tensors of `ForwardBatch` and of
-    `SamplingBatch`; with one its `places`, and those of `SamplingBatch` unless the step is plain.
-    padded: [..] uint8, the inputs of the graph. Decode steps that follow one another share it: each is run, or sent,
-    before the next is composed.
+    arrays: by name. Always `cells` and `blocks`, new cells of the block tables, if there are any. Without a graph also
+    the tensors of `ForwardBatch` and `SamplingBatch`. With a graph also `places`, the draws' places in the shape, and
+    the tensors of `SamplingBatch` unless the step is plain.
+    padded: [..] uint8, the inputs of the graph. Continuations share this memory, so a step must be run, or sent, before
+    the next is composed.
     """
 
     arrays: Arrays
@@ -36,16 +37,16 @@ class StepInput:
     shape: GraphShape | None = None  # the graph that computes the step; None = kernel by kernel
     padded: np.ndarray | None = None
     brings_cells: bool = False  # `padded` holds new cells of the block tables
-    is_plain: bool = False  # the draws look at nothing but their logits, as the graph makes them
-    counts: Counts | None = None  # without a graph
-    num_columns: int = 0  # of the block tables, as many as the longest row has; without a graph
-    num_top: list[int | None] | None = None  # of each draw, alternatives wanted; None = no log-probabilities
+    is_plain: bool = False  # no row has log-probabilities, bias, penalties or a grammar: the graph's tokens are right
+    counts: Counts | None = None  # None = plain decode rows from a graph
+    num_columns: int = 0  # columns of the block tables that the longest row needs; without a graph
+    num_top: list[int | None] | None = None  # per draw: alternatives wanted, None = no log-probabilities
     scores: list[WantedScores] = dataclasses.field(default_factory=list)
-    operations: list[Operation] = dataclasses.field(default_factory=list)  # before anything is computed
+    operations: list[Operation] = dataclasses.field(default_factory=list)  # carried out before the forward pass
 
     @property
     def is_decode(self) -> bool:
-        """Plain decode rows alone from a graph, row i at place i."""
+        """The step is plain decode rows alone, from a graph; row i lies at place i."""
         return self.is_plain and self.shape is not None and not self.shape.num_prefills
 
     def from_graph(self, shape: GraphShape, padded: np.ndarray, arrays: Arrays, *, is_plain: bool) -> StepInput:
@@ -54,15 +55,15 @@ class StepInput:
 
 
 def make_batch(tensors: Upload | dict[str, Tensor], counts: Counts, block_table: Tensor) -> ForwardBatch:
-    """The batch contract of `models.forward_batch` for one step. tensors: the fields that it lays out, by name."""
+    """The `ForwardBatch` of one step. tensors: its tensor fields by name, without the block table."""
     fields: dict[str, Any] = {name: tensors[name] for name in BATCH}
     return ForwardBatch(**fields, block_table=block_table, **dataclasses.asdict(counts))
 
 
 def batch_arrays(scheduled: ScheduledBatch, block_size: int) -> Arrays:
-    """The tensors of `ForwardBatch` in numpy, but for the block table. Asks only the sequences' own counters.
+    """The tensor fields of `ForwardBatch` as numpy arrays, without the block table.
 
-    A decode row whose token the host has not seen has input id -1: its slot's last token stands for it.
+    A decode row whose token the host has not seen has input id -1, which stands for its slot's last token.
     """
     sequences, counts = scheduled.sequences, scheduled.num_scheduled_tokens
     context_lens = _ints([sequence.num_computed_tokens for sequence in sequences])
@@ -91,7 +92,7 @@ def batch_arrays(scheduled: ScheduledBatch, block_size: int) -> Arrays:
 
 
 def _ints(values: list[Any]) -> np.ndarray:
-    """[N] int32; half the time of np.array."""
+    """[N] int32; takes half the time of np.array."""
     return np.fromiter(values, np.int32, len(values))
 
 
@@ -103,14 +104,14 @@ def _slot_mapping(
     positions: np.ndarray,
     block_size: int,
 ) -> np.ndarray:
-    """[T] int64, block * block_size + offset of each token. Looks at the blocks of these tokens alone, however long
-    the tables are. rows, positions: [T], of each token."""
+    """[T] int64, block * block_size + offset of each token. Reads only the blocks of these tokens, however long the
+    tables are. rows, positions: [T], of each token."""
     firsts = context_lens // block_size
     ends = (context_lens + counts - 1) // block_size + 1
     spans = zip(sequences, firsts.tolist(), ends.tolist(), strict=True)
     parts = [sequence.block_table[first:end] for sequence, first, end in spans]
     blocks = np.frombuffer(b"".join(parts), dtype=np.int32).astype(np.int64)
-    places = np.cumsum(ends - firsts) - ends  # of each row's block 0, if it were among them
+    places = np.cumsum(ends - firsts) - ends  # place in `blocks` of each row's block 0, perhaps before its first
     block, offset = np.divmod(positions, block_size)
     return blocks[places[rows] + block] * block_size + offset
 
