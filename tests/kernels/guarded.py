@@ -17,6 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from leyden.kernels import load
 from leyden.kernels.bundles import HeadNorm, Ring, Rows, Weight
+from leyden.kernels.delta.contract import DeltaInputs, DeltaRing, DeltaState, DeltaWeights
 from torch import Tensor
 
 PAGE = mmap.PAGESIZE
@@ -101,6 +102,36 @@ def snapshot() -> None:
     OPS.lightning.snapshot(k, v, slopes, normal(3, HEADS, K, K), rows(PROMPTS, 40), places, normal(2, HEADS, K, K))
 
 
+CHANNELS = 2 * K + 2 * 12  # of a key head and two value heads
+
+
+def delta_pool() -> DeltaState:
+    return DeltaState(normal(3, 2, 12, K), normal(3, 4, CHANNELS))
+
+
+def delta_ring(*pending: int) -> DeltaRing:
+    rings = normal(3, 1, 16, K), normal(3, 2, 16, 12), normal(3, 2, 16), normal(3, 1, 16, CHANNELS)
+    return DeltaRing(*rings, ints(*pending))
+
+
+def delta(operation: Callable[..., object], of: Rows, num_tokens: int, *behind: object) -> None:
+    """behind: arguments between the context's lengths and the output, or the ring."""
+    inputs = DeltaInputs(normal(num_tokens, CHANNELS), normal(num_tokens, 2), normal(num_tokens, 2))
+    weights, contexts = DeltaWeights(normal(4, CHANNELS), normal(2), normal(2)), ints(63, 0, 9, 20)
+    ring = [x for x in behind if isinstance(x, DeltaRing)]
+    others = [x for x in behind if not isinstance(x, DeltaRing)]
+    operation(inputs, weights, delta_pool(), *ring, of, contexts, *others, normal(num_tokens, 2, 12))
+
+
+def delta_prefill() -> None:
+    places = guarded(torch.tensor([[0, 1, 1], [3, 2, -1]]).int())
+    delta(OPS.delta.prefill, rows(PROMPTS, 40), 52, places, DeltaState(normal(2, 2, 12, K), normal(2, 4, CHANNELS)))
+
+
+def delta_fold() -> None:
+    OPS.delta.fold(delta_pool(), delta_ring(16, 0, 5), ints(2, 0, 1), ints(40, 3, 5))
+
+
 def attention(*, is_prefill: bool) -> None:
     caches = normal(6, 16, 2, K), normal(6, 16, 2, K)
     table, context = guarded(torch.tensor([[5, 0], [1, 3], [4, 2]]).int()), ints(30, 0, -1, 6)
@@ -161,6 +192,11 @@ CALLS: dict[str, Callable[[], object]] = {
     "lightning.verify": lambda: lightning(OPS.lightning.verify, rows(DRAFTS, 8), 17, (3, 0, 0, 12)),
     "lightning.fold": fold,
     "lightning.snapshot": snapshot,
+    "delta.prefill": delta_prefill,
+    "delta.decode": lambda: delta(OPS.delta.decode, rows(ONES, 1), 4),
+    "delta.replay": lambda: delta(OPS.delta.replay, rows(ONES, 1), 4, delta_ring(15, 0, 0, 7)),
+    "delta.verify": lambda: delta(OPS.delta.verify, rows(DRAFTS, 8), 17, delta_ring(3, 0, 0, 12)),
+    "delta.fold": delta_fold,
     "sample": sample,
 }
 

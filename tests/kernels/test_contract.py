@@ -10,6 +10,7 @@ import pytest
 import torch
 from leyden import kernels
 from leyden.kernels.bundles import Ring, Rows, Weight
+from leyden.kernels.delta.contract import DeltaInputs, DeltaRing, DeltaState, DeltaWeights
 from operations import GROUPS, OPERATIONS
 
 every_implementation = pytest.mark.parametrize("name", ["torch", "triton"])
@@ -76,3 +77,21 @@ def test_a_step_without_tokens_is_harmless(name, device):
     assert ops.experts.route_groups(zeros(0, 4), zeros(4), 2, 2, 1, 1.0)[1].shape == (0, 2)
     pairs = zeros(0, 2), zeros(0, 2, dtype=torch.int64)
     assert ops.experts.moe(x, Weight(zeros(4, 16, 32)), Weight(zeros(4, 32, 8)), *pairs).shape == (0, 32)
+
+
+@every_implementation
+def test_a_step_without_tokens_of_the_delta_rule_is_harmless(name, device):
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    ops, none = kernels.load(name).delta, zeros(0, dtype=torch.int32)
+    inputs = DeltaInputs(zeros(0, 64), zeros(0, 2), zeros(0, 2))
+    weights = DeltaWeights(zeros(4, 64), zeros(2), zeros(2))
+    pool = DeltaState(zeros(3, 2, 16, 16), zeros(3, 4, 64))
+    ring = DeltaRing(zeros(3, 1, 16, 16), zeros(3, 2, 16, 16), zeros(3, 2, 16), zeros(3, 1, 16, 64), none)
+    rows, out = Rows(none, zeros(0, dtype=torch.bool), zeros(1, dtype=torch.int32), 0), zeros(0, 2, 16)
+    assert ops.prefill(inputs, weights, pool, rows, none, none.view(0, 3), pool, out) is out
+    assert ops.decode(inputs, weights, pool, rows, none, out) is out
+    for operation in (ops.replay, ops.verify):
+        assert operation(inputs, weights, pool, ring, rows, none, out) is out
+    ops.fold(pool, ring, none, none)
