@@ -42,7 +42,6 @@ SERVED: dict[str, tuple[Any, ...]] = {
 DEFAULT_INTERVAL = 4
 DEFAULT_PARTIAL = 0.25
 
-NEVER = re.compile(r"(?!)")
 # Parts of tensors' names, in files and here.
 SPELLINGS = {".mlp.shared_expert.": ".shared_mlp.", ".mlp.shared_expert_gate.": ".coefficient."}
 PARTS_LEFT_OUT = (
@@ -121,10 +120,11 @@ def _softmax(fields: Fields) -> SoftmaxSpec:
 
 
 def names(spec: ModelSpec) -> Names:
-    """The spellings of this model's checkpoints, inside the vision wrapper and without it."""
+    """The spellings of this model's checkpoints, inside a vision model and alone."""
     delta = "|".join(str(i) for i, layer in enumerate(spec.layers) if isinstance(layer.mixer, GatedDeltaSpec))
-    own = re.compile(r"^(?=layers\.|embed_tokens\.|norm\.)")
-    is_wrapped = spec.architecture.endswith("ForConditionalGeneration")
+    text = re.compile(r"^(?=layers\.|embed_tokens\.|norm\.)")
+    inside = Released(text, "model.language_model.", re.compile(r"^(model\.)?(layers|embed_tokens|norm)\."))
+    is_inside = spec.architecture.endswith("ForConditionalGeneration")
     return Names(
         renames=(
             Rename(re.compile(r"^model\.(language_model\.)?"), ""),
@@ -132,10 +132,10 @@ def names(spec: ModelSpec) -> Names:
             *(Rename(re.compile(re.escape(stored)), canonical) for stored, canonical in SPELLINGS.items()),
         ),
         released=(
-            Released(re.compile(rf"^(layers\.(?:{delta}))\.self_attn\."), r"\1.linear_attn.", NEVER),
-            *(Released(re.compile(re.escape(here)), stored, NEVER) for stored, here in SPELLINGS.items()),
-            Released(own, "model.language_model.", re.compile("" if not is_wrapped else r"^(model\.)?(layers|norm)\.")),
-            Released(own, "model.", re.compile(r"^(layers|norm)\.")),
+            Released.back(rf"^(layers\.(?:{delta}))\.self_attn\.", r"\1.linear_attn."),
+            *(Released.back(re.escape(canonical), stored) for stored, canonical in SPELLINGS.items()),
+            *((inside,) if is_inside else ()),
+            Released(text, "model.", text),
         ),
         left_out=PARTS_LEFT_OUT,
     )

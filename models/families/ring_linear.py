@@ -163,13 +163,9 @@ def names(spec: ModelSpec) -> Names:
             Rename(re.compile(r"\.attention\.dense\."), ".self_attn.o_proj."),
         ),
         released=(
-            *(_back(re.escape(canonical), stored) for stored, canonical in SPELLINGS.items()),
-            _back(r"\.self_attn\.(?:out|o)_proj\.", ".attention.dense."),
+            *(Released.back(re.escape(canonical), stored) for stored, canonical in SPELLINGS.items()),
+            Released.back(r"\.self_attn\.(?:out|o)_proj\.", ".attention.dense."),
             Released(re.compile(r"^(?!lm_head\.)"), "model.", re.compile(r"^(?!model\.|lm_head\.)")),
         ),
         ignored=re.compile(r"\.rotary_emb\.inv_freq$"),
     )
-
-
-def _back(canonical: str, stored: str) -> Released:
-    return Released(re.compile(canonical), stored, re.compile(canonical))

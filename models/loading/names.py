@@ -23,6 +23,12 @@ class Released(NamedTuple):
     replacement: str
     other: re.Pattern[str]
 
+    @classmethod
+    def back(cls, canonical: str, stored: str) -> Released:
+        """Where files have not the canonical spelling itself."""
+        pattern = re.compile(canonical)
+        return cls(pattern, stored, pattern)
+
 
 class LeftOut(NamedTuple):
     """Tensors of a part of the model that is not served."""
