@@ -66,7 +66,7 @@ def _time_of(record: logging.LogRecord) -> str:
 
 
 def _request_of(record: logging.LogRecord) -> str | None:
-    """The id that the caller gave as `extra`, or that of the request being served."""
+    """The `request_id` that the caller gave as `extra`, or the id of the request being served."""
     given: str | None = getattr(record, "request_id", None)
     return given or request_id.get()
 

@@ -1,4 +1,4 @@
-"""How one sequence is continued. Names and meanings are those of the OpenAI API and of vLLM."""
+"""How one sequence is continued. Names and meanings follow the OpenAI API and vLLM."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         self._check_logit_bias()
 
     def _check_types(self) -> None:
-        """msgspec looks at the types of what it decodes, not of what Python code passes."""
+        """Raises `RequestError` for a wrong type: msgspec checks only values that it decodes, not Python callers'."""
         for name in _NUMBERS:
             _require(name, getattr(self, name), (int, float), "a number")
         for name in _INTEGERS:

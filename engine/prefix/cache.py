@@ -224,7 +224,7 @@ class PrefixCache:
             useful = (leaf for leaf in self.tree.leaves() if self._are_idle(leaf.blocks[-2:], held))
             in_the_way = (leaf for leaf in self.tree.leaves() if self._has_idle(leaf, held))
             leaf = next((leaf for leaf in itertools.chain(useful, in_the_way) if leaf is not keep), None)
-            assert leaf is not None, "blocks that nobody uses belong to no leaf"
+            assert leaf is not None, "idle blocks belong to no leaf"
             self._drop_snapshot(leaf)
         return True
 
@@ -290,7 +290,7 @@ class PrefixCache:
         return True
 
     def _oldest_rung(self, spared: int | None = None) -> Node | None:
-        """The rung that has reached most of the age that its level may, but for those of the step `spared`."""
+        """The rung with the largest `_share_of_age`, not counting rungs made or used in the step `spared`."""
         held = {snapshot for lease in self._leases for snapshot in lease.snapshots}
         oldest = [next((rung for rung in level if rung.snapshot not in held), None) for level in self._rungs]
         rungs = [rung for rung in oldest if rung is not None and self._queue(rung)[rung] != spared]

@@ -20,7 +20,7 @@ CONTEXTS = (1024, 8192, 32768, 131072, 1048576)
 
 
 class Forecast(NamedTuple):
-    """`plan` and `use` are those of the start by the same arithmetic, but for what only a start can measure."""
+    """The plan of a start, by the start's own arithmetic. Memory that only a start can measure is missing."""
 
     served: ServedModel  # on the device `meta`
     share: int  # bytes to plan for

@@ -26,7 +26,7 @@ DEMANDING = SamplingParams(
     logprobs=MAX_LOGPROBS,
 )
 SCORED = SamplingParams(prompt_logprobs=MAX_LOGPROBS)
-PLAIN = SamplingParams(temperature=1.0, top_p=0.9)  # who asks for more brings no drafts
+PLAIN = SamplingParams(temperature=1.0, top_p=0.9)  # rows with penalties or log-probabilities have no drafts
 SCORED_TOKENS = 65  # of a prompt that asks for log-probabilities: more are computed in parts of 64
 
 

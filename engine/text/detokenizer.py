@@ -1,4 +1,4 @@
-"""Tokens to text as they come: never half a character, never what may turn out to be a stop string."""
+"""Tokens to text as they come. Half characters, and text that may become a stop string, are held back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_LOOKED_AT = 64
 
 
 class IncrementalDetokenizer:
-    """Decodes a growing list of ids by its last few: what is before `_prefix` can no longer change."""
+    """Decodes a growing list of ids by its last few: text before `_prefix` can no longer change."""
 
     def __init__(
         self,
@@ -30,8 +30,8 @@ class IncrementalDetokenizer:
         shown_ids: frozenset[int] = frozenset(),
         prompt_token_ids: Sequence[int] = (),
     ) -> None:
-        """`shown_ids`: control tokens that are text even so. `prompt_token_ids`: the tokens before the first that is
-        pushed, whose text is not given out."""
+        """shown_ids: control tokens that are shown in spite of `skip_special_tokens`. prompt_token_ids: the tokens
+        before the first pushed one; their text is not returned."""
         self._tokenizer = tokenizer
         self._hidden_ids = tokenizer.control_ids - shown_ids if skip_special_tokens else frozenset()
         self._ids = self._context(prompt_token_ids)
@@ -52,7 +52,7 @@ class IncrementalDetokenizer:
         return "".join(map(self.push_one, token_ids))
 
     def flush(self) -> str:
-        """What is left at the end; bytes that never became a character are dropped."""
+        """The text still held back at the end; bytes that never became a character are dropped."""
         return self._give(self._decode(self._prefix, len(self._ids)).rstrip(REPLACEMENT))
 
     def push_one(self, token_id: int) -> str:
@@ -71,7 +71,7 @@ class IncrementalDetokenizer:
         return delta
 
     def _give_up(self) -> str:
-        """Show broken bytes as what they are, all but the last few, which may be a character to come."""
+        """Return broken bytes as U+FFFD, except the last few tokens, which may become a character."""
         end = max(self._read, len(self._ids) - MAX_PENDING_TOKENS)
         delta = self._give(self._decode(self._prefix, end))
         self._prefix = self._read = end
@@ -88,9 +88,10 @@ class IncrementalDetokenizer:
 
 
 class StopStrings:
-    """Finds the first stop string to be complete in text that arrives in pieces, holding back only what may become one.
+    """Finds the stop string that is complete first in text that arrives in pieces. Holds back only text that may become
+    one.
 
-    Of two that end together the longer counts. So the outcome does not depend on the pieces.
+    Of two stop strings that end together the longer counts, so the outcome does not depend on the pieces.
     """
 
     def __init__(self, stops: tuple[str, ...], include: bool) -> None:
@@ -112,7 +113,7 @@ class StopStrings:
         return safe, None
 
     def flush(self) -> str:
-        """What was held back and became no stop string."""
+        """The held text, which became no stop string."""
         held, self._held = self._held, ""
         return held
 

@@ -1,7 +1,7 @@
-"""Constrained decoding by llguidance (the extra `structured`): what an answer may be, as a grammar.
+"""Constrained decoding by llguidance (the extra `structured`): a grammar describes the answers that are allowed.
 
-A grammar is compiled in a thread of its own while its sequence waits, within bounds on its size and on the work that
-compiling and each token may take. Then it tells before every token which may come.
+A grammar is compiled in a separate thread while its sequence waits. Its size, the work to compile it and the work for
+each token are bounded. Before each token it gives a mask of the allowed tokens.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _cause(error: str) -> str:
 
 
 def _check_explosive(grammar: str) -> None:
-    """Raises `ValueError` for what none of llguidance's limits bounds."""
+    """Raises `ValueError` for a grammar whose cost none of llguidance's limits bounds."""
     if LITERAL.sub("", grammar).count("&") > MAX_CONJUNCTIONS:
         raise ValueError(f"the grammar has more than {MAX_CONJUNCTIONS} conjunctions (&)")
     for found in EMBEDDED.finditer(grammar):
@@ -134,7 +134,7 @@ class Grammar:
 
     @property
     def is_compiled(self) -> bool:
-        """Or failed to be."""
+        """Compiling has ended, perhaps with an error."""
         return self.compiling.done()
 
     @property
@@ -148,18 +148,20 @@ class Grammar:
         return self.compiling.result().deep_copy()
 
     def fill(self, mask: np.ndarray) -> None:
-        """Write which tokens may come next, a bit each; mask [ceil(V / 32)] int32. None, where something went wrong."""
+        """Write the tokens allowed next to mask [ceil(V / 32)] int32, one bit each. After an error, or once slow tokens
+        took too long, none is allowed."""
         if self._matcher.is_error() or self._matcher.is_stopped() or self._slow_seconds > MAX_SLOW_SECONDS:
             mask.fill(0)
         else:
             self._timed(self._matcher.unsafe_compute_mask_ptr, mask.ctypes.data, mask.nbytes)
 
     def accept(self, token_id: int) -> bool:
-        """Whether the token could come. It has, from here on."""
+        """Advance by one token; returns whether the grammar allowed it."""
         return bool(self._timed(self._matcher.consume_token, token_id))
 
     def _timed(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """The limits bound a grammar's work for one token, but many slow tokens would still delay every sequence."""
+        """Call `work` and add up its slow time. llguidance bounds one token's work; many slow tokens would still delay
+        every sequence."""
         started = time.perf_counter()
         result = work(*arguments)
         self._slow_seconds += max(0.0, time.perf_counter() - started - QUICK_SECONDS)
@@ -167,7 +169,7 @@ class Grammar:
 
     @property
     def is_over(self) -> bool:
-        """Nothing may come any more."""
+        """The grammar allows no further token."""
         return bool(self._matcher.is_stopped())
 
 
@@ -196,8 +198,7 @@ class GrammarCompiler:
         return self._thread.submit(work)
 
     def prepare(self) -> None:
-        """Begin to load the tokenizer, for a process that serves: with 200,000 tokens it holds Python's lock for a
-        second, in which no request should wait for it."""
+        """Load the tokenizer before requests arrive: with 200,000 tokens it holds Python's lock for a second."""
         if is_available():
             self._prepared = self._thread.submit(lambda: self._tokenizer)
 

@@ -75,14 +75,14 @@ class _Measure:
         own: Callable[[dict[str, Any]], int],
         among: Callable[[list[int]], int],
     ) -> None:
-        """`among`: the numbers of alternatives -> that of having them."""
+        """own: a node's own number. among: joins the numbers of a node's alternatives into one."""
         self._root = root
         self._own = own
         self._among = among
         self._known: dict[int, int] = {}  # by the part's identity
 
     def of(self, node: Any, num_followed: int = 0) -> int:
-        """At most one more than matters."""
+        """The node's number, cut at MAX_OPEN_PROPERTIES + 1."""
         if not isinstance(node, dict):
             return 0
         if id(node) not in self._known:
@@ -130,5 +130,5 @@ def _own_patterns(node: dict[str, Any]) -> int:
 
 
 def as_kind(kind: type, value: Any) -> Any:
-    """The value, or an empty one where it is of another kind."""
+    """The value, or an empty `kind` if the value has another type."""
     return value if isinstance(value, kind) else kind()

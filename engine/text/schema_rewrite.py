@@ -164,7 +164,7 @@ def _required(node: dict[str, Any]) -> list[str]:
 
 
 def _property(node: dict[str, Any], name: str) -> Any:
-    """What an object's property has to be; true where patterns of names may say more."""
+    """The schema of an object's property; true if patterns of names may constrain it further."""
     if name in as_kind(dict, node.get("properties")):
         return node["properties"][name]
     return True if node.get("patternProperties") else node.get("additionalProperties", True)
@@ -242,7 +242,7 @@ def _takes(matcher: Any, text: str) -> bool:
 
 @cache
 def byte_vocabulary() -> Any:
-    """Of the 256 bytes, for questions to llguidance."""
+    """An llguidance tokenizer of the 256 bytes, to ask whether a schema allows a text."""
     from llguidance import LLTokenizer
 
     return LLTokenizer("byte")

@@ -16,7 +16,7 @@ from .schema_rewrite import ANNOTATIONS, byte_vocabulary, coerce_one_of, rewrite
 
 MAX_TRIED = 250  # different keywords of one schema, for about 1 ms each; further ones are left out
 MAX_KEPT = 128  # subsets of schemas that are sent again and again
-# What every version takes. A schema in which one of these cannot be used is wrong, or too large.
+# Keywords that every version supports. A schema in which one of these cannot be used is wrong, or too large.
 CORE = frozenset({"$ref", "$anchor", "$defs", "definitions", "anyOf", "allOf", "const", "enum", "type", "items"})
 CORE |= {"prefixItems", "additionalItems", "minItems", "maxItems", "properties", "additionalProperties", "required"}
 CORE |= {"minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
@@ -35,7 +35,7 @@ class Subset(NamedTuple):
 
 
 def supported_subset(schema: dict[str, Any]) -> Subset:
-    """What can be kept of a schema, rewritten. Takes a while: 1 ms for a keyword that has to be tried.
+    """The part of a schema that llguidance supports, rewritten. Takes 1 ms for each keyword that has to be tried.
 
     Raises `ValueError` that says what is wrong with the schema, or which bound it exceeds.
     """

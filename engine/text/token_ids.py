@@ -66,14 +66,14 @@ class TokenIds(Sequence[int]):
 
 
 def encode_token_ids(value: Any) -> bytes:
-    """msgspec's hook for what it does not know."""
+    """msgspec's `enc_hook`: encodes `TokenIds`."""
     if isinstance(value, TokenIds):
         return value.numpy.tobytes()
     raise NotImplementedError(f"cannot encode a {type(value).__name__}")
 
 
 def decode_token_ids(kind: type, value: Any) -> TokenIds:
-    """The hook's other side."""
+    """msgspec's `dec_hook`: decodes `TokenIds`."""
     if kind is TokenIds:
         return TokenIds(value)
     raise NotImplementedError(f"cannot decode a {kind.__name__}")

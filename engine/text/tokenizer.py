@@ -28,7 +28,7 @@ from .tokenizer_files import load_tokenizer
 logger = logging.getLogger("leyden.engine")
 
 MANY_IDS = 1024
-MAX_CHANGED = 4  # tokens with which a text may begin otherwise where another text stands before it
+MAX_CHANGED = 4  # leading tokens of a text that may differ when another text precedes it
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -36,10 +36,10 @@ class Tokenizer:
     """A fast Hugging Face tokenizer with its chat template. Thread-safe; no code of the checkpoint is run."""
 
     def __init__(self, folder: Path, tokenizer: Path | None = None, chat_template: Path | None = None) -> None:
-        """Of the checkpoint in `folder`. `tokenizer`: another folder, whose tokenizer and template are taken;
-        `chat_template`: a file that is taken for the template.
+        """folder: the checkpoint. tokenizer: another folder, whose tokenizer and template replace the checkpoint's.
+        chat_template: a file that replaces the template.
 
-        Raises `CheckpointError` when there is no tokenizer that works without code of its own, or a broken template.
+        Raises `CheckpointError` if no tokenizer works without the folder's own code, or a template is broken.
         """
         config = read_config(folder)
         from tokenizers import Tokenizer as Backend
@@ -67,7 +67,7 @@ class Tokenizer:
 
     @classmethod
     def of(cls, config: EngineConfig) -> Tokenizer:
-        """The one that the settings name. Raises `CheckpointError`, also for ids that the model does not have."""
+        """The tokenizer that the settings name. Raises `CheckpointError`, also for ids that the model does not have."""
         folder = resolve(config.model, config.revision, weights=False)
         made = cls(folder, config.tokenizer, config.chat_template)
         if config.tokenizer is not None and made.vocab_size > made.model_vocab_size:
@@ -78,13 +78,13 @@ class Tokenizer:
         return made
 
     def for_grammars(self) -> Any:
-        """The vocabulary as llguidance wants it, of as many ids as the model has logits. Takes a while.
+        """The vocabulary as an llguidance tokenizer, with one id per logit of the model. Takes up to a second.
 
-        Raises `CheckpointError` when no answer can be constrained with it.
+        Raises `CheckpointError` if llguidance cannot use it.
         """
         from llguidance.hf import from_tokenizer
 
-        # Where none ends a text, any that is not shown.
+        # A tokenizer without an end-of-text token ends answers with a control token, which is not shown.
         ends = sorted(self.eos_token_ids) or sorted(self.control_ids)[:1]
         if not ends:
             raise CheckpointError("this checkpoint has no token that could end an answer (eos_token_id in config.json)")
@@ -99,13 +99,13 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str:
-        """The text of the template, or of all of them where there are several."""
+        """The text of the template, or of all templates if there are several."""
         template = self._hf.chat_template or ""
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
     @cached_property
     def template_inputs(self) -> TemplateInputs:
-        """What the template reads, or all of them where there are several."""
+        """The arguments that the template reads, or that any of several templates reads."""
         template = self._hf.chat_template or ""
         sources = template.values() if isinstance(template, dict) else [template]
         arguments = inspect.signature(self._hf.apply_chat_template).parameters
@@ -113,7 +113,7 @@ class Tokenizer:
 
     @property
     def takes_tools(self) -> bool:
-        """The chat template has a place for them."""
+        """The chat template has a place for tools."""
         return "tools" in self.chat_template
 
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
@@ -178,7 +178,7 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None,
         template_kwargs: dict[str, Any],
     ) -> tuple[str, str]:
-        """(the text, with a marker wherever it is to be cut; the marker)."""
+        """The rendered text, with a marker inside each control token that a user spelled; and the marker."""
         if not self.has_chat_template:
             raise RequestError(
                 "this model has no chat template; give one (setting chat_template), or prompts instead of messages",
@@ -211,7 +211,7 @@ class Tokenizer:
         return text, marker
 
     def _encode_rendered(self, text: str, marker: str) -> list[int]:
-        """Token ids of what `_render` gave, cut where a user's text spelled a control token: neither half is one."""
+        """Token ids of the text that `_render` returned, cut at the markers: neither half of a control token is one."""
         ids: list[int] = []
         for piece in text.split(marker):
             ids += _encode(self._with_control, piece, False)
@@ -286,8 +286,8 @@ class Tokenizer:
         return text.encode()
 
     def _defuse(self, value: Any, marker: str) -> Any:
-        """Put the marker inside every control token that a user's text spells, anywhere in a message, and after what
-        could become one together with the text that the template puts next."""
+        """The value with the marker inside every control token that its strings spell, and at the end of strings that
+        could become one together with the template's next text."""
         if isinstance(value, str):
             value = self._control_start.sub(lambda found: found[0] + marker, value)
             return value + marker if self._ends_in_control_prefix(value) else value
@@ -304,7 +304,7 @@ class Tokenizer:
 
 
 def _default_sampling(folder: Path) -> dict[str, float | int]:
-    """What generation_config.json says of sampling. Raises `CheckpointError` for values that no request may have."""
+    """Sampling defaults of generation_config.json. Raises `CheckpointError` for values that no request may have."""
     generation = read_generation_config(folder)
     if generation.get("do_sample") is False:
         return {}
@@ -317,7 +317,7 @@ def _default_sampling(folder: Path) -> dict[str, float | int]:
 
 
 def _encode(backend: Any, text: str, add_special_tokens: bool) -> list[int]:
-    """In a batch of one: `encode` would hold Python's lock all the while, and stop every other thread."""
+    """Token ids of `text`, encoded in a batch of one: `encode` would hold Python's lock and stop every other thread."""
     ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
     return ids
 
@@ -334,7 +334,7 @@ def _call(arguments: Any) -> list[dict[str, Any]]:
 
 
 def _start_of_any(tokens: list[str]) -> re.Pattern[str]:
-    """Matches the first character of every occurrence, overlapping ones too.
+    """A pattern that matches the first character of every occurrence of a token, overlapping ones too.
 
     Each branch begins with a plain character: `re` then skips to the next one of these, a hundred times as fast, which
     matters because a search holds Python's lock to its end.
