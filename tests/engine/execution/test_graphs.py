@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from backends import BACKENDS
+from backends import BACKENDS, OF_DELTA
 from engines import DEVICE, drain, engine_config, make_core, request, use_graphs
 from leyden.engine.core import EngineCore
 from leyden.engine.execution.arrays import unpack
@@ -18,17 +18,27 @@ from leyden.engine.execution.graph_shapes import PREFILL_ROWS, SNAPSHOTS, GraphS
 from leyden.engine.execution.padding import GraphInputs, row_starts
 from leyden.engine.execution.step_input import StepInput
 from leyden.engine.scheduling.speculation import can_draft
+from qwen_models import NEXT, make_model, save_model
 from tiny_models import FULL, LINEAR, random_prompt, save_minimax
 
 DECODES = [GraphShape(2), GraphShape(8)]
 MIXED = [GraphShape(0, 16), GraphShape(8, 16), GraphShape(0, 64), GraphShape(8, 64)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("minimax")
-    save_minimax(folder, heads=4, layer_types=(LINEAR, FULL, LINEAR), seed=3)
+@pytest.fixture(scope="module", params=["lightning"])
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+    if request.param == "lightning":
+        save_minimax(folder, heads=4, layer_types=(LINEAR, FULL, LINEAR), seed=3)
+    else:
+        save_model(folder, make_model(NEXT, num_hidden_layers=3, layer_types=[LINEAR, FULL, LINEAR]))
     return folder
+
+
+def every_backend(*names: str):
+    """Of lightning layers those of these names, or all; and all of gated delta nets."""
+    cases = [("lightning", name) for name in names or BACKENDS] + [("gated delta", name) for name in OF_DELTA]
+    return pytest.mark.parametrize(("folder", "backend"), cases, indirect=["folder"])
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +73,7 @@ PARAMS = {
 
 @torch.inference_mode()
 @pytest.mark.parametrize("lags", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["at once", "a step behind"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend()
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 6])
 def test_a_padded_step_answers_as_one_without_graphs(folder, backend, num_rows, lags):
     settings = {"linear_backend": backend, "async_scheduling": lags}
@@ -80,7 +90,7 @@ def test_a_padded_step_answers_as_one_without_graphs(folder, backend, num_rows, 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("backend", ["minimax", "replay"])
+@every_backend("minimax", "replay")
 def test_padding_rows_touch_no_slot_and_no_block(folder, backend):
     core = with_graphs(folder, linear_backend=backend)
     runner = core.runner
@@ -116,7 +126,7 @@ def test_graphs_share_one_place_for_logits(folder):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("lags", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["at once", "a step behind"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend()
 def test_a_step_with_prompts_answers_as_one_without_graphs(folder, backend, lags):
     settings = {"linear_backend": backend, "async_scheduling": lags, "mixed_prefill_tokens": 24}
     lengths = (1, 70, 5, 64, 23, 40)  # chunks, several prompts in a step, a graph filled to the last token, and one not
@@ -137,7 +147,7 @@ def test_a_step_with_prompts_answers_as_one_without_graphs(folder, backend, lags
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend()
 def test_the_padding_of_prompts_touches_no_slot_and_no_block(folder, backend):
     core = with_graphs(folder, MIXED, linear_backend=backend)
     runner = core.runner
@@ -175,6 +185,30 @@ def test_states_on_the_way_of_a_prompt_come_from_a_graph_as_they_come_without(fo
     for place, state in kept[0].items():
         torch.testing.assert_close(kept[1][place], state, rtol=1e-4, atol=1e-4)
     assert any(count > 8 for count in taken) == is_held and all(count <= SNAPSHOTS for count in taken)
+
+
+@torch.inference_mode()
+@every_backend("replay")
+def test_states_of_every_kind_of_layer_come_from_a_graph_as_they_come_without(folder, backend):
+    settings = {"linear_backend": backend, "max_num_batched_tokens": 64, "snapshot_interval": 64}
+    kept = []
+    for core in (plain(folder, **settings), with_graphs(folder, MIXED + DECODES, **settings)):
+        steps, pool = composed(core), core.runner.pools.snapshots
+        drain(core, *(request(str(i), random_prompt(200, i), max_tokens=1) for i in range(2)))
+        nodes = [node for node in core.scheduler.cache.tree.nodes if node.snapshot is not None]
+        kept.append({(node.end, int(node.tokens[-1])): read(pool[node.snapshot], node.end) for node in nodes})
+    assert all(step.shape for step in steps), "every step was to come from a graph"
+    assert kept[0].keys() == kept[1].keys() and {end for end, _ in kept[0]} >= {64, 128, 192}
+    for place, parts in kept[0].items():
+        torch.testing.assert_close(kept[1][place], parts, rtol=1e-4, atol=1e-4)
+
+
+def read(parts: list[torch.Tensor], num_tokens: int) -> list[torch.Tensor]:
+    """A snapshot without the place of a tail that is the next token's: what it holds is never read."""
+    found = [part.clone() for part in parts]
+    for tail in found[1::2]:
+        tail[:, num_tokens % 4] = 0
+    return found
 
 
 def snapshots_of(step: StepInput) -> np.ndarray:
@@ -233,7 +267,7 @@ def test_what_a_shape_does_not_hold(counts):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("lags", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["at once", "a step behind"])
-@pytest.mark.parametrize("backend", ["minimax", "replay"])
+@every_backend("minimax", "replay")
 @pytest.mark.parametrize("max_tokens", [3, 9, 64])
 def test_drafts_from_graphs_answer_as_a_text_without_drafts(folder, backend, max_tokens, lags):
     settings = {"linear_backend": backend, "async_scheduling": lags, "max_num_batched_tokens": max_tokens}
