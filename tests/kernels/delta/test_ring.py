@@ -299,3 +299,13 @@ def test_slots_beyond_two_to_the_31_elements_are_addressed(device, assert_close)
     for _ in range(12):
         rows.replay()
     rows.check(assert_close, 3e-6)
+
+
+@every_implementation
+def test_a_small_decay_keeps_its_relative_precision(name, device):
+    rows = Sequences(OPS[name], device, 1, (5,), group=4, decays=[1.0])
+    rows.tokens.step.copy_(torch.tensor([-12.0, -7.0, 0.1, 30.0]))
+    rows.replay()
+    step = rows.tokens.step[0, 0].double() + rows.weights.step_bias
+    expected = -rows.weights.decay.double().exp() * torch.nn.functional.softplus(step)
+    torch.testing.assert_close(rows.ring.decay[rows.slots[0], :, 0].double(), expected, rtol=2e-6, atol=0.0)
