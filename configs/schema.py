@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 LinearBackendName = Literal["auto", "minimax", "seg_la", "chunk", "replay"]
-ToolCallParserName = Literal["auto", "none", "minimax", "hermes", "kimi_k2"]
+ToolCallParserName = Literal["auto", "none", "minimax", "hermes", "kimi_k2", "qwen3_coder"]
 ReasoningParserName = Literal["auto", "none", "think"]
 DEMO_MODEL = "demo"
 MAX_DRAFTS = 7  # of one sequence in one step

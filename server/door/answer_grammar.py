@@ -92,7 +92,7 @@ def _asked_form(asked: Asked, calls: Calls | None, answer: AnswerFormat) -> Form
 
 
 def _calling_form(asked: Asked | None, calls: Calls, answer: AnswerFormat) -> Form:
-    tools, left_out = _held_tools(calls)
+    tools, left_out = _held_tools(calls, answer)
     if asked is None or calls.are_required:
         return Form("tools", forced_grammar(tools, calls.choice, answer), left_out, holds_calls=True)
     rule, of_form = _rule(asked)
@@ -113,7 +113,7 @@ def _rule(asked: Asked) -> tuple[str, tuple[str, ...]]:
     return json_rule(schema), tuple(f"{asked.field}.{path}" for path in left_out)
 
 
-def _held_tools(calls: Calls) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+def _held_tools(calls: Calls, answer: AnswerFormat) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """The tools with parameters that a grammar can hold, and the names of what is not held.
 
     A schema that cannot be used at all becomes any object. Raises `RequestError`.
@@ -134,6 +134,8 @@ def _held_tools(calls: Calls) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
             if is_strict:
                 raise RequestError(f"{where} cannot be used: {error}", where) from None
             schema, paths = ANY_OBJECT, ("",)
+        assert answer.tools is not None
+        paths += answer.tools.write_arguments("", schema).left_out
         if is_strict:
             _refuse_unless_whole(where, paths)
         left_out += [f"{where}.{path}".rstrip(".") for path in paths]

@@ -38,9 +38,12 @@ def _why_no_tools(state: ServerState) -> str:
     return f"{unknown}; leave them out, or set tool_call_parser at start"
 
 
-def answer_format(request: ChatRequest, state: ServerState, prompt: TokenIds, *, with_tools: bool) -> AnswerFormat:
+def answer_format(
+    request: ChatRequest, state: ServerState, prompt: TokenIds, tools: list[dict[str, Any]]
+) -> AnswerFormat:
+    """`tools`: those that the model is shown (`offered_tools`)."""
     return state.chat_format.of_answer(
-        with_tools=with_tools,
+        tools=tools,
         thought=_thought_at_end(request, state, prompt),
         max_calls=1 if _takes_one_call(request) else None,
         hides=request.skip_special_tokens,

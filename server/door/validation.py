@@ -109,7 +109,7 @@ async def prepare_conversation(
     check_can_be_admitted(1, request.n, state.llm.client.info)
     prompt = await encode_messages(request, state, tools, template_kwargs)
     check_prompt(prompt.token_ids, state.llm.client.info, "messages")
-    answer = answer_format(request, state, prompt.token_ids, with_tools=bool(tools))
+    answer = answer_format(request, state, prompt.token_ids, tools)
     wanted, unknown = read_asked(request)
     form = await make_form(wanted, _calls(request, tools, body), answer, state.grammars)
     scores = Scores(request.top_logprobs if request.logprobs else None)

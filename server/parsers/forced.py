@@ -1,7 +1,7 @@
 """The grammar, in llguidance's Lark, of an answer that must call tools, must have a form, or must do one of both.
 
 A thought may come first. The arguments of a call follow the schema of their function. Each schema is a rule of its own,
-so that its `$ref`s keep their root.
+so that its `$ref`s keep their root; rules that formats repeat for every function come once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import re
 from typing import Any
 
-from ...engine.text.grammar import json_rule
 from ..wire.requests import ToolChoice
 from . import reasoning
 from .formats import NUMBER, AnswerFormat
@@ -18,7 +17,6 @@ from .formats import NUMBER, AnswerFormat
 ANYTHING = r"/(.|\n)*/"
 SPACES = r"/\s{0,4}/"
 DIGITS = r"/[0-9]{1,4}/"
-OBJECT = {"type": "object"}
 
 
 def forced_grammar(
@@ -44,8 +42,8 @@ def forced_grammar(
     for i, function in enumerate(functions):
         head = lark.text(layout.before_name + function["name"] + layout.before_arguments)
         rules.append(f"call_{i}: {head} arguments_{i} {lark.text(layout.after_arguments)}")
-        rules.append(f"arguments_{i}: {json_rule(function['parameters'] | OBJECT)}")
-    return "\n".join([*rules, *lark.thought_rules()]) + "\n"
+        rules += answer.tools.write_arguments(f"arguments_{i}", function["parameters"]).rules
+    return "\n".join([*dict.fromkeys(rules), *lark.thought_rules()]) + "\n"
 
 
 def after_thought(rule: str, answer: AnswerFormat) -> str:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from ...configs.schema import ServerConfig
 from ...engine.errors import ConfigError
 from ...engine.text.detokenizer import StopScope
 from . import kimi_calls as kimi
-from . import reasoning
+from . import reasoning, xml_calls
 from .answer import AnswerParser
+from .arguments import Arguments, json_arguments
 from .deltas import Parser, PlainText
 from .json_calls import JsonCalls
 from .kimi_calls import KimiCalls
 from .reasoning import AfterThought, Thinking
+from .xml_arguments import xml_arguments
+from .xml_calls import XmlCalls
 
 NUMBER = "{number}"  # in a layout: the number of a call, any digits
+Schemas = Mapping[str, dict[str, Any]]  # name of a function -> the JSON schema of its arguments
 # Of the thought at the end of a prompt. "open": the answer continues it. "over": the answer has none. "none": the model
 # decides.
 ThoughtState = Literal["none", "open", "over"]
@@ -40,33 +44,36 @@ class ToolFormat:
     """A format of calls.
 
     A chat template with the text `in_template` teaches it, unless the template has one of `not_in_template`, which
-    belong to other formats with the same outer marker.
+    belong to other formats with the same outer marker. `ends_thought`: the texts with which a call begins that ends a
+    thought; none: a call in a thought belongs to the thought. `write_arguments`: name of a rule, schema -> the rule.
     """
 
-    make: Callable[[], Parser]
+    make: Callable[[Schemas], Parser]
     markers: tuple[str, ...]
     layout: CallLayout
     in_template: str
     not_in_template: tuple[str, ...] = ()
+    ends_thought: tuple[str, ...] = ()
+    write_arguments: Callable[[str, dict[str, Any]], Arguments] = json_arguments
 
 
 # Name in `tool_call_parser` -> format. Names are vLLM's.
 TOOL_FORMATS = {
     "minimax": ToolFormat(
-        lambda: JsonCalls("<tool_calls>", "</tool_calls>"),
+        lambda _: JsonCalls("<tool_calls>", "</tool_calls>"),
         ("<tool_calls>", "</tool_calls>"),
         CallLayout("<tool_calls>\n", '{"name": "', '", "arguments": ', "}", "\n", "\n</tool_calls>"),
         in_template="<tool_calls>",
     ),
     "hermes": ToolFormat(
-        lambda: JsonCalls("<tool_call>", "</tool_call>"),
+        lambda _: JsonCalls("<tool_call>", "</tool_call>"),
         ("<tool_call>", "</tool_call>"),
         CallLayout("", '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n", ""),
         in_template="<tool_call>",
         not_in_template=("<arg_key>", "<function="),  # GLM, Qwen3-Coder
     ),
     "kimi_k2": ToolFormat(
-        KimiCalls,
+        lambda _: KimiCalls(),
         kimi.MARKERS,
         CallLayout(
             kimi.SECTION_BEGIN,
@@ -77,6 +84,14 @@ TOOL_FORMATS = {
             kimi.SECTION_END,
         ),
         in_template=kimi.CALL_BEGIN,
+    ),
+    "qwen3_coder": ToolFormat(
+        XmlCalls,
+        xml_calls.MARKERS,
+        CallLayout("", "<tool_call>\n<function=", ">\n", "</function>\n</tool_call>", "\n", ""),
+        in_template=xml_calls.PARAMETER,
+        ends_thought=xml_calls.OPENING,
+        write_arguments=xml_arguments,
     ),
 }
 # The last is of MiniMax-M1, which thinks. Its template, which Text-01 shares, does not tell.
@@ -99,14 +114,20 @@ class ControlTokens(Protocol):
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """How the answers to one request are read. `control_ids`: its markers that are control tokens, with their ids."""
+    """How the answers to one request are read.
+
+    `schemas`: those of the functions that may be called. `control_ids`: the markers that are control tokens, with
+    their ids. `stray`: markers that are no content either, should the model write one without need.
+    """
 
     tools: ToolFormat | None = None
+    schemas: Schemas = field(default_factory=dict)
     thinks: bool = False
     is_thinking: bool = False  # the prompt ends in an open thought
     max_calls: int | None = None
     control_ids: Mapping[str, int] = field(default_factory=dict)
-    hides: bool = True  # control tokens are kept out of the content
+    stray: tuple[str, ...] = ()
+    hides: bool = True  # control tokens and stray markers are kept out of the content
     stops_in_thought: bool = False
 
     @property
@@ -116,14 +137,20 @@ class AnswerFormat:
 
     def stop_scope(self) -> StopScope | None:
         """Where stop strings count in one answer: outside the thought, unless asked for. None: everywhere."""
-        return AfterThought(has_begun=self.is_thinking) if self.thinks and not self.stops_in_thought else None
+        if not self.thinks or self.stops_in_thought:
+            return None
+        return AfterThought(has_begun=self.is_thinking, call=self._ends_thought)
 
     def parser(self) -> AnswerParser:
-        parser: Parser = PlainText() if self.tools is None else self.tools.make()
+        parser: Parser = PlainText() if self.tools is None else self.tools.make(self.schemas)
         if self.thinks:
-            parser = Thinking(parser, has_begun=self.is_thinking)
-        hidden = tuple(self.control_ids) if self.hides else ()
+            parser = Thinking(parser, has_begun=self.is_thinking, call=self._ends_thought)
+        hidden = tuple({*self.control_ids, *self.stray}) if self.hides else ()
         return AnswerParser(parser, hidden=hidden, max_calls=self.max_calls)
+
+    @property
+    def _ends_thought(self) -> tuple[str, ...]:
+        return () if self.tools is None else self.tools.ends_thought
 
 
 @dataclass(frozen=True)
@@ -154,22 +181,25 @@ class ChatFormat:
     def of_answer(
         self,
         *,
-        with_tools: bool,
+        tools: Sequence[dict[str, Any]],
         thought: ThoughtState,
         max_calls: int | None,
         hides: bool,
         stops_in_thought: bool = False,
     ) -> AnswerFormat:
-        """`thought`: its state where the prompt ends. `hides`: the request wants no control tokens in the content."""
-        tools = self.tools if with_tools else None
+        """`tools`: those that the model is shown, as `read_tools` returns them. `thought`: its state where the prompt
+        ends. `hides`: the request wants no control tokens in the content."""
+        format_ = self.tools if tools else None
         thinks = self.thinks and thought != "over"
-        markers = (reasoning.OPEN, reasoning.CLOSE) * thinks + (tools.markers if tools else ())
+        markers = (reasoning.OPEN, reasoning.CLOSE) * thinks + (format_.markers if format_ else ())
         return AnswerFormat(
-            tools=tools,
+            tools=format_,
+            schemas={tool["function"]["name"]: tool["function"]["parameters"] for tool in tools},
             thinks=thinks,
             is_thinking=thought == "open",
             max_calls=max_calls,
             control_ids={marker: self.controls[marker] for marker in markers if marker in self.controls},
+            stray=(reasoning.CLOSE,) * self.thinks,
             hides=hides,
             stops_in_thought=stops_in_thought,
         )

@@ -1,6 +1,7 @@
 """The thought before an answer, `<think>...</think>`. Another parser reads the answer.
 
-The model writes the opening marker, or the chat template has put it at the end of the prompt.
+The model writes the opening marker, or the chat template has put it at the end of the prompt. With some formats a call
+ends the thought, too: models call from within a thought, and forget to close it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from .deltas import Delta, Parser, Reasoning, merged
 from .markers import Markers, TrimmedText
 
 OPEN, CLOSE = "<think>", "</think>"
-CLOSING = Markers(CLOSE)
-# An answer with more white space than this before its first word does not begin with a thought.
+# With more white space than this before its first word an answer does not begin with a thought, nor does a call go on.
 MAX_SPACES = 64
 
 
@@ -32,16 +32,20 @@ class Sections:
     The pieces returned join to the text pushed, and their sections do not depend on how the text was cut.
     """
 
-    def __init__(self, *, has_begun: bool) -> None:
-        """`has_begun`: the prompt ends in an open thought."""
+    def __init__(self, *, has_begun: bool, call: tuple[str, ...] = ()) -> None:
+        """`has_begun`: the prompt ends in an open thought. `call`: the texts, with white space between them, that begin
+        a call and so the answer."""
         self._has_begun = has_begun
+        self._call = call
+        self._ends = Markers(CLOSE, *call[:1])
         self._text = ""
         self._read = self._read_opening
 
     @property
     def is_open(self) -> bool:
         """Whether the next text belongs to the thought, its closing marker included."""
-        return self._read == self._read_thought or (self._has_begun and self._read == self._read_opening)
+        is_opening = self._has_begun and self._read == self._read_opening
+        return is_opening or self._read in (self._read_thought, self._read_call)
 
     def push(self, text: str) -> Pieces:
         """The pieces that `text` settles. A text that may still become a marker is held back."""
@@ -70,19 +74,36 @@ class Sections:
         return True
 
     def _read_thought(self, pieces: Pieces) -> bool:
-        end, marker = CLOSING.find(self._text, 0)
+        end, marker = self._ends.find(self._text, 0)
         pieces.append((Section.THOUGHT, self._take(end)))
-        if marker is None:
+        if marker == CLOSE:
+            pieces.append((Section.MARKER, self._take(len(marker))))
+            self._read = self._read_gap
+        elif marker is not None:
+            self._read = self._read_call
+        return marker is not None
+
+    def _read_call(self, pieces: Pieces) -> bool:
+        """From what may be the beginning of a call on."""
+        begins = _begins_with(self._text, self._call)
+        if begins is None:
             return False
-        pieces.append((Section.MARKER, self._take(len(marker))))
-        self._read = self._read_gap
+        if begins:
+            self._read = self._read_answer
+        else:
+            pieces.append((Section.THOUGHT, self._take(len(self._call[0]))))
+            self._read = self._read_thought
         return True
 
     def _read_gap(self, pieces: Pieces) -> bool:
+        """Between the thought and the answer. Some models close a thought twice."""
         pieces.append((Section.MARKER, self._take(len(self._text) - len(self._text.lstrip()))))
-        if not self._text:
+        if self._text.startswith(CLOSE):
+            pieces.append((Section.MARKER, self._take(len(CLOSE))))
+        elif CLOSE.startswith(self._text):  # also when there is nothing yet
             return False
-        self._read = self._read_answer
+        else:
+            self._read = self._read_answer
         return True
 
     def _read_answer(self, pieces: Pieces) -> bool:
@@ -97,10 +118,10 @@ class Sections:
 class Thinking:
     """Gives the thought as `Reasoning`, and the answer to its parser. White space at markers is dropped."""
 
-    def __init__(self, answer: Parser, *, has_begun: bool) -> None:
-        """`has_begun`: the prompt ends in an open thought."""
+    def __init__(self, answer: Parser, *, has_begun: bool, call: tuple[str, ...] = ()) -> None:
+        """`has_begun`, `call`: see `Sections`."""
         self._answer = answer
-        self._sections = Sections(has_begun=has_begun)
+        self._sections = Sections(has_begun=has_begun, call=call)
         self._thought = TrimmedText(follows_marker=True)
 
     @property
@@ -126,15 +147,27 @@ class Thinking:
 class AfterThought:
     """The scope of stop strings in an answer that may think first (a `StopScope` of the detokenizer)."""
 
-    def __init__(self, *, has_begun: bool) -> None:
-        """`has_begun`: the prompt ends in an open thought."""
-        self._sections = Sections(has_begun=has_begun)
+    def __init__(self, *, has_begun: bool, call: tuple[str, ...] = ()) -> None:
+        """`has_begun`, `call`: see `Sections`."""
+        self._sections = Sections(has_begun=has_begun, call=call)
 
     def push(self, text: str) -> tuple[str, str]:
         return _split(self._sections.push(text))
 
     def finish(self) -> tuple[str, str]:
         return _split(self._sections.finish())
+
+
+def _begins_with(text: str, parts: tuple[str, ...]) -> bool | None:
+    """Whether `text` begins with `parts` and at most MAX_SPACES of white space between two; None: more text decides."""
+    for number, part in enumerate(parts):
+        word = text.lstrip() if number else text
+        if len(text) - len(word) > MAX_SPACES or not part.startswith(word[: len(part)]):
+            return False
+        if len(word) < len(part):
+            return None
+        text = word[len(part) :]
+    return True
 
 
 def _split(pieces: Pieces) -> tuple[str, str]:

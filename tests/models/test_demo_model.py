@@ -63,7 +63,7 @@ def test_a_forced_call_can_be_tried():
     pytest.importorskip("llguidance")
     llm = LLM("demo", device="cpu", max_num_seqs=1)
     chosen = ChatFormat.choose(ServerConfig(), llm.tokenizer)
-    format_ = chosen.of_answer(with_tools=True, thought="none", max_calls=1, hides=True)
+    format_ = chosen.of_answer(tools=TOOLS, thought="none", max_calls=1, hides=True)
     grammar = forced_grammar(TOOLS, ToolChoice("required"), format_)
     params = SamplingParams(temperature=0.0, max_tokens=80, grammar=grammar)
     [answer] = llm.generate([llm.tokenizer.encode_chat(TALK, tools=TOOLS)], params)

@@ -23,12 +23,15 @@ TEMPLATES = {
     "hermes": "tools <tool_call>",
     "minimax": "tools <tool_calls>",
     "kimi_k2": "tools <|tool_call_begin|>",
+    "qwen3_coder": "tools <tool_call><function=f><parameter=a>",
 }
 CALLS = {
     "hermes": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>',
     "minimax": '<tool_calls>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_calls>\n',
     "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
     '{"city": "Köln"}<|tool_call_end|><|tool_calls_section_end|>',
+    "qwen3_coder": "<tool_call>\n<function=get_weather>\n<parameter=city>\nKöln\n</parameter>\n"
+    "</function>\n</tool_call>",
 }
 BOTH = CALLS["hermes"] + '\n<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
 

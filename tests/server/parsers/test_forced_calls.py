@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from leyden.engine.text.grammar import json_rule
+from leyden.engine.text.grammar import json_rule, make_matcher
 from leyden.server.door.tools import read_tools
 from leyden.server.parsers.forced import forced_grammar
 from leyden.server.parsers.formats import TOOL_FORMATS, AnswerFormat
 from leyden.server.parsers.reasoning import CLOSE, OPEN
+from leyden.server.parsers.xml_arguments import xml_arguments
 from leyden.server.wire.requests import ToolChoice
 from tiny_models import byte_tokenizer
 from written_calls import FORMATS, MARKERS, write
@@ -63,7 +64,7 @@ def test_required_takes_one_or_more_calls_and_nothing_else(takes, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("arguments", ["{}", '{"city": 5}', '{"city": "a", "x": 1}', "{", "null"])
+@pytest.mark.parametrize("arguments", ["{}", '{"city": "a", "days": "soon"}', '{"city": "a", "x": 1}', "{", "null"])
 def test_arguments_follow_the_schema(takes, name, arguments):
     assert not takes(name, write(name, ("weather", arguments)))
 
@@ -127,3 +128,108 @@ def test_beside_a_form_the_answer_is_calls_or_that_form(takes, name):
         assert (
             takes(name, f"<think>hm</think>{text}", choice=ToolChoice("auto"), otherwise=form, thinks=True) == is_right
         )
+
+
+# -- Qwen3-Coder's parameters, each by its own schema ---------------------------------------------------------------
+
+EDIT = {
+    "type": "object",
+    "properties": {
+        "path": {"type": "string"},
+        "mode": {"enum": ["create", "append"]},
+        "why": {"anyOf": [{"$ref": "#/$defs/Why"}, {"type": "null"}]},
+        "line": {"type": "integer"},
+        "again": {"$ref": "#/properties/line"},
+        "where": {"$ref": "#/$defs/Place"},
+        "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "force": {"type": "boolean"},
+    },
+    "required": ["path", "line"],
+    "$defs": {
+        "Why": {"enum": ["typo", "style"], "type": "string"},
+        "Place": {"type": "object", "properties": {"next": {"$ref": "#/$defs/Place"}}, "additionalProperties": False},
+    },
+}
+EDIT_TOOLS, _ = read_tools([{"type": "function", "function": {"name": "edit", "parameters": EDIT}}])
+
+
+def edit(**values):
+    inner = "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in values.items())
+    return f"<tool_call>\n<function=edit>\n{inner}</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("values", "is_right"),
+    [
+        ({"path": "a.txt", "line": "5"}, True),
+        ({"path": "", "line": "5"}, True),
+        ({"path": 'a <b> </param\n\n"é\\', "line": "5"}, True),
+        ({"path": "a</parameter>", "line": "5"}, False),
+        ({"path": "a<parameter=line>\n5", "line": "5"}, False),
+        ({"path": "a</function>", "line": "5"}, False),
+        ({"path": "a", "line": "five"}, False),
+        ({"path": "a", "line": '"5"'}, False),
+        ({"line": "5"}, False),
+        ({"path": "a"}, False),
+        ({"path": "a", "line": "5", "other": "5"}, False),
+        ({"path": "a", "mode": "create", "line": "5"}, True),
+        ({"path": "a", "mode": "delete", "line": "5"}, False),
+        ({"path": "a", "why": "typo", "line": "5"}, True),
+        ({"path": "a", "why": "null", "line": "5"}, True),
+        ({"path": "a", "why": "fun", "line": "5"}, False),
+        ({"path": "a", "line": "5", "again": "6"}, True),
+        ({"path": "a", "line": "5", "again": "six"}, False),
+        ({"path": "a", "line": "5", "where": '{"next": {"next": {}}}'}, True),
+        ({"path": "a", "line": "5", "where": '{"next": 5}'}, False),
+        ({"path": "a", "line": "5", "note": "any\ntext"}, True),
+        ({"path": "a", "line": "5", "force": "true"}, True),
+        ({"path": "a", "line": "5", "force": "True"}, False),
+    ],
+)
+def test_each_value_follows_its_own_schema(takes, values, is_right):
+    assert takes("qwen3_coder", edit(**values), tools=EDIT_TOOLS) == is_right
+
+
+@pytest.mark.parametrize(
+    ("parameters", "good", "bad"),
+    [
+        ({}, {"any": "text"}, None),
+        ({"type": "object", "properties": {}}, {}, {"any": "text"}),
+        ({"additionalProperties": {"type": "integer"}}, {"a": "1", "b": "2"}, {"a": "one"}),
+        ({"properties": {"a": {}}, "additionalProperties": True}, {"a": "1", "b": "2"}, None),
+        ({"allOf": [{"properties": {"a": {}}, "required": ["a"]}]}, {"a": "1"}, {}),
+        ({"anyOf": [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {}}}]}, {"b": "1"}, {"c": "1"}),
+        ({"properties": {"a": False, "b": True}}, {"b": "1"}, {"a": "1"}),
+    ],
+)
+def test_parameters_are_those_of_the_schema(takes, parameters, good, bad):
+    tools, _ = read_tools([{"type": "function", "function": {"name": "edit", "parameters": parameters}}])
+    assert takes("qwen3_coder", edit(**good), tools=tools)
+    assert bad is None or not takes("qwen3_coder", edit(**bad), tools=tools)
+
+
+def test_keywords_on_texts_and_on_several_parameters_are_told():
+    properties = {
+        "a": {"type": "string", "pattern": "^x", "maxLength": 5},
+        "b<": {},
+        "c": {"minimum": 1, "type": "integer"},
+    }
+    found = xml_arguments("x", {"properties": properties, "minProperties": 1, "anyOf": [{"required": ["a"]}]})
+    assert set(found.left_out) == {
+        "minProperties",
+        "anyOf",
+        "properties.a.pattern",
+        "properties.a.maxLength",
+        "properties.b<",
+    }
+
+
+def test_many_tools_share_the_rules_of_their_texts(takes):
+    tools, _ = read_tools(
+        [{"type": "function", "function": {"name": f"edit{i}", "parameters": EDIT}} for i in range(60)]
+    )
+    assert takes("qwen3_coder", edit(path="a", line="5").replace("=edit", "=edit59"), tools=tools)
+    known = AnswerFormat(tools=TOOL_FORMATS["qwen3_coder"])
+    from llguidance.hf import from_tokenizer
+
+    make_matcher(forced_grammar(tools, ToolChoice("required"), known), from_tokenizer(byte_tokenizer()))

@@ -15,7 +15,7 @@ from leyden.server.parsers.deltas import CallArguments, CallBegin, Content, Plai
 from leyden.server.parsers.formats import TOOL_FORMATS, ChatFormat
 from leyden.server.parsers.json_object import ObjectScanner
 from leyden.server.parsers.reasoning import AfterThought, Thinking
-from written_calls import FORMATS, MARKERS, write
+from written_calls import FORMATS, JSON_FORMATS, MARKERS, write
 
 NASTY = {
     "plain": {"a": 1},
@@ -28,6 +28,8 @@ NASTY = {
     "markup": {"a": "<tool_calls> <tool_ </tool </think> <|im_end|>"},
     "numbers": {"a": [1, -2.5, 1e9, True, False, None]},
 }
+SCHEMAS = {"f": {"type": "object", "properties": {"a": {"type": "integer"}}}}  # for the formats that need types
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": SCHEMAS["f"]}}]
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Answer:
 
 
 def make(name: str | None, *, thinks: bool = True, is_thinking: bool = False, hidden=(), max_calls=None):
-    parser = PlainText() if name is None else TOOL_FORMATS[name].make()
+    parser = PlainText() if name is None else TOOL_FORMATS[name].make(SCHEMAS)
     parser = Thinking(parser, has_begun=is_thinking) if thinks else parser
     return AnswerParser(parser, hidden=hidden, max_calls=max_calls)
 
@@ -76,7 +78,7 @@ def read(name, text, **options) -> Answer:
 # -- calls ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", JSON_FORMATS)
 @pytest.mark.parametrize("arguments", NASTY.values(), ids=NASTY)
 @pytest.mark.parametrize("is_ascii", [True, False])
 def test_a_call_is_read_as_the_model_wrote_it(name, arguments, is_ascii):
@@ -112,7 +114,7 @@ def test_answer_that_ends_in_half_a_marker_keeps_it(name):
         assert read(name, "a " + opening[:n]).content == "a " + opening[:n]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", JSON_FORMATS)
 def test_call_that_is_cut_off_keeps_its_streamed_arguments(name):
     raw = '{"a": "b", "c": [1, 2]}'
     text = write(name, ("f", raw))
@@ -300,7 +302,7 @@ def test_stop_strings_count_in_just_the_text_that_is_no_thought(pieces, is_think
 
 def test_a_thought_that_the_prompt_has_closed_does_not_come_again():
     chosen = ChatFormat.choose(ServerConfig(reasoning_parser="think"), Templated(""))
-    answer = chosen.of_answer(with_tools=False, thought="over", max_calls=None, hides=True)
+    answer = chosen.of_answer(tools=[], thought="over", max_calls=None, hides=True)
     assert (answer.thinks, answer.is_thinking, answer.stop_scope()) == (False, False, None)
 
 
@@ -367,7 +369,7 @@ JSON = st.recursive(
     indent=st.sampled_from([None, 2]),
     is_ascii=st.booleans(),
 )
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", JSON_FORMATS)
 def test_any_calls_come_back(name, calls, indent, is_ascii):
     raw = [(function, json.dumps(value, indent=indent, ensure_ascii=is_ascii)) for function, value in calls]
     answer = Answer.of(feed(make(name), list(write(name, *raw))))
@@ -400,7 +402,7 @@ LONG = {
 @pytest.mark.parametrize("start", LONG.values(), ids=LONG)
 def test_text_read_again_is_never_longer_than_a_marker(name, start):
     """So that the work grows with the text alone, however it comes and however long a call stays open."""
-    calls = TOOL_FORMATS[name].make()
+    calls = TOOL_FORMATS[name].make(SCHEMAS)
     parser = Thinking(calls, has_begun=True)
     longest = max(map(len, MARKERS[name]))
     parser.push("why</think>" + MARKERS[name][0] + start)
@@ -433,7 +435,8 @@ class Templated:
         ("<tool_call>\n{tools}", "hermes", False),
         ("<tool_call> <think>", "hermes", True),
         ("<tool_call><arg_key>", None, False),  # GLM
-        ("<tool_call><function=f>", None, False),  # Qwen3-Coder
+        ("<tool_call><function=f>", None, False),
+        ("<tool_call>\n{tools}<function=f>\n<parameter=a> <think>", "qwen3_coder", True),  # Qwen3-Coder, Qwen3.5
         ("<minimax:tool_call>", None, False),
         ("<|tool_calls_section_begin|><|tool_call_begin|>", "kimi_k2", False),
     ],
@@ -459,7 +462,7 @@ def test_parser_of_calls_for_a_template_without_tools_is_refused_at_start(name):
 
 def test_control_tokens_that_are_markers_are_seen_and_hidden():
     chosen = ChatFormat.choose(ServerConfig(), Templated("<tool_call>"))
-    plan = chosen.of_answer(with_tools=True, thought="none", max_calls=None, hides=True)
+    plan = chosen.of_answer(tools=TOOLS, thought="none", max_calls=None, hides=True)
     assert (plan.shown_ids, plan.control_ids) == ({7}, {"<tool_call>": 7})
-    without = chosen.of_answer(with_tools=False, thought="none", max_calls=None, hides=True)
+    without = chosen.of_answer(tools=[], thought="none", max_calls=None, hides=True)
     assert (without.shown_ids, without.tools) == (frozenset(), None)

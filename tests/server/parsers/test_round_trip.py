@@ -13,7 +13,7 @@ from leyden.engine.text.tokenizer import Tokenizer
 from leyden.server.door.messages import read_messages
 from starlette.testclient import TestClient
 from tiny_models import byte_tokenizer, save_minimax
-from written_calls import FORMATS, MARKERS, write
+from written_calls import FORMATS, JSON_FORMATS, MARKERS, write
 
 TOOLS = [{"name": "f", "parameters": {}}, {"name": "g"}]
 ANSWERS = {
@@ -131,7 +131,7 @@ def test_every_answer_is_valid_history(talk, name, data):
     talk(name, data.draw(replies(name)))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", JSON_FORMATS)
 @pytest.mark.parametrize("arguments", ANSWERS.values(), ids=ANSWERS)
 def test_a_call_whose_arguments_are_no_json_is_valid_history(talk, name, arguments):
     message = talk(name, write(name, ("f", arguments)).split(arguments)[0] + arguments)
