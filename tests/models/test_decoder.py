@@ -41,7 +41,14 @@ LONGEST = 40
 WIDE = LightningSpec(num_heads=2, head_dim=16, slopes=(0.3, 0.01), scale=1.0, norm_eps=1e-6)
 NARROW = LightningSpec(num_heads=4, head_dim=8, slopes=(0.5, 0.1, 0.02, 0.004), scale=0.5, norm_eps=1e-6)
 PARTIAL = SoftmaxSpec(num_heads=4, num_kv_heads=2, head_dim=8, rope=RopeSpec(dim=4, theta=1000.0))
-WHOLE = SoftmaxSpec(num_heads=2, num_kv_heads=1, head_dim=12, rope=RopeSpec(dim=12, theta=500.0))
+WHOLE = SoftmaxSpec(
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=12,
+    rope=RopeSpec(dim=12, theta=500.0),
+    qk_norm=NormSpec(EPS, is_zero_centred=True),
+    has_gate=True,
+)
 EXPERTS = ExpertsSpec(width=12, num_experts=3, top_k=2, route=SoftmaxRoute())
 ADDED, MIXED, GATED = SharedSpec(10, "added"), SharedSpec(6, "mixed"), SharedSpec(4, "gated")
 SPEC = ModelSpec(
@@ -74,7 +81,7 @@ def build(backend: str = "auto", device: str = "cpu") -> Decoder:
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x / (x.square().mean() + eps).sqrt() * weight
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
 class Reference:
@@ -114,15 +121,21 @@ class Reference:
         return self.w(f"{name}.out_proj") @ (rms(out, self.w(f"{name}.norm"), spec.norm_eps) * gate)
 
     def attention(self, x: Tensor, i: int, spec: SoftmaxSpec, name: str) -> Tensor:
-        q = self.rotate((self.w(f"{name}.q_proj") @ x).view(spec.num_heads, -1), spec.rope)
-        k = self.rotate((self.w(f"{name}.k_proj") @ x).view(spec.num_kv_heads, -1), spec.rope)
+        q, gate = (self.w(f"{name}.q_proj") @ x).view(spec.num_heads, -1), torch.tensor(torch.inf)
+        k = (self.w(f"{name}.k_proj") @ x).view(spec.num_kv_heads, -1)
+        if spec.has_gate:
+            q, gate = q.chunk(2, dim=1)
+        if spec.qk_norm is not None:
+            q, k = (rms(y, self.w(f"{name}.{kind}_norm"), spec.qk_norm.eps) for y, kind in ((q, "q"), (k, "k")))
+        q, k = self.rotate(q, spec.rope), self.rotate(k, spec.rope)
         self.keys.setdefault(i, []).append(k)
         self.values.setdefault(i, []).append((self.w(f"{name}.v_proj") @ x).view(spec.num_kv_heads, -1))
         group = spec.num_heads // spec.num_kv_heads
         keys = torch.stack(self.keys[i]).repeat_interleave(group, dim=1)
         values = torch.stack(self.values[i]).repeat_interleave(group, dim=1)
         p = torch.einsum("hd,nhd->hn", q, keys).mul(spec.head_dim**-0.5).softmax(dim=-1)
-        return self.w(f"{name}.o_proj") @ torch.einsum("hn,nhd->hd", p, values).flatten()
+        out = torch.einsum("hn,nhd->hd", p, values) * torch.sigmoid(gate)
+        return self.w(f"{name}.o_proj") @ out.flatten()
 
     def rotate(self, x: Tensor, rope: RopeSpec) -> Tensor:
         half = rope.dim // 2
