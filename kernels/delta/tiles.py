@@ -11,10 +11,11 @@ from .contract import DeltaInputs, DeltaState
 
 
 class StepTiles(NamedTuple):
-    """A state tile [BV, BK] of a single token's step, and warps per program."""
+    """A state tile [J, BV, L] of a single token's step, J L = BK, and warps per program."""
 
     BK: int
     BV: int
+    L: int
     num_warps: int
 
 
@@ -24,7 +25,7 @@ def step_tiles(pool: DeltaState, num_rows: int, widest: int) -> StepTiles:
     BV = min(padded(V), widest)
     while BV > 8 and num_rows * num_heads * triton.cdiv(V, BV) < 2 * num_processors(pool.state.device):
         BV //= 2
-    return StepTiles(padded(K), BV, 1)
+    return StepTiles(padded(K), BV, min(padded(K), 32), 1)
 
 
 def head_counts(inputs: DeltaInputs, pool: DeltaState) -> tuple[int, int, int, int]:
