@@ -102,7 +102,7 @@ class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
     model_path: str
     architecture: str
     num_parameters: int
-    layer_counts: dict[str, int]  # by the kind of the mixer: lightning, softmax
+    layer_counts: dict[str, int]  # by the kind of the mixer: lightning, gated_delta, softmax
     vocab_size: int
     max_model_len: int
     eos_token_ids: list[int]

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from engines import answer, drain, request
+from leyden.engine.errors import ConfigError
 from leyden.engine.messages import SessionCall
 from mixed_layers import MODELS, WITHOUT_SHIFT, install
 from tiny_models import random_prompt
@@ -48,6 +49,22 @@ def poison(core) -> None:
     pools = core.runner.pools
     for tensor in (*pools.states.tensors, *pools.kv.tensors, *pools.snapshots.parts):
         tensor.fill_(torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("gated delta", "gated_delta layers are computed by auto, chunk or replay"),
+        ("lightning and gated delta", "lightning and gated_delta layers are computed by auto or replay"),
+    ],
+)
+def test_backend_that_cannot_compute_every_linear_layer_is_refused_with_those_that_can(
+    monkeypatch, tmp_path, model, told
+):
+    make_core = install(monkeypatch, tmp_path, MODELS[model][0])
+    with pytest.raises(ConfigError, match=f"^linear_backend = seg_la: the model's {told}$"):
+        make_core(linear_backend="seg_la")
+    assert make_core(linear_backend="auto").info().linear_backend == "replay"
 
 
 def test_answers_are_no_one_token_over_and_over(recomputed):
