@@ -64,7 +64,7 @@ def test_backend_that_cannot_compute_every_linear_layer_is_refused_with_those_th
     make_core = install(monkeypatch, tmp_path, MODELS[model][0])
     with pytest.raises(ConfigError, match=f"^linear_backend = seg_la: the model's {told}$"):
         make_core(linear_backend="seg_la")
-    assert make_core(linear_backend="auto").info().linear_backend == "replay"
+    assert make_core(linear_backend="auto").info.linear_backend == "replay"
 
 
 def test_answers_are_no_one_token_over_and_over(recomputed):
