@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from leyden.models.families.registry import from_hf
-from leyden.models.specs import ExpertsSpec, LightningSpec, SoftmaxSpec
+from leyden.models.specs import ExpertsSpec, GatedDeltaSpec, LightningSpec, MixerSpec, SoftmaxSpec
 
 RING = 16  # tokens between two writes of a state (`replay`)
 
@@ -23,9 +23,9 @@ KINDS = {
     "experts": r"^_(gate_up|down|sort|count|combine)_kernel",
     "router": r"^_route(_groups)?_kernel|sgemm|sm80_xmma_gemm_f32f32|splitKreduce_kernel<32, 16, int, float, float",
     "matrix products": r"^nvjet|^_row_kernel|splitKreduce",
-    "lightning attention": r"^_(rope|replay|verify|decode|segment|chunk|product|fold)_kernel",
+    "linear attention": r"^_(rope|replay|verify|decode|segment|chunk|product|fold|convolve|prepare|walk)_kernel",
     "softmax attention": r"^_(split|merge|prefill|rope_store)_kernel",
-    "norms, silu": r"^_(add_rms_norm|rms_norm|gated_rms_norm|silu|silu_and_mul)_kernel",
+    "norms, silu": r"^_(add_rms_norm|rms_norm|gated_rms_norm|gate|silu|silu_and_mul)_kernel",
     "sampling, copies, the rest": r"",
 }
 
@@ -91,7 +91,7 @@ def floors(config: dict[str, Any], step: Step, copy_rate: float, matrix_rate: fl
     spec = from_hf(config)
     T, d, dense, head = step.tokens, spec.hidden_size, 0, spec.vocab_size * spec.hidden_size
     experts: list[Work] = []
-    lightning: list[Work] = []
+    linear: list[Work] = []
     softmax: list[Work] = []
     for layer in spec.layers:
         dense += d * (_mixer_rows(layer.mixer) + 3 * (layer.shared.width if layer.shared else 0))
@@ -100,13 +100,15 @@ def floors(config: dict[str, Any], step: Step, copy_rate: float, matrix_rate: fl
         else:
             dense += 3 * d * layer.mlp.width
         if isinstance(layer.mixer, LightningSpec):
-            lightning.append(Work(_lightning_bytes(layer.mixer, step), 0))
+            linear.append(Work(_lightning_bytes(layer.mixer, step), 0))
+        elif isinstance(layer.mixer, GatedDeltaSpec):
+            linear.append(Work(_delta_bytes(layer.mixer, step), 0))
         else:
             softmax.append(_softmax_work(layer.mixer, step))
     work = {
         "matrix products": [Work(2 * (dense + head), 2 * T * dense + 2 * step.rows * head)],
         "experts": experts,
-        "lightning attention": lightning,
+        "linear attention": linear,
         "softmax attention": softmax,
     }
     seconds = {}
@@ -116,11 +118,14 @@ def floors(config: dict[str, Any], step: Step, copy_rate: float, matrix_rate: fl
     return {kind: value * 1e6 for kind, value in seconds.items()}
 
 
-def _mixer_rows(mixer: LightningSpec | SoftmaxSpec) -> int:
+def _mixer_rows(mixer: MixerSpec) -> int:
     """Rows of all matrices of a mixer, each as long as the hidden size."""
     if isinstance(mixer, LightningSpec):
         return 5 * mixer.num_heads * mixer.head_dim
-    return (2 * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
+    if isinstance(mixer, GatedDeltaSpec):
+        keys, values = mixer.num_key_heads * mixer.key_dim, mixer.num_value_heads * mixer.value_dim
+        return 2 * keys + 3 * values + 2 * mixer.num_value_heads
+    return ((3 if mixer.has_gate else 2) * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
 
 
 def _experts_work(spec: ExpertsSpec, num_tokens: int, d: int) -> Work:
@@ -133,6 +138,14 @@ def _lightning_bytes(mixer: LightningSpec, step: Step) -> float:
     width, state = mixer.num_heads * mixer.head_dim, 4 * step.rows * math.prod(mixer.state_shape)
     kept = 2 * state if step.is_prefill else state * (1 + 2 / RING) + 30 * step.rows * width
     return 8 * step.tokens * width + kept
+
+
+def _delta_bytes(mixer: GatedDeltaSpec, step: Step) -> float:
+    """As of lightning attention. A ring holds a token's keys in bfloat16, and its corrections in float32."""
+    keys, values = mixer.num_key_heads * mixer.key_dim, mixer.num_value_heads * mixer.value_dim
+    state = 4 * step.rows * values * mixer.key_dim
+    kept = 2 * state if step.is_prefill else state * (1 + 2 / RING) + RING / 2 * step.rows * (2 * keys + 4 * values)
+    return 2 * step.tokens * (2 * keys + 2 * values) + kept
 
 
 def _softmax_work(mixer: SoftmaxSpec, step: Step) -> Work:

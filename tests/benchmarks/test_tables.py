@@ -174,8 +174,20 @@ def test_floors_of_a_family_follow_from_its_spec():
     mlps = 3 * 2048 * (5120 + 19 * 512)
     assert least["matrix products"] == pytest.approx(1e6 * 2 * (attention + mlps + 157184 * 2048))
     assert least["experts"] == pytest.approx(1e6 * 19 * 8 * 2 * 3 * 2048 * 512)
-    assert least["lightning attention"] == pytest.approx(1e6 * 16 * (2**20 * (1 + 2 / 16) + 38 * 2048))
+    assert least["linear attention"] == pytest.approx(1e6 * 16 * (2**20 * (1 + 2 / 16) + 38 * 2048))
     assert least["softmax attention"] == pytest.approx(1e6 * 4 * 2 * 2 * 512 * 1000)
+
+
+def test_floors_of_gated_delta_nets_follow_from_their_specs():
+    """Qwen3.5-9B, one token: 24 gated delta nets of 16 and 32 heads, and 8 softmax layers with gates."""
+    config = json.loads((ROOT / "benchmarks" / "configs" / "qwen3.5-9b" / "config.json").read_text())
+    least = floors(config, Step(tokens=1, rows=1, context=1000.0, is_prefill=False), 1.0, 1e30)
+    mixers = 24 * 4096 * (2 * 2048 + 3 * 4096 + 2 * 32) + 8 * 4096 * (3 * 16 + 2 * 4) * 256
+    mlps = 32 * 3 * 4096 * 12288
+    assert least["matrix products"] == pytest.approx(1e6 * 2 * (mixers + mlps + 248320 * 4096))
+    ring = 8 * (2 * 2048 + 4 * 4096)
+    assert least["linear attention"] == pytest.approx(1e6 * 24 * (4 * 4096 * 128 * (1 + 2 / 16) + ring + 2 * 12288))
+    assert least["softmax attention"] == pytest.approx(1e6 * 8 * 2 * 2 * 4 * 256 * 1000)
 
 
 def test_a_profile_of_something_else_is_refused(tables):
