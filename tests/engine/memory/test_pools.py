@@ -25,11 +25,21 @@ TAIL = Part("tail", (5, 3), "activation")  # 30 bytes
 LATENT = CacheSpec(token=(Part("latent", (24,), "activation"),))
 UNIFORM = [lightning(4, 16, 32), softmax(2, 16), lightning(4, 16, 32), lightning(4, 16, 32), softmax(2, 16)]
 MIXED = [lightning(4, 16, 32), LATENT, lightning(2, 8, 8, TAIL), softmax(2, 16), lightning(4, 16, 32)]
-MODELS = {"uniform": UNIFORM, "mixed": MIXED, "states alone": [MIXED[2]], "tokens alone": [LATENT], "none": []}
+SUMS = CacheSpec(
+    (Part("state", (4, 8, 8), "state"), Part("sum", (3,), "float32")), (Part("decay", (4,), "float32"), TAIL), 16
+)
+MODELS = {
+    "uniform": UNIFORM,
+    "mixed": MIXED,
+    "states alone": [MIXED[2]],
+    "tokens alone": [LATENT],
+    "float32 in any case": [SUMS, *MIXED],
+    "none": [],
+}
 
 
-def make(caches, *, slots=5, snapshots=6, blocks=7, snapshot_dtypes=DTYPES):
-    states = StatePool(caches, slots, DTYPES, device=CPU)
+def make(caches, *, slots=5, snapshots=6, blocks=7, dtypes=DTYPES, snapshot_dtypes=DTYPES):
+    states = StatePool(caches, slots, dtypes, device=CPU)
     kept = SnapshotPool(caches, snapshots, snapshot_dtypes, device=CPU)
     kv = KVPool(caches, blocks, 4, DTYPES, device=CPU)
     return states, kept, kv, layer_caches(caches, states, kept, kv)
@@ -50,14 +60,17 @@ def test_layers_that_keep_alike_share_a_group_wherever_they_stand():
 
 @pytest.mark.parametrize("caches", MODELS.values(), ids=MODELS)
 def test_a_layer_gets_views_of_its_own_shape_and_dtype(caches):
-    *_, layers = make(caches, snapshot_dtypes=DTypes(torch.float16, torch.bfloat16))
+    dtypes, snapshot_dtypes = DTypes(torch.bfloat16, torch.bfloat16), DTypes(torch.float16, torch.bfloat16)
+    *_, layers = make(caches, dtypes=dtypes, snapshot_dtypes=snapshot_dtypes)
     for cache, layer in zip(caches, layers, strict=True):
         for part, slot, kept in zip(cache.slot, layer.slot, layer.snapshots, strict=True):
             assert slot.shape == (5, *part.shape) and kept.shape == (6, *part.shape)
-            assert slot.dtype == DTYPES.of(part) and kept.dtype.itemsize == 2
+            assert (slot.dtype == kept.dtype == torch.float32) is (part.holds == "float32")
+            assert (slot.dtype, kept.dtype) == (dtypes.of(part), snapshot_dtypes.of(part))
             assert slot[0].is_contiguous() and kept[0].is_contiguous(), "only the slots' stride is free"
         for part, ring in zip(cache.ring, layer.ring, strict=True):
             assert ring.shape == (5, part.shape[0], 16, *part.shape[1:]) and ring.is_contiguous()
+            assert ring.dtype == (torch.float32 if part.holds == "float32" else torch.bfloat16)
         for part, token in zip(cache.token, layer.token, strict=True):
             assert token.shape == (7, 4, *part.shape) and token.is_contiguous()
 
