@@ -26,7 +26,7 @@ from leyden.engine.startup import build as startup
 from leyden.engine.startup import device_memory, measuring
 from leyden.engine.startup import model as startup_model
 from leyden.engine.startup.build import Built, build
-from leyden.engine.startup.trial_steps import StepLimits, serving_steps, smallest_steps
+from leyden.engine.startup.trial_steps import StepLimits, serving_steps, smallest_steps, snapshot_step
 from leyden.models.decoder import Decoder
 from leyden.models.mixers.lightning_backends import LIGHTNING_BACKENDS
 from tiny_models import FULL, LINEAR, save_minimax
@@ -237,6 +237,18 @@ def test_trial_steps_keep_within_their_limits(make, limits):
             assert (sequence.num_computed_tokens > 0) == (row >= step.num_prefills or step.num_drafted > 0)
             assert sequence.num_uncomputed_tokens + (len(step.drafts[row]) if step.drafts else 0) == count
         assert step.num_drafted in (0, len(counts)) and bool(step.num_drafted) == any(step.drafts)
+
+
+@pytest.mark.parametrize("every", [1, 64])
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS.keys())
+def test_trial_step_saves_on_its_way_only_where_layers_can(limits, every):
+    step = snapshot_step(limits, num_pending=1, every=every)
+    (sequence,) = step.sequences
+    end = sequence.num_computed_tokens + 1
+    assert end <= limits.max_len and max(sequence.block_table) < limits.num_blocks
+    assert len(sequence.block_table) * limits.block_size >= end
+    assert [(save.row, save.num_tokens) for save in step.snapshots] == ([(0, 1)] if limits.max_len >= every else [])
+    assert end % every == 0 or not step.snapshots
 
 
 def test_trial_steps_hold_the_largest_of_each_kind():
