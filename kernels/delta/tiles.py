@@ -11,21 +11,23 @@ from .contract import DeltaInputs, DeltaState
 
 
 class StepTiles(NamedTuple):
-    """A state tile [J, BV, L] of a single token's step, J L = BK, and warps per program."""
+    """A state tile [BV, BK] of a single token's step, and warps per program."""
 
     BK: int
     BV: int
-    L: int
     num_warps: int
 
 
-def step_tiles(pool: DeltaState, num_rows: int, widest: int) -> StepTiles:
-    """Tiles for one token per row, at most `widest` channels wide, narrower where few rows leave processors idle."""
+WIDEST = 32  # every tile of a value head convolves and norms the same query and key
+
+
+def step_tiles(pool: DeltaState, num_rows: int) -> StepTiles:
+    """Tiles for one token per row, narrower than `WIDEST` where few rows leave processors idle."""
     num_heads, V, K = pool.state.shape[1:]
-    BV = min(padded(V), widest)
+    BV = min(padded(V), WIDEST)
     while BV > 8 and num_rows * num_heads * triton.cdiv(V, BV) < 2 * num_processors(pool.state.device):
         BV //= 2
-    return StepTiles(padded(K), BV, min(padded(K), 32), 1)
+    return StepTiles(padded(K), BV, 1)
 
 
 def head_counts(inputs: DeltaInputs, pool: DeltaState) -> tuple[int, int, int, int]:

@@ -1,9 +1,5 @@
 # ruff: noqa: ANN201 device functions return registers
-"""One token at one value head: its convolution, its norms and gates, and the tile of its state.
-
-A tile's keys lie on two axes, [J, BV, L] with L = 32 of K at most: a sum over K adds J values in each thread, and then
-those of 8 threads. On one axis it would add those of a whole warp, and such sums take more time than the state's bytes.
-"""
+"""One token at one value head: its convolution, its norms and gates, and the tile [BV, BK] of its state."""
 
 from __future__ import annotations
 
@@ -12,9 +8,13 @@ import triton.language as tl
 
 
 @triton.jit
-def key_channels(BK: tl.constexpr, L: tl.constexpr):
-    """0 .. BK - 1 as [J, L]."""
-    return tl.arange(0, BK // L)[:, None] * L + tl.arange(0, L)[None, :]
+def channels(i_k, i_h, i_v, K, V, HK, BK: tl.constexpr, BV: tl.constexpr):
+    """Channels of a key head's query and key, and of a tile of a value head's value, with their masks: of the query
+    [BK], of the key [BK], of the value [BV], mask of the first two, mask of the last."""
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    c_q = i_k * K + o_k
+    return c_q, HK * K + c_q, 2 * HK * K + i_h * V + o_v, o_k < K, o_v < V
 
 
 @triton.jit
@@ -35,18 +35,13 @@ def convolved(b_raw, p_tail, p_ring, p_conv, position, count, o_c, m_c, C: tl.co
 
 @triton.jit
 def unit(b_x):
-    """b_x [J, L] of length 1."""
-    return b_x * tl.rsqrt(tl.sum(tl.sum(b_x * b_x, axis=0), axis=0) + 1e-6)
+    """b_x [BK] of length 1."""
+    return b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) + 1e-6)
 
 
 @triton.jit
-def times(b_tile, b_x):
-    """[J, N, L] times a vector of keys [J, L] -> [N]."""
-    return tl.sum(tl.sum(b_tile * b_x[:, None, :], axis=0), axis=1)
-
-
-@triton.jit
-def rows_of_keys(o_n, n, K, BK: tl.constexpr, L: tl.constexpr):
-    """Offsets [J, N, L] and mask of the rows o_n < n of a matrix [n, K]."""
-    o_k = key_channels(BK, L)
-    return o_n[None, :, None] * K + o_k[:, None, :], (o_n < n)[None, :, None] & (o_k < K)[:, None, :]
+def state_tile(slot, i_h, i_v, state_n, K, V, BK: tl.constexpr, BV: tl.constexpr):
+    """Offsets [BV, BK] and mask of a tile of state[slot, i_h]; int64."""
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    at = slot * state_n + i_h * (V * K) + (o_v[:, None] * K + o_k[None, :])
+    return at, (o_v < V)[:, None] & (o_k < K)[None, :]

@@ -22,6 +22,9 @@ from ..lightning.tile import padded
 from .contract import TAPS, DeltaInputs, DeltaRing, DeltaState, DeltaWeights
 from .gates import decay_log, strength
 from .tiles import head_counts
+from .token import channels, state_tile
+
+VERIFY = 32, 4  # channels of a value head per program, and warps
 
 
 @triton.jit
@@ -104,10 +107,8 @@ def _verify_kernel(
     i_v, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     C: tl.constexpr = 2 * HK * K + HV * V
     i_k = i_h // (HV // HK)
+    c_q, c_k, c_v, m_k, m_v = channels(i_k, i_h, i_v, K, V, HK, BK, BV)
     o, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
-    c_q, c_v = i_k * K + o_k, 2 * HK * K + i_h * V + o_v
-    c_k = HK * K + c_q
     start = tl.load(p_starts + i_b).to(tl.int64)
     n = (tl.load(p_starts + i_b + 1) - start).to(tl.int32)
     slot = tl.load(p_slots + i_b).to(tl.int64)
@@ -127,8 +128,8 @@ def _verify_kernel(
     p_tail += slot * tail_n
     p_raw += start * raw_t
     m, m_n = o < n, o < count
-    p_state += slot * state_n + i_h * (V * K) + (o_v[:, None] * K + o_k[None, :])
-    b_s = tl.load(p_state, mask=m_v[:, None] & m_k[None, :] & (context > count), other=0.0).to(tl.float32)
+    at, m_s = state_tile(slot, i_h, i_v, state_n, K, V, BK, BV)
+    b_s = tl.load(p_state + at, mask=m_s & (context > count), other=0.0).to(tl.float32)
     b_keys = tl.load(p_ring_key + o[:, None] * K + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
     b_us = tl.load(p_ring_u + o[:, None] * V + o_v[None, :], mask=m_n[:, None] & m_v[None, :], other=0.0)
     b_sums = tl.load(p_ring_g + o, mask=m_n, other=0.0)
@@ -189,7 +190,7 @@ def verify(
 ) -> Tensor:
     """Contract: `Delta.verify`."""
     key_heads, num_heads, K, V = head_counts(inputs, pool)
-    BV = min(padded(V), 32)
+    BV, num_warps = min(padded(V), VERIFY[0]), VERIFY[1]
     grid = (triton.cdiv(V, BV), num_heads, rows.slots.shape[0])
     if 0 in grid:
         return out
@@ -214,6 +215,6 @@ def verify(
         BK=padded(K),
         BV=BV,
         PRECISION="ieee" if inputs.raw.dtype == torch.float32 else "tf32",
-        num_warps=4,
+        num_warps=num_warps,
     )
     return out
