@@ -29,7 +29,12 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 HIDDEN, NUM_SLOTS, NUM_SNAPSHOTS, SNAPSHOT_EVERY = 24, 5, 3, 64
 EMPTY = torch.empty(0)
 BACKENDS = [name for name in DELTA_BACKENDS if name != "auto"]
-SHAPES = {"1 value head": (2, 2, 8, 16), "3 value heads": (2, 6, 8, 8), "4 value heads": (1, 4, 16, 8)}
+SHAPES = {
+    "16 channels": (2, 4, 16, 16),
+    "1 value head": (2, 2, 8, 16),
+    "3 value heads": (2, 6, 8, 8),
+    "4 value heads": (1, 4, 16, 8),
+}
 
 
 def ours(shape: str, **fields) -> GatedDeltaSpec:
@@ -63,8 +68,15 @@ def theirs(spec: GatedDeltaSpec) -> nn.Module:
     return module
 
 
-def build(spec: GatedDeltaSpec, backend: str, *, speculative: bool = True, dtype: torch.dtype = torch.float32):
-    kernels = load("torch")
+def build(
+    spec: GatedDeltaSpec,
+    backend: str,
+    *,
+    speculative: bool = True,
+    dtype: torch.dtype = torch.float32,
+    kernel_name: str = "torch",
+) -> GatedDeltaNet:
+    kernels = load(kernel_name)
     backends = LinearBackends({"gated_delta": DELTA_BACKENDS[backend](kernels, speculative=speculative)})
     build = Build(kernels, torch.device("cpu"), dtype)
     return GatedDeltaNet(spec, MixerBuild(HIDDEN, build, RotaryTables(build.device), backends))
@@ -241,7 +253,12 @@ def test_cuts_of_a_prompt_change_nothing(driver, module, cuts):
     check(module, row, other)
 
 
-def test_mixed_steps_of_prompts_drafts_and_decode_rows(driver, module):
+@pytest.mark.parametrize("kernel_name", ["torch", "triton"])
+def test_mixed_steps_of_prompts_drafts_and_decode_rows(backend, kernel_name, tmp_path):
+    spec = ours("16 channels")
+    module, layer = theirs(spec), build(spec, backend, kernel_name=kernel_name)
+    fill(layer, module.state_dict(), tmp_path)
+    driver = Driver(layer)
     rows = [make_row(150, slot, seed=slot) for slot in range(4)]
     driver.step([(rows[0], 10), (rows[1], 3)], [])
     driver.step([(rows[2], 66)], rows[:2])
