@@ -57,6 +57,8 @@ def make_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
     for name, parameter in model.named_parameters():
         if name.endswith("conv1d.weight"):
             torch.nn.init.normal_(parameter, std=0.6)
+        elif name.endswith("A_log"):  # states that last, of 2 to 200 tokens or so; as made they would forget at once
+            torch.nn.init.uniform_(parameter, -6.0, -1.0)
         elif parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=1.2 / parameter.shape[-1] ** 0.5)
         else:

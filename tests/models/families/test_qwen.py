@@ -177,6 +177,12 @@ def test_stretched_rope_reaches_further_than_max_position_embeddings():
     assert (spec.max_model_len, spec.layers[3].mixer.rope.yarn.factor) == (4096, 4.0)
 
 
+def test_a_quarter_of_each_head_is_rotated_unless_the_config_says_otherwise():
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    assert from_hf(tiny(rope_parameters=rope)).layers[3].mixer.rope == RopeSpec(4, 1e4)
+    assert from_hf(tiny(rope_parameters=rope, partial_rotary_factor=1.0)).layers[3].mixer.rope == RopeSpec(16, 1e4)
+
+
 def test_attention_without_a_gate():
     assert not from_hf(tiny(attn_output_gate=False)).layers[3].mixer.has_gate
 

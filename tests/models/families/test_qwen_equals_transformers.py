@@ -199,12 +199,14 @@ def test_cached_prompts_are_answered_as_transformers_answers_them(oracle, backen
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_after_a_hit_are_those_of_transformers(dense, backend):
-    """The first tokens after a prompt that was computed, and after the same one from the cache."""
-    core = make_core(dense, linear_backend=backend, snapshot_min_tokens=8)
-    for is_hit in (False, True):
-        found = answer(core, prompt(128), max_tokens=50, logprobs=20)
-        assert bool(found.num_cached_tokens) == is_hit
-        table = dense.logits(prompt(128) + found.token_ids)[127:-1].log_softmax(-1)
+    """The first tokens after a prompt that was computed, after the same one from the cache, and after one that parts
+    from it behind a state that was saved on the way."""
+    core = make_core(dense, linear_backend=backend, snapshot_min_tokens=8, max_num_batched_tokens=100)
+    parted = prompt(128)[:75] + prompt(4)
+    for text, num_cached in [(prompt(128), 0), (prompt(128), 127), (parted, 64)]:
+        found = answer(core, text, max_tokens=50, logprobs=20)
+        assert found.num_cached_tokens == num_cached
+        table = dense.logits(text + found.token_ids)[len(text) - 1 : -1].log_softmax(-1)
         for entry, row in zip(found.logprobs, table, strict=True):
             assert all(abs(logprob - float(row[token])) < 2e-4 for token, logprob in entry.top)
 
@@ -292,6 +294,14 @@ def test_thousands_of_tokens_are_those_of_transformers(tmp_path, backend):
     core = make_core(oracle, linear_backend=backend, max_model_len=4200, cpu_memory_gb=0.2)
     found = drain(core, request("x", prompt(65), max_tokens=4096), max_steps=5000)["x"]
     oracle.check(prompt(65), found.token_ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_answers_on_a_gpu_are_those_of_transformers(oracle, backend):
+    core = make_core(oracle, device="cuda", linear_backend=backend, max_num_batched_tokens=100, max_num_seqs=7)
+    for _ in range(2):  # the second round comes from the cache
+        oracle.check_all(drain(core, *requests(*LENGTHS)))
 
 
 @pytest.mark.parametrize(
