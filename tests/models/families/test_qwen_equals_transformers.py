@@ -225,6 +225,24 @@ def test_session_goes_on_after_a_restart_as_transformers_would(oracle, backend, 
     assert sum(counts) == 1 + 4 + NUM_TOKENS - 1, "the last token of an answer is not fed"
 
 
+@pytest.mark.parametrize("dropped", [0, 5], ids=["history kept", "thoughts dropped"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_turns_of_a_chat_compute_what_is_new_in_them(dense, backend, dropped):
+    """And at most 64 tokens more, where the template takes the thoughts out of an earlier answer."""
+    core = make_core(dense, linear_backend=backend, snapshot_min_tokens=8)
+    counts = computed(core)
+    text: list[int] = []
+    last: list[int] = []
+    for turn in range(8):
+        new = last[dropped:] + prompt(9 + turn)
+        text, before = text + new, sum(counts)
+        num_kept = 0 if dropped else len(last[:-1])  # an answer's last token is not fed
+        last = answer(core, text, max_tokens=12).token_ids
+        dense.check(text, last)
+        num_computed = sum(counts) - before - len(last[:-1])
+        assert num_computed <= len(new) - num_kept + (64 if dropped else 0), f"turn {turn}"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_siblings_are_answered_as_transformers_answers_the_first(dense, backend):
     core = make_core(dense, linear_backend=backend, max_num_batched_tokens=32)
@@ -320,3 +338,47 @@ def test_interpreted_triton_kernels(tmp_path, architecture, backend):
     settings = {"kernels": "triton", "linear_backend": backend, "block_size": 4}
     core = make_core(oracle, max_num_seqs=3, max_num_batched_tokens=10, **settings)
     oracle.check_all(drain(core, *requests(7, 8, 1, max_tokens=3)))
+
+
+# -- in bfloat16, at a real shape --------------------------------------------------------------------------------
+
+SHAPE_08B = {
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "head_dim": 256,
+    "num_attention_heads": 8,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+}
+
+
+@pytest.mark.parametrize(
+    ("device", "size"),
+    [
+        pytest.param("cpu", {"num_hidden_layers": 4, "vocab_size": 1000}, marks=pytest.mark.slow),
+        pytest.param("cuda", {"num_hidden_layers": 24, "vocab_size": 248320}, marks=pytest.mark.gpu),
+    ],
+)
+def test_scores_in_bfloat16_err_no_more_than_those_of_transformers(tmp_path, device, size):
+    """Qwen3.5-0.8B with random weights, against the same weights computed in float32."""
+    model = make_model(DENSE, **SHAPE_08B | size).bfloat16()
+    save_model(tmp_path, model)
+    text, model = prompt(200), model.to(device)
+    scores = functools.partial(prompt_scores, text=torch.tensor(text, device=device))
+    rounded, exact = scores(model), scores(model.float())
+    del model
+    core = engines.make_core(tmp_path, dtype="bfloat16", device=device, max_num_batched_tokens=100, cpu_memory_gb=0.5)
+    found = answer(core, text, max_tokens=1, prompt_logprobs=1).prompt_logprobs
+    ours = torch.tensor([entry.logprob for entry in found[1:]])
+    assert (ours - exact).square().mean().sqrt() < 1.25 * (rounded - exact).square().mean().sqrt()
+
+
+@torch.inference_mode()
+def prompt_scores(model: Any, text: torch.Tensor) -> torch.Tensor:
+    """[T - 1]: the log-probability of each token after those before it."""
+    table = model(text[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    return table.gather(1, text[1:, None])[:, 0].cpu()
