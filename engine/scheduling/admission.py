@@ -1,9 +1,10 @@
 """Which waiting sequences start.
 
-A waiting prompt is admitted when it has its turn and there are a state slot and KV blocks for all of its tokens.
-- A prompt whose beginning is being computed waits for the snapshot there, unless the other has lower priority.
-- The first of the queue is passed over by `MAX_PASSED` later ones at most, and is then admitted before its turn.
-- While there are too few blocks for the first, later ones of its priority are admitted only as far as they leave it
+A waiting sequence is admitted in the order of `prompt_order.py`, once a state slot and KV blocks for all of its tokens
+are free. There are three exceptions:
+- If a running prompt of no lower priority will soon save a snapshot of a shared prefix, the sequence waits for it.
+- At most `MAX_PASSED` later sequences pass over the first of the queue. Then the first is admitted next.
+- If too few blocks are free for the first of the queue, later sequences of its priority start only if they leave it
   enough.
 """
 
@@ -21,21 +22,21 @@ from .prompt_order import PromptOrder
 from .siblings import Siblings
 from .waiting import WaitingQueue
 
-NUM_COMPARED = 8  # waiting sequences, the first ones and the shortest, that are compared by what is left to compute
-NUM_EXAMINED = 32  # of those that wait, to find as many that need not wait for another's snapshot
+NUM_COMPARED = 8  # candidates from each order of the queue; the one with the fewest tokens left to compute is next
+NUM_EXAMINED = 32  # sequences looked at in each order to find these; some wait for a snapshot and are no candidates
 
 
 class _Candidate(NamedTuple):
     sequence: Sequence
-    match: Match  # what is cached of it
-    passed: Sequence | None  # the first of the queue, where that is passed over
+    match: Match  # its cached prefix
+    passed: Sequence | None  # the first of the queue, if the candidate passes over it
 
 
 class Admission:
-    """Gives waiting sequences their slot, their blocks and what is cached of them.
+    """Gives waiting sequences a slot, blocks and their cached prefix.
 
-    running: the scheduler's list, which changes. start: called with each sequence that is admitted; it puts the
-    sequence into `running`.
+    running: the scheduler's own list, not a copy. start: called with each admitted sequence; it must add the sequence
+    to `running`.
     """
 
     def __init__(
@@ -56,18 +57,18 @@ class Admission:
         self._siblings = siblings
         self._order = order
         self._start = start
-        self._matches: dict[Sequence, Match] = {}  # what is cached of some that wait, as of `_num_given`
+        self._matches: dict[Sequence, Match] = {}  # of waiting sequences; valid while the cache counts `_num_given`
         self._num_given = 0
-        self._found: dict[Sequence, Match | None] = {}  # in this step, by `_find`
-        self._saving: list[Sequence] = []  # in this step, running prompts that will leave snapshots
+        self._found: dict[Sequence, Match | None] = {}  # the answers of `_find` in this step
+        self._saving: list[Sequence] = []  # running prompts that will save snapshots, as of this step
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence is gone."""
+        """Drop a finished sequence."""
         self._matches.pop(sequence, None)
 
     def start_siblings(self) -> set[Sequence]:
-        """Start the siblings of those that have reached their prompt's last token, as far as there is room: one that
-        finds none computes for itself. Returns those that wait for siblings to arrive."""
+        """Start the siblings of every leader that has reached its prompt's last token, as far as there is room. A
+        sibling without room computes the prompt itself. Returns the leaders that still wait for siblings."""
         done, held = self._siblings.arrived()
         for leader in done:
             num_own = self._siblings.num_own_blocks(leader)
@@ -81,19 +82,19 @@ class Admission:
         return held
 
     def admit(self, prompts: list[Sequence], budget: int) -> None:
-        """Start the waiting sequences that get a share of the budget beside `prompts`, and add them to `prompts`."""
+        """Start the waiting sequences that get a share of the budget beside `prompts`. Adds them to `prompts`."""
         self._found.clear()
         self._saving = sorted(self._reuse.stops, key=lambda s: s.order)
         if not (self._waiting and budget > 0 and self._slots.num_free):
             return
         shares: list[tuple[tuple[int, int, int], int]] = []
-        promised = sum(self._blocks.missing(s, s.num_tokens) for s in self._running)  # to prompts under way
-        blocked: Sequence | None = None  # the first of the queue, where there are too few blocks for it
+        promised = sum(self._blocks.missing(s, s.num_tokens) for s in self._running)  # blocks, to running prompts
+        blocked: Sequence | None = None  # the first of the queue, once it has found too few blocks
         while self._slots.num_free:
             candidate = self._next(blocked)
             if candidate is None:
                 return
-            if not shares:  # not before `_next`, by which a prompt under way may stop sooner
+            if not shares:  # only after `_next`, which may add a stop to a running prompt
                 shares = [(self._order.rank(s), self._order.next_chunk(s, budget)) for s in prompts]
             sequence, is_first = candidate.sequence, candidate.passed is None and blocked is None
             rank = self._order.rank(sequence, candidate.match.num_cached)
@@ -114,11 +115,11 @@ class Admission:
                 return
 
     def _take(self, candidate: _Candidate, promised: int) -> bool:
-        """Start the sequence. False, and nothing has changed, where there are too few blocks.
+        """Start the sequence. Returns False, and changes nothing, if too few blocks are free.
 
-        It gets room for all of its tokens, not for one chunk, beside the blocks `promised` to prompts under way: else a
-        long prompt would be fed half-way and preempted. While nothing runs, no room will come of waiting: then the
-        blocks of what is cached of the sequence are in its way.
+        All of its tokens need room beside the blocks `promised` to running prompts. Room for one chunk would let a long
+        prompt be computed half-way and then preempted. While nothing runs, waiting frees no blocks. The sequence then
+        starts without its cached prefix, whose blocks may be the ones in its way.
         """
         sequence, match, passed = candidate
         self._slots.take(sequence)
@@ -140,13 +141,13 @@ class Admission:
         return True
 
     def _next(self, blocked: Sequence | None) -> _Candidate | None:
-        """The waiting sequence that goes next. With one `blocked`, one of the others of its priority."""
+        """The waiting sequence to admit next. If one is `blocked`, another one of the same priority."""
         first = blocked
         candidates: dict[Sequence, Match] = {}
         for queue in (self._waiting.ready(), self._waiting.ready_by_length()):
             num_found = 0
             for sequence in itertools.islice(queue, NUM_EXAMINED):
-                # One of higher priority than the first waits for a snapshot: else it would be the first.
+                # A sequence of higher priority than the first waits for a snapshot, otherwise it would be the first.
                 if num_found == NUM_COMPARED or (first is not None and sequence.priority > first.priority):
                     break
                 match = None if sequence is blocked else self._find(sequence)
@@ -165,7 +166,7 @@ class Admission:
         return _Candidate(best, candidates[best], first)
 
     def _find(self, sequence: Sequence) -> Match | None:
-        """What is cached of a waiting sequence, or None where it waits for a prompt that is about to leave more."""
+        """The cached prefix of a waiting sequence. None if it waits for a running prompt to save a longer one."""
         match = self._found.get(sequence, NOTHING)
         if sequence in self._found and (match is None or self._is_there(match)):
             return match
@@ -179,8 +180,8 @@ class Admission:
         return self._found[sequence]
 
     def _match(self, sequence: Sequence) -> Match:
-        """What is cached of a waiting sequence. It is looked up again only where that may have changed: those that wait
-        for blocks are asked in every step."""
+        """The cached prefix of a waiting sequence. Every step asks for it while the sequence waits for blocks, so the
+        tree is walked again only if the answer may have changed."""
         if self._num_given != self._cache.num_given:
             self._matches.clear()
             self._num_given = self._cache.num_given
@@ -193,8 +194,8 @@ class Admission:
         return match.node is None or self._cache.has_snapshot(match.node)
 
     def _waits(self, sequence: Sequence, match: Match, running: list[Sequence]) -> bool:
-        """Whether one of `running` is about to leave a snapshot for the sequence. It waits for none of lower
-        priority, which may be long in coming."""
+        """Whether the sequence waits for a snapshot that one of `running` will save. A prompt of lower priority may
+        take long to get there, so it is not waited for."""
         others = (s for s in running if s.priority <= sequence.priority)
         awaited = self._reuse.wait_for(sequence, match, others)
         if awaited is None:
@@ -203,8 +204,8 @@ class Admission:
         return True
 
     def _leaves_room(self, sequence: Sequence, blocked: Sequence) -> bool:
-        """Whether all that come after `blocked`, with this one, leave the blocks that it needs: it then starts at the
-        latest when all before it have ended."""
+        """Whether `blocked` would find enough blocks beside `sequence` and all running sequences later than `blocked`.
+        Then `blocked` starts at the latest when the earlier running sequences have ended."""
         after = [s for s in self._running if s.order > blocked.order]
         needed = [self._blocks.blocks_for(s.num_tokens) for s in (sequence, blocked, *after)]
         return sum(needed) <= self._blocks.num_blocks

@@ -1,7 +1,7 @@
-"""Steps of decoding rows that follow one another, without a look at every row.
+"""Consecutive steps of the same decode rows, made without a look at every row.
 
-Most steps have the rows of the step before, each one token on. So each row says in which step something happens to it:
-it begins a block, or leaves because all that it will be fed has been. Other steps ask nothing of it.
+Most steps have the rows of the step before, each one token further. A row needs attention in two steps only: when its
+token is the first of a block, and when its last token has been fed. Each row is noted under the next such step.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from ..sequence import Sequence, Status
 
 
 class ContinuedStep(NamedTuple):
-    """What makes a step out of the one before: every row that stays is one token on."""
+    """The difference between a step and the step before it. Every row that stays is one token further."""
 
-    before: list[Sequence]  # the rows of the step before: the list of its batch
-    rows: list[Sequence]  # of this step; the same list when all have stayed
-    kept: list[int] | None  # which of those before are left; None = all
-    new_block_rows: list[int]  # rows of this step whose token is the first of a block, increasing
+    before: list[Sequence]  # rows of the step before; the very list of its batch
+    rows: list[Sequence]  # rows of this step; the same list as `before` if all have stayed
+    kept: list[int] | None  # indices into `before` of the rows that stay, increasing; None = all
+    new_block_rows: list[int]  # indices into `rows` whose token is the first of a block, increasing
 
 
 class Continuation:
-    """Call `follow` after every step that is scheduled otherwise, then `advance` until it returns None. `advance` also
-    gives rows the blocks that they enter, out of those that `make_room` frees."""
+    """Call `follow` after every step that the scheduler builds itself. Then call `advance` until it returns None.
+    `advance` also allocates the KV blocks that rows enter. make_room: frees so many blocks, False if it cannot."""
 
     def __init__(self, blocks: BlockManager, make_room: Callable[[int], bool]) -> None:
         self._blocks = blocks
         self._make_room = make_room
-        self._rows: list[Sequence] = []  # of the last step; empty = the next one must be scheduled anew
-        self._places: dict[Sequence, int] = {}  # in these
+        self._rows: list[Sequence] = []  # of the last step; empty = the scheduler must build the next one
+        self._places: dict[Sequence, int] = {}  # index of each sequence in `_rows`
         self._left: set[Sequence] = set()  # finished since that step
-        self._due: dict[int, list[Sequence]] = {}  # step -> rows to look at in it; each row once, in order
+        self._due: dict[int, list[Sequence]] = {}  # step -> its rows that need attention; each row is noted once
         self._step = 0
         self._has_begun = False
 
     def follow(self, rows: list[Sequence], num_prefills: int, running: list[Sequence]) -> None:
-        """Note a step that was scheduled anew, before its tokens are counted as computed. The next one can follow from
-        it if it holds the next token of every running sequence that is to get one, and nothing else."""
+        """Note a step that the scheduler has built, before `Scheduler.update` counts its tokens as computed. The next
+        step can continue it if it has no prefill rows, and a decode row for every running sequence that is behind."""
         may_continue = not num_prefills and (
             len(rows) == len(running) or len(rows) == sum([s.num_uncomputed_tokens > 0 for s in running])
         )
@@ -49,11 +49,12 @@ class Continuation:
         self._places.clear()
 
     def leave(self, sequence: Sequence) -> None:
-        """It has finished."""
+        """Note that the sequence has finished."""
         self._left.add(sequence)
 
     def advance(self) -> ContinuedStep | None:
-        """The next step, or None: it must be scheduled anew. The caller knows that no waiting sequence may start."""
+        """The next step. None if the scheduler must build it. The caller has checked that no waiting sequence may
+        start."""
         if not self._rows or not (self._has_begun or self._begin()):
             return None
         beginning = []
@@ -77,7 +78,8 @@ class Continuation:
         return ContinuedStep(before, self._rows, kept, new_block_rows)
 
     def _begin(self) -> bool:
-        """Ask every row once. False where a grammar has to see each token before the next step."""
+        """Note every row under its next due step. False if a row has a grammar: it must see each token before the next
+        step."""
         if any(sequence.grammar is not None for sequence in self._rows):
             self._rows = []
             return False
@@ -89,13 +91,13 @@ class Continuation:
         return True
 
     def _await(self, sequence: Sequence, steps: int) -> None:
-        """Note when something happens to the sequence, so many steps from this one at the earliest."""
+        """Note the next step in which the row needs attention, at the earliest `steps` after this one."""
         position = sequence.num_computed_tokens + steps
         steps += min(-position % self._blocks.block_size, sequence.max_fed - position)
         self._due.setdefault(self._step + steps, []).append(sequence)
 
     def _remove_left(self) -> list[int] | None:
-        """Rows that are left, or None when all are."""
+        """Remove the rows that have left. Returns the indices of the others, None if none has left."""
         before, left = self._rows, self._left
         if not any(sequence in self._places for sequence in left):
             left.clear()

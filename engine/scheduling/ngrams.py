@@ -1,7 +1,8 @@
-"""Drafts of a text's next tokens: what followed when it last ended like this (prompt lookup, Saxena 2023).
+"""Drafts of a text's next tokens, taken from the text itself (prompt lookup, Saxena 2023).
 
-Needs no second model, finds what a text copies from its prompt or from itself, and learns from how much is accepted
-when to leave it be. Knows nothing of batches, rings or schedules.
+The drafts are the tokens that followed the latest earlier occurrence of the text's last n tokens. They need no second
+model and are right where a text copies its prompt or repeats itself. The proposer drafts less while its drafts are
+rejected. This module knows nothing of batches, rings or schedules.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ import numpy as np
 from ...configs.schema import MAX_DRAFTS
 
 MASK = (1 << 64) - 1
-FEW = 64  # tokens; more are indexed by numpy, whose calls cost as much as these
+FEW = 64  # tokens; indexing more is faster with numpy
 
 
 class NgramIndex:
-    """Where the n-grams of a growing text last ended, for n = min_n .. max_n.
+    """The latest position at which each n-gram of a growing text ended, for n = min_n .. max_n.
 
-    One table per n maps the hash of n tokens to the position of their last. An n-gram takes the place of an older one
-    with the same hash, so what is found is compared, and memory is bounded: 2 to 4 places of 4 bytes per token and n,
-    and the tokens, which is 28 to 52 bytes per token for n = 2, 3, 4. A token is indexed in constant time, when it
-    is first needed.
+    One table per n maps the hash of n tokens to the position of the last of them. A newer n-gram overwrites an older
+    one with the same hash, so `find` compares the tokens at a position that it has looked up. A table has 2 to 4
+    entries of 4 bytes per token. With the tokens that makes 28 to 52 bytes per token for n = 2, 3, 4. Tokens are
+    indexed on demand, each in constant time.
     """
 
     def __init__(self, token_ids: Iterable[int] = (), *, min_n: int = 2, max_n: int = 4) -> None:
@@ -32,8 +33,8 @@ class NgramIndex:
         self.tokens = array("i", token_ids)
         self._min_n = min_n
         rng = random.Random(0)  # any odd numbers
-        self._multipliers = [rng.getrandbits(64) | 1 for _ in range(max_n)]  # of the last token, the one before, ..
-        self._shift = 64 - 8  # a place is the hash's upper bits
+        self._multipliers = [rng.getrandbits(64) | 1 for _ in range(max_n)]  # for the last token, the one before, ..
+        self._shift = 64 - 8  # the upper bits of a hash are its index in a table
         self._num_indexed = 0  # positions before this one are in the tables
         self._tables = self._new_tables()
 
@@ -45,9 +46,9 @@ class NgramIndex:
         self.tokens.extend(token_ids)
 
     def find(self) -> int | None:
-        """Where the longest n-gram that ends the text last ended before; None when none has been seen."""
+        """The position at which the longest n-gram that ends the text ended before. None if no such n-gram is known."""
         tokens, last = self.tokens, len(self.tokens) - 1
-        self._index(last)  # without the text's end, which would find itself
+        self._index(last)  # without the last token, or the text's end would find itself
         found = None
         total = 0
         for back, multiplier in enumerate(self._multipliers[: last + 1]):
@@ -58,13 +59,14 @@ class NgramIndex:
                     found = place
         return found
 
-    def continuation(self, place: int, count: int) -> list[int]:
-        """The `count` tokens after a place; where the text ends they come round again, as in a text that repeats."""
-        period = len(self.tokens) - 1 - place
-        return [self.tokens[place + 1 + i % period] for i in range(count)]
+    def continuation(self, position: int, count: int) -> list[int]:
+        """The `count` tokens after a position. Past the text's end they start over after the position, as if the text
+        repeated from there."""
+        period = len(self.tokens) - 1 - position
+        return [self.tokens[position + 1 + i % period] for i in range(count)]
 
     def _index(self, end: int) -> None:
-        """Bring the tables up to the positions before `end`."""
+        """Index all positions before `end`."""
         if 2 * end > 1 << (64 - self._shift):
             self._shift = 64 - (2 * end - 1).bit_length()
             self._num_indexed, self._tables = 0, self._new_tables()
@@ -83,7 +85,7 @@ class NgramIndex:
                 self._tables[back + 1 - self._min_n][(total & MASK) >> self._shift] = position
 
     def _index_many(self, start: int, end: int) -> None:
-        """The same for positions start up to end."""
+        """Index positions start .. end - 1, with numpy."""
         first = max(start + 1 - len(self._multipliers), 0)
         tokens = np.array(self.tokens[first:end], dtype=np.uint64)
         totals = np.zeros_like(tokens)
@@ -95,17 +97,17 @@ class NgramIndex:
                 np.frombuffer(self._tables[back + 1 - self._min_n], dtype=np.int32)[places] = positions
 
     def _new_tables(self) -> list[array[int]]:
-        """All places name position 0, where nothing is found that is not there."""
+        """Tables whose entries are all position 0. `find` compares tokens, so such an entry finds nothing wrong."""
         size = 1 << (64 - self._shift)
         return [array("i", bytes(4 * size)) for _ in self._multipliers[self._min_n - 1 :]]
 
 
 class NgramProposer:
-    """Drafts for one text, as many as lately were right.
+    """Drafts for one text, whose number follows how many were accepted lately.
 
-    Drafts that are all accepted make the next ones longer; when none is, it pauses before the next try, for 1 token,
-    then 2, 4, up to `MAX_PAUSE`: where none is ever right, one step in `MAX_PAUSE` + 1 is wasted. While it pauses
-    nothing is computed.
+    If all drafts of a step are accepted, the next are more. If none is, the proposer pauses for 1 token, then 2, 4, up
+    to `MAX_PAUSE`. So a text whose drafts are never right wastes one step in `MAX_PAUSE` + 1. A pausing proposer
+    computes nothing.
     """
 
     LENGTHS = (2, 4, MAX_DRAFTS)
@@ -113,13 +115,13 @@ class NgramProposer:
 
     def __init__(self, token_ids: Iterable[int], *, min_n: int = 2, max_n: int = 4) -> None:
         self._index = NgramIndex(token_ids, min_n=min_n, max_n=max_n)
-        self._level = 0  # of LENGTHS
-        self._pause = 0  # tokens, after the last failure
-        self._resumes_at = 0  # tokens of the text
+        self._level = 0  # index into LENGTHS
+        self._pause = 0  # tokens; the length of the last pause
+        self._resumes_at = 0  # length of the text, in tokens, at which the pause ends
 
     @property
     def num_tokens(self) -> int:
-        """Of the text so far."""
+        """Tokens of the text so far."""
         return len(self._index.tokens)
 
     @property
@@ -127,29 +129,30 @@ class NgramProposer:
         return len(self._index.tokens) < self._resumes_at
 
     def extend(self, token_ids: Iterable[int]) -> None:
-        """The text has grown."""
+        """Append tokens to the text."""
         self._index.extend(token_ids)
 
     def propose(self, max_tokens: int) -> list[int]:
-        """At most max_tokens that may come next; often none."""
+        """Draft at most max_tokens next tokens; often none."""
         if self.is_pausing or max_tokens <= 0:
             return []
-        place = self._index.find()
-        if place is None:
+        position = self._index.find()
+        if position is None:
             return []
-        return self._index.continuation(place, min(max_tokens, self.LENGTHS[self._level]))
+        return self._index.continuation(position, min(max_tokens, self.LENGTHS[self._level]))
 
     def observe(self, num_drafted: int, num_accepted: int) -> None:
-        """How many drafts a step has brought and how many of them were right, once `extend` has its tokens."""
+        """Learn how many drafts a step verified and how many it accepted. Call `extend` with the step's tokens
+        before."""
         if not num_drafted:
             return
         if not num_accepted:
             self._level = 0
             self._pause = min(max(1, 2 * self._pause), self.MAX_PAUSE)
             self._resumes_at = len(self._index.tokens) + self._pause
-        elif num_accepted == num_drafted >= self.LENGTHS[0]:  # a single one may be right by chance
+        elif num_accepted == num_drafted >= self.LENGTHS[0]:  # a single draft may be right by chance
             self._level = min(self._level + 1, len(self.LENGTHS) - 1)
             self._pause = 0
-        else:  # some were right, perhaps by chance: no reason to forget all failures
+        else:  # some were right, perhaps by chance: earlier failures still count
             self._level = sum(length <= num_accepted for length in self.LENGTHS[:-1])
             self._pause //= 4

@@ -1,4 +1,4 @@
-"""In which order prompts share a step's budget, and how much of each comes at once."""
+"""The order in which prompts share a step's token budget, and the size of each prompt's next chunk."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ IN_ORDER_EVERY = 4  # steps with prompts
 
 
 class PromptOrder:
-    """Prompts under way and prompts that wait are computed by priority, then by the tokens that they still need, the
-    fewest first. So a short prompt has its first token after a few steps, however long the others are.
+    """Orders prompts, running and waiting, by priority and then by the tokens left to compute, the fewest first. So a
+    short prompt gets its first token after a few steps, however long the others are.
 
-    In one of `IN_ORDER_EVERY` steps with prompts they are computed by priority and arrival. So the earliest advances at
-    that rate at least, however many short ones come.
+    One in `IN_ORDER_EVERY` steps with prompts orders them by priority and arrival instead. So the earliest prompt
+    advances at least at that rate, however many short ones arrive.
     """
 
     def __init__(self, siblings: Siblings, reuse: Reuse) -> None:
         self._siblings = siblings
         self._stops = reuse.stops
-        self._awaited: set[Sequence] = set()  # in this step, prompts whose next snapshot others wait for
-        self._num_steps = 0  # with prompts
+        self._awaited: set[Sequence] = set()  # prompts whose next snapshot a waiting prompt needs, as of this step
+        self._num_steps = 0  # steps with prompts
 
     def begin_step(self) -> None:
-        """Another step is being filled: it is not known yet which prompts others wait for."""
+        """Start to fill a step. Forgets which prompts were awaited in the step before."""
         self._awaited.clear()
 
     def end_step(self, *, has_prompts: bool) -> None:
-        """The step is filled."""
+        """Count the step that has been filled."""
         self._num_steps += has_prompts
 
     def note_awaited(self, sequence: Sequence) -> None:
-        """Another prompt waits for the snapshot at this one's next stop: no more than the way to it counts."""
+        """Note that another prompt waits for the snapshot at this prompt's next stop. Its rank then counts only the
+        tokens up to that stop."""
         self._awaited.add(sequence)
 
     def rank(self, sequence: Sequence, num_cached: int = 0) -> tuple[int, int, int]:
-        """The lowest is computed first. num_cached: tokens that a waiting sequence would find in the cache."""
+        """The sort key of a prompt: the lowest is computed first. num_cached: tokens of a waiting prompt that the
+        prefix cache holds."""
         num_left = sequence.num_uncomputed_tokens - num_cached
         if sequence in self._awaited and sequence in self._stops:
             num_left = self._stops[sequence][0] - sequence.num_computed_tokens
@@ -44,8 +46,8 @@ class PromptOrder:
         return (sequence.priority, 0 if is_in_order else num_left, sequence.arrival)
 
     def next_chunk(self, sequence: Sequence, budget: int) -> int:
-        """Tokens to compute of a prompt: up to its next snapshot. A leader whose siblings wait stops before its
-        prompt's last token."""
+        """The number of a prompt's tokens to compute in this step, at most `budget`. A chunk ends at the prompt's next
+        stop. The chunk of a leader whose siblings wait ends before its prompt's last token."""
         num_new = sequence.num_uncomputed_tokens
         if sequence in self._siblings:
             num_new -= 1

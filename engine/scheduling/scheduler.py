@@ -1,18 +1,16 @@
 """The whole scheduling policy, without tensors.
 
-Each step, within `max_num_batched_tokens`:
-1. every running sequence that is one token behind gets it (decoding never waits for a prompt);
-2. prompts under way and prompts that wait share what is left. Beside decoding rows that is at most
-   `mixed_prefill_tokens`, which bounds how long a token takes, and twice as many beside `MANY_ROWS`: a step of so many
-   takes as much longer itself.
+A step has a budget of `max_num_batched_tokens`:
+1. Every running sequence that is one token behind gets a decode row. Decoding never waits for a prompt.
+2. Running and waiting prompts share the rest of the budget, in the order of `prompt_order.py`. `admission.py` starts
+   the waiting ones. Beside decode rows they get at most `mixed_prefill_tokens`, which bounds the time between two
+   tokens of an answer. Beside `MANY_ROWS` decode rows they get twice as many, because such a step is slow anyway.
 
-Which prompt comes first is said in `prompt_order.py`, and which waiting one starts in `admission.py`.
+`siblings.py` lets sequences with the same prompt (`n`) share its computation.
 
-Sequences with the same prompt (`n`) wait for the first of them. It stops before the prompt's last token; the others
-copy its state and share its blocks, and all go on from there.
-
-When blocks run out, what is only cached is forgotten; then the last by priority and arrival is preempted: it gives back
-everything, is computed again from its tokens later, and is not passed over.
+When blocks run out, the prefix cache forgets its least recently used ones. Then the last running sequence by priority
+and arrival is preempted: it gives back all blocks and its slot, and is computed again from its tokens later. No other
+sequence passes over it in the queue.
 """
 
 from __future__ import annotations
@@ -66,12 +64,12 @@ class Scheduler:
         self.ring = ring
         self.speculation = speculation
         self.waiting = WaitingQueue(self._may_start)
-        self.running: list[Sequence] = []  # kept in order
+        self.running: list[Sequence] = []  # by priority and arrival
         self.num_preemptions = 0
-        self.num_finished = 0  # aborted ones too
+        self.num_finished = 0  # including aborted sequences
         self._by_id: dict[str, Sequence] = {}
-        self._started: list[Sequence] = []  # sequences that leave the queue with the step that is being chosen
-        self._at_stop: list[Sequence] = []  # sequences that the last step has brought to a stop
+        self._started: list[Sequence] = []  # sequences that have started since the last step was built
+        self._at_stop: list[Sequence] = []  # sequences that the last step brought to a stop
         self._siblings = Siblings(self.blocks, self.operations)
         self._order = PromptOrder(self._siblings, self.reuse)
         self._admission = Admission(
@@ -88,14 +86,14 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence, deadline: float = math.inf) -> None:
-        """Queue a sequence, which is refused if it has not started by `deadline` on the monotonic clock. Raises
-        `QueueFullError`, or `ContextLengthError` when it could never fit the cache."""
-        if len(self.waiting) >= self.max_waiting + self.slots.num_free:  # one that finds a slot at once does not queue
+        """Queue a sequence. `expire` refuses it if it has not started by `deadline` on the monotonic clock. Raises
+        `QueueFullError`, or `ContextLengthError` if the sequence needs more blocks than exist."""
+        if len(self.waiting) >= self.max_waiting + self.slots.num_free:  # a sequence with a free slot does not wait
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting already (max_waiting = {self.max_waiting}); try again later"
             )
         capacity = self.blocks.num_blocks * self.blocks.block_size
-        # The last sampled token is never fed back, so it needs no room.
+        # The last sampled token is never fed, so it needs no room.
         needed = sequence.num_prompt_tokens + max(sequence.max_tokens - 1, 0)
         if needed > capacity:
             raise ContextLengthError(
@@ -108,13 +106,14 @@ class Scheduler:
         self._siblings.add(sequence, self._by_id.get(sequence.request.sibling_of or ""))
         self.reuse.add(sequence)
         leader = self._siblings.leader(sequence)
-        if leader is not None:  # which has no deadline once it has started
+        if leader is not None:  # the deadline of a started leader is infinite
             deadline = max(deadline, self.waiting.deadline(leader))
         self.waiting.add(sequence, deadline)
 
     def abort(self, request_id: str) -> Sequence | None:
-        """Forget a sequence and free what it holds, but for what a session is to keep: its answer may be as long as its
-        client wants it. Returns the sequence; None when it is not here (it may just have finished)."""
+        """Remove a sequence and free its slot and blocks. The answer of a session stays in the prefix cache, because
+        the client may have ended it on purpose. Returns the sequence; None if the id is unknown, as it is when the
+        sequence has just finished."""
         sequence = self._by_id.get(request_id)
         if sequence is None:
             return None
@@ -125,16 +124,16 @@ class Scheduler:
         return sequence
 
     def expire(self, now: float) -> list[Sequence]:
-        """Forget the sequences that have waited for their start beyond their deadlines, and return them. A preempted
-        one has been started, and so has a sibling of one that was. None is forgotten while another prompt is being
-        computed that is to spare it its own."""
+        """Remove the sequences whose deadline has passed before they started, and return them. Preempted sequences and
+        siblings of a started leader have no deadline. A sequence stays while a running prompt computes a snapshot for
+        it."""
         late = [sequence for sequence in self.waiting.late(now) if self.reuse.awaited(sequence) is None]
         for sequence in late:
             self.finish(sequence)
         return late
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, from wherever it is. Every policy forgets it."""
+        """Remove a sequence, running or waiting, from the queues and from every policy."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
@@ -150,12 +149,12 @@ class Scheduler:
         self.speculation.forget(sequence)
 
     def complete(self, sequence: Sequence) -> None:
-        """Take a sequence out that has its whole answer, which stays in the prefix cache."""
+        """Remove a sequence whose answer is complete. The answer stays in the prefix cache."""
         self.reuse.save_answer(sequence)
         self.finish(sequence)
 
     def schedule(self) -> ScheduledBatch:
-        """Choose the next step's rows and give them the blocks and slots they need."""
+        """Build the next step: choose its rows and give them slots and blocks."""
         none_joins = not self.waiting or not self.slots.num_free
         if none_joins and not self.speculation.applies_to(len(self.running)):
             advance = self._continuation.advance()
@@ -169,7 +168,7 @@ class Scheduler:
         return batch
 
     def _schedule_anew(self) -> ScheduledBatch:
-        """Build a step by a look at every running sequence: the slow path."""
+        """Build a step by visiting every running sequence (the slow path)."""
         for sequence in self._at_stop:
             if sequence.status is Status.RUNNING:
                 self.reuse.save_at_stop(sequence)
@@ -203,17 +202,18 @@ class Scheduler:
                 return drafted
         if not self.ring.replays:
             for sequence in decoding:
-                self.reuse.fold(sequence)  # which only those with drafts left in a ring
+                self.reuse.fold(sequence)  # only a verify row can have left tokens in the ring
         rows = [*prefilling, *decoding]
         snapshots = self.reuse.leave_rungs(prefilling)
-        # Without rows no step follows: operations stay noted, and slots that they read stay as they are.
+        # A batch without rows is never launched: the operations stay pending, and the slots that they read unchanged.
         operations = self.operations.take() if rows else []
         counts = [*prefilling.values(), *decoding.values()]
         return ScheduledBatch(rows, counts, len(prefilling), operations, snapshots=snapshots)
 
     def update(self, batch: ScheduledBatch) -> None:
-        """Note that the batch is being computed: what it completes ends in `UNSEEN` until its tokens arrive. Of drafts
-        nothing is known before."""
+        """Count the batch's tokens as computed once the batch is launched. Each row that gets a next token ends in
+        `UNSEEN` until that token arrives. A batch with drafts counts nothing yet: its kept tokens are known later
+        (`keep_verified`)."""
         if batch.drafts:
             self.speculation.verifying.update(batch.sequences)
             return
@@ -227,24 +227,25 @@ class Scheduler:
             stops = self.reuse.stops.get(sequence)
             if stops and sequence.num_computed_tokens >= stops[0]:
                 self._at_stop.append(sequence)
-        for sequence in batch.sequences[num_prefills:]:  # many, and each completes
+        for sequence in batch.sequences[num_prefills:]:  # often many: a loop of its own without any test
             sequence.output_token_ids.append(UNSEEN)
             sequence.num_computed_tokens += 1
             sequence.num_pending_tokens = pending_after[sequence.num_pending_tokens]
 
     def verified(self, sequence: Sequence) -> None:
-        """Note that a step with the sequence's drafts has come back."""
+        """Note that the step with the sequence's drafts has returned its tokens."""
         self.speculation.verifying.discard(sequence)
 
     def keep_verified(self, sequence: Sequence) -> None:
-        """One more token of such a step is the sequence's. One that has fallen since has given it back."""
+        """Append one more token of a step with drafts to the sequence. A sequence that was preempted meanwhile has no
+        computed tokens, so nothing is counted for it."""
         sequence.output_token_ids.append(UNSEEN)
         if sequence.status is Status.RUNNING:
             sequence.num_computed_tokens += 1
             sequence.num_pending_tokens += 1
 
     def check_integrity(self) -> None:
-        """Ownership is whole and the queues are in order. Raises AssertionError."""
+        """Every block, slot and snapshot has its owners, and the queues are in order. Raises AssertionError."""
         self.blocks.check_integrity(self.running, self.cache.tables())
         self.cache.check_integrity()
         self.slots.check_integrity(self.running)
@@ -260,8 +261,8 @@ class Scheduler:
         self.speculation.check_integrity(alive)
 
     def _bring_prompts(self, behind: list[Sequence], decoding: dict[Sequence, int], budget: int) -> dict[Sequence, int]:
-        """Share the budget among prompts, those under way and new ones. Returns the tokens that each gets; one of which
-        all but the last token was cached joins `decoding`."""
+        """Share the budget among the running prompts `behind` and waiting ones. Returns the number of tokens per
+        prompt. Adds to `decoding` each prompt whose tokens were all cached but the last."""
         prompts = [sequence for sequence in behind if sequence.status is Status.RUNNING]
         self._order.begin_step()
         self._admission.admit(prompts, budget)
@@ -284,9 +285,10 @@ class Scheduler:
         bisect.insort(self.running, sequence, key=lambda s: s.order)
 
     def _make_room(self, sequence: Sequence, num_new: int, *scheduled: dict[Sequence, int]) -> bool:
-        """Give `sequence` the blocks for num_new more tokens, preempting from the end. False if it fell itself."""
+        """Give `sequence` the blocks for num_new more tokens, preempting sequences from the end of `running`. Preempted
+        sequences leave `scheduled`. Returns False if `sequence` itself was preempted."""
         total = sequence.num_computed_tokens + num_new
-        if sequence.status is not Status.RUNNING:  # preempted for one before it
+        if sequence.status is not Status.RUNNING:  # an earlier row of this step has preempted it
             return False
         while not self.cache.make_room(self.blocks.missing(sequence, total)):
             victim = self.running[-1]
@@ -312,7 +314,7 @@ class Scheduler:
         self.slots.release(sequence)
 
     def _may_start(self, sequence: Sequence) -> bool:
-        """Whether nothing but room keeps a sequence waiting. One that has just been preempted first gets the token that
-        is on its way."""
+        """Whether a waiting sequence lacks nothing but room. A preempted sequence may have a step under way, whose
+        token it must get first."""
         has_all = not sequence.ends_in_unseen and sequence not in self.speculation.verifying
         return has_all and sequence.is_ready and self._siblings.leader(sequence) is None

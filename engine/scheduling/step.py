@@ -1,4 +1,4 @@
-"""What the scheduler has chosen for a step."""
+"""The batch of one step, as the scheduler builds it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from .continuation import ContinuedStep
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """The rows of one step: prefill rows first, then decode rows, each with the tokens it brings. Complete once it is
-    made: nothing asks the sequences again what this step is to do.
+    """The rows of one step: prefill rows first, then decode rows, each with its number of tokens.
 
-    A step with drafts has no other rows: each is a sequence's last token and its drafts, as one of the prefill rows.
+    A step with drafts has verify rows alone, and counts them as prefill rows. The batch is complete when made: the
+    sequences may change afterwards, and the step does not.
     """
 
     sequences: list[Sequence]
     num_scheduled_tokens: list[int]
     num_prefills: int
-    operations: list[Operation] = field(default_factory=list)  # to make before anything is computed
-    advance: ContinuedStep | None = None  # from the step before, where this one follows from it
-    snapshots: list[StepSave] = field(default_factory=list)  # of prefill rows, to make while they are computed
-    drafts: list[list[int]] = field(default_factory=list)  # of each row of a step with drafts; some may be empty
+    operations: list[Operation] = field(default_factory=list)  # run before the step computes anything
+    advance: ContinuedStep | None = None  # the difference to the step before, if this one continues it
+    snapshots: list[StepSave] = field(default_factory=list)  # of prefill rows, saved while the step computes
+    drafts: list[list[int]] = field(default_factory=list)  # per verify row, some empty; [] = a step without drafts
     started: list[Sequence] = field(default_factory=list)  # sequences that leave the queue with this step
-    num_finished: int = 0  # sequences that have, so far
-    completing_prefills: list[int] = field(init=False)  # prefill rows whose tokens are all computed after this step
+    num_finished: int = 0  # sequences that the scheduler has removed since its start
+    completing_prefills: list[int] = field(init=False)  # prefill rows whose sequence has no tokens left after the step
 
     def __post_init__(self) -> None:
         self.completing_prefills = list(range(self.num_prefills))
@@ -44,16 +44,16 @@ class ScheduledBatch:
 
     @property
     def num_drafted(self) -> int:
-        """Rows of a step with drafts: none, or every row."""
+        """The number of verify rows: 0, or all rows."""
         return len(self.drafts)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether some prompt's tokens are to be scored."""
+        """Whether some row's request asks for logprobs of its prompt."""
         prompts = self.sequences[: self.num_prefills]
         return any(s.sampling_params.prompt_logprobs is not None and not s.num_output_tokens for s in prompts)
 
     @property
     def completing_rows(self) -> list[int]:
-        """`completing_prefills` and the decode rows: each gets its next token."""
+        """The rows that get a next token: `completing_prefills` and all decode rows."""
         return [*self.completing_prefills, *range(self.num_prefills, len(self.sequences))]

@@ -1,4 +1,4 @@
-"""Steps of verify rows: each row is the last token of a sequence, and its drafts after it."""
+"""Steps of verify rows. A verify row is the last token of a sequence, followed by its drafts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .step import ScheduledBatch
 
 
 class VerifySteps:
-    """Builds a step of verify rows where drafts are at hand, blocks for them are free and the budget allows."""
+    """Builds steps of verify rows, with as many drafts as free blocks and the token budget allow."""
 
     def __init__(
         self,
@@ -29,8 +29,11 @@ class VerifySteps:
         self._max_num_batched_tokens = max_num_batched_tokens
 
     def schedule(self, rows: list[Sequence]) -> ScheduledBatch | None:
-        """A step of these decoding rows, which have blocks for their next token, with drafts. An empty step where the
-        drafts depend on tokens that the host has not seen yet. None where no row has drafts."""
+        """A step with drafts for these decode rows, which have blocks for their next token already.
+
+        Returns an empty step if drafts are likely once the host has seen the rows' last tokens, and None if no row has
+        drafts. Folds the rings that lack room for their row.
+        """
         budget = self._max_num_batched_tokens - len(rows)
         if not budget:
             return None
@@ -51,7 +54,8 @@ class VerifySteps:
         return ScheduledBatch(rows, counts, len(rows), self._operations.take(), drafts=drafts)
 
     def _fitting(self, sequence: Sequence, drafts: list[int]) -> list[int]:
-        """As many of the drafts as there are blocks for without preempting a sequence."""
+        """The first of the drafts, as many as fit into blocks that are free without a preemption. Gives the sequence
+        these blocks."""
         total = sequence.num_computed_tokens + 1 + len(drafts)
         if self._cache.make_room(self._blocks.missing(sequence, total)):
             self._blocks.grow(sequence, total)

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 from ..sequence import Sequence, Status
 
-MAX_PASSED = 8  # times that a sequence is passed over
+MAX_PASSED = 8  # times that later sequences may pass over one sequence
 
 
 @dataclass(slots=True)
 class _Wait:
-    deadline: float  # on the monotonic clock: not started by then, the sequence is refused
+    deadline: float  # on the monotonic clock; a sequence that has not started by then is refused
     was_preempted: bool
-    num_passed: int = 0  # times that a later sequence, with less to compute, was admitted before this one
+    num_passed: int = 0  # times that a later sequence was admitted before this one
 
 
 class WaitingQueue:
-    """Two orders of the same sequences: by priority and arrival, in which it is iterated, and by priority and length of
-    the prompt. may_start: whether nothing but room keeps a sequence waiting."""
+    """The waiting sequences in two orders: by priority and arrival (the order of iteration), and by priority and prompt
+    length. may_start: whether a sequence lacks nothing but room."""
 
     def __init__(self, may_start: Callable[[Sequence], bool]) -> None:
         self._may_start = may_start
@@ -46,26 +46,26 @@ class WaitingQueue:
         del self._waits[sequence]
 
     def ready(self) -> Iterator[Sequence]:
-        """Those that could start, in order."""
+        """The sequences that may start, by priority and arrival."""
         return filter(self._may_start, self._in_order)
 
     def ready_by_length(self) -> Iterator[Sequence]:
-        """The same, the shortest of each priority first."""
+        """The sequences that may start, by priority and prompt length."""
         return filter(self._may_start, self._by_length)
 
     def deadline(self, sequence: Sequence) -> float:
-        """Infinite for a sequence that has started."""
+        """The sequence's deadline; infinite if it has started."""
         return self._waits[sequence].deadline if sequence in self._waits else math.inf
 
     def waive_deadline(self, sequence: Sequence) -> None:
         self._waits[sequence].deadline = math.inf
 
     def late(self, now: float) -> list[Sequence]:
-        """Those whose deadline is over."""
+        """The sequences whose deadline has passed."""
         return [sequence for sequence in self._in_order if self._waits[sequence].deadline < now]
 
     def pass_over(self, sequence: Sequence) -> None:
-        """A later sequence is admitted before this one."""
+        """Count that a later sequence is admitted before this one."""
         self._waits[sequence].num_passed += 1
 
     def num_passed(self, sequence: Sequence) -> int:
@@ -75,12 +75,13 @@ class WaitingQueue:
         return self._waits[sequence].was_preempted
 
     def is_overdue(self, sequence: Sequence) -> bool:
-        """Whether the sequence is passed over no more."""
+        """Whether no later sequence may pass over this one any more."""
         wait = self._waits[sequence]
         return wait.was_preempted or wait.num_passed >= MAX_PASSED
 
     def check_integrity(self) -> None:
-        """Both orders hold, of the same sequences, which own nothing. Raises AssertionError."""
+        """Both orders hold the same sequences, sorted, and none of them owns a slot or a block. Raises
+        AssertionError."""
         assert self._in_order == sorted(self._in_order, key=lambda s: s.order)
         assert self._by_length == sorted(self._in_order, key=_length_order)
         assert self._waits.keys() == set(self._in_order)
