@@ -57,11 +57,11 @@ class ModelRunner:
         batch = make_batch(sent, step.counts, self.tables.view(step.num_columns))
         hidden = self._forward(batch)
         if step.num_draws:
-            logits = self.model.compute_logits(hidden[batch.logits_indices])
+            logits = self.served.compute_logits(hidden[batch.logits_indices])
             sampled = self.sampler.sample(logits, SamplingBatch.of(sent, step.num_top))
         else:
             sampled = self.sampler.draw_nothing()
-        return RunningStep(sampled, score(step.scores, hidden, self.model.compute_logits))
+        return RunningStep(sampled, score(step.scores, hidden, self.served.compute_logits))
 
     def _decode(self, step: StepInput) -> StagedTokens:
         """Run a step of plain decode rows from its graph. Few calls: the host makes them for every token."""
@@ -101,7 +101,7 @@ class ModelRunner:
     def compute(self, batch: ForwardBatch, inputs: SamplingInputs) -> StepResult:
         """Logits and tokens of a step, without log-probabilities and adjusted logits; the graphs capture this call."""
         hidden = self._forward(batch)
-        logits = self.model.compute_logits(hidden[batch.logits_indices] if batch.num_prefills else hidden)
+        logits = self.served.compute_logits(hidden[batch.logits_indices] if batch.num_prefills else hidden)
         if (
             batch.num_drafted
         ):  # `last_tokens` stays: the host sees a verify row's tokens before it launches the next step

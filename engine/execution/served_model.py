@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ...kernels import KernelName, Kernels
 from ...models.decoder import Decoder
@@ -31,6 +32,13 @@ class ServedModel:
     kernel_name: KernelName
     linear_backend: str
     ring: RingRule
+    unnamed: Tensor | None = None  # [U] int64, the ids that have no token; None: all have one
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, d], rows of the model's result -> logits [N, vocab]. An id without a token has -inf: it is never
+        drawn, and no share of a probability."""
+        logits = self.model.compute_logits(hidden)
+        return logits if self.unnamed is None else logits.index_fill_(1, self.unnamed, float("-inf"))
 
     @property
     def spec(self) -> ModelSpec:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ...configs.schema import EngineConfig
@@ -18,6 +20,7 @@ from ..errors import ConfigError
 from ..execution.served_model import ServedModel
 from ..memory.pools import DTypes
 from ..memory.ring import RingRule
+from ..text.tokenizer_files import ids_without_token
 from .cores import num_cores
 from .device import pick_device, pick_dtype, pick_kernels
 from .device_memory import refuse_out_of_memory
@@ -38,7 +41,8 @@ def load_model(config: EngineConfig, *, progress: bool) -> ServedModel:
             model = served.model
             names, ignored = names_of(served.spec), model.ignored_names()
             load_weights(served.folder, model.targets(), names, ignored=ignored, progress=progress)
-    return served
+        unnamed = ids_without_token(config.tokenizer or served.folder, served.spec.vocab_size)
+        return replace(served, unnamed=torch.tensor(unnamed, device=served.device)) if unnamed else served
 
 
 def place_model(config: EngineConfig, *, on_meta: bool = False) -> ServedModel:

@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 from functools import cache, cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +50,11 @@ class Tokenizer:
         self._with_control: Any = Backend.from_str(source)
         self._as_text: Any = Backend.from_str(source)
         self._as_text.encode_special_tokens = True
-        special = {i: token.content for i, token in self._hf.added_tokens_decoder.items() if token.special}
+        added = self._hf.added_tokens_decoder
+        # Text of a token -> its id, of those that stand beside the vocabulary: control tokens, and markers such as
+        # <think> that are shown.
+        self.added_ids: dict[str, int] = {token.content: i for i, token in added.items()}
+        special = {i: token.content for i, token in added.items() if token.special}
         controls, self.control_ids = list(special.values()), frozenset(special)
         self._control_start = _start_of_any(controls)
         self._control_prefixes = {token[:n] for token in controls for n in range(1, len(token))}
@@ -191,6 +196,8 @@ class Tokenizer:
                 raise RequestError(f"{name!r} is not an argument of the chat template", "chat_template_kwargs")
         marker = _marker()
         defused = self._defuse(messages, marker)
+        if self._takes_one_system:
+            defused = _with_one_system(defused)
         if self._wants_parts:
             defused = [_with_parts(message) for message in defused]
         defused = [self._with_fitting_arguments(message) for message in defused]
@@ -222,6 +229,12 @@ class Tokenizer:
         """Some templates read content as [{"type": "text", "text": ...}] alone and render a plain string as nothing."""
         probe = {"role": "user", "content": "probe"}
         return "probe" not in self._probe(probe) and "probe" in self._probe(_with_parts(probe))
+
+    @cached_property
+    def _takes_one_system(self) -> bool:
+        """Some templates refuse a second system message, also next to the first: agents send instructions and more."""
+        system, user = {"role": "system", "content": "probe"}, {"role": "user", "content": "u"}
+        return bool(self._probe(system, user)) and not self._probe(system, system, user)
 
     def _with_fitting_arguments(self, message: dict[str, Any]) -> dict[str, Any]:
         """The message with the arguments of its calls in a form that the template takes: objects, or text."""
@@ -325,6 +338,15 @@ def _encode(backend: Any, text: str, add_special_tokens: bool) -> list[int]:
 def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _with_one_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The system messages at the beginning as one, which is where a template wants them all."""
+    first = list(takewhile(lambda message: message.get("role") == "system", messages))
+    if len(first) < 2 or not all(isinstance(message.get("content"), str) for message in first):
+        return messages
+    joined = first[0] | {"content": "\n\n".join(message["content"] for message in first)}
+    return [joined, *messages[len(first) :]]
 
 
 def _call(arguments: Any) -> list[dict[str, Any]]:

@@ -54,6 +54,19 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> Any:
     return hf
 
 
+def ids_without_token(folder: Path, vocab_size: int) -> list[int]:
+    """The ids below `vocab_size` that have no token, in order: a model may have more logits than its tokenizer tokens.
+    None where the folder has no tokenizer.json."""
+    path = folder / TOKENIZER_FILE
+    if not path.exists():
+        return []
+    file = read_json(path)  # the tokenizer itself takes six times as long
+    vocab = file["model"]["vocab"]  # token -> id, or a list of tokens by id
+    ids = set(vocab.values()) if isinstance(vocab, dict) else set(range(len(vocab)))
+    ids |= {token["id"] for token in file.get("added_tokens") or ()}
+    return sorted(set(range(vocab_size)) - ids)
+
+
 def _read_configs(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, or nothing. The files that transformers is going to read are looked at here, since its
     errors name none of them."""

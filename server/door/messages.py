@@ -17,6 +17,11 @@ PART_SEPARATOR = "\n"  # as vLLM joins text parts
 
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content")
 SYNONYMS = {"reasoning": "reasoning_content"}  # vLLM's newer name; templates read the older one
+# Types of parts with OpenAI, vLLM and Qwen that are no text.
+MEDIA = frozenset(
+    {"image_url", "input_image", "image", "video_url", "input_video", "video"}
+    | {"input_audio", "audio_url", "audio", "file", "input_file"}
+)
 # Fields of an earlier answer that a client sends back -> their values that ask for nothing.
 MESSAGE_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "function_call": (),
@@ -99,9 +104,19 @@ def _read_content(entry: dict[str, Any], where: str) -> str:
     return PART_SEPARATOR.join(_read_part(part, kinds, f"{where}[{i}]") for i, part in enumerate(content))
 
 
+def refuse_media(kind: Any, where: str) -> None:
+    """Raises `UnsupportedParameterError` for the type of a part that holds anything but text."""
+    if isinstance(kind, str) and kind in MEDIA:
+        raise UnsupportedParameterError(
+            f"{where}: the model is served for text alone and cannot read {kind}; send text, or leave the part out",
+            where,
+        )
+
+
 def _read_part(part: Any, kinds: tuple[str, ...], where: str) -> str:
     """A part's text, which lies under the name of the part's type."""
     kind = require_type(part, dict, where).get("type")
+    refuse_media(kind, f"{where}.type")
     if not isinstance(kind, str) or kind not in kinds:
         raise UnsupportedParameterError(
             f"{where}.type must be {' or '.join(map(repr, kinds))}, got {shown(kind)}", f"{where}.type"

@@ -53,11 +53,11 @@ def after_thought(rule: str, answer: AnswerFormat) -> str:
 
 
 class _Lark:
-    """Writes text as Lark: control tokens among the markers by name, all other text by its characters."""
+    """Writes text as Lark: markers that are tokens by their ids, all other text by its characters."""
 
     def __init__(self, answer: AnswerFormat) -> None:
         self._answer = answer
-        special = "|".join(map(re.escape, (NUMBER, *answer.control_ids)))
+        special = "|".join(map(re.escape, (NUMBER, *answer.token_ids)))
         self._special = re.compile(f"({special})")
 
     def text(self, text: str) -> str:
@@ -71,12 +71,13 @@ class _Lark:
     def thought_rules(self) -> list[str]:
         if not self._answer.thinks:
             return []
-        if reasoning.CLOSE in self._answer.control_ids:
-            return [f"thought: {ANYTHING} {reasoning.CLOSE} {SPACES}"]
+        if reasoning.CLOSE in self._answer.token_ids:
+            return [f"thought: {ANYTHING} {self.text(reasoning.CLOSE)} {SPACES}"]
         closing = json.dumps(reasoning.CLOSE)
         return [f"thought: until_closed {SPACES}", f"until_closed[suffix={closing}]: {ANYTHING}"]
 
     def _piece(self, piece: str) -> str:
         if piece == NUMBER:
             return DIGITS
-        return piece if piece in self._answer.control_ids else json.dumps(piece)
+        token_id = self._answer.token_ids.get(piece)
+        return json.dumps(piece) if token_id is None else f"<[{token_id}]>"

@@ -102,6 +102,7 @@ class ControlTokens(Protocol):
     """The part of a tokenizer that is needed here."""
 
     control_ids: frozenset[int]
+    added_ids: dict[str, int]
 
     @property
     def chat_template(self) -> str: ...
@@ -117,7 +118,9 @@ class AnswerFormat:
     """How the answers to one request are read.
 
     `schemas`: those of the functions that may be called. `control_ids`: the markers that are control tokens, with
-    their ids. `stray`: markers that are no content either, should the model write one without need.
+    their ids. `token_ids`: the markers that are one token each; a model writes them so, and a grammar has to ask for
+    the token, which it does not take for its text. `stray`: markers that are no content either,
+    should the model write one without need.
     """
 
     tools: ToolFormat | None = None
@@ -126,6 +129,7 @@ class AnswerFormat:
     is_thinking: bool = False  # the prompt ends in an open thought
     max_calls: int | None = None
     control_ids: Mapping[str, int] = field(default_factory=dict)
+    token_ids: Mapping[str, int] = field(default_factory=dict)
     stray: tuple[str, ...] = ()
     hides: bool = True  # control tokens and stray markers are kept out of the content
     stops_in_thought: bool = False
@@ -160,6 +164,7 @@ class ChatFormat:
     tools: ToolFormat | None
     thinks: bool
     controls: Mapping[str, int]  # text of a control token -> its id
+    added: Mapping[str, int]  # the same of all tokens beside the vocabulary
 
     @classmethod
     def choose(cls, settings: ServerConfig, tokenizer: ControlTokens) -> ChatFormat:
@@ -176,7 +181,7 @@ class ChatFormat:
         if settings.reasoning_parser == "auto":
             thinks = any(text in template for text in THINKING_TEMPLATES)
         controls = {tokenizer.token_text(token_id): token_id for token_id in tokenizer.control_ids}
-        return cls(tools, thinks, controls)
+        return cls(tools, thinks, controls, tokenizer.added_ids)
 
     def of_answer(
         self,
@@ -199,6 +204,7 @@ class ChatFormat:
             is_thinking=thought == "open",
             max_calls=max_calls,
             control_ids={marker: self.controls[marker] for marker in markers if marker in self.controls},
+            token_ids={marker: self.added[marker] for marker in markers if marker in self.added},
             stray=(reasoning.CLOSE,) * self.thinks,
             hides=hides,
             stops_in_thought=stops_in_thought,

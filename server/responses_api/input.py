@@ -8,7 +8,7 @@ from typing import Any
 from ...engine.errors import RequestError
 from ..door.body import drop_nulls, json_type, require_type, shown
 from ..door.fields import refuse_unless_neutral
-from ..door.messages import MAX_MESSAGES, MAX_PARTS, PART_SEPARATOR
+from ..door.messages import MAX_MESSAGES, MAX_PARTS, PART_SEPARATOR, refuse_media
 from ..errors import UnsupportedParameterError
 from ..parsers.custom_input import INPUT
 
@@ -194,7 +194,8 @@ class Conversation:
         parts = []
         for index, part in enumerate(content):
             field = f"{where}[{index}]"
-            if require_type(part, dict, field).get("type") not in types:
+            refuse_media(require_type(part, dict, field).get("type"), f"{field}.type")
+            if part.get("type") not in types:
                 raise _unsupported(part.get("type"), types, f"{field}.type")
             kind = "refusal" if part["type"] == "refusal" else "text"
             self._check_fields(drop_nulls(part), (kind,), field)

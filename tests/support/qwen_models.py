@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, byte_tokenizer
+from tiny_models import VOCAB, full_tokenizer
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
@@ -76,7 +76,7 @@ def _gate_by_sigmoid(norm: Any, x: Tensor, gate: Tensor) -> Tensor:
 def save_model(folder: Path, model: Any) -> None:
     """As transformers saves it: the text model's config alone, experts one by one."""
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    full_tokenizer().save_pretrained(folder)
 
 
 def fuse_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tiny_models import byte_tokenizer
+from tiny_models import full_tokenizer
 from torch import Tensor
 
 VOCAB = 320  # the 256 bytes and some control tokens
@@ -149,7 +149,7 @@ def save(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> No
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, ROLE_END], "pad_token_id": END}))
     save_file(tensors, folder / "model.safetensors")
-    tokenizer = byte_tokenizer(CONTROL)
+    tokenizer = full_tokenizer(CONTROL)
     assert tokenizer.convert_tokens_to_ids(list(CONTROL[:2])) == [END, ROLE_END]
     tokenizer.eos_token = CONTROL[1]
     tokenizer.chat_template = CHAT_TEMPLATE

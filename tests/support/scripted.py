@@ -31,6 +31,7 @@ class FakeTokenizer:
         self.has_chat_template = True
         self.chat_template = ""
         self.special = dict(SPECIAL)
+        self.added_ids = {text: token_id for token_id, text in SPECIAL.items()}
         self.chats = []  # (messages, tools) of every conversation
         self.default_sampling = {}
         self.threads = set()

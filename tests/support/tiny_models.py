@@ -56,7 +56,7 @@ def save_minimax(
         parameter.requires_grad_(False)
         assert parameter.isfinite().all(), name
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    full_tokenizer().save_pretrained(folder)
     return model
 
 
@@ -70,6 +70,11 @@ def byte_tokenizer(control: tuple[str, ...] = CONTROL) -> PreTrainedTokenizerFas
     tokenizer.add_special_tokens({"additional_special_tokens": list(control)})
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def full_tokenizer(control: tuple[str, ...] = CONTROL) -> PreTrainedTokenizerFast:
+    """`byte_tokenizer` with a token for every logit of a tiny model, so that its random text may have them all."""
+    return byte_tokenizer((*control, *(f"<|{i}|>" for i in range(256 + len(control), VOCAB))))
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:

@@ -42,7 +42,7 @@ def takes(request):
         if request.param:
             hf.add_special_tokens({"additional_special_tokens": [END, *markers]})
         controls = {marker: hf.convert_tokens_to_ids(marker) for marker in markers} if request.param else {}
-        known = AnswerFormat(tools=TOOL_FORMATS[name], control_ids=controls, **answer)
+        known = AnswerFormat(tools=TOOL_FORMATS[name], token_ids=controls, **answer)
         grammar = llguidance.LLMatcher.grammar_from_lark(forced_grammar(tools, choice, known, otherwise))
         tokens = from_tokenizer(hf, n_vocab=len(hf), eos_token=hf.convert_tokens_to_ids(END))
         matcher = llguidance.LLMatcher(tokens, grammar)

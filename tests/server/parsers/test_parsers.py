@@ -418,6 +418,7 @@ def test_text_read_again_is_never_longer_than_a_marker(name, start):
 
 class Templated:
     control_ids = frozenset({7, 8})
+    added_ids = {"<tool_call>": 7, "<|im_end|>": 8, "</tool_call>": 9}  # noqa: RUF012 - never changed
 
     def __init__(self, chat_template):
         self.chat_template = chat_template
@@ -464,5 +465,6 @@ def test_control_tokens_that_are_markers_are_seen_and_hidden():
     chosen = ChatFormat.choose(ServerConfig(), Templated("<tool_call>"))
     plan = chosen.of_answer(tools=TOOLS, thought="none", max_calls=None, hides=True)
     assert (plan.shown_ids, plan.control_ids) == ({7}, {"<tool_call>": 7})
+    assert plan.token_ids == {"<tool_call>": 7, "</tool_call>": 9}
     without = chosen.of_answer(tools=[], thought="none", max_calls=None, hides=True)
     assert (without.shown_ids, without.tools) == (frozenset(), None)
