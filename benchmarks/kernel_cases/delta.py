@@ -138,7 +138,7 @@ class DeltaCase:
     def expected(self, inputs: DeltaSet) -> dict[str, Tensor]:
         rows = inputs.rows._replace(starts=inputs.rows.starts * self.num_steps)
         out, state = recurrence(inputs.sequences(), layer_weights(), inputs.pool, rows, inputs.context_lens)
-        return {"out": out, "state": state}
+        return {"out": out, "delta state": state}
 
     def implementations(self) -> dict[str, Implementation]:
         binds: dict[str, Callable[[DeltaSet], Bound]] = {"chunk": self.bind_chunk}

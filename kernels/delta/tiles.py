@@ -18,16 +18,14 @@ class StepTiles(NamedTuple):
     num_warps: int
 
 
-WIDEST = 32  # every tile of a value head convolves and norms the same query and key
-
-
 def step_tiles(pool: DeltaState, num_rows: int) -> StepTiles:
-    """Tiles for one token per row, narrower than `WIDEST` where few rows leave processors idle."""
+    """Tiles for one token per row. Each convolves and norms its head's query and key again, so they are wide; narrower
+    where few rows leave processors idle."""
     num_heads, V, K = pool.state.shape[1:]
-    BV = min(padded(V), WIDEST)
+    BV = min(padded(V), 64)
     while BV > 8 and num_rows * num_heads * triton.cdiv(V, BV) < 2 * num_processors(pool.state.device):
         BV //= 2
-    return StepTiles(padded(K), BV, 1)
+    return StepTiles(padded(K), BV, 2 if BV == 64 else 1)
 
 
 def head_counts(inputs: DeltaInputs, pool: DeltaState) -> tuple[int, int, int, int]:

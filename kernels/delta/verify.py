@@ -18,13 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bundles import Rows
-from ..lightning.tile import padded
+from ..lightning.tile import num_processors, padded
 from .contract import TAPS, DeltaInputs, DeltaRing, DeltaState, DeltaWeights
 from .gates import decay_log, strength
 from .tiles import head_counts
 from .token import channels, state_tile
-
-VERIFY = 32, 4  # channels of a value head per program, and warps
 
 
 @triton.jit
@@ -190,7 +188,8 @@ def verify(
 ) -> Tensor:
     """Contract: `Delta.verify`."""
     key_heads, num_heads, K, V = head_counts(inputs, pool)
-    BV, num_warps = min(padded(V), VERIFY[0]), VERIFY[1]
+    is_wide = rows.slots.shape[0] * num_heads >= 2 * num_processors(out.device)
+    BV = min(padded(V), 128 if is_wide else 32)
     grid = (triton.cdiv(V, BV), num_heads, rows.slots.shape[0])
     if 0 in grid:
         return out
@@ -215,6 +214,6 @@ def verify(
         BK=padded(K),
         BV=BV,
         PRECISION="ieee" if inputs.raw.dtype == torch.float32 else "tf32",
-        num_warps=num_warps,
+        num_warps=8 if is_wide else 4,
     )
     return out

@@ -47,6 +47,10 @@ class Dense(Protocol):
     def gate_(self, x: Tensor, gate: Tensor) -> Tensor:
         """x * sigmoid(gate), in place; x, gate: [T, H, D], x contiguous. Returns x."""
 
+    def join(self, x: Tensor, coefficient: Tensor, y: Tensor, shared: Tensor, *, is_mixed: bool) -> Tensor:
+        """y + c * shared with c = sigmoid(coefficient . x), or (1 - c) * y + c * shared where `is_mixed`; computed in
+        float32 and rounded once. x, y, shared: [T, d] of one dtype; coefficient: [1, d] float32."""
+
     def silu_(self, x: Tensor) -> Tensor:
         """x * sigmoid(x), in place; x: [T, W]. Returns x."""
 

@@ -56,6 +56,13 @@ def gate_(x: Tensor, gate: Tensor) -> Tensor:
     return x.copy_(x.float().mul_(torch.sigmoid(gate.float())))
 
 
+def join(x: Tensor, coefficient: Tensor, y: Tensor, shared: Tensor, *, is_mixed: bool) -> Tensor:
+    """x, y, shared [T, d] -> [T, d]. Contract: `Dense.join`."""
+    c = torch.sigmoid(F.linear(x.float(), coefficient))
+    joined = torch.lerp(y.float(), shared.float(), c) if is_mixed else torch.addcmul(y.float(), shared.float(), c)
+    return joined.to(y.dtype)
+
+
 def silu_(x: Tensor) -> Tensor:
     """x [T, W] in place. Contract: `Dense.silu_`."""
     return F.silu(x, inplace=True)

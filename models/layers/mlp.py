@@ -38,21 +38,19 @@ class SharedExpert(nn.Module):
     def __init__(self, hidden_size: int, spec: SharedSpec, build: Build) -> None:
         super().__init__()
         self.mlp = DenseMlp(hidden_size, spec.width, build)
-        self.coefficient: Projection | None = None
-        self.joining = spec.joining
-        if spec.joining != "added":
-            self.coefficient = Projection(hidden_size, {"coefficient": 1}, build, dtype=torch.float32)
+        self.dense = build.kernels.dense
+        self.is_mixed = spec.joining == "mixed"
+        self.coefficient = None if spec.joining == "added" else build.parameter(1, hidden_size, dtype=torch.float32)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y [T, d] -> [T, d]."""
         shared = self.mlp(x)
         if self.coefficient is None:
             return y + shared
-        c = torch.sigmoid(self.coefficient(x.float())).to(x.dtype)
-        return torch.lerp(y, shared, c) if self.joining == "mixed" else torch.addcmul(y, shared, c)
+        return self.dense.join(x, self.coefficient, y, shared, is_mixed=self.is_mixed)
 
     def targets(self, layer: str) -> Iterator[Target]:
         """`{layer}shared_mlp.*` and, unless it is added, `{layer}coefficient`."""
         yield from self.mlp.targets(f"{layer}shared_mlp.")
         if self.coefficient is not None:
-            yield from self.coefficient.targets(layer)
+            yield Target(f"{layer}coefficient.weight", self.coefficient)

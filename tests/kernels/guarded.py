@@ -173,6 +173,7 @@ CALLS: dict[str, Callable[[], object]] = {
         normal(5, 3 * 37), normal(5, 3 * 37), normal(37), 1e-5, 3, "silu"
     ),
     "dense.gate_": lambda: OPS.dense.gate_(normal(5, 3, 37), normal(5, 3, 37)),
+    "dense.join": lambda: OPS.dense.join(normal(5, 37), normal(1, 37), normal(5, 37), normal(5, 37), is_mixed=False),
     "dense.silu_": lambda: OPS.dense.silu_(normal(5, 37)),
     "dense.silu_and_mul": lambda: OPS.dense.silu_and_mul(normal(5, 74)),
     "experts.moe of few": lambda: moe(1, 5),

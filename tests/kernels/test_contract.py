@@ -72,6 +72,7 @@ def test_a_step_without_tokens_is_harmless(name, device):
     assert ops.dense.add_rms_norm(x, x, weight, 1e-5, 1.0, 1.0)[1].shape == (0, 32)
     assert ops.dense.gated_rms_norm(x, x, weight, 1e-5).shape == (0, 32)
     assert ops.dense.gate_(x[:, None], x[:, None]).shape == (0, 1, 32)
+    assert ops.dense.join(x, zeros(1, 32), x, x, is_mixed=True).shape == (0, 32)
     assert ops.dense.silu_and_mul(x).shape == (0, 16)
     assert ops.experts.route(zeros(0, 4), 2)[1].shape == (0, 2)
     assert ops.experts.route_groups(zeros(0, 4), zeros(4), 2, 2, 1, 1.0)[1].shape == (0, 2)

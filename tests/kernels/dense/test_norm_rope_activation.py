@@ -246,6 +246,18 @@ def test_gate_opens_heads_in_place_by_its_sigmoid(backend, dtype, shape, device,
 
 
 @every_kernel
+@every_dtype
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["gated", "mixed"])
+def test_join_weighs_the_shared_expert_by_the_token(backend, dtype, is_mixed, device, rng, assert_close):
+    x, y, shared = (torch.randn(5, 80, generator=rng).to(device, dtype) for _ in range(3))
+    coefficient = torch.randn(1, 80, generator=rng).to(device)
+    c = torch.sigmoid(x.double() @ coefficient.double().t())
+    expected = (1 - c) * y.double() + c * shared.double() if is_mixed else y.double() + c * shared.double()
+    joined = KERNELS[backend].join(x, coefficient, y, shared, is_mixed=is_mixed)
+    assert_close("joined", joined, expected, BOUNDS[dtype])
+
+
+@every_kernel
 def test_silu_of_a_very_negative_gate_is_zero(backend, device):
     x = torch.tensor([[-200.0, -1e4, 3.0, 3.0]], device=device)
     assert torch.equal(KERNELS[backend].silu_and_mul(x), torch.zeros(1, 2, device=device))
