@@ -122,6 +122,8 @@ class DenseSpec:
 class SoftmaxRoute:
     """Softmax over all experts; the weights of the chosen ones are renormalised to a sum of 1."""
 
+    has_float32_gate: bool = True  # the gate's matrix is kept in float32; otherwise in the model's dtype
+
 
 @dataclass(frozen=True, slots=True)
 class SigmoidGroupRoute:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from ..bundles import Weight
@@ -12,10 +13,11 @@ GateActivation = Literal["sigmoid", "silu"]
 
 
 class Dense(Protocol):
-    def linear(self, x: Tensor, weight: Weight) -> Tensor:
-        """x [T, K] @ weight [N, K]^T -> [T, N], of one dtype, sums in float32; x contiguous.
+    def linear(self, x: Tensor, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
+        """x [T, K] @ weight [N, K]^T -> [T, N]; x contiguous and of the weight's dtype.
 
-        Raises NotImplementedError for a matrix with a scale.
+        Sums are in float32. `dtype`: of the result; None = x's, float32 = the sums as they are. Raises
+        NotImplementedError for a matrix with a scale.
         """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -27,15 +27,23 @@ def _row_kernel(p_x, p_w, p_y, N, w_n, K: tl.constexpr, BN: tl.constexpr, BK: tl
     tl.store(p_y + o_n, tl.sum(b_y, axis=1).to(p_y.dtype.element_ty), mask=o_n < N)
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
+def linear(x: Tensor, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N]. Contract: `Dense.linear`."""
-    matrix = weight.plain()
+    matrix, dtype = weight.plain(), dtype or x.dtype
     if x.shape[0] != 1:
-        return F.linear(x, matrix)
+        return _many_rows(x, matrix, dtype)
     num_channels, size = matrix.shape
-    y = torch.empty(1, num_channels, dtype=x.dtype, device=x.device)
+    y = torch.empty(1, num_channels, dtype=dtype, device=x.device)
     BN, BK = 8, min(512, triton.next_power_of_2(size))
     _row_kernel[(triton.cdiv(num_channels, BN),)](
         x, matrix, y, num_channels, matrix.stride(0), K=size, BN=BN, BK=BK, STAGES=3, num_warps=4
     )
     return y
+
+
+def _many_rows(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == x.dtype:
+        return F.linear(x, matrix)
+    if x.device.type == "cuda":
+        return torch.mm(x, matrix.t(), out_dtype=dtype)
+    return F.linear(x.to(dtype), matrix.to(dtype))  # PyTorch has no such product of CPU tensors

@@ -10,9 +10,10 @@ from ..bundles import Weight
 from .contract import GateActivation
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
+def linear(x: Tensor, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N]. Contract: `Dense.linear`."""
-    return F.linear(x, weight.plain())
+    dtype = dtype or x.dtype
+    return F.linear(x.to(dtype), weight.plain().to(dtype))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

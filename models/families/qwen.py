@@ -80,7 +80,7 @@ def read_experts(fields: Fields) -> Mlp:
         raise CheckpointError(f"config.json: num_experts_per_tok ({top_k}) exceeds num_experts ({num_experts})")
     shared = fields.integer("shared_expert_intermediate_size")
     return Mlp(
-        ExpertsSpec(fields.positive("moe_intermediate_size"), num_experts, top_k, SoftmaxRoute()),
+        ExpertsSpec(fields.positive("moe_intermediate_size"), num_experts, top_k, SoftmaxRoute(has_float32_gate=False)),
         SharedSpec(shared, "gated") if shared else None,
     )
 

@@ -36,9 +36,9 @@ class Projection(nn.Module):
         self.weight = build.parameter(sum(pieces.values()), in_features, dtype=dtype)
         self.matrix = Weight(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, in] -> [T, out]."""
-        out = self.dense.linear(x, self.matrix)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x [T, in] -> [T, out], in x's dtype or in `dtype`."""
+        out = self.dense.linear(x, self.matrix, dtype)
         return out if self.shard is None else self.shard.sum(out)
 
     def targets(self, prefix: str) -> Iterator[Target]:

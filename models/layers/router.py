@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..loading.target import Target
-from ..specs import ExpertsSpec, SigmoidGroupRoute
+from ..specs import ExpertsSpec, SigmoidGroupRoute, SoftmaxRoute
 from .build import Build
 from .projection import Projection
 
@@ -20,16 +20,17 @@ from .projection import Projection
 class SoftmaxRouter(nn.Module):
     """p = softmax(gate x) over all experts; the top k, renormalised."""
 
-    def __init__(self, hidden_size: int, spec: ExpertsSpec, build: Build) -> None:
+    def __init__(self, hidden_size: int, spec: ExpertsSpec, route: SoftmaxRoute, build: Build) -> None:
         super().__init__()
         self.experts = build.kernels.experts
         self.top_k = spec.top_k
-        # float32: the choice of experts is a comparison, and rounding flips near ties.
-        self.gate = Projection(hidden_size, {"gate": spec.num_experts}, build, dtype=torch.float32)
+        self.dtype = torch.float32 if route.has_float32_gate else build.dtype
+        self.gate = Projection(hidden_size, {"gate": spec.num_experts}, build, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, d] -> weights [T, k] float32, experts [T, k] int64."""
-        return self.experts.route(self.gate(x.float()), self.top_k)
+        # Sums stay in float32: the choice of experts is a comparison, and rounding flips near ties.
+        return self.experts.route(self.gate(x.to(self.dtype), torch.float32), self.top_k)
 
     def targets(self, prefix: str) -> Iterator[Target]:
         """`{prefix}gate.weight`."""
@@ -60,4 +61,4 @@ def build_router(hidden_size: int, spec: ExpertsSpec, build: Build) -> SoftmaxRo
     """The router of `spec.route`."""
     if isinstance(spec.route, SigmoidGroupRoute):
         return SigmoidGroupRouter(hidden_size, spec, spec.route, build)
-    return SoftmaxRouter(hidden_size, spec, build)
+    return SoftmaxRouter(hidden_size, spec, spec.route, build)

@@ -29,3 +29,13 @@ def test_it_is_the_product(backend, dtype, num_tokens, size, num_channels, devic
     if num_tokens:
         assert_close("y", y, x.double() @ weight.double().T, BOUNDS[dtype])
     assert y.shape == (num_tokens, num_channels)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_sums_stay_in_float32_where_asked(backend, dtype, num_tokens, device, rng, assert_close):
+    x, weight = (torch.randn(rows, 1030, generator=rng).to(device, dtype) for rows in (num_tokens, 13))
+    y = KERNELS[backend].linear(x, Weight(weight), torch.float32)
+    assert y.dtype == torch.float32
+    assert_close("y", y, x.double() @ weight.double().T, 1e-6)

@@ -107,7 +107,7 @@ def test_qwen3_5_35b_a3b_in_normal_form():
     check_layers(spec, 40, 32, is_grouped=False)
     assert (spec.hidden_size, spec.layers[3].mixer.num_kv_heads) == (2048, 2)
     for layer in spec.layers:
-        assert layer.mlp == ExpertsSpec(512, 256, 8, SoftmaxRoute())
+        assert layer.mlp == ExpertsSpec(512, 256, 8, SoftmaxRoute(has_float32_gate=False))
         assert layer.shared == SharedSpec(512, "gated")
 
 
@@ -116,7 +116,10 @@ def test_qwen3_next_in_normal_form():
     check_layers(spec, 48, 32, is_grouped=True)
     assert (spec.hidden_size, spec.vocab_size, spec.max_model_len, spec.dtype) == (2048, 151936, 262144, "bfloat16")
     for layer in spec.layers:
-        assert (layer.mlp, layer.shared) == (ExpertsSpec(512, 512, 10, SoftmaxRoute()), SharedSpec(512, "gated"))
+        assert (layer.mlp, layer.shared) == (
+            ExpertsSpec(512, 512, 10, SoftmaxRoute(has_float32_gate=False)),
+            SharedSpec(512, "gated"),
+        )
 
 
 @pytest.mark.parametrize(
