@@ -1,4 +1,4 @@
-"""KV blocks: who holds which, in plain integers."""
+"""KV blocks and their holders, in plain integers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from ..sequence import Sequence
 class BlockManager:
     """Hands out the blocks 0 .. num_blocks - 1.
 
-    A block is held by the sequences whose tables name it and by nodes of the prefix cache, and is free when nobody
-    holds it. Only who got it from `grow` writes to it, at places that no other holder reads.
+    The holders of a block are the sequences whose tables list it, and nodes and leases of the prefix cache. A block
+    without a holder is free. Only the sequence that got the block from `grow` writes to it, at positions that no other
+    holder reads.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.num_used = 0  # by sequences
+        self.num_used = 0  # blocks that some sequence's table lists
         self._free = list(range(num_blocks - 1, -1, -1))  # taken from the end
-        self._tables = [0] * num_blocks  # of sequences that name it
-        self._holders = [0] * num_blocks  # these and nodes of the cache
+        self._tables = [0] * num_blocks  # per block, number of tables that list it
+        self._holders = [0] * num_blocks  # per block, number of all holders
 
     @property
     def num_free(self) -> int:
@@ -37,7 +38,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def missing(self, sequence: Sequence, num_tokens: int) -> int:
-        """Blocks that `sequence` lacks to hold num_tokens."""
+        """The number of blocks that `sequence` lacks to hold num_tokens."""
         return max(0, self.blocks_for(num_tokens) - len(sequence.block_table))
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
@@ -45,13 +46,13 @@ class BlockManager:
         self.share(sequence, [self._free.pop() for _ in range(self.missing(sequence, num_tokens))])
 
     def take(self, num_blocks: int) -> list[int]:
-        """Free blocks, for a holder that is no sequence. The caller has checked `num_free`."""
+        """Give free blocks to a holder that is no sequence. The caller has checked `num_free`."""
         blocks = [self._free.pop() for _ in range(num_blocks)]
         self.hold(blocks)
         return blocks
 
     def share(self, sequence: Sequence, blocks: list[int]) -> None:
-        """Extend the sequence's table by blocks that others hold too, and write no more."""
+        """Append blocks that other holders share to the sequence's table. No holder writes to them any more."""
         self.hold(blocks)
         for block in blocks:
             self._tables[block] += 1
@@ -59,7 +60,7 @@ class BlockManager:
         sequence.block_table.extend(blocks)
 
     def release(self, sequence: Sequence) -> None:
-        """Take back the sequence's table, once."""
+        """Take back all blocks of the sequence's table, and empty the table."""
         for block in sequence.block_table:
             self._tables[block] -= 1
             self.num_used -= not self._tables[block]
@@ -67,23 +68,23 @@ class BlockManager:
         sequence.block_table = array("i")
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """One holder more for each."""
+        """Count one more holder of each block."""
         for block in blocks:
             self._holders[block] += 1
 
     def let_go(self, blocks: Iterable[int]) -> None:
-        """One holder less for each."""
+        """Count one holder less of each block, and free the blocks without any."""
         for block in blocks:
             self._holders[block] -= 1
             if not self._holders[block]:
                 self._free.append(block)
 
     def is_used(self, block: int) -> bool:
-        """Whether a sequence's table names it."""
+        """Whether some sequence's table lists the block."""
         return self._tables[block] > 0
 
     def check_integrity(self, sequences: Iterable[Sequence], cached: Iterable[Iterable[int]] = ()) -> None:
-        """Every block is free or has the holders that it counts. Raises AssertionError."""
+        """Every block is free, or has as many holders as counted. Raises AssertionError."""
         tables = Counter(block for sequence in sequences for block in sequence.block_table)
         holders = tables + Counter(block for blocks in cached for block in blocks)
         everything = range(self.num_blocks)

@@ -1,4 +1,4 @@
-"""Which layers share a tensor of the pools, and how a snapshot's bytes are laid out. Torch-free."""
+"""The groups of layers that share a tensor of the pools, and the byte layout of a snapshot. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ALIGNMENT = 16  # bytes; Triton reads aligned addresses in wider words
 
 
 class Group(NamedTuple):
-    """Layers that keep equal parts, and so lie in the same tensors of a pool."""
+    """Layers whose caches have equal parts. They share the tensors of a pool."""
 
     layers: tuple[int, ...]  # indices of the layers in the model
     cache: CacheSpec  # the parts of each of these layers that the pool holds
@@ -26,7 +26,7 @@ class Region(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return len(self.group.layers) * self.part.size
 
 
@@ -36,22 +36,23 @@ def slot_groups(caches: Sequence[CacheSpec]) -> list[Group]:
 
 
 def token_groups(caches: Sequence[CacheSpec]) -> list[Group]:
-    """The layers that keep something of every token, grouped by their token parts."""
+    """The layers with token parts, grouped by these parts."""
     return _grouped(caches, lambda cache: CacheSpec(token=cache.token) if cache.token else None)
 
 
 def _grouped(caches: Sequence[CacheSpec], kept: Callable[[CacheSpec], CacheSpec | None]) -> list[Group]:
-    """Groups in the order of their first layers."""
+    """Group layers by `kept(cache)`, leaving out layers for which it is None. Groups are in the order of their first
+    layers."""
     layers: dict[CacheSpec, list[int]] = {}
     for i, cache in enumerate(caches):
-        part_of = kept(cache)
-        if part_of is not None:
-            layers.setdefault(part_of, []).append(i)
+        parts = kept(cache)
+        if parts is not None:
+            layers.setdefault(parts, []).append(i)
     return [Group(tuple(indices), cache) for cache, indices in layers.items()]
 
 
 def num_tensors(caches: Sequence[CacheSpec]) -> int:
-    """How many tensors the pools of slots, rings and blocks are."""
+    """The number of tensors that make up the pools of slots, rings and blocks."""
     slots = sum(len(group.cache.slot) + len(group.cache.ring) for group in slot_groups(caches))
     return slots + sum(len(group.cache.token) for group in token_groups(caches))
 

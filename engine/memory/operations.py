@@ -1,6 +1,6 @@
-"""Operations on the pools. The host notes them; the device runs them in that order, on the stream of the steps.
+"""Operations on the pools. The host queues them; the device runs them in that order, on the stream of the steps.
 
-A step's operations run before it computes anything, folds first. `StepSave` is the exception: the step itself runs it.
+The operations of a step run before it computes anything, folds first. A `StepSave` runs during the step itself.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 
 class Fork(NamedTuple):
-    """Copy one slot to another, and blocks. Tokens that wait in the source's ring stay behind."""
+    """Copy one slot to another, and some blocks. Does not copy the tokens that wait in the source's ring."""
 
     source_slot: int
     target_slot: int
-    blocks: list[tuple[int, int]]  # (from, to) of the blocks to copy
+    blocks: list[tuple[int, int]]  # (source, target) of each block to copy
 
 
 class Fold(NamedTuple):
@@ -21,35 +21,35 @@ class Fold(NamedTuple):
 
     slot: int
     num_pending: int
-    num_computed_tokens: int  # of the slot's sequence, those that wait included
+    num_computed_tokens: int  # of the slot's sequence, including the pending tokens
 
 
 class Save(NamedTuple):
-    """Copy a slot, in whose ring nothing waits, to a snapshot."""
+    """Copy a slot, whose ring must be empty, to a snapshot."""
 
     slot: int
     snapshot: int
 
 
 class Restore(NamedTuple):
-    """Copy a snapshot to a slot, and blocks."""
+    """Copy a snapshot to a slot, and some blocks."""
 
     snapshot: int
     slot: int
-    blocks: list[tuple[int, int]]
+    blocks: list[tuple[int, int]]  # (source, target) of each block to copy
 
 
 class Move(NamedTuple):
-    """Copy a snapshot on the device to one on the host."""
+    """Copy a snapshot on the device to a snapshot on the host."""
 
     source: int
     target: int
 
 
 class StepSave(NamedTuple):
-    """Write the state of a prefill row after the first `num_tokens` of its tokens in a step to a snapshot.
+    """Save the state of a prefill row after the first `num_tokens` of the row's tokens to a snapshot.
 
-    The step's own layers do it, after all other operations of the step.
+    The layers write it while they compute the row, so after all other operations of the step.
     """
 
     row: int
@@ -61,19 +61,19 @@ Operation = Fold | Fork | Save | Restore | Move
 
 
 class OperationQueue:
-    """Operations that the host has noted and the device has not been given, in their order. The scheduler owns it.
+    """The operations that are not launched yet, in their order. The scheduler owns the queue.
 
     Writers:
-    - during `Scheduler.schedule`: `Reuse` (a prompt at a stop is saved, an admitted sequence is restored, a ring is
-      folded) and `Siblings` (forks);
-    - between two steps: `Reuse` (the end of an answer is saved) and `Sessions` (moves out of memory that it will load).
+    - during `Scheduler.schedule`: `Reuse` (saves prompts at stops, restores admitted sequences, folds rings) and
+      `Siblings` (forks);
+    - between two steps: `Reuse` (saves ends of answers) and `Sessions` (moves snapshots out of memory to be loaded).
 
-    Takers, which launch all that they take, at once and in order:
-    - the scheduler, for each batch that has rows. A batch without rows is never launched, so operations stay here;
-    - `Sessions`, before it reads or overwrites pool memory: an idle engine has no step that would run them.
+    A taker launches all operations at once and in order:
+    - the scheduler, with each batch that has rows. A batch without rows is never launched and takes nothing;
+    - `Sessions`, before it reads or overwrites pool memory. An idle engine has no step that would run the operations.
 
-    A slot or block that an operation reads may be freed, and given away, while the operation waits here: the operation
-    still runs before the new owner's step writes.
+    A slot or block may be freed and given away while an operation that reads it still waits here. The operation runs
+    before the step of the new owner writes.
     """
 
     def __init__(self) -> None:
@@ -83,6 +83,6 @@ class OperationQueue:
         self._operations += operations
 
     def take(self) -> list[Operation]:
-        """Return all operations and forget them."""
+        """Return all operations and empty the queue."""
         operations, self._operations = self._operations, []
         return operations

@@ -1,4 +1,4 @@
-"""How memory is split between states, snapshots and KV cache, and how much each use takes. Torch-free arithmetic."""
+"""The split of memory between states, snapshots and KV cache. Torch-free arithmetic."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ...configs.schema import EngineConfig
 from ..errors import ConfigError
 from ..messages import MemoryUse
 
-MAX_SNAPSHOTS = 4096  # unless more are asked for
+MAX_SNAPSHOTS = 4096  # on the device, unless the setting `snapshots` asks for more
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Sizes of the pools. `notes` names each size that was clamped, and why."""
+    """Sizes of the pools. `notes` has a sentence per clamped size, with the reason."""
 
     num_state_slots: int
     num_kv_blocks: int
@@ -27,15 +27,14 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class PoolCosts:
-    """Bytes on the device of what a plan counts. `context` tells what a context of some length takes once, whatever
-    the number of sequences; it must not fall as the length grows."""
+    """Bytes on the device per slot, token, block table entry and snapshot."""
 
-    slot: int  # a sequence's states and rings, and its row in the sampler's tables
+    slot: int  # states, rings, and a row of the sampler's tables
     token: int  # in the blocks of all layers
     block_size: int  # tokens
-    cell: int = 0  # an entry of the block tables, one per slot and block of a context
+    cell: int = 0  # an entry of the block tables; one per slot and block of a context
     snapshot: int = 0
-    context: Callable[[int], int] = lambda length: 0
+    context: Callable[[int], int] = lambda length: 0  # taken once for a context of that length; must not decrease
 
     @property
     def block(self) -> int:
@@ -45,7 +44,8 @@ class PoolCosts:
         return -(-length // self.block_size)
 
     def split(self, budget: int, max_num_seqs: int, length: int) -> tuple[int, int]:
-        """(slots, bytes left for snapshots and blocks) with a context of `length` tokens: slots take at most half."""
+        """(number of slots, bytes left for snapshots and blocks) for a context of `length` tokens. Slots take at most
+        half of the budget."""
         left = budget - self.context(length)
         slot = self.slot + self.cell * self.blocks_for(length)
         num_slots = min(max_num_seqs, max(left // 2, 0) // slot)
@@ -53,8 +53,8 @@ class PoolCosts:
 
 
 def plan_pools(config: EngineConfig, use: MemoryUse, costs: PoolCosts, *, max_model_len: int) -> MemoryPlan:
-    """`plan_memory` with the settings, for the memory that `use` leaves. Raises `ConfigError`, which tells all that
-    takes memory."""
+    """`plan_memory` with the settings, for the memory that `use` leaves unassigned. Raises `ConfigError`, whose text
+    lists the uses of memory."""
     try:
         return plan_memory(
             use.unassigned,
@@ -71,7 +71,8 @@ def plan_pools(config: EngineConfig, use: MemoryUse, costs: PoolCosts, *, max_mo
 
 
 def context_length(config: EngineConfig, longest: int) -> int:
-    """The context that the settings ask for; `longest` is the model's own. Raises `ConfigError` when it exceeds it."""
+    """The context length that the settings ask for, by default `longest`, the model's own. Raises `ConfigError` if it
+    exceeds `longest`."""
     wanted = config.max_model_len or longest
     if wanted > longest:
         raise ConfigError(f"max_model_len ({wanted}) exceeds the checkpoint's context ({longest}); lower it")
@@ -90,12 +91,13 @@ def plan_memory(
 ) -> MemoryPlan:
     """Split `budget` bytes.
 
-    The context comes first: the longest one, up to `max_model_len`, whose blocks fit beside the slots. Slots come
-    next: `max_num_seqs` of them, but at most half of the budget, because a slot without KV cache is useless. Then
-    snapshots: `num_snapshots` or (None) a quarter of the rest, as long as the blocks of one full context fit beside
-    them. Blocks get the rest: no more than every slot could fill at the full context, and as many again for the
-    prefix cache if there are snapshots. `host_bytes` of host memory hold further snapshots. A size that does not fit
-    is clamped and noted. Raises `ConfigError` when not even one sequence fits.
+    - Context: the longest, up to `max_model_len`, whose blocks fit beside the slots.
+    - Slots: `max_num_seqs`, but at most half of the budget, because a slot without KV cache is useless.
+    - Snapshots: `num_snapshots`, or a quarter of the rest if None. The blocks of one full context must fit beside them.
+    - Blocks: the rest, at most as many as all slots can fill at the full context, twice as many with snapshots.
+
+    `host_bytes` of host memory hold further snapshots. A size that does not fit is clamped and noted. Raises
+    `ConfigError` if not even one sequence fits.
     """
     asked = max_model_len if num_kv_blocks is None else min(max_model_len, num_kv_blocks * costs.block_size)
     longest = _longest_context(costs, budget, max_num_seqs, asked)
@@ -122,11 +124,11 @@ def plan_memory(
 
 
 def _longest_context(costs: PoolCosts, budget: int, max_num_seqs: int, longest: int) -> int:
-    """The longest context whose blocks fit beside its slots: `longest`, or whole blocks of less. Raises `ConfigError`
-    when none fits.
+    """The longest context whose blocks fit beside its slots: `longest`, or a shorter one of whole blocks. Raises
+    `ConfigError` if none fits.
 
-    One block more may leave room for one slot less, which frees memory for blocks. So only among contexts with equally
-    many slots a longer one never fits better: the search goes from few slots and long contexts to many slots.
+    A longer context may have fewer slots, which frees memory for blocks. So fitting is monotonic only among contexts
+    with the same number of slots. The search goes from long contexts with few slots to short ones with many.
     """
 
     def num_slots(num_blocks: int) -> int:
@@ -153,7 +155,8 @@ def _longest_context(costs: PoolCosts, budget: int, max_num_seqs: int, longest: 
 
 
 def _refusal(left: int, slots: int, rest: int, costs: PoolCosts) -> str:
-    """Why not even one sequence of one block fits into `left` bytes, of which slots leave `rest`."""
+    """The reason why not even one sequence of one block fits. left: bytes for slots, snapshots and blocks. rest: bytes
+    of these that `slots` slots leave."""
     if not slots:
         return (
             f"one sequence's recurrent state takes {costs.slot:,} bytes and {max(left, 0):,} bytes are free for state "
@@ -168,7 +171,7 @@ def _refusal(left: int, slots: int, rest: int, costs: PoolCosts) -> str:
 
 
 def _plan_snapshots(wanted: int | None, rest: int, context_bytes: int, snapshot_bytes: int) -> int:
-    """How many fit in `rest` bytes beside the blocks of a context."""
+    """The number of snapshots that fit in `rest` bytes beside the blocks of a context."""
     if wanted == 0 or not snapshot_bytes:
         return 0
     most = max(0, rest - context_bytes) // snapshot_bytes

@@ -1,7 +1,7 @@
 """The pools of device memory: states by slot, keys and values by block, snapshots. Sized once, never grown.
 
-Layers that keep equal parts share a tensor per part, with the layers as its first dim. Nothing is ever zeroed: the
-first user of a slot, a block or a snapshot ignores its content.
+Layers with equal parts share a tensor per part, whose first dim is the layer. The pools are never zeroed: a new owner
+of a slot, a block or a snapshot must not read its old content.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .groups import Region, slot_groups, snapshot_bytes, snapshot_regions, token
 
 
 class DTypes(NamedTuple):
-    """The dtype of a part, by what the part holds."""
+    """The dtypes of parts, by `Part.holds`."""
 
     state: torch.dtype
     activation: torch.dtype
@@ -59,8 +59,8 @@ class StatePool:
         self._flat = [tensor for group in self.slots for tensor in group]
 
     def slot(self, i: int) -> list[Tensor]:
-        """The slot parts of slot i, each [L, *shape], in the order of a snapshot's regions. Tokens that wait in its
-        rings are not in them."""
+        """The slot parts of slot i, each [L, *shape], in the order of a snapshot's regions. Tokens that wait in the
+        slot's rings are not included."""
         return [tensor[:, i] for tensor in self._flat]
 
     @property
@@ -74,7 +74,7 @@ class StatePool:
 
 
 class SnapshotPool:
-    """The snapshots of the prefix cache: `num_snapshots` on the device, and after them those on the host.
+    """The snapshots of the prefix cache: `num_snapshots` on the device, and host snapshots numbered after them.
 
     A snapshot is a row of bytes in which each part has its region, so that moving one to the host is a single copy.
     rows: [num_snapshots, row_bytes] uint8; parts: per region [num_snapshots, L, *shape], views of `rows`.
@@ -90,7 +90,7 @@ class SnapshotPool:
         self.parts = self._views(self.rows)
         self.host_rows = torch.empty(0, self.row_bytes, dtype=torch.uint8)
         self._host_parts = self._views(self.host_rows)
-        self._of_layer: dict[int, list[tuple[int, int]]] = {}  # of each part: its region, and the layer's place there
+        self._of_layer: dict[int, list[tuple[int, int]]] = {}  # per slot part: (region, index of the layer in it)
         for r, region in enumerate(self.regions):
             for i, layer in enumerate(region.group.layers):
                 self._of_layer.setdefault(layer, []).append((r, i))
@@ -116,13 +116,13 @@ class SnapshotPool:
     def layer(self, i: int, layer: int) -> list[Tensor]:
         """The parts of one layer in snapshot i, each [*shape], in the order of the layer's slot parts."""
         parts = self[i]
-        return [parts[region][place] for region, place in self._of_layer[layer]]
+        return [parts[region][i] for region, i in self._of_layer[layer]]
 
     def _views(self, rows: Tensor) -> list[Tensor]:
         return [self._view(rows, region) for region in self.regions]
 
     def _view(self, rows: Tensor, region: Region) -> Tensor:
-        """The region in every row, [N, L, *shape]."""
+        """The region of every row, [N, L, *shape], as a view of rows [N, row_bytes] uint8."""
         dtype = self.dtypes.of(region.part)
         items = rows.view(dtype).narrow(1, region.offset // dtype.itemsize, region.size)
         return items.unflatten(1, (len(region.group.layers), *region.part.shape))
@@ -134,7 +134,10 @@ class SnapshotPool:
 
 
 class KVPool:
-    """What layers keep of every token, in blocks. tokens: per group and part [L, num_blocks, block_size, *shape]."""
+    """The token parts of all layers (keys and values), in blocks.
+
+    tokens: per group and token part [L, num_blocks, block_size, *shape].
+    """
 
     def __init__(
         self, caches: Sequence[CacheSpec], num_blocks: int, block_size: int, dtypes: DTypes, *, device: torch.device
@@ -150,9 +153,9 @@ class KVPool:
         ]
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy blocks `source` [N] int64 to blocks `target` [N] int64, which are others."""
+        """Copy blocks `source` [N] int64 to blocks `target` [N] int64. No block may be in both."""
         for tensor in self.tensors:
-            for layer in tensor:  # one by one, so that the copy in between is small
+            for layer in tensor:  # one layer at a time keeps the temporary copy small
                 layer.index_copy_(0, target, layer.index_select(0, source))
 
     @property
@@ -168,7 +171,7 @@ class KVPool:
 def layer_caches(
     caches: Sequence[CacheSpec], states: StatePool, snapshots: SnapshotPool, kv: KVPool
 ) -> list[LayerCache]:
-    """The views of the pools that each layer works on, in the model's order."""
+    """Each layer's views of the pools, in the model's order."""
     found = [LayerCache()] * len(caches)
     kept = iter(snapshots.parts)
     for group, slots, rings in zip(states.groups, states.slots, states.rings, strict=True):

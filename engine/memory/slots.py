@@ -1,4 +1,4 @@
-"""State slots: the places of the state pool, one per running sequence."""
+"""State slots: the rows of the state pool, one per running sequence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SlotManager:
         sequence.state_slot = self._free.pop()
 
     def release(self, sequence: Sequence) -> None:
-        """Take the slot back, once."""
+        """Take back the sequence's slot."""
         assert sequence.state_slot is not None, f"{sequence.request_id} holds no slot"
         self._free.append(sequence.state_slot)
         sequence.state_slot = None
