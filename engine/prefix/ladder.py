@@ -1,9 +1,9 @@
-"""Where a prompt leaves snapshots on its way, so that a later prompt that parts from it anywhere resumes near by.
+"""The ladder: the places at which a prompt leaves snapshots (rungs) on its way. A later prompt may part from it
+anywhere, and then resumes at the last rung before.
 
-The first rung lies at `FIRST` times `min_tokens`, and each is a third further than the one before, or `interval` tokens
-if that is less: of the tokens that two prompts share, from 4 x `min_tokens` on, a rung holds at least 3/4, and more
-where they are many. Each is rounded down to a place where the model's layers can save their states
-(`CacheSpec.snapshot_every`).
+The first rung lies at `FIRST` times `min_tokens`. Each next one is a third further, but at most `interval` tokens. So
+if two prompts share at least 4 x `min_tokens` tokens, a rung spares at least 3/4 of them, and a larger share of many.
+Rungs are rounded down to places where the model's layers can save their states (`CacheSpec.snapshot_every`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ MAX_LEVEL = 3
 
 
 class Ladder:
-    """The rungs of every prompt, which depend on the settings and the model alone. `interval` 0 = no rungs. All lie at
-    multiples of `every`."""
+    """The rungs, the same for every prompt. `interval` 0 = no rungs. All lie at multiples of `every`."""
 
     def __init__(self, min_tokens: int, interval: int, every: int = 1) -> None:
         self._min_tokens = min_tokens
@@ -26,8 +25,8 @@ class Ladder:
         self._rungs = [self._rounded(first, after=0)] if interval else []  # increasing; grows on demand
 
     def between(self, start: int, end: int) -> list[tuple[int, int]]:
-        """(tokens, level) of the rungs after more than `start` and up to `end` tokens. Every other rung has level 0,
-        every other of the rest level 1, and so on up to `MAX_LEVEL`."""
+        """(number of tokens before it, level) of each rung after `start` and up to `end` tokens. Every other rung has
+        level 0, every other of the rest level 1, and so on up to `MAX_LEVEL`."""
         if not self._rungs:
             return []
         while self._rungs[-1] <= end:
@@ -41,5 +40,5 @@ class Ladder:
 
 
 def _level(number: int) -> int:
-    """How often 2 divides the number, at most MAX_LEVEL."""
+    """The number of times that 2 divides the number, at most MAX_LEVEL."""
     return min((number & -number).bit_length() - 1, MAX_LEVEL)

@@ -1,7 +1,8 @@
 """A radix tree over token ids, whose nodes hold the KV blocks of their tokens.
 
-A node stands for the tokens from the root to its end and holds the blocks of its own part of them. Prompts are compared
-token by token; there are no hashes to collide. A node exists only if it has a snapshot or at least two children.
+A node stands for the tokens from the root to its end. It stores the last part of them, its own tokens, and their
+blocks. Prompts are compared token by token; there are no hashes to collide. A node exists only if it has a snapshot or
+at least two children.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ Tokens = np.ndarray  # [N] int32
 
 @dataclass(eq=False, repr=False, slots=True, weakref_slot=True)
 class Node:
-    """The tokens from the root up to `end`; those after the parent's end are its own."""
+    """The tokens from the root up to `end`. The tokens after the parent's end are the node's own."""
 
-    parent: Node | None
-    tokens: Tokens  # its own
+    parent: Node | None  # None = the node is a root
+    tokens: Tokens  # the node's own
     end: int
-    blocks: list[int]  # from the block of its first own token to that of its last
-    snapshot: int | None = None  # the states after `end` tokens
-    rung: int | None = None  # the level, where the snapshot is a rung
-    children: dict[int, Node] = field(default_factory=dict)  # by the first of their own tokens
+    blocks: list[int]  # blocks of the own tokens; the parent may share the first one
+    snapshot: int | None = None  # index of the states after `end` tokens
+    rung: int | None = None  # the rung's level, if the snapshot is a rung
+    children: dict[int, Node] = field(default_factory=dict)  # by each child's first own token
 
     @property
     def start(self) -> int:
@@ -44,7 +45,8 @@ class RadixTree:
         self._salts: dict[Node, str | None] = {}  # by root
 
     def walk(self, tokens: Tokens, salt: str | None) -> tuple[Node | None, int, Node | None]:
-        """(the deepest node whose tokens all agree, how many tokens agree, the child that agrees with some more)."""
+        """Follow `tokens` from the root of the salt. Returns (the deepest node whose tokens all agree, the number of
+        tokens that agree, the child that agrees with some more of them)."""
         node, at = self._roots.get(salt), 0
         while node is not None and at < len(tokens):
             child = node.children.get(int(tokens[at]))
@@ -58,7 +60,8 @@ class RadixTree:
         return node, at, None
 
     def node_at(self, tokens: Tokens, table: list[int], salt: str | None) -> Node:
-        """The node that ends with the last token, made if need be: its keys and values are in the blocks of `table`."""
+        """The node that ends with the last of `tokens`; made if there is none. `table`: the blocks of the tokens' keys
+        and values."""
         node, at, child = self.walk(tokens, salt)
         if node is None:
             node = self._roots[salt] = Node(None, np.empty(0, dtype=np.int32), 0, [])
@@ -76,7 +79,8 @@ class RadixTree:
         return (node for node in self.nodes if not node.children)
 
     def tidy(self, node: Node) -> None:
-        """Remove a node without a snapshot when it is a leaf; join it with its child when it has only one."""
+        """Remove a node without a snapshot if it is a leaf, and then tidy its parent. Join such a node with its child
+        if it has only one."""
         parent = node.parent
         if node.snapshot is not None or len(node.children) > 1:
             return
@@ -94,7 +98,7 @@ class RadixTree:
         self.tidy(parent)
 
     def check_integrity(self) -> None:
-        """The tree is whole and has no useless node. Raises AssertionError."""
+        """The tree is whole, and every node has a snapshot or two children. Raises AssertionError."""
         assert {salt: root for root, salt in self._salts.items()} == self._roots, "roots lost"
         found = [node for root in self._roots.values() for node in _below(root)]
         assert set(found) == set(self.nodes) and len(found) == len(self.nodes), "nodes lost"
@@ -114,7 +118,7 @@ class RadixTree:
         rest = child.blocks[end // size - first :]
         node = Node(parent, child.tokens[: end - child.start], end, own)
         if end % size:
-            self.blocks.hold(own[-1:])  # both have it
+            self.blocks.hold(own[-1:])  # a block with tokens of both
         parent.children[int(node.tokens[0])] = node
         child.parent, child.tokens, child.blocks = node, child.tokens[end - child.start :], rest
         node.children[int(child.tokens[0])] = child
@@ -132,9 +136,9 @@ class RadixTree:
         return node
 
     def _join(self, node: Node, child: Node, parent: Node) -> None:
-        """Remove the node; its tokens and blocks go to its only child."""
+        """Remove the node. Its tokens and blocks go to its only child."""
         kept = child.start // self.blocks.block_size - node.start // self.blocks.block_size
-        self.blocks.let_go(node.blocks[kept:])  # the child has its own of the block between them
+        self.blocks.let_go(node.blocks[kept:])  # the child holds a block with the node's last tokens too
         child.blocks = node.blocks[:kept] + child.blocks
         child.tokens = np.concatenate([node.tokens, child.tokens])
         child.parent = parent
@@ -142,7 +146,7 @@ class RadixTree:
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:
-    """How many leading tokens of both are the same."""
+    """The number of leading tokens that both have in common."""
     size = min(len(a), len(b))
     different = a[:size] != b[:size]
     first = int(different.argmax()) if size else 0
@@ -150,7 +154,7 @@ def common_prefix(a: Tokens, b: Tokens) -> int:
 
 
 def path_to(node: Node) -> list[Node]:
-    """The nodes from below the root down to this one."""
+    """The nodes from the root, without it, down to `node`."""
     path = []
     while node.parent is not None:
         path.append(node)
