@@ -1,4 +1,4 @@
-"""The start of an engine: load, measure, plan, allocate, warm up, capture. Once, in this order."""
+"""The start of an engine: load, measure, plan, allocate, warm up, capture, once and in this order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .trial_steps import StepLimits, smallest_steps, snapshot_step
 
 
 class Built(NamedTuple):
-    """A runner that has run its first steps, and how the memory was shared out for it."""
+    """A runner that has run its first steps, with its memory plan and memory use."""
 
     runner: ModelRunner
     plan: MemoryPlan
@@ -31,10 +31,10 @@ class Built(NamedTuple):
 
 
 def build(config: EngineConfig, *, progress: bool = True) -> Built:
-    """Start on the device that the settings name, which becomes the calling thread's current one.
+    """Start on the device that the settings name. It becomes the calling thread's current device.
 
-    Raises `CheckpointError`, or `ConfigError` when a setting is wrong or something does not fit; the error says what to
-    change.
+    Raises `CheckpointError`, or `ConfigError` if a setting is wrong or memory does not suffice. The error's text says
+    which setting to change.
     """
     served = load_model(config, progress=progress)
     measured = measure(served, config)
@@ -49,7 +49,7 @@ def build(config: EngineConfig, *, progress: bool = True) -> Built:
 
 
 def _allocate(served: ServedModel, config: EngineConfig, plan: MemoryPlan) -> DevicePools:
-    """The pools, the model's tables by position, and snapshots on the host."""
+    """Allocate the pools, the model's position tables and the host snapshots."""
     share = "memory_fraction (on a CPU cpu_memory_gb)"
     what = f"{plan.num_state_slots} states and {plan.num_kv_blocks} KV blocks"
     with refuse_out_of_memory(what, f"lower max_num_seqs or {share}"):
@@ -74,9 +74,8 @@ def _allocate(served: ServedModel, config: EngineConfig, plan: MemoryPlan) -> De
 
 
 def _warm_up(runner: ModelRunner, config: EngineConfig, plan: MemoryPlan) -> None:
-    """The first steps on the real pools, in slot 0 and the first blocks. They leave garbage there, which no later owner
-    reads. On CUDA all that serving meets is compiled by now: prefill by the trial steps that measured it, decode by
-    those or by the capture of its graphs."""
+    """Run the first steps on the real pools. They leave garbage in slot 0 and the first blocks, which no later owner
+    reads. On CUDA the steps of `measure` have compiled the kernels already, or the capture of graphs will."""
     limits = StepLimits(
         plan.num_state_slots,
         plan.num_kv_blocks,
@@ -96,7 +95,7 @@ def _warm_up(runner: ModelRunner, config: EngineConfig, plan: MemoryPlan) -> Non
 
 
 def _with_graphs(built: Built, config: EngineConfig, *, progress: bool) -> Built:
-    """The same with graphs, which are accounted for as they really are."""
+    """The same runner with CUDA graphs. Their measured memory replaces the estimate in `use`."""
     runner, plan, use = built
     before = free_memory(runner.device)[0]
     graphs = capture(runner, shapes_for(config, plan.num_state_slots), progress=progress)

@@ -1,4 +1,4 @@
-"""The processor cores of this process. The module imports no torch: processes without a model read it, too."""
+"""The processor cores of this process. The module imports no torch, for processes without a model."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def num_cores() -> int:
-    """Number of cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

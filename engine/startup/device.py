@@ -1,4 +1,4 @@
-"""Where the model runs: what the settings `device`, `dtype`, `kernels` and `num_threads` come to on this machine."""
+"""The device, dtype and kernels that the settings `device`, `dtype` and `kernels` mean on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a setting; `auto` is CUDA where there is one. Raises `ConfigError`."""
+    """The device that the setting names; `auto` is CUDA if the machine has a GPU. Raises `ConfigError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device("cuda:0" if name == "cuda" else name)
@@ -26,7 +26,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_kernels(name: Literal["auto", "torch", "triton"], device: torch.device) -> KernelName:
-    """Which implementation runs on the device. Raises `ConfigError` for Triton where nothing compiles it."""
+    """The kernels that run on the device. Raises `ConfigError` for Triton if it cannot compile for the device."""
     if name == "auto":
         return default_for(device)
     if name == "triton" and importlib.util.find_spec("triton") is None:
@@ -39,10 +39,8 @@ def pick_kernels(name: Literal["auto", "torch", "triton"], device: torch.device)
 
 
 def pick_dtype(name: str, config: ModelSpec, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's own dtype on CUDA, and float32 on a CPU, where half precision is slow.
-
-    Raises `ConfigError`.
-    """
+    """The dtype that the setting names. `auto` is the checkpoint's own dtype on CUDA and float32 on a CPU, where half
+    precision is slow. Raises `ConfigError`."""
     if name == "auto":
         name = (config.dtype or "bfloat16") if device.type == "cuda" else "float32"
     dtype = getattr(torch, name, None)

@@ -1,4 +1,4 @@
-"""What an engine would be with these settings, without loading weights: the answer to `leyden info`."""
+"""The plan that an engine would start with, made without loading weights. `leyden info` prints it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ CONTEXTS = (1024, 8192, 32768, 131072, 1048576)
 
 
 class Forecast(NamedTuple):
-    """The plan of a start, by the start's own arithmetic. Memory that only a start can measure is missing."""
+    """The plan of a start, made by the start's own arithmetic. It lacks the memory that only a start can measure."""
 
     served: ServedModel  # on the device `meta`
     share: int  # bytes to plan for
-    origin: str  # where the share comes from
+    origin: str  # of the share, in words
     plan: MemoryPlan | None  # None = not even one sequence fits
     use: MemoryUse | None  # of the planned share
-    refusal: str  # why nothing fits
-    num_fitting: dict[int, int]  # sequences that fit beside the weights, by tokens of each
+    refusal: str  # the reason why `plan` is None; otherwise empty
+    num_fitting: dict[int, int]  # tokens per sequence -> number of such sequences that fit beside the weights
 
 
 def forecast(config: EngineConfig, memory_gb: float | None = None) -> Forecast:
-    """The start's plan for `memory_gb`, or for the memory that the settings give. Looks whether the weights that are
-    there are the ones that the config asks for, and whether the tokenizer that is there can be loaded.
+    """The start's plan for `memory_gb`, or for the memory that the settings give (None).
 
-    Raises `CheckpointError` or `ConfigError`.
+    Checks the headers of the weights, and loads the tokenizer, if these files exist. Raises `CheckpointError` or
+    `ConfigError`.
     """
     served = place_model(config, on_meta=True)
     if (served.folder / TOKENIZER_FILE).exists() or config.tokenizer or config.chat_template:
         Tokenizer.of(config)
     check_checkpoint(config, served)
-    context_length(config, served.spec.max_model_len)  # a wrong setting is no question of memory
+    context_length(config, served.spec.max_model_len)  # raises here: a wrong setting is no `refusal`
     use, origin = _share(served, config, memory_gb)
     memory_plan, planned, refusal = None, None, ""
     try:
@@ -53,7 +53,7 @@ def forecast(config: EngineConfig, memory_gb: float | None = None) -> Forecast:
 
 
 def _share(served: ServedModel, config: EngineConfig, memory_gb: float | None) -> tuple[MemoryUse, str]:
-    """The memory to plan for, with the weights in it, and where the number comes from."""
+    """(the memory to plan for, with the weights as its only use; the origin of the number, in words)."""
     weights = served.weight_bytes
     if memory_gb is not None:
         return MemoryUse(total=int(memory_gb * 1e9), weights=weights), "as given"

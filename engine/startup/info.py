@@ -1,4 +1,4 @@
-"""What a started engine tells its clients about itself."""
+"""The description of a started engine for its clients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .build import Built
 
 
 def engine_info(config: EngineConfig, built: Built) -> EngineInfo:
-    """The model, the device and the sizes of the pools, as the start found or chose them."""
+    """Describe the model, the device and the sizes of the pools of an engine that `build` has started."""
     served, plan = built.runner.served, built.plan
     spec, device = served.spec, served.device
     return EngineInfo(

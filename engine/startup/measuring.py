@@ -1,4 +1,5 @@
-"""What is on a GPU beside the pools: measured by steps of a temporary runner, before the pools are planned."""
+"""Measures the memory that a GPU needs beside the pools, by steps of a temporary runner, before the pools are
+planned."""
 
 from __future__ import annotations
 
@@ -17,27 +18,28 @@ from .device_memory import ALLOCATED_BYTES, free_memory, refuse_out_of_memory
 from .planning import plan
 from .trial_steps import StepLimits, serving_steps
 
-# Tensors of 1 to 10 MB share pieces of 20 MiB; steps that come in another order than those measured fill them worse.
+# The allocator puts tensors of 1 to 10 MB into segments of 20 MiB. Serving runs steps in another order than was
+# measured, which may fill the segments worse.
 FRAGMENTATION_BYTES = 4 * (20 << 20)
-OTHER_TENSORS = 3  # large ones beside weights and pools: snapshots, a rope table, block tables
-CUBLAS_BYTES = 32 << 20  # its workspace on this kind of GPU, which the last capture may take once more
+OTHER_TENSORS = 3  # large tensors beside weights and pools: snapshots, the rope table, block tables
+CUBLAS_BYTES = 32 << 20  # cuBLAS's workspace on a Hopper GPU; the last capture may allocate one more
 
 
 def measure(served: ServedModel, config: EngineConfig) -> MemoryUse:
-    """The configured share of the device, and all that takes memory there but the pools. Raises `ConfigError` when the
-    largest step does not fit. On a CPU the share is a setting, beside the weights, and nothing is measured."""
+    """The configured share of the device, and every use of it except the pools. On a CPU the share is a setting beside
+    the weights, and nothing is measured. Raises `ConfigError` if the largest step does not fit."""
     if served.device.type == "cuda":
         return _measure(served, config)
     return MemoryUse(total=served.weight_bytes + int(config.cpu_memory_gb * 1e9), weights=served.weight_bytes)
 
 
 def wants_graphs(served: ServedModel, config: EngineConfig) -> bool:
-    """Whether steps are to run from CUDA graphs."""
+    """Whether steps run from CUDA graphs."""
     return config.cuda_graphs and served.device.type == "cuda" and served.kernel_name == "triton"
 
 
 def capture(runner: ModelRunner, shapes: list[GraphShape], *, progress: bool = False) -> StepGraphs:
-    """Graphs of the runner's steps of these shapes. Raises `ConfigError` when they do not fit."""
+    """Capture a CUDA graph of the runner's step per shape. Raises `ConfigError` if the graphs do not fit."""
     most = max(max(shape.num_decodes, shape.num_verifies) for shape in shapes)
     remedy = "lower max_graph_rows or max_num_seqs, or set cuda_graphs to false"
     with refuse_out_of_memory(f"CUDA graphs of up to {most} rows", remedy):
@@ -60,8 +62,8 @@ def _measure(served: ServedModel, config: EngineConfig) -> MemoryUse:
 
 
 def _measured_limits(served: ServedModel, config: EngineConfig, total: int) -> StepLimits:
-    """Limits of the steps to measure: no longer context and no more slots than the plan could have, and blocks for a
-    token budget each."""
+    """Limits of the trial steps to measure. Context and slots are no more than a plan without a workspace has. The
+    blocks hold one step's tokens, in one long prompt or in a prompt per slot."""
     free, everything = free_memory(served.device)
     left = total - (everything - free)
     max_model_len = plan(served, config, MemoryUse(total=total, other=total - left)).max_model_len
@@ -74,7 +76,7 @@ def _measured_limits(served: ServedModel, config: EngineConfig, total: int) -> S
 
 
 def _measure_serving(served: ServedModel, config: EngineConfig, limits: StepLimits) -> tuple[int, int]:
-    """(bytes of the largest step's workspace, bytes of all graphs). The runner and its pools are gone on return."""
+    """(bytes of the largest step's workspace, bytes of all graphs). Frees its runner and pools."""
     step = f"a step of max_num_batched_tokens = {limits.max_tokens} tokens and {limits.num_slots} sequences"
     with refuse_out_of_memory(step, "lower max_num_batched_tokens or max_num_seqs"):
         pools = DevicePools.allocate(
@@ -92,7 +94,7 @@ def _measure_serving(served: ServedModel, config: EngineConfig, limits: StepLimi
 
 
 def _measure_steps(runner: ModelRunner, limits: StepLimits) -> int:
-    """Bytes that steps take at their peak beside weights and pools, as the allocator holds them. Compiles them too."""
+    """Bytes that the allocator takes for steps at their peak, beside weights and pools. Also compiles their kernels."""
     device = runner.device
     free_memory(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
@@ -100,7 +102,7 @@ def _measure_steps(runner: ModelRunner, limits: StepLimits) -> int:
     before, launcher = None, Launcher(runner)
     for step in serving_steps(limits):
         launched = launcher.launch(step)
-        if before is not None:  # as when serving: the results of a step are held while the next runs
+        if before is not None:  # as in serving: a step's results are held while the next step runs
             before.wait()
         before = launched
     torch.cuda.synchronize(device)
@@ -109,8 +111,8 @@ def _measure_steps(runner: ModelRunner, limits: StepLimits) -> int:
 
 
 def _measure_graphs(runner: ModelRunner, shapes: list[GraphShape]) -> int:
-    """Bytes that graphs of these shapes will take. The largest shapes, by tokens and by draws, tell the memory that all
-    share; some of every kind tell what each adds for its own nodes."""
+    """Estimate the bytes that graphs of these shapes will take. The largest shapes, by tokens and by draws, give the
+    memory that all graphs share. A sample of the others gives the memory of one graph's own nodes."""
     free = [free_memory(runner.device)[0]]
     most_drawn = max(shapes, key=lambda shape: (shape.num_draws, shape.num_tokens))
     largest = [shape for shape in shapes if shape in (most_drawn, shapes[-1])]

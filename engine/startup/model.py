@@ -1,4 +1,4 @@
-"""The model that the settings name, placed where they want it, and its weights."""
+"""Makes the model that the settings name, on the device that they name, and loads its weights."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ from .device_memory import refuse_out_of_memory
 
 
 def load_model(config: EngineConfig, *, progress: bool) -> ServedModel:
-    """The model with its weights. Raises `CheckpointError`, or `ConfigError` where a setting does not fit the model,
-    the machine or another setting. The model's device becomes the calling thread's current one: another thread calls
-    `use_device` before it launches a step."""
+    """The model with its weights. Its device becomes the calling thread's current one; any other thread must call
+    `use_device` before it launches a step.
+
+    Raises `CheckpointError`, or `ConfigError` if a setting does not fit the model, the machine or another setting.
+    """
     use_device(pick_device(config.device))
-    # One core is spared: a step waits for its slowest thread, so a core that HTTP uses too costs more than it gives.
+    # A step waits for its slowest thread, so a core that HTTP uses too would slow it: one core is left out.
     torch.set_num_threads(config.num_threads or max(1, num_cores() - 1))
     with refuse_out_of_memory("the weights", "take a device with more memory, or a smaller dtype"):
         served = place_model(config)
@@ -46,8 +48,8 @@ def load_model(config: EngineConfig, *, progress: bool) -> ServedModel:
 
 
 def place_model(config: EngineConfig, *, on_meta: bool = False) -> ServedModel:
-    """The model without its weights. `on_meta`: for a forecast, which needs no memory, no Triton, and of the
-    checkpoint's files only config.json. Raises `CheckpointError` or `ConfigError`."""
+    """The model without its weights. `on_meta`: place it on the device `meta`, which takes no memory, needs no Triton,
+    and reads only config.json of the checkpoint. Raises `CheckpointError` or `ConfigError`."""
     folder = resolve(config.model, config.revision, weights=not on_meta)
     spec = read_config(folder)
     device = pick_device(config.device)
@@ -71,7 +73,7 @@ def place_model(config: EngineConfig, *, on_meta: bool = False) -> ServedModel:
 
 
 def _linear_backends(config: EngineConfig, spec: ModelSpec, kernels: Kernels) -> LinearBackends:
-    """What `linear_backend` names for this model. Raises `ConfigError`."""
+    """The backends that the setting `linear_backend` names for this model. Raises `ConfigError`."""
     names, kinds = backend_names(spec), " and ".join(linear_kinds(spec))
     if config.linear_backend not in names:
         raise ConfigError(
@@ -90,8 +92,8 @@ def _linear_backends(config: EngineConfig, spec: ModelSpec, kernels: Kernels) ->
 
 
 def check_checkpoint(config: EngineConfig, served: ServedModel) -> None:
-    """Look at the headers of the weights, as far as they are there, without loading any. Raises `CheckpointError` for a
-    tensor that is missing, strange, or of another shape."""
+    """Check the headers of the weights, if the files exist, without loading any. Raises `CheckpointError` for a tensor
+    that is missing, unknown, or of another shape."""
     if config.load_format != "dummy" and has_weights(served.folder):
         model = served.model
         check_weights(served.folder, model.targets(), names_of(served.spec), ignored=model.ignored_names())

@@ -1,4 +1,4 @@
-"""How the memory is shared out: one arithmetic for the engine that starts and for `leyden info`, which forecasts it."""
+"""Memory arithmetic that both the start of an engine and the forecast of `leyden info` use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..sessions.carrier import device_bytes as session_bytes
 
 
 def plan(served: ServedModel, config: EngineConfig, use: MemoryUse) -> MemoryPlan:
-    """Sizes of the pools for the share of memory that `use` leaves. Raises `ConfigError` when not even one sequence
+    """Sizes of the pools for the memory that `use` leaves unassigned. Raises `ConfigError` if not even one sequence
     fits."""
     costs = PoolCosts(
         slot=served.state_bytes_per_slot + Sampler.bytes_per_slot(served.spec.vocab_size),
@@ -28,8 +28,8 @@ def plan(served: ServedModel, config: EngineConfig, use: MemoryUse) -> MemoryPla
 
 
 def context_bytes(served: ServedModel, config: EngineConfig, length: int) -> int:
-    """Bytes on the device that a context of this length takes once, whatever runs: the model's tables by position and
-    the buffers of sessions."""
+    """Bytes on the device that a context of this length takes once, for any number of sequences: the model's position
+    tables and the buffers of sessions."""
     return served.model.position_bytes(length) + _session_bytes(served, config, length)
 
 
@@ -40,7 +40,7 @@ def sequence_bytes(served: ServedModel, config: EngineConfig, length: int) -> in
 
 
 def planned_use(served: ServedModel, config: EngineConfig, plan: MemoryPlan, use: MemoryUse) -> MemoryUse:
-    """`use`, with what the pools and tables of the plan take."""
+    """`use` with the bytes of the plan's pools and tables."""
     slots, length = plan.num_state_slots, plan.max_model_len
     block_tables = slots * BlockTables.bytes_per_slot(length, config.block_size)
     return msgspec.structs.replace(

@@ -1,4 +1,4 @@
-"""Steps that belong to no request. Run at start, they compile what serving will meet and show what memory it takes."""
+"""Steps that belong to no request. The start runs them to compile the kernels of serving and to measure its memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..scheduling.step import ScheduledBatch
 from ..sequence import Sequence
 from ..text.token_ids import TokenIds
 
-# Asks for everything that costs the sampler memory.
+# Uses every option that costs the sampler memory.
 DEMANDING = SamplingParams(
     temperature=1.0,
     top_p=0.9,
@@ -26,14 +26,14 @@ DEMANDING = SamplingParams(
     logprobs=MAX_LOGPROBS,
 )
 SCORED = SamplingParams(prompt_logprobs=MAX_LOGPROBS)
-PLAIN = SamplingParams(temperature=1.0, top_p=0.9)  # rows with penalties or log-probabilities have no drafts
-SCORED_TOKENS = 65  # of a prompt that asks for log-probabilities: more are computed in parts of 64
+PLAIN = SamplingParams(temperature=1.0, top_p=0.9)  # for rows with drafts: penalties or log-probabilities forbid them
+SCORED_TOKENS = 65  # of a prompt whose tokens are scored; scores are computed in parts of 64
 
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """What a step may hold at most. Every slot has an equal run of blocks; rows that need more share them, because
-    what they hold is of no use."""
+    """The bounds of a step. Each slot has an equal run of blocks. A row that needs more uses blocks of other slots too,
+    because no trial step needs its keys and values."""
 
     num_slots: int
     num_blocks: int
@@ -45,7 +45,7 @@ class StepLimits:
 
     @property
     def even_length(self) -> int:
-        """Tokens of each prompt when every slot gets one in the same step."""
+        """Tokens per prompt in a step with a prompt in every slot."""
         return max(1, min(self.max_len, self.max_tokens // self.num_slots))
 
     @property
@@ -55,25 +55,29 @@ class StepLimits:
 
     @property
     def most_drafted(self) -> int:
-        """Rows of the largest step with drafts; 0 = there is none. The step must have a token left for a draft, and the
-        context one before it and one after."""
+        """Rows of the largest step with drafts; 0 = no step can have drafts. The step needs a token for a draft, and
+        the context one token before the draft and one after."""
         most = min(self.max_drafted, self.num_slots, self.max_tokens - 1)
         return most if self.max_drafts and self.max_len > 2 else 0
 
 
 def smallest_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
-    """A prompt of two tokens, a decode step after it, and two with drafts: what runs at all, runs."""
+    """One small step of each kind: a prompt of two tokens, a decode step, and two steps with drafts."""
     yield _prompts(limits, [min(2, limits.max_len)])
     if limits.max_len > 1:
         yield _decodes(limits, 1)
     if limits.most_drafted:
         yield _verifies(limits, 1)
-        yield dataclasses.replace(_verifies(limits, 1), operations=[Fold(0, 1, 1)])  # one was right before
+        yield dataclasses.replace(_verifies(limits, 1), operations=[Fold(0, 1, 1)])  # after an accepted draft
 
 
 def snapshot_step(limits: StepLimits, num_pending: int, every: int) -> ScheduledBatch:
-    """A slot is saved and restored, as the prefix cache does, before a prompt's last token, after which it is saved
-    too. `every`: of so many tokens is the number after which a step can save; a shorter context has no such place."""
+    """A step with the operations of the prefix cache: a slot is saved and restored before a prompt's last token, and
+    saved in the step after it.
+
+    every: steps can save after multiples of this number of tokens (`CacheSpec.snapshot_every`). A context shorter than
+    that has no save within the step.
+    """
     folds = [Fold(0, num_pending, num_pending)] if num_pending else []
     operations: list[Operation] = [*folds, Save(0, 0), Restore(0, 0, [(0, 0)])]
     sequence = _sequence(limits, 0, min(every, limits.max_len))
@@ -83,15 +87,16 @@ def snapshot_step(limits: StepLimits, num_pending: int, every: int) -> Scheduled
 
 
 def serving_steps(limits: StepLimits) -> Iterator[ScheduledBatch]:
-    """A step of every kind that serving meets, so that no request waits for a compiler, and the largest of each:
+    """Steps of every kind that serving runs, and the largest of each kind. After them no request waits for a compiler.
 
-    - a prompt in every slot, together as large as a step may be (many short rows), with a snapshot that nothing keeps;
-    - one prompt of 1, 2, 3, 4, 5, 8, 9, ... tokens up to the largest chunk: where a kernel takes another tile, or
-      cuts its work in two, a power of two is the last of a kind or the first;
-    - a short prompt that wants its own log-probabilities beside a long one (uneven rows);
-    - half of the slots decoding beside a prompt that takes the rest of the budget (mixed);
-    - 1, 2, 4, ... decoding rows up to every slot, with short tables and with one as wide as the context (split keys);
-    - 1, 2, 4, ... rows with as many drafts as a step may have: each token has logits.
+    - A prompt in every slot, together the largest step (many short rows), with a save to a padding snapshot.
+    - One prompt of 1, 2, 3, 4, 5, 8, 9, ... tokens up to the largest chunk. A kernel changes its tile or its split of
+      the work at a power of two, before it or after it.
+    - A short prompt with prompt log-probabilities beside a long prompt (uneven rows).
+    - Decode rows in half of the slots beside a prompt that takes the rest of the budget (mixed).
+    - 1, 2, 4, ... decode rows up to every slot, with short block tables, and with one as wide as the context (split
+      keys).
+    - 1, 2, 4, ... verify rows with as many drafts as a step may have (logits of every token).
     """
     prompts = _prompts(limits, [limits.even_length] * min(limits.num_slots, limits.max_tokens))
     yield dataclasses.replace(prompts, snapshots=[StepSave(0, 1, -1)])
@@ -132,8 +137,8 @@ def _mixed(limits: StepLimits, num_decodes: int) -> ScheduledBatch:
 
 
 def _verifies(limits: StepLimits, count: int) -> ScheduledBatch:
-    """Rows with drafts, shared out as the scheduler does. Of several the first has none, but asks for everything: then
-    the logits of all are gone through once more."""
+    """A step of verify rows whose drafts share the budget as in the scheduler. The first of several rows has no drafts
+    and demanding parameters, so the sampler processes the logits of all rows once more."""
     rows, drafts, left = [], [], limits.max_tokens - count
     for slot in range(count):
         is_demanding = count > 1 and slot == 0
@@ -145,7 +150,7 @@ def _verifies(limits: StepLimits, count: int) -> ScheduledBatch:
 
 
 def _decoding(limits: StepLimits, slot: int, num_drafts: int = 0, params: SamplingParams = DEMANDING) -> Sequence:
-    """A sequence whose prompt was computed in its slot, at its first own token, with room for drafts after it."""
+    """A sequence whose prompt is computed, with its first answer token to feed, and with room for drafts after it."""
     length = min(limits.even_length, limits.max_len - 1 - num_drafts)
     sequence = _sequence(limits, slot, length, params, extra=1 + num_drafts)
     sequence.num_computed_tokens = length
@@ -156,7 +161,7 @@ def _decoding(limits: StepLimits, slot: int, num_drafts: int = 0, params: Sampli
 def _sequence(
     limits: StepLimits, slot: int, length: int, params: SamplingParams = DEMANDING, *, extra: int = 0
 ) -> Sequence:
-    """A prompt of `length` tokens in its slot, and blocks for `extra` more."""
+    """A sequence with a prompt of `length` tokens in this slot, and blocks for `extra` more tokens."""
     first = slot * (limits.num_blocks // limits.num_slots)
     num_blocks = -(-(length + extra) // limits.block_size)
     return Sequence(
@@ -167,6 +172,6 @@ def _sequence(
 
 
 def _both_sides(last: int) -> list[int]:
-    """1, 2, 3, 4, 5, 8, 9, ... and `last`: each power of two, and one more."""
+    """1, 2, 3, 4, 5, 8, 9, ... and `last`: each power of two, and each plus one."""
     powers = [1 << i for i in range(last.bit_length())]
     return sorted({min(length, last) for power in powers for length in (power, power + 1)} | {last})
