@@ -1,4 +1,4 @@
-"""The boundary between requests and sequences: token ids go down, token ids come up."""
+"""The client of an engine: the boundary between requests and sequences. Token ids go in both directions."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from .stream import Stream
 
 
 class EngineClient(ABC):
-    """An engine, as the text layer and the server know it.
+    """An engine as the text layer and the server see it.
 
-    A subclass starts the engine, ends it, and carries messages: it sends them by `_send` and calls `_receive` with each
-    answer. `EngineClient` sorts the answers to the requests and calls that wait for them.
+    A subclass starts and ends the engine, and carries messages: `_send` sends one, and it calls `_receive` with each
+    answer. `EngineClient` hands each answer to the request or session call that waits for it.
 
-    info: set once `start` has returned. stats: after the latest step.
+    info: set once `start` has returned. stats: of the latest step.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -55,7 +55,7 @@ class EngineClient(ABC):
         self._death: asyncio.Future[str]
         self._is_closing = self._is_closed = False
         self._closing = asyncio.Lock()
-        self._end: str | None = None  # why requests are refused while the engine still lives
+        self._end: str | None = None  # the reason of `end_streams`; refuses requests while the engine still lives
 
     @property
     def is_healthy(self) -> bool:
@@ -63,7 +63,8 @@ class EngineClient(ABC):
         return hasattr(self, "info") and not self._death.done() and not self._is_closing
 
     async def start(self) -> EngineInfo:
-        """Load the model. Raises `ConfigError` (a setting or the checkpoint is wrong) or `EngineDeadError`."""
+        """Start the engine and load the model. Raises `ConfigError` if a setting or the checkpoint is wrong, otherwise
+        `EngineDeadError`."""
         loop = asyncio.get_running_loop()
         self._ready, self._death = loop.create_future(), loop.create_future()
         try:
@@ -75,7 +76,8 @@ class EngineClient(ABC):
         return self.info
 
     async def generate(self, request: AddRequest) -> AsyncGenerator[StepOutput, None]:
-        """Outputs of one sequence; the last one has a finish_reason. Closing the iterator early aborts the sequence.
+        """Yield the outputs of one sequence; the last one has a finish_reason. Closing the iterator early aborts the
+        sequence.
 
         Raises `RequestError`, `QueueFullError` or `QueueTimeoutError` before the first output, `EngineDeadError` or
         `StoppingError` at any time.
@@ -123,7 +125,7 @@ class EngineClient(ABC):
         return done
 
     async def wait_dead(self) -> str:
-        """Return the reason once the engine has died by itself; an engine that is closed never returns it."""
+        """Wait until the engine dies by itself, and return the reason. Never returns once the engine is closed."""
         return await asyncio.shield(self._death)
 
     def end_streams(self, reason: str) -> None:
@@ -134,7 +136,7 @@ class EngineClient(ABC):
     async def close(self) -> None:
         """Stop the engine and free its memory. May be called twice."""
         self._is_closing = True
-        async with self._closing:  # a second call returns when all is closed, too: its caller may end the event loop
+        async with self._closing:  # a second call also waits for the end: its caller may close the event loop after it
             if not self._is_closed:
                 await self._stop()
                 self._fail_streams("the server is shutting down")
@@ -149,11 +151,11 @@ class EngineClient(ABC):
                         started.is_started = True
                 for output in message.outputs:
                     stream = self._streams.get(output.request_id)
-                    if stream is not None:  # None: the reader has left
+                    if stream is not None:  # None: the request was cancelled
                         stream.put(output)
             case SessionDone():
                 future = self._calls.get(message.call_id)
-                if future is not None and not future.done():  # else the caller has left
+                if future is not None and not future.done():  # otherwise the call was cancelled
                     future.set_result(message)
             case EngineInfo():
                 if not self._ready.done():  # the start may have been cancelled
@@ -162,7 +164,7 @@ class EngineClient(ABC):
                 self._die(message.message, is_user_error=message.is_user_error)
 
     def _die(self, reason: str, *, is_user_error: bool = False) -> None:
-        """Note that the engine is gone: every stream and session call that waits for it fails."""
+        """Note that the engine has died, and fail every open stream and session call."""
         if self._is_closing or self._death.done():
             return
         self._death.set_result(reason)
@@ -178,8 +180,8 @@ class EngineClient(ABC):
                 future.set_exception(kind(reason))
 
     def _check_room(self) -> None:
-        """Refuse a request that the engine's queue has no room for. The engine checks the same bound, but its refusal
-        could come after outputs of the request's other choices."""
+        """Raise `QueueFullError` if the engine's queue has no room. The engine checks the same bound, but its refusal
+        could arrive after outputs of the request's other choices."""
         bound = self.info.num_state_slots + self.info.max_waiting
         if len(self._streams) >= bound:
             raise QueueFullError(
@@ -194,19 +196,19 @@ class EngineClient(ABC):
 
     @abstractmethod
     async def _launch(self) -> None:
-        """Begin to start the engine; its `EngineInfo` arrives later."""
+        """Begin to start the engine. Its `EngineInfo` arrives later, by `_receive`."""
 
     @abstractmethod
     async def _stop(self) -> None:
-        """End the engine, in whatever state it is."""
+        """End the engine, in any state."""
 
     @abstractmethod
     def _send(self, message: ToEngine) -> None:
-        """Hand a message over without waiting."""
+        """Send a message without waiting."""
 
 
 def _raise_if_refused(output: StepOutput) -> None:
-    """Raise the error that the engine answered in place of tokens."""
+    """Raise the error that the output carries, if the engine has refused the request."""
     match output.error_code:
         case "queue_full":
             raise QueueFullError(output.error or "the queue is full")

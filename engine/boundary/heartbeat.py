@@ -1,29 +1,29 @@
-"""Tell from an engine's messages alone whether it goes on."""
+"""Detects an engine that hangs, from its messages alone."""
 
 from __future__ import annotations
 
 from ..messages import EngineStats
 
-BEAT_SECONDS = 1.0  # between two messages of an engine at most, unless a step takes longer
+BEAT_SECONDS = 1.0  # the longest time between two messages of an engine, unless a step takes longer
 SILENT_SECONDS = 2 * BEAT_SECONDS
 
 
 class Heartbeat:
-    """Tells an engine that takes its time from one that hangs.
+    """Tells a slow engine from one that hangs.
 
-    An engine is alive while it says something and, as long as it runs sequences, finishes steps. Seconds are counted by
-    `tick`, not read from a clock: while this process itself stands still (Ctrl-Z), no time passes for the engine.
+    An engine is alive while it sends messages and, as long as it runs sequences, finishes steps. `tick` counts the
+    seconds; no clock is read. So no time passes for the engine while this process is stopped (Ctrl-Z).
     """
 
     def __init__(self, step_timeout: float) -> None:
         self.step_timeout = step_timeout
         self._num_steps = 0
         self._silent_seconds = 0.0
-        self._stuck_seconds = 0.0  # since the last step, or since no sequence ran
+        self._stuck_seconds = 0.0  # since the last step ended, or since a message said that no sequence runs
 
     @property
     def is_silent(self) -> bool:
-        """The engine is in a long step, or hangs: it reads no messages."""
+        """Whether the engine is in a long step or hangs. It then reads no messages."""
         return self._silent_seconds > SILENT_SECONDS
 
     @property
@@ -31,7 +31,7 @@ class Heartbeat:
         return self._stuck_seconds > self.step_timeout
 
     def note(self, stats: EngineStats) -> None:
-        """A message has come."""
+        """Note the numbers of a message that has arrived."""
         self._silent_seconds = 0.0
         if stats.num_running == 0 or stats.steps_total != self._num_steps:
             self._stuck_seconds = 0.0

@@ -54,5 +54,5 @@ class InProcessClient(EngineClient):
         return messages
 
     def _post(self, message: FromEngine) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop may have been closed under us
+        with contextlib.suppress(RuntimeError):  # the event loop may be closed already
             self._loop.call_soon_threadsafe(self._receive, message)

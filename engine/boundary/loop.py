@@ -1,4 +1,4 @@
-"""The engine's own thread of control: take messages, step, send what came out. The same in one process or two."""
+"""The engine's loop: receive messages, run a step, send its outputs. The same in one process or two."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..messages import AbortRequest, AddRequest, FromEngine, SessionCall, Shutdo
 from ..outputs import StepOutput, refusal
 from .heartbeat import BEAT_SECONDS
 
-# Returns the messages that are there, after waiting for one for at most so many seconds.
+# Returns the messages that have arrived. Waits for the first one at most so many seconds.
 Receive = Callable[[float], list[ToEngine]]
 
 
 def run_loop(core: EngineCore, receive: Receive, send: Callable[[FromEngine], None]) -> None:
-    """Serve until a `Shutdown` message. Errors of one request are answered to it; any other error leaves the loop.
+    """Serve until a `Shutdown` message. An error of one request is its answer; any other error leaves the loop.
 
-    Between steps something is sent every `BEAT_SECONDS`, also when there is nothing to do: see `Heartbeat`.
+    Sends a message at least every `BEAT_SECONDS`, unless a step takes longer, also while idle (`Heartbeat`).
     """
     last_sent = time.monotonic()
 
@@ -41,7 +41,8 @@ def run_loop(core: EngineCore, receive: Receive, send: Callable[[FromEngine], No
 
 
 def _parted(outputs: list[StepOutput]) -> list[list[StepOutput]]:
-    """The scores of prompts in messages of their own, before the rest: none is longer than one output's."""
+    """Split the outputs by message. Each output with scores of a prompt gets a message of its own, which bounds the
+    length of messages. The other outputs follow in one message."""
     scored = [[output] for output in outputs if output.prompt_logprobs is not None]
     return [*scored, [output for output in outputs if output.prompt_logprobs is None]]
 

@@ -1,8 +1,8 @@
-"""The engine as a process of its own, its configuration as JSON on stdin.
+"""The engine as a process of its own. It reads its configuration as JSON from stdin.
 
 `python -m leyden.engine.boundary.process SOCKET PARENT_PID LOG_LEVEL LOG_FORMAT`
 
-Messages are msgspec over one ZeroMQ ipc socket in a folder that only this user can enter; nothing is ever pickled.
+Messages are msgspec structs over one ZeroMQ ipc socket, in a folder that only this user can enter. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Link:
         self._socket.send(self._encoder.encode(message))
 
     def receive(self, wait_seconds: float) -> list[ToEngine]:
-        """Messages that are there, or that come within `wait_seconds`."""
+        """Return the messages that have arrived. Waits at most `wait_seconds` for the first one."""
         messages = []
         if wait_seconds:
             self._socket.poll(round(wait_seconds * 1000))
@@ -60,14 +60,15 @@ class Link:
 
 
 def connect(address: str, parent: int) -> Link:
-    """The parent's other end. From now on the process ends when the parent is gone, whatever it does then."""
+    """Connect to the parent's socket. From now on the process ends when the parent is gone, even within a step."""
     path = Path(address.removeprefix("ipc://"))
     threading.Thread(target=_end_with, args=(parent, path), name="parent", daemon=True).start()
     return Link(address)
 
 
 def _end_with(parent: int, path: Path) -> None:
-    """Wait for the parent's end, and remove the socket at `path` and its folder: the parent made them."""
+    """Wait until the parent is gone. Then remove the socket at `path` and its folder, which the parent made, and end
+    this process."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_SECONDS)
     with contextlib.suppress(OSError):
@@ -78,10 +79,11 @@ def _end_with(parent: int, path: Path) -> None:
 
 
 def main() -> int:
-    """Exit code 0 after a shutdown, 2 for a wrong setting or checkpoint, 1 for a failure."""
+    """Run the engine. Returns the exit code: 0 after a shutdown, 2 for a wrong setting or checkpoint, 1 for a
+    failure."""
     address, parent, log_level, log_format = sys.argv[1:]
     logs.configure(log_level, "json" if log_format == "json" else "text")
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group or container; the server decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group or container; only the server obeys
         signal.signal(number, signal.SIG_IGN)
     link = connect(address, int(parent))
     try:
@@ -103,12 +105,12 @@ def _serve(config: EngineConfig, link: Link) -> int:
     from .loop import run_loop
 
     grammars = grammar_compiler(config)
-    grammars.prepare()  # beside the model
+    grammars.prepare()  # loads its tokenizer while the model loads
     core = EngineCore(config, progress=sys.stderr.isatty(), grammars=grammars)
     core.hold_share()
     grammars.wait()
     gc.collect()
-    gc.freeze()  # what start-up made lives as long as the process: no collection need look at it between two steps
+    gc.freeze()  # the objects of start-up live as long as the process; later collections skip them
     link.send(core.info)
     run_loop(core, link.receive, link.send)
     return 0

@@ -1,4 +1,4 @@
-"""The client of an engine that runs in a process of its own, where HTTP and text never slow a step."""
+"""The client of an engine in a process of its own, so that HTTP and text processing do not slow its steps."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ logger = logging.getLogger("leyden.engine")
 
 @contextlib.contextmanager
 def _ctrl_c_withheld() -> Iterator[None]:
-    """Block SIGINT in this thread, and so in a process that is started meanwhile, from its first instruction on.
+    """Block SIGINT in this thread, and in a process that is started meanwhile, from its first instruction on.
 
-    Ctrl-C reaches the whole group, and would end the engine by a traceback while it still imports. Here a SIGINT waits
-    until the end.
+    Ctrl-C reaches the whole group, and would end the engine with a traceback while it still imports. This thread gets a
+    blocked SIGINT at the end.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -46,8 +46,8 @@ class ProcessClient(EngineClient):
     STOP_SECONDS = 5.0
     READS_PER_TURN = 16
     BYTES_PER_TURN = 1 << 18
-    # Python's arguments, before the socket's address, the parent's id and the settings of the log.
-    # -P: the working directory must not shadow packages (a folder "kernels" would).
+    # Python's arguments. The socket's address, the parent's id and the log's settings follow.
+    # -P: a folder of the working directory, such as "kernels", must not shadow a package.
     ENGINE: tuple[str, ...] = ("-P", "-m", "leyden.engine.boundary.process")
 
     def __init__(
@@ -58,7 +58,8 @@ class ProcessClient(EngineClient):
         log_level: str = "info",
         log_format: LogFormat = "text",
     ) -> None:
-        """`step_timeout` = seconds without a step, or without a sign of life, after which the engine is killed."""
+        """`step_timeout`: the engine is killed after so many seconds without a message, or without a step while
+        sequences run."""
         super().__init__(config)
         self._heartbeat = Heartbeat(step_timeout)
         self._logging = (log_level, log_format)
@@ -71,7 +72,7 @@ class ProcessClient(EngineClient):
     async def _launch(self) -> None:
         try:
             self._folder = tempfile.mkdtemp(prefix="leyden-")  # mode 0700
-        except OSError as error:  # above all a read-only container without a /tmp of its own
+        except OSError as error:  # most likely a read-only container without a writable /tmp
             raise ConfigError(
                 f"cannot make a temporary folder: {error.strerror}; mount a tmpfs on /tmp, or set TMPDIR to a folder "
                 "that can be written"
@@ -83,7 +84,7 @@ class ProcessClient(EngineClient):
             self._socket.setsockopt(option, 0)
         try:
             self._socket.bind(address)
-        except zmq.ZMQError as error:  # above all a path longer than the system allows a socket
+        except zmq.ZMQError as error:  # most likely a path longer than the system allows for a socket
             raise ConfigError(f"cannot open a socket in {self._folder}: {error}; set TMPDIR to a short path") from None
         with _ctrl_c_withheld():
             self._process = await asyncio.create_subprocess_exec(
@@ -114,7 +115,7 @@ class ProcessClient(EngineClient):
         if self._process.returncode is None and hasattr(self, "info") and not self._death.done():
             self._send(Shutdown())
             await self._wait_for_end()
-        if self._process.returncode is None:  # it hangs, or still loads and hears nothing
+        if self._process.returncode is None:  # the engine hangs, or still loads and reads no messages
             self._process.kill()
             if not await self._wait_for_end():
                 logger.error("the engine process (pid %d) survives SIGKILL: a driver holds it", self.pid)
@@ -128,7 +129,8 @@ class ProcessClient(EngineClient):
         self._socket.send(to_engine(message))
 
     async def _read(self) -> None:
-        """Take together what has come, so that streams that lag behind get it as one, but let them have their turn."""
+        """Receive messages in batches, so that the outputs for a slow reader merge into one. Yields to the readers
+        after each batch."""
         decoder = msgspec.msgpack.Decoder(FromEngine)
         try:
             while True:
@@ -150,7 +152,7 @@ class ProcessClient(EngineClient):
             self._heartbeat.note(message.stats)
 
     async def _watch_heartbeat(self) -> None:
-        """Kill an engine that hangs. While it is silent, hold the bound of the queue in its place."""
+        """Kill an engine that hangs. While the engine is silent, refuse late requests in its place."""
         tick = min(BEAT_SECONDS, self._heartbeat.step_timeout / 4)
         while not self._heartbeat.has_stopped:
             await asyncio.sleep(tick)
@@ -171,6 +173,6 @@ class ProcessClient(EngineClient):
 
     async def _watch(self) -> None:
         code = await self._process.wait()
-        await asyncio.sleep(0.1)  # its last words may still be on the way
+        await asyncio.sleep(0.1)  # the engine's last message, with a better reason, may still arrive
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
         self._die(f"the engine process (pid {self._process.pid}) ended {how}")

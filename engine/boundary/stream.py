@@ -14,11 +14,11 @@ StreamFailure = EngineDeadError | StoppingError | QueueTimeoutError
 class Stream:
     """One sequence's outputs, which its reader takes at its own pace.
 
-    Outputs that wait are merged into one. So a reader that falls behind gets fewer and longer outputs, and at most the
-    ids (and log-probabilities) of one answer wait here. A reader that keeps up gets each output at once.
+    Waiting outputs are merged into one. So a slow reader gets fewer and longer outputs, and at most the ids (and
+    log-probabilities) of one answer wait here. A fast reader gets each output at once.
 
-    deadline: the sequence's latest start, on the event loop's clock. leader: the stream of the sequence whose prompt
-    this one copies, if there is one.
+    deadline: the sequence's latest start, on the event loop's clock. leader: the stream of the sequence's leader
+    (`scheduling.siblings`), if it has one.
     """
 
     def __init__(self, deadline: float = math.inf, leader: Stream | None = None) -> None:
@@ -30,7 +30,7 @@ class Stream:
         self._arrival: asyncio.Future[None] | None = None
 
     def put(self, output: StepOutput) -> None:
-        """Add an output for the reader. Merges it into the one that waits, in place."""
+        """Add an output for the reader. Merges it in place into the waiting one, if there is one."""
         if self._outputs and not output.is_failure:
             self._outputs[-1].extend(output)
         else:
@@ -43,7 +43,7 @@ class Stream:
         return self.is_started or (self.leader is not None and self.leader.is_started)
 
     def fail(self, error: StreamFailure) -> None:
-        """End the stream: the reader gets the outputs that wait, then the error."""
+        """End the stream: the reader gets the waiting outputs, then the error."""
         self._failure = error
         self._wake()
 

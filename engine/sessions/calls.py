@@ -1,10 +1,10 @@
-"""Sessions: a conversation's state goes to a file, and comes back after a restart.
+"""The session calls: save a conversation's state to a file, restore it after a restart, delete and list files.
 
 A file holds a conversation's part of the prefix cache: its tokens, their keys and values, and the states at its end.
 Sampling needs nothing else: a draw depends on the seed and the position, and penalties count tokens.
 
-Each call is a generator. It runs in the engine's thread, between two steps, where it may touch the scheduler and the
-cache. The functions that it yields run in another thread, while steps go on. Calls are served one after another.
+Each call is a generator. It runs in the engine's thread, between two steps, and may use the scheduler and the cache.
+The functions that it yields run in another thread, while steps go on. Calls run one after another.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from .folder import SESSION_ID, SESSION_ID_FORM, SUFFIX, delete_file, list_files
 
 logger = logging.getLogger("leyden.engine")
 
-MAX_CALLS = 64  # that wait
+MAX_CALLS = 64  # waiting calls
 Work = Generator[Callable[[], Any], Any, SessionDone]
 
 
 class Sessions:
-    """The calls of session routes, in their order. `folder` None = every call is refused."""
+    """The queue of session calls. `folder` None = every call is refused."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Sessions:
         return bool(self._current or self._waiting or self._refused)
 
     def add(self, call: SessionCall) -> None:
-        """Queue a call; `advance` will answer it."""
+        """Queue a call. A later `advance` returns its answer, also if it is refused."""
         try:
             self._check(call)
         except SessionError as error:
@@ -72,7 +72,7 @@ class Sessions:
             self._waiting.append(call)
 
     def advance(self) -> list[SessionDone]:
-        """Run the calls as far as possible without waiting for the thread. Returns the answers of finished calls."""
+        """Run calls as far as possible without waiting for the other thread. Returns the answers of finished calls."""
         done, self._refused = self._refused, []
         while self._current is not None or self._waiting:
             if self._current is None:
@@ -92,7 +92,7 @@ class Sessions:
         return done
 
     def _go_on(self, call: SessionCall, work: Work, resume: Callable[[], Callable[[], Any]]) -> SessionDone | None:
-        """Run a call until it waits for the thread again. Returns its answer when it is finished."""
+        """Run a call until it yields its next function, and submit that. Returns the answer of a finished call."""
         try:
             self._current = (call, work, self._thread.submit(resume()))
             return None
@@ -158,7 +158,7 @@ class Sessions:
         header = yield partial(read_session, self._path(call), self._layout)
         tokens, ends, salt = header.tokens, header.ends, header.cache_salt
         node = cache.match(tokens, salt).node
-        if node is None or node.end < len(tokens):  # else all of it is there
+        if node is None or node.end < len(tokens):  # otherwise the cache holds the whole session
             num_blocks = cache.blocks.blocks_for(len(tokens))
             lease, moves = cache.take(num_blocks, len(ends))
             self._operations.add(*moves)

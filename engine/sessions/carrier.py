@@ -1,8 +1,8 @@
-"""Bytes of a session, between the pools and its file, while steps go on.
+"""Copies a session between the pools and its file while steps go on.
 
-As in `models.loading.reader`, a few threads each move a piece at a time through a staging buffer of their own, on a
-stream beside the steps' stream. A lease (`prefix.cache.Lease`) covers the memory: no step writes to it meanwhile. On
-CUDA keys and values are gathered from their blocks, or scattered to them, on the device.
+As in `models.loading.reader`, each of a few threads moves one piece at a time through its own staging buffer, on a
+stream beside the steps' stream. A lease (`prefix.cache.Lease`) covers the memory, so no step writes to it meanwhile. On
+CUDA, keys and values are gathered from their blocks, or scattered to them, on the device.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ T = TypeVar("T")
 
 
 def device_bytes(max_model_len: int) -> int:
-    """Bytes that a carrier takes on a CUDA device: a buffer per thread, and the place of each token."""
+    """Bytes that a carrier takes on a CUDA device: a buffer per thread, and the slot of each token."""
     return NUM_READERS * PIECE_BYTES + 8 * max_model_len
 
 
 class Location(NamedTuple):
-    """Where a session lies in the pools. `slots` [N] int64: block * block_size + place in the block, of each token."""
+    """A session's memory in the pools. `slots` [N] int64: per token, block * block_size + index within the block."""
 
     snapshots: list[int]
     slots: np.ndarray
 
 
 class Transfer(NamedTuple):
-    """A piece of the file and its memory: rows [R, ...] of a pool, all of them or those at `slots` [R'] int64."""
+    """A piece of the file and its memory: rows [R, ...] of a pool. `slots` [R'] int64 selects some; None = all."""
 
     piece: Piece
     rows: Tensor
@@ -53,7 +53,7 @@ class Transfer(NamedTuple):
 
 
 class Carrier:
-    """Moves sessions between file and pools, one at a time, in the calling thread and NUM_READERS others."""
+    """Moves sessions between files and pools, one at a time, with NUM_READERS threads."""
 
     def __init__(self, snapshots: SnapshotPool, caches: list[LayerCache], device: torch.device) -> None:
         self._snapshots, self._caches, self._device = snapshots, caches, device
@@ -63,7 +63,8 @@ class Carrier:
             self._free.put(_Staging(device, self._stream))
 
     def mark(self) -> Callable[[], None]:
-        """A function that waits, in any thread, until the device has done all work launched before this call."""
+        """Return a function that waits until the device has done all work launched before this call. Any thread may
+        call that function."""
         if self._stream is None:
             return lambda: None
         event = torch.cuda.Event(blocking=True)
@@ -73,7 +74,8 @@ class Carrier:
     def save(
         self, path: Path, layout: Layout, tokens: np.ndarray, ends: list[int], salt: str | None, location: Location
     ) -> int:
-        """Write the session's file. Returns its bytes. Raises `SessionError`; then the former file is still there."""
+        """Write the session's file. Returns its size in bytes. Raises `SessionError`, and then keeps an earlier file of
+        the same path."""
         transfers = self._transfers(layout.pieces(len(tokens), len(ends)), location, num_skipped=0)
         blank = make_header(layout, len(tokens), ends, salt, [0] * (len(transfers) + 1))
         with new_file(path) as file:
@@ -91,8 +93,9 @@ class Carrier:
         return at + tokens.nbytes
 
     def load(self, header: SessionHeader, layout: Layout, location: Location) -> None:
-        """Read what layers keep to its location, which may have room for the last states alone. Raises `SessionError`;
-        then the location's content is undefined."""
+        """Read the states, keys and values of a session to its location. If the location has fewer snapshots than the
+        file has states, only the last states are read. Raises `SessionError`; the location's content is then
+        undefined."""
         num_skipped = len(header.ends) - len(location.snapshots)
         pieces = layout.pieces(len(header.tokens), len(header.ends))
         expected = dict(zip((piece.offset for piece in pieces), header.checksums, strict=False))
@@ -105,8 +108,8 @@ class Carrier:
         self._move(read, self._transfers(pieces, location, num_skipped))
 
     def _move(self, work: Callable[[Transfer, _Staging], T], transfers: list[Transfer]) -> list[T]:
-        """Run `work` for every transfer and return the results in order. Raises the first error, once no transfer is
-        under way."""
+        """Run `work` for every transfer, and return the results in order. Raises the first error, after all running
+        transfers have ended."""
 
         @torch.inference_mode()
         def move(transfer: Transfer) -> T:
@@ -120,7 +123,7 @@ class Carrier:
             return list(threads.map(move, transfers))  # an error cancels the transfers that have not begun
 
     def _transfers(self, pieces: list[Piece], location: Location, num_skipped: int) -> list[Transfer]:
-        """The pieces with their memory, without those of the first `num_skipped` states."""
+        """The pieces and their memory, except the pieces of the first `num_skipped` states."""
         with torch.cuda.stream(self._stream):
             slots = torch.from_numpy(location.slots).to(self._device)
         found: list[Transfer] = []
@@ -136,7 +139,7 @@ class Carrier:
 
 
 class _Staging:
-    """A buffer in host memory, and on CUDA, where it is pinned, another on the device."""
+    """A buffer in host memory. On CUDA it is pinned, and a second buffer lies on the device."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         is_cuda = stream is not None
@@ -146,11 +149,12 @@ class _Staging:
         self._done = torch.cuda.Event(blocking=True) if is_cuda else None
 
     def bytes(self, transfer: Transfer) -> Tensor:
-        """[N] uint8, the part of the host's buffer that the transfer takes."""
+        """The first bytes of the host's buffer, [N] uint8, as many as the transfer has."""
         return self._buffer[: transfer.piece.nbytes]
 
     def fetch(self, transfer: Transfer) -> np.ndarray:
-        """The transfer's bytes [N] uint8. They are valid until the buffer is used again."""
+        """Copy the transfer's memory to the host's buffer. Returns its bytes [N] uint8, valid until the buffer is used
+        again."""
         host, near = self._views(transfer)
         with torch.cuda.stream(self._stream):
             if transfer.slots is None:
@@ -175,8 +179,7 @@ class _Staging:
         self._wait()
 
     def _views(self, transfer: Transfer) -> tuple[Tensor, Tensor]:
-        """(host, near): the buffers as the transfer's rows, in host memory and on the pools' device. On a CPU both are
-        the same."""
+        """(the host's buffer, the device's buffer), as rows of the transfer. On a CPU both are the same tensor."""
         host = self.bytes(transfer).view(transfer.rows.dtype).view(transfer.shape)
         if self._on_device is None:
             return host, host
@@ -189,13 +192,13 @@ class _Staging:
 
 
 def slots_of(blocks: list[int], num_tokens: int, block_size: int) -> np.ndarray:
-    """[N] int64: where in the pool, counted in tokens, each token's keys and values are."""
+    """The slot of each token in the KV pool, counted in tokens: [N] int64."""
     starts = np.array(blocks, dtype=np.int64) * block_size
     return (starts[:, None] + np.arange(block_size)).reshape(-1)[:num_tokens]
 
 
 def _write(file: int, offset: int, data: np.ndarray) -> None:
-    """All of bytes [N] uint8. Raises OSError."""
+    """Write all bytes [N] uint8 at the offset. Raises OSError."""
     rest = data.data
     while rest:
         count = os.pwrite(file, rest, offset)

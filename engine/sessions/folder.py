@@ -1,4 +1,4 @@
-"""The folder of saved sessions: whole files that only this user can read, written under another name until they are."""
+"""The folder of saved sessions. Only this user can read its files. A file has a temporary name until it is complete."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ MAX_LISTED = 1000
 
 
 def prepare(folder: Path) -> Path:
-    """Make the folder if it is missing, and remove unfinished files of servers that were killed: files that have not
-    changed for STALE_SECONDS. Returns the path with ~ expanded. Raises `ConfigError`."""
+    """Make the folder if it is missing, and remove unfinished files that have not changed for STALE_SECONDS: their
+    servers were killed. Returns the path with ~ expanded. Raises `ConfigError`."""
     folder = folder.expanduser()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -42,11 +42,11 @@ def prepare(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[int]:
-    """A descriptor to write to; the file is at `path`, readable by this user alone, once the block has ended well.
-    Before, and after an error, whatever was there is. Raises `SessionError` when the disk has no room."""
+    """Give a descriptor to write to. When the block ends without an error, the file gets the name `path`, and only this
+    user can read it. Until then, and after an error, an earlier file of that name stays. Raises `SessionError`."""
     temporary = None
     try:
-        # Of mode 0600.
+        # mkstemp gives the file mode 0600.
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=UNFINISHED, dir=path.parent)
         try:
             yield descriptor
@@ -68,7 +68,7 @@ def new_file(path: Path) -> Iterator[int]:
 
 
 def list_files(folder: Path) -> tuple[list[SessionFile], bool]:
-    """The saved sessions, the latest first, and whether there are more than are listed. Opens none of them."""
+    """(the saved sessions, the latest first, at most MAX_LISTED; whether there are more). Opens no file."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -82,7 +82,7 @@ def list_files(folder: Path) -> tuple[list[SessionFile], bool]:
 
 
 def delete_file(path: Path) -> int:
-    """Returns the bytes that it had. Raises `SessionError` when there is none, or a folder in its place."""
+    """Delete a session's file. Returns its size in bytes. Raises `SessionError` if there is no such file."""
     try:
         num_bytes = os.lstat(path).st_size
         path.unlink()
