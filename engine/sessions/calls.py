@@ -28,8 +28,9 @@ from ..messages import SessionCall, SessionDone
 from ..prefix.reuse import Reuse
 from . import folder as session_folder
 from .carrier import Carrier, Location, slots_of
-from .file import MAX_STATES, Layout, read_session
 from .folder import SESSION_ID, SESSION_ID_FORM, SUFFIX, delete_file, list_files
+from .format import MAX_STATES, Layout
+from .reader import read_session
 
 logger = logging.getLogger("leyden.engine")
 

@@ -22,8 +22,9 @@ from ...kernels import use_device
 from ...models.loading.reader import NUM_READERS
 from ...models.mixers.cache import LayerCache
 from ..memory.pools import SnapshotPool
-from .file import PIECE_BYTES, Layout, Piece, SessionHeader, checksum, make_header, read_piece
 from .folder import new_file
+from .format import PIECE_BYTES, Layout, Piece, checksum, make_header
+from .reader import SessionHeader, read_piece
 
 T = TypeVar("T")
 

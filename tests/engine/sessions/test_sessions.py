@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import json
 import os
 import stat
@@ -25,9 +26,9 @@ from leyden.engine.messages import SessionCall, SessionDone
 from leyden.engine.prefix import conversations
 from leyden.engine.sessions import calls as sessions
 from leyden.engine.sessions import carrier as session_copies
-from leyden.engine.sessions import file as session_file
 from leyden.engine.sessions import folder as session_folder
-from leyden.engine.sessions.file import checksum
+from leyden.engine.sessions import format as session_format
+from leyden.engine.sessions.format import checksum
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import random_prompt, save_minimax
@@ -385,7 +386,7 @@ def rewritten(path: Path, change) -> None:
     facts = json.loads(metadata["session"])
     change(facts, tensors)
     text = json.dumps(facts)
-    digest = session_file.hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256(text.encode()).hexdigest()
     save_file(tensors, path, {"format": "leyden.session", "session": text, "sha256": digest})
 
 
@@ -531,7 +532,7 @@ def test_a_folder_of_a_sessions_name_is_told_so(make_core):
 
 
 def test_pieces_smaller_than_a_layer_come_together_again(make_core, monkeypatch):
-    monkeypatch.setattr(session_file, "PIECE_BYTES", 1024)  # a state's row has 1,024 bytes
+    monkeypatch.setattr(session_format, "PIECE_BYTES", 1024)  # a state's row has 1,024 bytes
     core = make_core()
     conversation = saved(core)
     again = make_core()
