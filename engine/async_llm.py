@@ -1,4 +1,4 @@
-"""Text over any `EngineClient`: the asynchronous twin of `LLM`, for a server."""
+"""Text over any `EngineClient`: the asynchronous counterpart of `LLM`, for a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .text.tokenizer import Tokenizer
 
 
 class AsyncLLM:
-    """Detokenizes the engine's outputs, finds stop strings, and aborts a sequence that is no longer wanted."""
+    """Detokenizes the engine's outputs, and finds stop strings. Aborts a sequence when its reader stops."""
 
     def __init__(self, client: EngineClient, tokenizer: Tokenizer) -> None:
         self.client = client
@@ -22,10 +22,11 @@ class AsyncLLM:
     async def generate(
         self, request: AddRequest, shown_ids: frozenset[int] = frozenset(), stop_scope: StopScope | None = None
     ) -> AsyncIterator[RequestOutput]:
-        """Deltas of one answer; the last one has a finish_reason. Closing the iterator early aborts the sequence.
+        """Yield the deltas of one answer; the last one has a finish_reason. Closing the iterator early aborts the
+        sequence.
 
-        `shown_ids`: control tokens that are text even where the sampling parameters hide them. `stop_scope` tells where
-        in the answer stop strings count; None: everywhere. Raises what `EngineClient.generate` raises.
+        shown_ids: control tokens that are shown even if the sampling parameters hide control tokens. stop_scope: the
+        part of the answer in which stop strings count; None = everywhere. Raises the errors of `EngineClient.generate`.
         """
         text = TextStream(self.tokenizer, request.sampling_params, request.prompt_token_ids, shown_ids, stop_scope)
         async with aclosing(self.client.generate(request)) as steps:

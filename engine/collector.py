@@ -1,4 +1,4 @@
-"""The tokens that a step has drawn go into the sequences, which may end by them, and into outputs."""
+"""Puts the drawn tokens of a step into sequences and outputs, and finishes the sequences that end."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .sequence import Sequence, Status
 
 logger = logging.getLogger("leyden.engine")
 
-SCORED_TOKENS = 1024  # of one output: with twenty alternatives each, 200 KB of a message
+SCORED_TOKENS = 1024  # most scored prompt tokens of one output: 200 KB of a message, with twenty alternatives each
 BAD_LOGITS = "the model gave NaN or infinite logits for this request"
 NOTHING_ALLOWED = "the grammar of this request allows no token here, or the model gave NaN or infinite logits"
 
 
 @dataclass(slots=True)
 class _Beginning:
-    """What is told of a request before its answer begins, or with its first token."""
+    """Facts of a request that are reported before its answer, or with its first token."""
 
-    arrived_at: float  # `time.perf_counter()`
-    queue_seconds: float | None = None  # from then to its first step; a preemption later does not count
-    num_scored: int = 0  # tokens of the prompt whose log-probabilities have been handed over
+    arrived_at: float  # on the clock of `time.perf_counter`
+    queue_seconds: float | None = None  # from arrival to the first step; waits after a preemption do not count
+    num_scored: int = 0  # prompt tokens whose log-probabilities have been reported
 
 
 class Collector:
-    """Takes the tokens of steps. `stats` are counted up."""
+    """Collects the tokens of steps. Counts up `stats` in place."""
 
     def __init__(self, scheduler: Scheduler, stats: EngineStats) -> None:
         self._scheduler = scheduler
@@ -37,27 +37,27 @@ class Collector:
         self._beginnings: dict[Sequence, _Beginning] = {}  # of sequences without a first token
 
     def add(self, sequence: Sequence, now: float) -> None:
-        """The sequence has come to the engine. now: on the clock of `time.perf_counter`."""
+        """Note the arrival of a sequence. now: on the clock of `time.perf_counter`."""
         self._beginnings[sequence] = _Beginning(now)
 
     def start(self, sequences: list[Sequence], now: float) -> None:
-        """The sequences leave the queue, some not for the first time."""
+        """Note that the sequences leave the queue, some not for the first time."""
         for sequence in sequences:
             beginning = self._beginnings.get(sequence)
             if beginning is not None and beginning.queue_seconds is None:
                 beginning.queue_seconds = now - beginning.arrived_at
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence has ended otherwise than by its tokens."""
+        """Drop a sequence that was aborted or refused."""
         self._beginnings.pop(sequence, None)
 
     def check_integrity(self) -> None:
-        """Nothing is kept of a sequence that is gone. Raises AssertionError."""
+        """Only sequences of the scheduler are kept. Raises AssertionError."""
         assert all(sequence.request_id in self._scheduler for sequence in self._beginnings)
 
     def collect(self, step: LaunchedStep, tokens: list[int], logprobs: list[TokenLogprobs | None]) -> list[StepOutput]:
-        """Put tokens in their places, finish the sequences that end, and return what is new. Sequences that ended or
-        were aborted while the step ran get nothing."""
+        """Put the step's tokens into its sequences, and finish the sequences that end. Returns an output per sequence.
+        Sequences that ended or were aborted while the step ran get no token and no output."""
         outputs = None
         if step.drafts is not None:
             outputs = self._collect_verified(step.drafts, tokens, logprobs)
@@ -69,9 +69,12 @@ class Collector:
         return outputs
 
     def prompt_scores(self, step: LaunchedStep) -> list[StepOutput]:
-        """The scores of prompts' tokens that a step has computed, before the step counts as computed: outputs of
-        `SCORED_TOKENS` at most. The first one of a prompt begins with None, for its first token. A prompt that starts
-        anew after a preemption gives nothing twice."""
+        """Return the scores of prompt tokens that a step has computed, at most `SCORED_TOKENS` per output. Must run
+        before `Scheduler.update` counts the step.
+
+        A prompt's first score is None, for its first token. A prompt that starts again after a preemption returns no
+        score twice.
+        """
         outputs = []
         for sequence, entries in step.prompt_logprobs.items():
             start, beginning = sequence.num_computed_tokens, self._beginnings[sequence]
@@ -87,8 +90,7 @@ class Collector:
     def _collect_verified(
         self, drafts: list[tuple[Sequence, list[int]]], tokens: list[int], logprobs: list[TokenLogprobs | None]
     ) -> list[StepOutput]:
-        """`collect` of a step with drafts: each sequence gets the tokens that were drawn up to the first that its
-        drafts had wrong."""
+        """`collect` for a step with drafts: each sequence gets its kept tokens (`num_kept`)."""
         outputs, at = [], 0
         for sequence, guessed in drafts:
             start, at = at, at + len(guessed) + 1
@@ -101,8 +103,8 @@ class Collector:
         return outputs
 
     def _take_kept(self, sequence: Sequence, tokens: list[int], logprobs: TokenLogprobs | None) -> StepOutput:
-        """Take tokens until the sequence ends or there are no more. logprobs: of the first token; a sequence that
-        asks for them has no drafts."""
+        """Append the kept tokens to the sequence until it ends. logprobs: of the first token. A sequence with logprobs
+        has no drafts, so no other token needs them."""
         whole: StepOutput | None = None
         for token_id in tokens:
             self._scheduler.keep_verified(sequence)
@@ -119,7 +121,7 @@ class Collector:
     def _collect_each(
         self, step: LaunchedStep, tokens: list[int], logprobs: list[TokenLogprobs | None]
     ) -> list[StepOutput]:
-        """`collect` with a look at every sequence."""
+        """`collect` by visiting every sequence (the slow path)."""
         finished = Status.FINISHED
         outputs = []
         for sequence, index, token_id, entry in zip(step.sequences, step.indices, tokens, logprobs, strict=True):
@@ -134,7 +136,7 @@ class Collector:
         return outputs
 
     def _advance(self, sequence: Sequence, index: int, token_id: int, logprobs: TokenLogprobs | None) -> StepOutput:
-        """Take the index-th token of the sequence's answer."""
+        """Put the index-th token into the sequence's answer, and finish the sequence if it ends. Returns its output."""
         grammar = sequence.grammar
         if token_id < 0:
             output = _failure(sequence, BAD_LOGITS if grammar is None else NOTHING_ALLOWED)
@@ -158,7 +160,7 @@ class Collector:
             output.queue_seconds = self._beginnings.pop(sequence).queue_seconds
             output.num_cached_tokens = self._scheduler.reuse.num_cached(sequence)
         if output.finish_reason is not None:
-            del sequence.output_token_ids[index + 1 :]  # of the step that was computed once too often
+            del sequence.output_token_ids[index + 1 :]  # a token of one step too many is under way
             if output.is_failure:
                 self._scheduler.finish(sequence)
             else:

@@ -40,7 +40,8 @@ class EngineCore:
     """Scheduler and model runner, and the bookkeeping between them."""
 
     def __init__(self, config: EngineConfig, *, progress: bool = True, grammars: GrammarCompiler | None = None) -> None:
-        """`grammars`: the result of `grammar_compiler(config)`, so that its tokenizer loads while the model does."""
+        """`grammars`: the result of `grammar_compiler(config)`, passed in so that its tokenizer loads while the model
+        does."""
         self.config = config
         built = build(config, progress=progress)
         self.info = engine_info(config, built)
@@ -70,19 +71,20 @@ class EngineCore:
         self._stats = EngineStats()
         self._collector = Collector(self.scheduler, self._stats)
         self._arrivals = 0
-        self._next_look = 0.0  # for requests that have waited too long, on the clock of `time.monotonic`
+        self._next_expiry = 0.0  # the next search for late requests, on the clock of `time.monotonic`
         on_cuda = self.runner.device.type == "cuda"
         self._is_async = on_cuda if config.async_scheduling is None else config.async_scheduling
         self._in_flight: LaunchedStep | None = None
         self._grammars = grammars or grammar_compiler(config)
-        self._compiling: list[tuple[Sequence, Grammar]] = []  # grammars that are not known to be sound
+        self._compiling: list[tuple[Sequence, Grammar]] = []  # sequences whose grammar is not known to compile
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._in_flight is not None or self.sessions.is_busy
 
     def add_request(self, request: AddRequest) -> None:
-        """Queue a request. Raises `RequestError`, `ContextLengthError` or `QueueFullError`; then nothing is kept."""
+        """Queue a request. Raises `RequestError`, `ContextLengthError` or `QueueFullError`, and then keeps nothing of
+        it."""
         max_tokens = self.check(request)
         if request.eos_token_ids is None:
             request = msgspec.structs.replace(request, eos_token_ids=list(self.runner.served.spec.eos_token_ids))
@@ -93,12 +95,12 @@ class EngineCore:
         now = time.perf_counter()
         self.scheduler.add(sequence, math.inf if limit is None else time.monotonic() + limit)
         self._collector.add(sequence, now)
-        if params.grammar is not None:  # only for a request that is admitted
+        if params.grammar is not None:  # only here: a refused request compiles no grammar
             sequence.grammar = self._grammars.compile(params.grammar)
             self._compiling.append((sequence, sequence.grammar))
 
     def check(self, request: AddRequest) -> int:
-        """Return the answer's bound in tokens. Raises `RequestError` for a request that can never be served."""
+        """Return the most tokens of the answer. Raises `RequestError` for a request that can never be served."""
         params, prompt = request.sampling_params, request.prompt_token_ids
         vocab = self.runner.served.spec.vocab_size
         if request.request_id in self.scheduler:
@@ -124,24 +126,26 @@ class EngineCore:
         max_tokens = room if params.max_tokens is None else params.max_tokens
         if request.session_id is not None and not request.uses_cache:
             raise RequestError(
-                "session_id needs what the prefix cache keeps: leave out prefix_cache: false and the scores of the "
-                "prompt (echo with logprobs), and ask for at least one token",
+                "session_id needs the prefix cache: leave out prefix_cache: false and the scores of the prompt (echo "
+                "with logprobs), and ask for at least one token",
                 "session_id",
             )
         return max_tokens
 
     def abort_request(self, request_id: str) -> None:
-        """Forget a request and free what it holds. An id that is not here has just finished: nothing to do."""
+        """Remove a request and free its slot and blocks. Ignores an unknown id: the request has just finished."""
         sequence = self.scheduler.abort(request_id)
         if sequence is not None:
             self._collector.forget(sequence)
 
     def step(self, tell_started: Callable[[list[str]], None] | None = None) -> list[StepOutput]:
-        """Launch one batch. Returns what is new of it, or, when scheduling is asynchronous, of the one before: the
-        device then never waits for the host, and the host, which waits for that one, is never more than two steps
-        ahead. A sequence that turns out to have ended is computed once too often; its slot and blocks are free for
-        those that are launched after that. `tell_started` is called before the launch with the ids of the requests
-        that start with it."""
+        """Launch one batch, and return its outputs. tell_started: called before the launch with the ids of the requests
+        that start with it.
+
+        With asynchronous scheduling the outputs are of the batch before. So the device does not wait for the host, and
+        the host is at most two steps ahead. A sequence that ends in the batch before is computed once more in vain. Its
+        slot and blocks are free for batches that are launched later.
+        """
         started = time.perf_counter()
         refused = [*self._expire(time.monotonic()), *self._refuse_bad_grammars()]
         batch = self.scheduler.schedule()
@@ -156,8 +160,8 @@ class EngineCore:
             scored = self._collector.prompt_scores(launched)
             self.scheduler.update(batch)
             self._stats.steps_total += 1
-        elif self.has_work and self._in_flight is None:  # for a grammar, siblings or a session
-            time.sleep(IDLE_SECONDS)  # leave the processor to other threads
+        elif self.has_work and self._in_flight is None:  # work waits for a grammar, siblings or a session call
+            time.sleep(IDLE_SECONDS)  # lets other threads run
         if self._is_async:
             launched, self._in_flight = self._in_flight, launched
         waiting = time.perf_counter()
@@ -174,7 +178,7 @@ class EngineCore:
         return outputs
 
     def stats(self) -> EngineStats:
-        """A snapshot of this moment."""
+        """The numbers of this moment."""
         scheduler = self.scheduler
         return msgspec.structs.replace(
             self._stats,
@@ -193,26 +197,27 @@ class EngineCore:
         )
 
     def hold_share(self) -> None:
-        """For a process that does nothing else: keep all of its memory on the device within the configured share."""
+        """Keep all of this process's memory on the device within the configured share. For a process of the engine
+        alone."""
         hold_share(self.runner.device, self.info.memory)
 
     def check_integrity(self) -> None:
-        """Every slot and block has one owner. Raises AssertionError."""
+        """Every slot, block and snapshot has its owners. Raises AssertionError."""
         self.scheduler.check_integrity()
         self._collector.check_integrity()
 
     def _expire(self, now: float) -> list[StepOutput]:
-        """Refuse requests that have waited too long. Looks once in `EXPIRY_SECONDS`."""
-        if now < self._next_look:
+        """Refuse requests that have waited too long. Searches for them once in `EXPIRY_SECONDS`."""
+        if now < self._next_expiry:
             return []
-        self._next_look = now + EXPIRY_SECONDS
+        self._next_expiry = now + EXPIRY_SECONDS
         late = self.scheduler.expire(now)
         for sequence in late:
             self._collector.forget(sequence)
         return [refusal(sequence.request_id, QueueTimeoutError()) for sequence in late]
 
     def _refuse_bad_grammars(self) -> list[StepOutput]:
-        """Refuse requests whose grammar does not compile. Requests whose grammar does may start from now on."""
+        """Refuse the requests whose grammar did not compile. Makes the sequences ready whose grammar did."""
         outputs = []
         for sequence, grammar in self._compiling.copy():
             if not grammar.is_compiled:
@@ -228,5 +233,5 @@ class EngineCore:
 
 
 def grammar_compiler(config: EngineConfig) -> GrammarCompiler:
-    """For the tokenizer of the model, which need not be loaded by then."""
+    """A compiler of grammars for the model's tokenizer, which it loads on first use or by `prepare`."""
     return GrammarCompiler(lambda: Tokenizer.of(config).for_grammars())

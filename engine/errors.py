@@ -36,15 +36,15 @@ __all__ = [
 QUEUE_TIMEOUT = "the request waited too long for its start (setting max_queue_seconds); try again later"
 
 SessionErrorCode = Literal[
-    "sessions_disabled",  # there is no folder for them
+    "sessions_disabled",  # the setting session_folder is missing
     "session_id_invalid",
     "session_not_found",
-    "session_evicted",  # the prefix cache has forgotten it
+    "session_evicted",  # the prefix cache has dropped the conversation
     "session_mismatch",  # the file is of another model or of other settings
-    "session_damaged",  # the file is not what was written
+    "session_damaged",  # the file's content is wrong
     "session_no_room",  # in the pools, or on the disk
     "session_queue_full",
-    "session_failed",  # our fault, or the disk's
+    "session_failed",  # a fault of the server or of the disk
 ]
 
 

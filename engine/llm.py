@@ -1,4 +1,4 @@
-"""The offline twin of the server: prompts in, texts out, in this process."""
+"""The offline interface: prompts in, texts out, in this process."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class LLM:
     >>> llm = LLM("demo")
     >>> llm.chat([{"role": "user", "content": "Tell me a story."}])[0].text
 
-    Keyword arguments are the fields of `EngineConfig`; nobody reads along, so prompts are not held back for decoding
-    sequences unless `mixed_prefill_tokens` says so. Raises `ConfigError` or `CheckpointError`.
+    Keyword arguments are the fields of `EngineConfig`. No client streams the answers, so `mixed_prefill_tokens` is
+    unlimited by default: prompts do not wait for decode rows. Raises `ConfigError` or `CheckpointError`.
     """
 
     def __init__(self, model: str = "demo", **settings: Any) -> None:
@@ -67,7 +67,7 @@ class LLM:
             config = EngineConfig(model=model, **({"mixed_prefill_tokens": NO_LIMIT} | settings))
         except ValidationError as error:
             raise ConfigError("; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())) from None
-        self.tokenizer = Tokenizer.of(config)  # first: what is wrong with it should not cost the loading of a model
+        self.tokenizer = Tokenizer.of(config)  # first: its errors come before the model is loaded
         self.core = EngineCore(config, progress=False)
         self._count = 0
 
@@ -79,11 +79,11 @@ class LLM:
         cache_salt: str | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Continue each prompt (text or token ids). One `params` for all, or one each. They share the prefix cache with
-        those of the same `cache_salt`. Returns the answers in the order of the prompts, `n` of them for each.
+        """Continue each prompt (text or token ids). Returns `n` answers per prompt, in the order of the prompts.
 
-        Raises `RequestError` for a prompt that cannot be served; the others are then not run either. `TypeError` for
-        what is none.
+        params: one for all prompts, or one per prompt. cache_salt: prompts share the prefix cache only with prompts of
+        the same salt. Raises `RequestError` if one of the prompts cannot be served; then no prompt is run. Raises
+        `TypeError` for arguments of a wrong type.
         """
         _check_params(params)
         ids = [self._encode(prompt) for prompt in _as_prompts(prompts)]
@@ -102,8 +102,8 @@ class LLM:
         cache_salt: str | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Answer one conversation (a list of messages) or several, by the checkpoint's chat template. Raises as
-        `generate` does."""
+        """Answer one conversation (a list of messages) or several, rendered by the checkpoint's chat template. Raises
+        the errors of `generate`."""
         _check_params(params)
         several = _as_conversations(conversations)
         prompts: list[Prompt] = [self.tokenizer.encode_chat(messages) for messages in several]
@@ -128,7 +128,7 @@ class LLM:
                         completions[index].add(output)
                         bar.update(output.finish_reason is not None)
         finally:
-            for request_id in streams:  # an error or Ctrl-C leaves nothing behind
+            for request_id in streams:  # not empty after an error or Ctrl-C
                 self.core.abort_request(request_id)
         return completions
 
@@ -143,7 +143,7 @@ class LLM:
         )
 
     def _admit(self, pending: deque[tuple[int, AddRequest]], streams: dict[str, tuple[int, TextStream]]) -> None:
-        """Keep the engine's bounded queue filled."""
+        """Add pending requests until the engine's queue is full."""
         while pending and len(self.core.scheduler.waiting) < self.core.config.max_waiting:
             index, request = pending.popleft()
             self.core.add_request(request)
@@ -153,12 +153,12 @@ class LLM:
     def _step(self, streams: dict[str, tuple[int, TextStream]]) -> Iterator[tuple[int, RequestOutput]]:
         for step in self.core.step():
             index, stream = streams[step.request_id]
-            if step.error_code == "invalid":  # known only now: a grammar that does not compile
+            if step.error_code == "invalid":  # a grammar that does not compile; `check` cannot find it
                 raise RequestError(step.error or "invalid", step.error_param)
             output = stream.push(step)
             if output.finish_reason is not None:
                 del streams[step.request_id]
-                self.core.abort_request(step.request_id)  # a stop string ends it before the engine does
+                self.core.abort_request(step.request_id)  # a stop string ends the answer before the engine does
             yield index, output
 
 

@@ -1,7 +1,7 @@
-"""Log lines as text or as JSON, one line per record, with the id of the request that they are about.
+"""Log lines as text or as JSON, one per record, with the id of the request that the record is about.
 
-Whatever a record holds, it cannot look like another one: control characters (CR, LF, ANSI) are escaped, and a traceback
-is indented (text) or a field (JSON). Prompts and keys are never logged; nothing here could tell them apart.
+No record can imitate another: control characters (CR, LF, ANSI) are escaped, and a traceback is indented (text) or a
+field (JSON). Prompts and keys must not be logged: this module cannot recognise them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 
 LogFormat = Literal["text", "json"]
 
-# Of the request that the current task serves.
+# The id of the request that the current task serves.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
@@ -26,7 +26,7 @@ def configure(level: str, log_format: LogFormat) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    logging.captureWarnings(log_format == "json")  # else they would be lines that are no JSON
+    logging.captureWarnings(log_format == "json")  # otherwise warnings would be lines without JSON
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
@@ -47,7 +47,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object in ASCII: time, level, logger, message, and where there are such request_id and exception."""
+    """One JSON object in ASCII: time, level, logger, message, and request_id and exception if the record has them."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {
@@ -66,7 +66,7 @@ def _time_of(record: logging.LogRecord) -> str:
 
 
 def _request_of(record: logging.LogRecord) -> str | None:
-    """The `request_id` that the caller gave as `extra`, or the id of the request being served."""
+    """The `request_id` that the caller passed as `extra`, otherwise the id of the request being served."""
     given: str | None = getattr(record, "request_id", None)
     return given or request_id.get()
 

@@ -17,24 +17,20 @@ SessionAction = Literal["save", "restore", "delete", "list"]
 class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     """Start a sequence. A lower `priority` runs earlier; ties run in order of arrival.
 
-    `eos_token_ids` None = the ids of the checkpoint's config and generation config. `max_queue_seconds` None = the
-    sequence waits for its start without a limit. `num_siblings` more requests will follow at once that have the same
-    prompt and name this one as `sibling_of`: the prompt is then computed once. `prefix_cache` False = the sequence
-    takes nothing from the prefix cache and leaves nothing there; `cache_salt` = it shares only with requests of the
-    same salt; `beginning` = length in tokens of the part that other prompts probably share, 0 if unknown.
-    `session_id`: under this id the end of the answer is known, and can be saved.
+    If `num_siblings` is set, so many requests with the same prompt follow at once. They name this request as
+    `sibling_of`, and the prompt is computed once for all.
     """
 
     request_id: str
-    prompt_token_ids: TokenIds  # of any ids
+    prompt_token_ids: TokenIds  # any sequence of ids is converted
     sampling_params: SamplingParams
     priority: int = 0
-    eos_token_ids: list[int] | None = None
-    max_queue_seconds: float | None = None
-    prefix_cache: bool = True
-    cache_salt: str | None = None
-    beginning: int = 0
-    session_id: str | None = None
+    eos_token_ids: list[int] | None = None  # None = the ids of the checkpoint's config and generation config
+    max_queue_seconds: float | None = None  # longest wait for the start; None = no limit
+    prefix_cache: bool = True  # False = the sequence neither uses the prefix cache nor leaves anything there
+    cache_salt: str | None = None  # the sequence shares the prefix cache only with requests of the same salt
+    beginning: int = 0  # length in tokens of the part that other prompts probably share; 0 if unknown
+    session_id: str | None = None  # id under which the end of the answer can be saved
     num_siblings: int = 0
     sibling_of: str | None = None
 
@@ -43,25 +39,25 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
 
     @property
     def shares_prompt(self) -> bool:
-        """Whether its sequence may copy what another computed of the same prompt, or another copy from it. Scores of a
-        prompt are its sequence's own, and take computing it."""
+        """Whether the request's sequence may copy the state of another one with the same prompt, or be copied. A
+        request for scores of its prompt must compute the prompt itself."""
         return self.sampling_params.max_tokens != 0 and self.sampling_params.prompt_logprobs is None
 
     @property
     def uses_cache(self) -> bool:
-        """Whether its sequence takes from the prefix cache and leaves something there."""
+        """Whether the request's sequence uses the prefix cache, and leaves snapshots there."""
         return self.prefix_cache and self.shares_prompt
 
 
 class AbortRequest(msgspec.Struct, tag="abort"):
-    """Forget a sequence, whatever it is doing. Unknown ids are ignored: it may just have finished."""
+    """Remove a sequence in any state. Unknown ids are ignored, because the sequence may just have finished."""
 
     request_id: str
 
 
 class SessionCall(msgspec.Struct, tag="session"):
-    """Do something with the sessions' files. `call_id` is the caller's, and names the answer; `list` needs no
-    `session_id`."""
+    """Save, restore or delete a session, or list all. `call_id`: made by the caller, repeated in the answer. `list`
+    needs no `session_id`."""
 
     call_id: str
     action: SessionAction
@@ -69,12 +65,12 @@ class SessionCall(msgspec.Struct, tag="session"):
 
 
 class Shutdown(msgspec.Struct, tag="shutdown"):
-    """Finish nothing, free everything, leave."""
+    """End the engine at once, without finishing its sequences."""
 
 
 class MemoryUse(msgspec.Struct, kw_only=True):
-    """Bytes by their use. `total` is the share that the settings give: of a GPU `memory_fraction`, on a CPU the weights
-    and `cpu_memory_gb`."""
+    """Bytes of device memory by use. `total` is the share that the settings give: `memory_fraction` of a GPU; on a CPU
+    the weights plus `cpu_memory_gb`."""
 
     total: int
     weights: int = 0  # parameters and the rope table
@@ -87,17 +83,17 @@ class MemoryUse(msgspec.Struct, kw_only=True):
     other: int = 0  # the CUDA context, compiled kernels, rounding, buffers of sessions, other processes
 
     def by_kind(self) -> dict[str, int]:
-        """Every kind but `total`. Their sum and `unassigned` make `total`."""
+        """The bytes of each use. Their sum plus `unassigned` is `total`."""
         return {name: getattr(self, name) for name in self.__struct_fields__ if name != "total"}
 
     @property
     def unassigned(self) -> int:
-        """Bytes left of the share; negative when it is exceeded."""
+        """The bytes of the share that no use takes; negative if the uses exceed it."""
         return self.total - sum(self.by_kind().values())
 
 
 class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
-    """The model, the device and the sizes of the pools, once the model is loaded and memory is sized."""
+    """The model, the device and the sizes of the pools of a started engine."""
 
     model_path: str
     architecture: str
@@ -124,12 +120,12 @@ class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
     memory: MemoryUse
     state_bytes_per_slot: int
     kv_bytes_per_token: int
-    has_sessions: bool = False  # they can be saved
-    notes: list[str] = []  # what was clamped, and why
+    has_sessions: bool = False  # whether sessions can be saved
+    notes: list[str] = []  # a sentence per clamped size, with the reason
 
 
 class EngineStats(msgspec.Struct, kw_only=True):
-    """A snapshot of the engine after a step. Counters only grow."""
+    """The engine's numbers after a step. The fields in `_total` only grow."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -139,24 +135,24 @@ class EngineStats(msgspec.Struct, kw_only=True):
     snapshots_used: int = 0
     host_snapshots_used: int = 0
     prefix_cache_queries_total: int = 0  # prompt tokens that were looked up
-    prefix_cache_hits_total: int = 0  # looked-up tokens that were found, and not computed again
+    prefix_cache_hits_total: int = 0  # looked-up tokens that were found, and so not computed
     draft_tokens_total: int = 0
-    accepted_tokens_total: int = 0  # drafts that were right
+    accepted_tokens_total: int = 0  # accepted drafts
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
     preemptions_total: int = 0
     steps_total: int = 0
     step_seconds_total: float = 0.0
     schedule_seconds_total: float = 0.0
-    host_seconds_total: float = 0.0  # of step_seconds_total, all but waiting for the device
+    host_seconds_total: float = 0.0  # step_seconds_total without the time spent waiting for the device
     decode_steps_total: int = 0  # steps of decode rows alone
     decode_host_seconds_total: float = 0.0  # the part of host_seconds_total spent on decode_steps_total
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", kw_only=True):
-    """All outputs of one step, with the numbers behind it. Without outputs it is a sign of life.
+    """The outputs of one step, and the engine's numbers after it. Without outputs it shows that the engine is alive.
 
-    `started` = ids of the requests that leave the queue in the step that is about to be computed.
+    started: ids of the requests that leave the queue in the step that is launched next.
     """
 
     outputs: list[StepOutput]
@@ -173,14 +169,14 @@ class SessionFile(msgspec.Struct, frozen=True):
 
 
 class SessionDone(msgspec.Struct, tag="session_done", kw_only=True):
-    """The answer to a `SessionCall`: counts of the data that was saved, restored or deleted, or an error."""
+    """The answer to a `SessionCall`: the size of the data that was saved, restored or deleted, or an error."""
 
     call_id: str
     num_tokens: int = 0
     num_bytes: int = 0
-    seconds: float = 0.0  # of work, without waiting for other calls
-    files: list[SessionFile] = []  # of `list`, the latest first
-    is_cut: bool = False  # there are more files
+    seconds: float = 0.0  # spent on the call, without the wait for other calls
+    files: list[SessionFile] = []  # answer to `list`, the latest first
+    is_cut: bool = False  # whether there are more files than listed
     error: str | None = None
     error_code: SessionErrorCode | None = None
 

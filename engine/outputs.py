@@ -1,4 +1,4 @@
-"""What travels up from the engine: ids, log-probabilities and reasons, then, beyond the tokenizer, text."""
+"""The outputs of sequences: `StepOutput` with token ids from the engine, `RequestOutput` with text for the server."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ PAIR = struct.Struct("<if")  # a token's id and its log-probability
 class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
     """Log-probabilities at one position, from one float32 log-softmax of the raw logits.
 
-    `top` holds the most likely tokens in descending order, and the chosen token too when it is not among them. It is
-    kept as `PAIR`s one behind the other: twenty take a ninth of the memory of tuples, and are decoded by one copy.
+    `top` holds the most likely tokens in descending order, and after them the chosen token if it is not among them.
+    `packed` stores them as consecutive `PAIR`s. Twenty pairs take a ninth of the memory of tuples, and are decoded by
+    one copy.
     """
 
     token_id: int
@@ -42,26 +43,26 @@ class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What one engine step adds to one request, or several steps when their outputs have piled up."""
+    """The tokens that one engine step adds to one request. Outputs of several steps may be merged into one."""
 
     request_id: str
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # ahead of the answer, in pieces; [0] is None
-    queue_seconds: float | None = None  # once, with the first token
-    num_cached_tokens: int | None = None  # of the prompt, not computed again; once, with the first token
+    queue_seconds: float | None = None  # set once, with the first token
+    num_cached_tokens: int | None = None  # prompt tokens from the prefix cache; set once, with the first token
     finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None  # the id that ended it, when a stop token did (also last in token_ids)
+    stop_token_id: int | None = None  # the stop token that ended the answer, if one did; also last in token_ids
     error: str | None = None  # the message of finish_reason "error"
     error_code: ErrorCode | None = None
-    error_param: str | None = None  # the request field at fault, when one is
+    error_param: str | None = None  # the request field at fault, if there is one
 
     @property
     def is_failure(self) -> bool:
         return self.finish_reason in ("error", "abort")
 
     def extend(self, later: StepOutput) -> None:
-        """Take in what the same request got next, unless that is a failure."""
+        """Append a later output of the same request, in place. It must not be a failure."""
         self.token_ids += later.token_ids
         self.logprobs = joined(self.logprobs, later.logprobs)
         self.prompt_logprobs = joined(self.prompt_logprobs, later.prompt_logprobs)
@@ -72,7 +73,7 @@ class StepOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 def refusal(request_id: str, error: RequestError | QueueFullError | QueueTimeoutError) -> StepOutput:
-    """The only output of a request that the engine does not compute: it carries the error to the client."""
+    """The only output of a refused request. It carries the error to the client."""
     code: ErrorCode = "invalid"
     if isinstance(error, QueueFullError):
         code = "queue_full"
@@ -90,36 +91,36 @@ def refusal(request_id: str, error: RequestError | QueueFullError | QueueTimeout
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
-    """What one step adds to one answer, as text. All fields but the counters are deltas.
+    """The text and tokens that one step adds to one answer. All fields except the counters are deltas.
 
-    `text` never ends in half a character or in what may become a stop string; the last delta releases what was held
-    back.
+    `text` ends neither within a character nor in a possible beginning of a stop string. The text held back for that
+    comes with a later delta, at the latest with the last one.
     """
 
     request_id: str
     text: str = ""
-    pieces: list[str] = []  # `text`, cut where a token completed it: one for each of `token_ids`, and one at least
+    pieces: list[str] = []  # `text` in pieces, each completed by one of `token_ids`; one piece if there are no ids
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None  # the stop string or stop token id that ended it
+    stop_reason: int | str | None = None  # the stop string or stop token id that ended the answer
     error: str | None = None
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
-    queue_seconds: float | None = None  # once, with the first token
-    num_cached_tokens: int | None = None  # likewise
+    queue_seconds: float | None = None  # set once, with the first token
+    num_cached_tokens: int | None = None  # set once, with the first token
 
     @property
     def num_scores(self) -> int:
-        """Log-probabilities that it holds, alternatives included."""
+        """The number of log-probabilities in the output, including alternatives."""
         if self.logprobs is None and self.prompt_logprobs is None:  # nearly always; asked for every output
             return 0
         scored = [entries for entries in (self.prompt_logprobs, self.logprobs) if entries]
         return sum(len(entries) * (1 + entries[-1].num_top if entries[-1] else 1) for entries in scored)
 
     def cut(self, num_tokens: int) -> list[RequestOutput]:
-        """The same in several outputs, none with log-probabilities of more than `num_tokens` tokens."""
+        """Split the output into several, none with log-probabilities of more than `num_tokens` tokens."""
         scores, entries = self.prompt_logprobs or [], self.logprobs or []
         if len(scores) + len(entries) <= num_tokens:
             return [self]
@@ -148,7 +149,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
         )
 
     def extend(self, later: RequestOutput) -> None:
-        """Take in all but the text and its pieces of what the same request got next: many are better joined once."""
+        """Append a later output of the same request, in place, except its text and pieces. The caller joins the text of
+        many outputs at once."""
         self.token_ids += later.token_ids
         self.logprobs = joined(self.logprobs, later.logprobs)
         self.prompt_logprobs = joined(self.prompt_logprobs, later.prompt_logprobs)
@@ -162,7 +164,7 @@ E = TypeVar("E")
 
 
 def joined(logprobs: list[E] | None, more: list[E] | None) -> list[E] | None:
-    """`logprobs`, grown in place."""
+    """Both lists as one. Extends `logprobs` in place if it is a list."""
     if logprobs is None:
         return more
     logprobs += more or ()

@@ -1,4 +1,4 @@
-"""How one sequence is continued. Names and meanings follow the OpenAI API and vLLM."""
+"""The sampling parameters of one sequence. Names and meanings follow the OpenAI API and vLLM."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ _BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Sampling settings of one sequence. Immutable; `RequestError` names a field that is out of bounds.
+    """The sampling parameters of one sequence. Immutable. Raises `RequestError`, which names a field that is wrong.
 
-    temperature 0 is greedy. top_k 0 or -1, top_p 1, min_p 0, penalties 0 (repetition 1) switch a filter off. `seed`
-    makes the drawn tokens a function of the sequence alone, whatever else is in the batch. `logprobs` is the number of
-    alternatives to report per token (0 = the chosen token alone, None = off); `prompt_logprobs` the same for the
-    prompt. `grammar` says what the answer may be, in llguidance's Lark (`engine.grammar` makes it of JSON schemas and
-    the like). max_tokens 0 computes the prompt and stops; None means up to the context length. `stop` may be a single
-    string. `n` is the number of answers to a prompt: the engine's sequence is one of them, and `choice` gives its
-    params.
+    - temperature: 0 is greedy. top_k 0 or -1, top_p 1, min_p 0, penalties 0 (repetition 1) switch a filter off.
+    - seed: makes the drawn tokens independent of the other sequences in a batch.
+    - logprobs: number of alternatives to report per token; 0 = the chosen token alone, None = off. prompt_logprobs: the
+      same for the prompt.
+    - grammar: constrains the answer, in llguidance's dialect of Lark (`engine.text.grammar` makes it from JSON schemas,
+      patterns and choices).
+    - max_tokens: 0 computes the prompt and stops; None = up to the context length.
+    - stop: may be a single string.
+    - n: number of answers to a prompt. Each is a sequence of its own, with the parameters of `choice`.
     """
 
     n: int = 1
@@ -83,7 +85,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         self._check_logit_bias()
 
     def _check_types(self) -> None:
-        """Raises `RequestError` for a wrong type: msgspec checks only values that it decodes, not Python callers'."""
+        """Raise `RequestError` for a wrong type. msgspec checks types only when it decodes, not in Python calls."""
         for name in _NUMBERS:
             _require(name, getattr(self, name), (int, float), "a number")
         for name in _INTEGERS:
@@ -129,14 +131,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             _check_range("logit_bias", bias, -100.0, 100.0)
 
     def choice(self, j: int) -> SamplingParams:
-        """The params of choice j of n. The choices of one seed differ, yet each repeats: choice j draws with seed + j,
-        wrapped to 64 bits."""
+        """The parameters of choice j of n. Choice j draws with seed + j, wrapped to 64 bits, so the choices differ and
+        each can be repeated."""
         seed = None if self.seed is None else (self.seed + j + SEED_BOUND) % (2 * SEED_BOUND) - SEED_BOUND
         return msgspec.structs.replace(self, n=1, seed=seed)
 
     @property
     def is_penalised(self) -> bool:
-        """Whether tokens count that occurred before."""
+        """Whether a token's earlier occurrences change its logit."""
         return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
 
     @property

@@ -1,4 +1,4 @@
-"""A sequence: its tokens and a few counters. Everything else follows from them."""
+"""A sequence: its tokens and a few counters, from which its other properties follow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .sampling_params import SamplingParams
 if TYPE_CHECKING:
     from .text.grammar import Grammar
 
-# The place of a token that the device has drawn, or is about to, and the host has not seen.
+# Stands for a token that a launched step draws and that the host has not seen yet.
 UNSEEN = -1
 
 
@@ -30,28 +30,28 @@ class Status(enum.Enum):
 class Sequence:
     """One request inside the engine.
 
-    There are no phases: `num_computed_tokens` chases `num_tokens`, and every step feeds the tokens between. Chunked
-    prefill, decoding and recomputing after a preemption are all that. A launched step leaves `UNSEEN` at the end of the
-    answer until its token arrives.
+    A sequence has no phases: `num_computed_tokens` chases `num_tokens`, and each step feeds tokens between the two.
+    This covers chunked prefill, decoding, and recomputation after a preemption. A launched step leaves `UNSEEN` at the
+    end of the answer until its token arrives.
 
     Each policy keeps its own facts of a sequence (`Siblings`, `Reuse`, `Speculation`, `WaitingQueue`), and drops them
     when the scheduler finishes it.
     """
 
-    request: AddRequest  # with its `eos_token_ids` filled in
-    max_tokens: int = 16  # of the answer, already cut to the context length
+    request: AddRequest  # `eos_token_ids` is set
+    max_tokens: int = 16  # most tokens of the answer, at most as many as the context holds
     arrival: int = 0  # order of arrival
     seed: int = 0
-    grammar: Grammar | None = field(default=None, repr=False)  # what the answer may be
+    grammar: Grammar | None = field(default=None, repr=False)  # constrains the answer
     output_token_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0  # computed tokens that the slot's ring holds and its state does not (`RingRule`)
     state_slot: int | None = None
-    block_table: array[int] = field(default_factory=lambda: array("i"))  # a new array whenever its blocks are released
+    block_table: array[int] = field(default_factory=lambda: array("i"))  # a new array after each release of its blocks
     prompt_token_ids: list[int] = field(init=False, repr=False)
     stop_ids: frozenset[int] = field(init=False)  # tokens that end the answer
-    max_fed: int = field(init=False)  # tokens that are fed to the model before the last one of the answer is drawn
+    max_fed: int = field(init=False)  # most tokens that are fed: all but the last one of a full answer
 
     def __post_init__(self) -> None:
         params = self.request.sampling_params
@@ -66,7 +66,7 @@ class Sequence:
 
     @property
     def priority(self) -> int:
-        """A lower one runs earlier."""
+        """A sequence with a lower priority value runs earlier."""
         return self.request.priority
 
     @property
@@ -87,23 +87,24 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens still to feed. The last one of the answer never is."""
+        """The number of tokens still to feed. The last token of a full answer is never fed."""
         num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)
         return (num_tokens if num_tokens < self.max_fed else self.max_fed) - self.num_computed_tokens
 
     @property
     def is_decoding(self) -> bool:
-        """One token behind, with a past. A one-token prompt has no past: it is a prefill."""
+        """Whether the sequence is one token behind and has computed tokens. A one-token prompt has none: it is a
+        prefill."""
         return self.num_computed_tokens > 0 and self.num_uncomputed_tokens == 1
 
     @property
     def is_ready(self) -> bool:
-        """Whether it may start: its grammar, if it has one, is compiled."""
+        """Whether the sequence may start: its grammar, if it has one, is compiled."""
         return self.grammar is None or self.grammar.is_ready
 
     @property
     def waits_for_its_token(self) -> bool:
-        """Its grammar cannot tell what may come next before the host has seen the last token."""
+        """Whether the next step must wait for the last token: the sequence's grammar has to see it first."""
         return self.grammar is not None and self.ends_in_unseen
 
     @property
@@ -116,18 +117,18 @@ class Sequence:
 
     @property
     def order(self) -> tuple[int, int]:
-        """The lowest runs first: by priority, then by arrival."""
+        """The sort key of sequences: by priority, then by arrival. The lowest runs first."""
         return (self.request.priority, self.arrival)
 
     def token_ids(self, start: int, end: int) -> list[int]:
-        """Tokens start up to end of prompt and answer together."""
+        """Tokens start .. end - 1 of prompt and answer."""
         split = len(self.prompt_token_ids)
         if end <= split:
             return self.prompt_token_ids[start:end]
         return self.prompt_token_ids[start:split] + self.output_token_ids[max(start - split, 0) : end - split]
 
     def known_tokens(self, end: int) -> np.ndarray:
-        """[end] int32, the first tokens of prompt and answer."""
+        """The first `end` tokens of prompt and answer, [end] int32."""
         prompt = self.request.prompt_token_ids.numpy
         if end <= len(prompt):
             return prompt[:end]
@@ -135,7 +136,7 @@ class Sequence:
         return np.concatenate([prompt, answer])
 
     def finish_reason(self, index: int) -> FinishReason | None:
-        """Why the sequence ends with the index-th token of its answer, or None to go on."""
+        """The reason to end the sequence with the index-th token of its answer; None = it goes on."""
         if self.output_token_ids[index] in self.stop_ids and index + 1 >= self.request.sampling_params.min_tokens:
             return "stop"
         return "length" if index + 1 >= self.max_tokens else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Arrays = dict[str, np.ndarray]
-ALIGNMENT = 16  # bytes; Triton specialises kernels on addresses so aligned
+ALIGNMENT = 16  # bytes; Triton specialises kernels on addresses that are multiples of it
 _DTYPES = {
     torch.empty(0, dtype=dtype).numpy().dtype: dtype
     for dtype in (torch.int64, torch.int32, torch.float32, torch.bool, torch.uint8)
@@ -18,7 +18,7 @@ _DTYPES = {
 
 
 class Upload:
-    """Arrays on the device, one after another in one buffer of bytes. `upload[name]` is a view of one as a tensor."""
+    """Arrays on the device, packed into one buffer of bytes. `upload[name]` is a view of one array as a tensor."""
 
     def __init__(self, arrays: Arrays, buffer: Tensor) -> None:
         self.buffer = buffer
@@ -47,26 +47,26 @@ def _empty(dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> 
 
 
 def packed_size(arrays: Arrays) -> int:
-    """Bytes that `pack` writes."""
+    """The number of bytes that `pack` writes."""
     return _starts(arrays)[-1]
 
 
 def pack(arrays: Arrays, buffer: np.ndarray) -> None:
-    """Write the arrays one after another into a buffer of bytes."""
+    """Write the arrays one after another, each aligned, into a buffer [>= packed_size] uint8."""
     for array, start in zip(arrays.values(), _starts(arrays), strict=False):
         if array.size:
             buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def packed(arrays: Arrays) -> np.ndarray:
-    """The arrays one after another in a new buffer, [..] uint8."""
+    """Pack the arrays into a new buffer, [packed_size] uint8."""
     buffer = np.zeros(packed_size(arrays), dtype=np.uint8)
     pack(arrays, buffer)
     return buffer
 
 
 def unpack(arrays: Arrays, buffer: np.ndarray) -> Arrays:
-    """Views of the arrays that `pack` wrote to the buffer; `arrays` has their names, dtypes and sizes."""
+    """Views of the arrays that `pack` wrote to the buffer. `arrays` gives their names, dtypes and sizes."""
     return {
         name: buffer[start : start + array.nbytes].view(array.dtype)
         for (name, array), start in zip(arrays.items(), _starts(arrays), strict=False)

@@ -1,4 +1,4 @@
-"""How many rows and tokens of each kind a step has."""
+"""The numbers of rows and tokens of each kind in a step."""
 
 from __future__ import annotations
 
