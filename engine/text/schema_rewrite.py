@@ -1,11 +1,12 @@
-"""Rewrite a JSON schema into one that means the same and that llguidance can follow, of any version from 1.0.
+"""Rewrites a JSON schema into one with the same meaning that llguidance supports, in any version from 1.0.
 
-- A schema that allows nothing ("not": {}) becomes false, and what says nothing ("uniqueItems": false) is left out.
-- Titles and descriptions go, which make the grammars of many tools too large.
-- Names held to a list or a pattern (`propertyNames`, of every zod record) become properties or a pattern.
-- `oneOf` becomes `anyOf` where no value fits two of its alternatives: llguidance does not look through `$ref`.
-- A pattern of names holds for listed properties too, which llguidance overlooks before 1.9. A pattern of which only
-  listed names are left allows none, and llguidance then stops after a comma.
+- A schema that allows nothing ("not": {}) becomes false. Keywords without effect ("uniqueItems": false) are left out.
+- Titles and descriptions are left out: they make the grammars of many tools too large.
+- Property names that are bound to a list or a pattern (`propertyNames`, in every zod record) become properties or a
+  pattern.
+- `oneOf` becomes `anyOf` if no value fits two of its alternatives. llguidance itself does not look through `$ref`.
+- A pattern of names applies to listed properties too, which llguidance ignores before 1.9. If a pattern matches listed
+  names only, it is left out: llguidance would allow a comma after which no name is left.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any
 from .json_schema import as_kind, map_parts, parts, target
 
 MAX_COMPARED = 20_000  # pairs of alternatives of `oneOf`, and of names and patterns, in one schema
-MAX_NAMES_CHARS = 65_536  # of the properties that `propertyNames` becomes, as JSON
-MAX_FOLLOWED = 8  # references, and objects within objects, to tell two alternatives apart
+MAX_NAMES_CHARS = 65_536  # JSON characters of the properties that replace one `propertyNames`
+MAX_FOLLOWED = 8  # references, and levels of nested objects, followed to compare two alternatives
 KINDS = frozenset({"null", "boolean", "number", "string", "array", "object"})
 KIND_OF = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
 NAMES_LIMIT = frozenset({"type", "pattern", "enum", "const"})
@@ -29,7 +30,8 @@ MATCHES_ALL = frozenset({"", "^", "$", ".*", "^.*"})
 
 
 def rewrite(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema rewritten; its parts are shared or copied, never changed. Raises `ValueError` if it allows nothing."""
+    """The rewritten schema. Does not change `schema`, but may share its parts. Raises `ValueError` if it allows no
+    value."""
     rewritten = _Rewriting(schema).of(schema)
     if rewritten is False:
         raise ValueError("the schema allows no value at all")
@@ -65,11 +67,11 @@ class _Rewriting:
 
     @staticmethod
     def _is_empty(node: Any) -> bool:
-        """It says nothing, and so allows everything."""
+        """Whether the schema has no constraint, and so allows every value."""
         return node is True or (isinstance(node, dict) and node.keys() <= ANNOTATIONS)
 
     def _without_property_names(self, node: dict[str, Any]) -> dict[str, Any]:
-        """As it was, where the names are held to something else."""
+        """Replace `propertyNames` by properties or a pattern. Returns the node unchanged if neither can replace it."""
         names = self._resolved(node["propertyNames"])
         if self._is_empty(names) or (isinstance(names, dict) and names.keys() - ANNOTATIONS == {"type"}):
             says_nothing = self._is_empty(names) or "string" in _listed(names["type"])
@@ -111,7 +113,7 @@ class _Rewriting:
         return _without(node, "patternProperties") | {key: value for key, value in joined.items() if value}
 
     def _have_nothing_common(self, alternatives: Any) -> bool:
-        """No value fits two of the alternatives, as far as can be told."""
+        """Whether surely no value fits two of the alternatives."""
         return isinstance(alternatives, list) and all(
             self._are_apart(first, second) for first, second in combinations(alternatives, 2)
         )
@@ -136,12 +138,12 @@ class _Rewriting:
         return shared == {"object"} and self._have_property_apart(first, second, depth)
 
     def _have_property_apart(self, first: dict[str, Any], second: dict[str, Any], depth: int) -> bool:
-        """Some property that one of them needs."""
+        """Whether the values of some required property can tell two objects apart."""
         needed = dict.fromkeys([*_required(first), *_required(second)])
         return any(self._are_apart(_property(first, name), _property(second, name), depth + 1) for name in needed)
 
     def _resolved(self, node: Any) -> Any:
-        """Where references lead; a node with more than its reference says more than that, and stays."""
+        """Follow references. A node with other constraints beside its reference is returned as it is."""
         for _ in range(MAX_FOLLOWED):
             is_reference = isinstance(node, dict) and node.keys() - ANNOTATIONS == {"$ref"}
             if not is_reference or not isinstance(node["$ref"], str):
@@ -151,7 +153,7 @@ class _Rewriting:
 
 
 def _names_in(schema: dict[str, Any]) -> set[str]:
-    """Every name of a property that the schema spells."""
+    """All property names that the schema lists or requires."""
     found: set[str] = set()
     for node in parts(schema):
         found.update(as_kind(dict, node.get("properties")))
@@ -164,14 +166,15 @@ def _required(node: dict[str, Any]) -> list[str]:
 
 
 def _property(node: dict[str, Any], name: str) -> Any:
-    """The schema of an object's property; true if patterns of names may constrain it further."""
+    """The schema of an object's property. True (any value) if the property is not listed and patterns of names may
+    apply to it."""
     if name in as_kind(dict, node.get("properties")):
         return node["properties"][name]
     return True if node.get("patternProperties") else node.get("additionalProperties", True)
 
 
 def _kinds(node: dict[str, Any]) -> set[str]:
-    """The types of the values that a schema allows; an integer is a number."""
+    """The JSON types of the values that a schema allows. An integer counts as a number."""
     values = _values(node)
     if values is not None:
         return {KIND_OF.get(type(value), "object") for value in values}
@@ -180,21 +183,21 @@ def _kinds(node: dict[str, Any]) -> set[str]:
 
 
 def _values(node: dict[str, Any]) -> list[Any] | None:
-    """The values that a schema lists, or None where it lists none."""
+    """The values that a schema lists by `const` or `enum`, or None."""
     if "const" in node:
         return [node["const"]]
     return node["enum"] if isinstance(node.get("enum"), list) else None
 
 
 def _as_keys(values: Any) -> set[Any]:
-    """Equal where the values are equal as JSON: 1 is 1.0, and is not true."""
+    """Hashable keys of JSON values, equal if the values are equal in JSON: 1 equals 1.0 and not true."""
     return {
         json.dumps(value, sort_keys=True) if isinstance(value, bool | list | dict) else (value,) for value in values
     }
 
 
 def coerce_one_of(node: dict[str, Any]) -> dict[str, Any]:
-    """The node with `anyOf` for its `oneOf`, whatever `anyOf` it has already."""
+    """The node with `anyOf` in place of its `oneOf`. An `anyOf` that it has already stays valid."""
     alternatives = {"anyOf": node["oneOf"]}
     if "anyOf" in node:
         alternatives = {"allOf": [*as_kind(list, node.get("allOf")), alternatives]}
@@ -218,13 +221,13 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _matching(pattern: str, names: list[str]) -> list[str]:
-    """The names that a pattern matches, asked of llguidance: it has bounds on time, and its own syntax."""
+    """The names that a pattern matches. llguidance matches them, because it bounds the time and has its own syntax."""
     matcher = _matcher({"type": "string", "pattern": pattern})
     return [name for name in names if _takes(matcher, json.dumps(name, ensure_ascii=False))]
 
 
 def _takes_others(pattern: str, names: list[str]) -> bool:
-    """Whether llguidance can write a name that the pattern matches and that is none of `names`."""
+    """Whether the pattern matches any name outside `names`, as far as llguidance can tell."""
     taken = {"properties": dict.fromkeys(names, False), "patternProperties": {pattern: True}}
     return _takes(_matcher({"type": "object", "additionalProperties": False} | taken), '{"')
 
@@ -242,7 +245,7 @@ def _takes(matcher: Any, text: str) -> bool:
 
 @cache
 def byte_vocabulary() -> Any:
-    """An llguidance tokenizer of the 256 bytes, to ask whether a schema allows a text."""
+    """An llguidance tokenizer of the 256 bytes, to test whether a schema allows a text."""
     from llguidance import LLTokenizer
 
     return LLTokenizer("byte")

@@ -253,24 +253,25 @@ class Tokenizer:
 
     @cached_property
     def _wants_arguments(self) -> Literal["objects", "text", "either"]:
-        """Some templates refuse arguments that are text, others print them as they are and want JSON text."""
+        """The form in which the template takes the arguments of tool calls. Some templates refuse arguments as text;
+        others print them unchanged, so they must be JSON text."""
         text = '{"probe": "value"}'
         as_text, as_object = self._probe(*_call(text)), self._probe(*_call(json.loads(text)))
-        if "probe" in as_object and "'probe'" not in as_object:  # nor as Python writes it
+        if "probe" in as_object and "'probe'" not in as_object:  # not printed as a Python dict
             return "either" if "probe" in as_text else "objects"
         return "text" if text in as_text else "either"
 
     def _probe(self, *messages: dict[str, Any]) -> str:
         try:
             return str(self._hf.apply_chat_template(list(messages), tokenize=False))
-        except Exception:  # it wants something else in a conversation; a real one will say what
+        except Exception:  # the template refuses this conversation
             return ""
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids. Bytes that form no character come out as U+FFFD."""
-        if len(ids) == 1:  # remembered: a stream asks for every token alone, too
+        """The text of token ids. Bytes that form no character become U+FFFD."""
+        if len(ids) == 1:  # cached: a stream decodes every token alone, too
             return self._decode_one(ids[0], skip_special_tokens)
-        if len(ids) > MANY_IDS:  # in a batch of one, which holds Python's lock no longer than it must
+        if len(ids) > MANY_IDS:  # a batch releases Python's lock while it decodes
             return str(self._with_control.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
         return str(self._with_control.decode(ids, skip_special_tokens=skip_special_tokens))
 
@@ -282,25 +283,25 @@ class Tokenizer:
         return text[len(before) :] if text.startswith(before) else self._decode_one(token_id, False)
 
     def token_text(self, token_id: int) -> str:
-        """One token as text, control tokens included: in the middle of a text, since the first token of a text may
+        """The text of one token, also of a control token, as in the middle of a text. At the beginning of a text it may
         lose its blank."""
         return self._decode_one(token_id, False) if token_id in self.control_ids else self._decode_inside(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token, also where they are part of a character."""
+        """The bytes of one token, also if they are only a part of a character."""
         text = self.token_text(token_id)
         if "�" not in text:
             return text.encode()
         piece = self._with_control.id_to_token(token_id) or ""
-        if fallback := _BYTE_FALLBACK.fullmatch(piece):  # first: it is of GPT-2's characters, too
+        if fallback := _BYTE_FALLBACK.fullmatch(piece):  # first: all its characters are in _BYTE_OF_CHAR too
             return bytes([int(fallback[1], 16)])
         if all(char in _BYTE_OF_CHAR for char in piece):
             return bytes(_BYTE_OF_CHAR[char] for char in piece)
         return text.encode()
 
     def _defuse(self, value: Any, marker: str) -> Any:
-        """The value with the marker inside every control token that its strings spell, and at the end of strings that
-        could become one together with the template's next text."""
+        """The value with the marker inside every control token that its strings spell. A string that ends like the
+        beginning of a control token gets the marker at its end, because the template's next text could complete it."""
         if isinstance(value, str):
             value = self._control_start.sub(lambda found: found[0] + marker, value)
             return value + marker if self._ends_in_control_prefix(value) else value
@@ -311,7 +312,7 @@ class Tokenizer:
         return value
 
     def _ends_in_control_prefix(self, text: str) -> bool:
-        # Words are spared: templates compare them ("user", "text"), and control tokens hardly begin with a letter.
+        # Words get no marker: templates compare them ("user", "text"), and control tokens rarely begin with a letter.
         ends = (text[-n:] for n in range(1, self._max_prefix + 1))
         return any(end in self._control_prefixes and not end[0].isalnum() for end in ends)
 

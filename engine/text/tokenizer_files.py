@@ -1,7 +1,8 @@
-"""tokenizer.json and the config files beside it -> a fast tokenizer with its chat template. Runs no code from it, ever.
+"""Loads a fast tokenizer with its chat template from tokenizer.json and the config files beside it. Runs no code of the
+checkpoint.
 
-tokenizer.json decides every id. `tokenizer_class` in tokenizer_config.json is not asked: transformers 5 rebuilds
-pre-tokenizer and normalizer from the class that it names, and then gives other ids than the file does.
+tokenizer.json decides every id. `tokenizer_class` in tokenizer_config.json is ignored: transformers 5 would rebuild the
+pre-tokenizer and normalizer from that class, which gives other ids than the file.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ LEGACY_FILES = ("special_tokens_map.json", "added_tokens.json")
 
 
 def load_tokenizer(folder: Path, chat_template: Path | None = None) -> Any:
-    """transformers' `PreTrainedTokenizerFast` over the folder's tokenizer.json, with the special tokens, added tokens
-    and chat template of its config files; `chat_template` is a file that takes the template's place.
+    """transformers' `PreTrainedTokenizerFast` of the folder's tokenizer.json, with the special tokens, added tokens and
+    chat template of the folder's config files.
 
-    Raises `CheckpointError`, which names the file at fault.
+    chat_template: a file that replaces the folder's template. Raises `CheckpointError`, which names the file at fault.
     """
     path = folder / TOKENIZER_FILE
     if not path.exists():
@@ -41,8 +42,8 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> Any:
 
     try:
         hf: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), tokenizer_file=str(path), local_files_only=True)
-    except Exception as error:  # transformers raises many kinds; all mean that this folder has no usable tokenizer
-        read_json(path)  # where it is no JSON, that is the better message
+    except Exception as error:  # of many types; all mean that the folder has no usable tokenizer
+        read_json(path)  # raises a better message if the file is no JSON
         cause = str(error).partition("\n")[0]
         raise CheckpointError(f"{folder}: cannot load a tokenizer: {cause}") from error
     hf.backend_tokenizer.no_truncation()
@@ -55,12 +56,12 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> Any:
 
 
 def ids_without_token(folder: Path, vocab_size: int) -> list[int]:
-    """The ids below `vocab_size` that have no token, in order: a model may have more logits than its tokenizer tokens.
-    None where the folder has no tokenizer.json."""
+    """The ids below `vocab_size` that have no token, increasing. A model may have more logits than its tokenizer has
+    tokens. Empty if the folder has no tokenizer.json."""
     path = folder / TOKENIZER_FILE
     if not path.exists():
         return []
-    file = read_json(path)  # the tokenizer itself takes six times as long
+    file = read_json(path)  # six times as fast as loading the tokenizer
     vocab = file["model"]["vocab"]  # token -> id, or a list of tokens by id
     ids = set(vocab.values()) if isinstance(vocab, dict) else set(range(len(vocab)))
     ids |= {token["id"] for token in file.get("added_tokens") or ()}
@@ -68,8 +69,8 @@ def ids_without_token(folder: Path, vocab_size: int) -> list[int]:
 
 
 def _read_configs(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, or nothing. The files that transformers is going to read are looked at here, since its
-    errors name none of them."""
+    """The content of tokenizer_config.json; empty if it is missing. Reads all files that transformers will read: its
+    own errors do not name the file."""
     for path in [folder / TEMPLATE_FILE, *folder.glob(f"{MORE_TEMPLATES}/*.jinja")]:
         if path.exists():
             read_text(path)
@@ -78,7 +79,7 @@ def _read_configs(folder: Path) -> dict[str, Any]:
 
 
 def _compare(folder: Path, config: dict[str, Any], hf: Any) -> None:
-    """Say where tokenizer_config.json contradicts tokenizer.json, which is followed."""
+    """Log a warning for each contradiction between tokenizer_config.json and tokenizer.json. The latter is followed."""
     around = set(hf.backend_tokenizer.encode("").ids)
     for flag, token_id in (("add_bos_token", hf.bos_token_id), ("add_eos_token", hf.eos_token_id)):
         asked = config.get(flag)
@@ -96,7 +97,7 @@ def _compare(folder: Path, config: dict[str, Any], hf: Any) -> None:
 
 
 def _check_templates(folder: Path, hf: Any, given: Path | None) -> None:
-    """Compile every template, so that a broken one is told at start and not to each request."""
+    """Compile every template, so that a broken one fails at start, not at each request."""
     templates = hf.chat_template if isinstance(hf.chat_template, dict) else {"default": hf.chat_template}
     if "default" not in templates:
         raise CheckpointError(
@@ -121,6 +122,6 @@ def _check_templates(folder: Path, hf: Any, given: Path | None) -> None:
 
 
 def _source(folder: Path, name: str) -> Path:
-    """The file that a template came from."""
+    """The file of a template."""
     own = folder / TEMPLATE_FILE if name == "default" else folder / MORE_TEMPLATES / f"{name}.jinja"
     return own if own.exists() else folder / CONFIG_FILE
