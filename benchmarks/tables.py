@@ -52,8 +52,8 @@ MEASURES = {
 
 
 def offline_table(reference: dict[str, Any], *reports: dict[str, Any]) -> str:
-    """Each case of `leyden bench offline` by the measure that the reference has for it. `reports` are pairs of runs,
-    dense and moe, a pair for each dtype of the recurrent state: a column each, beside the reference's."""
+    """Each case of `leyden bench offline` by the measure that the reference has for it. `reports` are pairs of runs, of
+    the reference's two models, a pair for each dtype of the recurrent state: a column each, beside the reference's."""
     pairs = list(zip(reports[::2], reports[1::2], strict=True))
     first, software = reports[0], reference["software"]
     names = [f"leyden, {dense['state_dtype']}" for dense, _ in pairs] + [f"{software}, {reference['state_dtype']}"]
@@ -65,12 +65,14 @@ def offline_table(reference: dict[str, Any], *reports: dict[str, Any]) -> str:
         f"| model | requests x prompt x answer | | {' | '.join(names)} |",
         f"|---|---|---|{'---:|' * len(names)}",
     ]
-    for name, runs in zip(("dense", "moe"), zip(*pairs, strict=True), strict=True):
+    models = [name for name, cases in reference.items() if isinstance(cases, dict)]
+    for name, runs in zip(models, zip(*pairs, strict=True), strict=True):
         for label, measures in reference[name].items():
             for measure, value in measures.items():
                 number, unit = MEASURES[measure]
-                values = [case_of(run, label)[measure] for run in runs] + [value]
-                cells = " | ".join(map(number.format, values))
+                cases = [case_of(run, label) for run in runs]
+                cells = " | ".join([number.format(case[measure]) if case else "–" for case in cases])
+                cells += f" | {number.format(value)}"
                 lines.append(f"| {name} | {label.replace('x', ' x ')} | {unit} | {cells} |")
     return "\n".join(lines)
 
@@ -95,10 +97,10 @@ def cases_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def case_of(report: dict[str, Any], label: str) -> dict[str, Any]:
-    """The case "REQUESTSxPROMPTxANSWER" of an offline run."""
+def case_of(report: dict[str, Any], label: str) -> dict[str, Any] | None:
+    """The case "REQUESTSxPROMPTxANSWER" of an offline run; None where it did not run."""
     sizes = tuple(map(int, label.split("x")))
-    return next(case for case in report["cases"] if (case["requests"], case["prompt"], case["answer"]) == sizes)
+    return next((case for case in report["cases"] if (case["requests"], case["prompt"], case["answer"]) == sizes), None)
 
 
 def api_process_table(report: dict[str, Any]) -> str:
@@ -245,10 +247,12 @@ def sessions_table(report: dict[str, Any]) -> str:
 README, PERFORMANCE, KERNELS = "README.md", "docs/performance.md", "docs/kernels.md"
 RELIABILITY = "docs/reliability.md"
 OFFLINE = ("serving-dense-h200", "serving-moe-h200", "serving-dense-bf16-h200", "serving-moe-bf16-h200")
+QWEN = ("serving-qwen3.5-9b-h200", "serving-qwen3.5-35b-a3b-h200")
 # A table's name -> the page it is on, how it is made, and the recorded runs that it needs.
 TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "serving-cpu": (PERFORMANCE, serving_table, ["serving-cpu"]),
     "serving-offline-h200": (README, offline_table, ["vllm-0.23-h200", *OFFLINE]),
+    "serving-qwen-h200": (PERFORMANCE, offline_table, ["vllm-0.23-qwen-h200", *QWEN]),
     "serving-http-h200": (PERFORMANCE, serving_table, ["serving-http-h200"]),
     "prefix-cache-h200": (PERFORMANCE, prefix_cache_table, ["prefix-cache-dense-h200"]),
     "prefix-cache-pairs-h200": (PERFORMANCE, pairs_table, ["prefix-cache-pairs-dense-h200"]),
@@ -265,6 +269,7 @@ TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "kernels-h100": (KERNELS, kernels_table, ["kernels-h100"]),
     "choices-h100": (KERNELS, choices_table, ["kernels-h100"]),
     "kernels-h200": (KERNELS, kernels_table, ["kernels-h200"]),
+    "kernels-delta-h200": (KERNELS, kernels_table, ["kernels-delta-h200"]),
     "serving-ring-mini-h200": (PERFORMANCE, cases_table, ["serving-ring-mini-h200"]),
     "steps-ring-mini-h200": (
         PERFORMANCE,

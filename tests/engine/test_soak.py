@@ -43,7 +43,9 @@ class FakeRunner:
 
     device = torch.device("cpu")
     served = SimpleNamespace(
-        ring=RingRule(16, replays=True), spec=SimpleNamespace(vocab_size=VOCAB, eos_token_ids=(EOS,))
+        ring=RingRule(16, replays=True),
+        snapshot_every=1,
+        spec=SimpleNamespace(vocab_size=VOCAB, eos_token_ids=(EOS,)),
     )
 
 
@@ -97,6 +99,7 @@ def soak(core: EngineCore, num_requests: int, rng: random.Random) -> dict[str, i
 def test_a_soak_of_short_requests_ends_with_every_slot_and_block_free(monkeypatch, lags):
     monkeypatch.setattr(core_module, "build", build)
     monkeypatch.setattr(core_module, "Launcher", FakeLauncher)
+    monkeypatch.setattr(core_module, "engine_info", lambda config, built: None)
     config = EngineConfig(
         max_num_seqs=12, max_num_batched_tokens=40, block_size=4, max_waiting=50, async_scheduling=lags
     )
