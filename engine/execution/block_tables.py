@@ -15,7 +15,7 @@ from torch import Tensor
 from ..sequence import Sequence
 from .arrays import Arrays
 
-CELLS = {"cells": "int64", "blocks": "int32"}  # dtypes of what a step sends
+CELLS = {"cells": "int64", "blocks": "int32"}  # dtypes of the arrays that a step sends
 
 
 class SentBlocks:

@@ -103,7 +103,7 @@ class DecodeRows:
         return self._sink if is_usable else None
 
     def advance(self, advance: ContinuedStep) -> None:
-        """Change the inputs to those of the next step."""
+        """Change the inputs to the next step's, in place."""
         if advance.kept is not None:
             self._keep(advance)
         self._indices += 1

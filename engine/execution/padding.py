@@ -105,7 +105,7 @@ def row_starts(own: np.ndarray, shape: GraphShape) -> np.ndarray:
 
 
 def places_of_draws(completing_rows: list[int], counts: Counts, shape: GraphShape) -> np.ndarray:
-    """The places [N] int64 of a step's draws among those of the shape."""
+    """The index [N] int64 of each of the step's draws among the draws of the shape."""
     if counts.num_drafted:
         return np.arange(counts.num_drafted_tokens)
     rows = np.array(completing_rows, dtype=np.int64)

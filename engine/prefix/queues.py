@@ -61,7 +61,7 @@ class SnapshotQueues:
         return next((node for node in self._others[on_host] if node.snapshot not in leased), None)
 
     def oldest_rung(self, leased: Container[int | None], *, spares_this_step: bool = False) -> Node | None:
-        """The rung that may be forgotten first: the largest `_share_of_age` among those that are not `leased`.
+        """The rung to forget first: it has the largest `_share_of_age` of the rungs that are not `leased`.
         spares_this_step: leave out rungs that were made or used in this step."""
         oldest = [next((rung for rung in level if rung.snapshot not in leased), None) for level in self._rungs]
         spared = self._step if spares_this_step else None

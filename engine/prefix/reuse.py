@@ -84,7 +84,7 @@ class Reuse:
         return self.cache.match(sequence.known_tokens(sequence.num_tokens - 1), sequence.request.cache_salt)
 
     def missing(self, sequence: Sequence, match: Match) -> int:
-        """The number of blocks that the sequence needs beside those that it shares with the match."""
+        """The number of blocks that the sequence needs beside the blocks that it shares with the match."""
         return self.blocks.blocks_for(sequence.num_tokens) - match.num_cached // self.blocks.block_size
 
     def resume(self, sequence: Sequence, match: Match, promised: int = 0) -> bool:

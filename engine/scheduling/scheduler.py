@@ -6,11 +6,8 @@ A step has a budget of `max_num_batched_tokens`:
    the waiting ones. Beside decode rows they get at most `mixed_prefill_tokens`, which bounds the time between two
    tokens of an answer. Beside `MANY_ROWS` decode rows they get twice as many, because such a step is slow anyway.
 
-`siblings.py` lets sequences with the same prompt (`n`) share its computation.
-
-When blocks run out, the prefix cache forgets its least recently used ones. Then the last running sequence by priority
-and arrival is preempted: it gives back all blocks and its slot, and is computed again from its tokens later. No other
-sequence passes over it in the queue.
+`siblings.py` lets sequences with the same prompt (`n`) share its computation. When blocks run out, the prefix cache
+gives up some, and then `preemption.py` preempts running sequences.
 """
 
 from __future__ import annotations
@@ -27,6 +24,7 @@ from ..prefix.reuse import Reuse
 from ..sequence import UNSEEN, Sequence, Status
 from .admission import Admission
 from .continuation import Continuation
+from .preemption import Preemption
 from .prompt_order import PromptOrder
 from .siblings import Siblings
 from .speculation import Speculation
@@ -65,11 +63,11 @@ class Scheduler:
         self.speculation = speculation
         self.waiting = WaitingQueue(self._may_start)
         self.running: list[Sequence] = []  # by priority and arrival
-        self.num_preemptions = 0
         self.num_finished = 0  # including aborted sequences
         self._by_id: dict[str, Sequence] = {}
         self._started: list[Sequence] = []  # sequences that have started since the last step was built
         self._at_stop: list[Sequence] = []  # sequences that the last step brought to a stop
+        self.preemption = Preemption(self.running, self.waiting, slots, self.reuse)
         self._siblings = Siblings(self.blocks, self.operations)
         self._order = PromptOrder(self._siblings, self.reuse)
         self._admission = Admission(
@@ -84,6 +82,10 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.preemption.num_preemptions
 
     def add(self, sequence: Sequence, deadline: float = math.inf) -> None:
         """Queue a sequence. `expire` refuses it if it has not started by `deadline` on the monotonic clock. Raises
@@ -135,8 +137,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Remove a sequence, running or waiting, from the queues and from every policy."""
         if sequence.status is Status.RUNNING:
-            self.running.remove(sequence)
-            self._release(sequence)
+            self.preemption.release(sequence)
             self._continuation.leave(sequence)
         else:
             self.waiting.remove(sequence)
@@ -190,7 +191,7 @@ class Scheduler:
                 behind.append(sequence)
             elif num_new and budget:
                 has_room = num_computed < len(sequence.block_table) * block_size  # nearly always
-                if has_room or self._make_room(sequence, 1, decoding):
+                if has_room or self.preemption.make_room(sequence, 1, decoding):
                     decoding[sequence] = 1
                     budget -= 1
         if decoding:
@@ -269,7 +270,7 @@ class Scheduler:
         prefilling: dict[Sequence, int] = {}
         for sequence in sorted(prompts, key=self._order.rank):
             num_new = self._order.next_chunk(sequence, budget)
-            if num_new and self._make_room(sequence, num_new, decoding, prefilling):
+            if num_new and self.preemption.make_room(sequence, num_new, decoding, prefilling):
                 scheduled = decoding if sequence.is_decoding else prefilling
                 scheduled[sequence] = num_new
                 budget -= num_new
@@ -283,35 +284,6 @@ class Scheduler:
                 self.waiting.waive_deadline(sibling)
         self._started.append(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
-
-    def _make_room(self, sequence: Sequence, num_new: int, *scheduled: dict[Sequence, int]) -> bool:
-        """Give `sequence` the blocks for num_new more tokens, preempting sequences from the end of `running`. Preempted
-        sequences leave `scheduled`. Returns False if `sequence` itself was preempted."""
-        total = sequence.num_computed_tokens + num_new
-        if sequence.status is not Status.RUNNING:  # an earlier row of this step has preempted it
-            return False
-        while not self.cache.make_room(self.blocks.missing(sequence, total)):
-            victim = self.running[-1]
-            self._preempt(victim)
-            for rows in scheduled:
-                rows.pop(victim, None)
-            if victim is sequence:
-                return False
-        self.blocks.grow(sequence, total)
-        return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._release(sequence)
-        sequence.num_computed_tokens = sequence.num_pending_tokens = 0
-        self.reuse.pause(sequence)
-        sequence.status = Status.WAITING
-        self.waiting.add(sequence, was_preempted=True)
-        self.num_preemptions += 1
-
-    def _release(self, sequence: Sequence) -> None:
-        self.blocks.release(sequence)
-        self.slots.release(sequence)
 
     def _may_start(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence lacks nothing but room. A preempted sequence may have a step under way, whose

@@ -78,8 +78,8 @@ class Siblings:
 
     def arrived(self) -> tuple[list[Sequence], set[Sequence]]:
         """The leaders that have reached their prompt's last token, in two groups: (leaders whose siblings can start,
-        leaders that wait on). A group can start when it is complete, or when its leader's patience is over. Counts this
-        step as one of those that the leaders wait."""
+        leaders that wait on). A group can start when it is complete, or when its leader's patience is over. Counts one
+        more step of waiting for each leader."""
         done, held = [], set()
         for leader, group in self._groups.items():
             if leader.is_at_last_prompt_token:

@@ -35,7 +35,7 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._hidden_ids = tokenizer.control_ids - shown_ids if skip_special_tokens else frozenset()
         self._ids = self._context(prompt_token_ids)
-        self._prefix = 0  # decoding starts here, so that what a token's text owes to its left neighbours is kept
+        self._prefix = 0  # decoding starts here: the text of a token may depend on tokens before it
         self._read = len(self._ids)  # where the text was complete last
         # Characters of the text from `_prefix` on that have been given out, or are the prompt's.
         self._given = len(self._decode(self._prefix, self._read))
@@ -137,7 +137,8 @@ class StopScope(Protocol):
     """Tells in which part of an answer stop strings count. One scope reads one answer, as it comes."""
 
     def push(self, text: str) -> tuple[str, str]:
-        """(text in which no stop string counts, then text in which they do); it may hold back what is undecided."""
+        """Split a text: (text in which no stop string counts, text after it in which they do). May hold back an end
+        that is undecided."""
         ...
 
     def finish(self) -> tuple[str, str]:
@@ -194,7 +195,7 @@ class TextStream:
     def _read(self, step: StepOutput) -> tuple[list[str], str | None]:
         """(text that is safe to show, by tokens; the stop string that ends it or None). Counts the tokens up to there.
 
-        What the end releases goes with the last token.
+        Text that the end of the answer releases belongs to the last token.
         """
         pieces: list[str] = []
         # The stop token itself is not part of the text, unless asked for.

@@ -67,7 +67,8 @@ def check_schema(schema: dict[str, Any]) -> None:
 
 
 class _Measure:
-    """A number of every part of one schema: its own, those of the parts that it joins, and of its alternatives."""
+    """A number for every part of one schema: the sum of its own number, of the numbers of the parts that it joins, and
+    of the joint number of its alternatives."""
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class Subset(NamedTuple):
 def supported_subset(schema: dict[str, Any]) -> Subset:
     """The part of a schema that llguidance supports, rewritten. Takes 1 ms for each keyword that has to be tried.
 
-    Raises `ValueError` that says what is wrong with the schema, or which bound it exceeds.
+    Raises `ValueError`, which names the fault of the schema or the bound that it exceeds.
     """
     try:
         return _subset_of(json.dumps(schema))

@@ -1,6 +1,6 @@
 """Text to token ids and back, by the checkpoint's own tokenizer and chat template.
 
-What a user types never becomes a control token, unless the caller asks for it: the string `<|end|>` in a prompt or a
+Text of a user never becomes a control token, unless the caller asks for it: the string `<|end|>` in a prompt or a
 message is encoded as text. Control tokens come from the chat template, or as token ids.
 """
 
@@ -51,8 +51,7 @@ class Tokenizer:
         self._as_text: Any = Backend.from_str(source)
         self._as_text.encode_special_tokens = True
         added = self._hf.added_tokens_decoder
-        # Text of a token -> its id, of those that stand beside the vocabulary: control tokens, and markers such as
-        # <think> that are shown.
+        # Text -> id of the added tokens: control tokens, and visible markers such as <think>.
         self.added_ids: dict[str, int] = {token.content: i for i, token in added.items()}
         special = {i: token.content for i, token in added.items() if token.special}
         controls, self.control_ids = list(special.values()), frozenset(special)
@@ -122,8 +121,11 @@ class Tokenizer:
         return "tools" in self.chat_template
 
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
-        """Token ids of text. `add_special_tokens` adds what the checkpoint puts around a prompt (often a bos);
-        `parse_special` takes a control token that the text spells for the token: not for what strangers write."""
+        """The token ids of a text.
+
+        add_special_tokens: add the tokens that the checkpoint puts around a prompt (often a bos). parse_special: encode
+        a control token that the text spells as that token; not for untrusted text.
+        """
         return _encode(self._with_control if parse_special else self._as_text, text, add_special_tokens)
 
     def encode_chat(
@@ -149,8 +151,8 @@ class Tokenizer:
         return self._encode_rendered(text, marker)
 
     def encode_conversation(self, messages: list[dict[str, Any]], **settings: Any) -> tuple[list[int], int]:
-        """`encode_chat`, and how many of the first tokens come before the last message's text, where nothing has been
-        answered yet: a system prompt and tools, with which other conversations are likely to begin, too; else 0."""
+        """`encode_chat`, and the number of tokens before the last message's text: a system prompt and tools, with which
+        other conversations probably begin too. The number is 0 if the conversation has answers."""
         defaults: dict[str, Any] = {"add_generation_prompt": True, "continue_final_message": False, "tools": None}
         text, marker = self._render(messages, **{**defaults, "template_kwargs": {}, **settings})
         ids = self._encode_rendered(text, marker)
@@ -160,10 +162,10 @@ class Tokenizer:
         return ids, self._num_beginning(ids, text, at, marker) if at > 0 else 0
 
     def _num_beginning(self, ids: list[int], text: str, at: int, marker: str) -> int:
-        """How many of `ids`, the tokens of rendered text, come before its character `at`; one less, because the last
-        one may be another where another text follows. 0 where that cannot be told.
+        """The number of `ids`, the tokens of rendered text, before the text's character `at`, minus one: the last of
+        them may differ if another text follows. 0 if the number cannot be found.
 
-        Only the shorter side of `at` is tokenized again. Nothing is remembered, so that no caller waits for another.
+        Tokenizes only the shorter side of `at` again. Caches nothing, so no caller waits for another.
         """
         if 2 * at <= len(text):
             return max(len(self._encode_rendered(text[:at], marker)) - 1, 0)
@@ -183,7 +185,7 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None,
         template_kwargs: dict[str, Any],
     ) -> tuple[str, str]:
-        """The rendered text, with a marker inside each control token that a user spelled; and the marker."""
+        """(the rendered text, with a marker inside each control token that a user's text spells; the marker)."""
         if not self.has_chat_template:
             raise RequestError(
                 "this model has no chat template; give one (setting chat_template), or prompts instead of messages",
@@ -210,15 +212,16 @@ class Tokenizer:
                 continue_final_message=continue_final_message,
                 **self._defuse(template_kwargs, marker),
             )
-        except TemplateError as error:  # what a template raises on purpose, too
+        except TemplateError as error:  # including errors that a template raises on purpose
             raise RequestError(f"the chat template refused the messages: {error}", "messages") from error
-        except Exception as error:  # a template is a program, and may stumble over anything
+        except Exception as error:  # a template is a program and may raise any error
             logger.exception("the chat template failed")
             raise RequestError("the chat template failed on these messages", "messages") from error
         return text, marker
 
     def _encode_rendered(self, text: str, marker: str) -> list[int]:
-        """Token ids of the text that `_render` returned, cut at the markers: neither half of a control token is one."""
+        """The token ids of the text that `_render` returned, cut at the markers. Halves of a control token are plain
+        text."""
         ids: list[int] = []
         for piece in text.split(marker):
             ids += _encode(self._with_control, piece, False)
@@ -226,18 +229,19 @@ class Tokenizer:
 
     @cached_property
     def _wants_parts(self) -> bool:
-        """Some templates read content as [{"type": "text", "text": ...}] alone and render a plain string as nothing."""
+        """Whether the template reads content only as [{"type": "text", "text": ...}], and renders a string as
+        nothing."""
         probe = {"role": "user", "content": "probe"}
         return "probe" not in self._probe(probe) and "probe" in self._probe(_with_parts(probe))
 
     @cached_property
     def _takes_one_system(self) -> bool:
-        """Some templates refuse a second system message, also next to the first: agents send instructions and more."""
+        """Whether the template refuses a second system message next to the first. Agents send several."""
         system, user = {"role": "system", "content": "probe"}, {"role": "user", "content": "u"}
         return bool(self._probe(system, user)) and not self._probe(system, system, user)
 
     def _with_fitting_arguments(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The message with the arguments of its calls in a form that the template takes: objects, or text."""
+        """The message with the arguments of its calls in the form that the template takes (`_wants_arguments`)."""
         calls = message.get("tool_calls")
         if not calls:
             return message

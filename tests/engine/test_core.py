@@ -206,7 +206,7 @@ def test_prompt_logprobs_survive_a_preemption_in_the_middle_of_the_prompt(tiny):
         if second is not None and 0 < before.get("second", 0) < len(PROMPT):
             fallen_half_way = True
         if 0 < before.get("second", 0) < 30 and not fallen_half_way:  # by hand, when nature does not
-            core.scheduler._preempt(next(s for s in core.scheduler.running if s.request_id == "second"))
+            core.scheduler.preemption.preempt(next(s for s in core.scheduler.running if s.request_id == "second"))
             fallen_half_way = True
     assert fallen_half_way
     check_prompt_logprobs(tiny, PROMPT, answers["second"], 3)
@@ -469,10 +469,10 @@ def test_who_waits_too_long_for_its_start_is_refused_and_who_has_started_is_not(
     for each in (running, waiting, patient):
         core.add_request(each)
     outputs = core.step()
-    core.scheduler._preempt(core.scheduler.running[0])
+    core.scheduler.preemption.preempt(core.scheduler.running[0])
     clock[0] += 4.9
     outputs += core.step()
-    core.scheduler._preempt(core.scheduler.running[0])
+    core.scheduler.preemption.preempt(core.scheduler.running[0])
     assert {output.request_id for output in outputs} == {"running"}
     clock[0] += 0.3
     (late,) = [output for output in core.step() if output.request_id == "waiting"]

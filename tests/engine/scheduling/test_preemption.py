@@ -54,7 +54,7 @@ def drain_with_preemptions(core: EngineCore, requests: list[AddRequest], rng: ra
         for output in core.step():
             answers.setdefault(output.request_id, Answer()).add(output)
         if core.scheduler.running and num_left and rng.random() < 0.5:
-            core.scheduler._preempt(rng.choice(core.scheduler.running))
+            core.scheduler.preemption.preempt(rng.choice(core.scheduler.running))
             num_left -= 1
         core.check_integrity()
     assert_nothing_held(core)
