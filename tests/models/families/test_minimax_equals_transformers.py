@@ -132,8 +132,8 @@ def test_neighbours_that_come_and_go_do_not_matter(checkpoint, device):
 @pytest.mark.parametrize(
     ("backend", "heads", "layer_types"),
     [
-        ("minimax", 4, LINEAR_FIRST[1:3]),
-        ("seg_la", 4, FULL_FIRST[:2]),
+        pytest.param("minimax", 4, LINEAR_FIRST[1:3], marks=pytest.mark.slow),  # Ring's tests run these two by default
+        pytest.param("seg_la", 4, FULL_FIRST[:2], marks=pytest.mark.slow),
         ("replay", 4, LINEAR_FIRST[1:3]),
     ],
 )
