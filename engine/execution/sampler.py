@@ -123,7 +123,7 @@ class Sampler:
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
         """Draw the next token of each row. logits: [N, V], not changed.
 
-        The order is that of vLLM: logit bias, min_tokens, penalties, grammars, then temperature, min-p, top-k, top-p.
+        The order is vLLM's: logit bias, min_tokens, penalties, grammars, then temperature, min-p, top-k, top-p.
         Log-probabilities are of the raw logits.
         """
         adjusted = self._adjust(logits, batch)

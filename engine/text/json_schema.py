@@ -19,7 +19,7 @@ BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", 
 
 TOO_WIDE = (
     f"the schema has an object of which more than {MAX_OPEN_PROPERTIES} properties may come next (optional ones in a "
-    f"row, those of alternatives together, {PATTERN_WIDTH} for a pattern of names); list some of them as required"
+    f"row, alternatives counted together, {PATTERN_WIDTH} for a pattern of names); list some of them as required"
 )
 TOO_MANY_PATTERNS = (
     f"the schema has a value that must match more than {MAX_JOINED_PATTERNS} patterns or formats at once; join fewer "
