@@ -15,6 +15,7 @@ import pytest
 import torch
 from engines import answer, call_session, computed, drain, request
 from leyden.engine.core import EngineCore
+from leyden.engine.errors import ContextLengthError
 from leyden.models.mixers.delta_backends import DELTA_BACKENDS
 from qwen_models import DENSE, MOE, NEXT, ROPE, make_model, save_model, wrap
 from tiny_models import greedy, random_prompt
@@ -22,6 +23,7 @@ from tiny_models import greedy, random_prompt
 NUM_TOKENS = 16
 LENGTHS = (1, 2, 3, 4, 63, 64, 65, 127, 128, 129)  # a convolution's tail, and chunks of 64, before and after they fill
 BACKENDS = [name for name in DELTA_BACKENDS if name != "auto"]
+LONG = {"max_model_len": 4200, "cpu_memory_gb": 0.2}  # settings for texts of thousands of tokens
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -84,6 +86,13 @@ def prompt(length: int) -> list[int]:
     return random_prompt(length, seed=length)
 
 
+def check_scores(oracle: Oracle, text: list[int], found: engines.Answer) -> None:
+    table = oracle.logits(text)[:-1].log_softmax(-1)
+    assert found.prompt_logprobs[0] is None
+    for token, entry, row in zip(text[1:], found.prompt_logprobs[1:], table, strict=True):
+        assert entry.token_id == token and abs(entry.logprob - float(row[token])) < 2e-4
+
+
 def requests(*lengths: int, **params: Any) -> list[Any]:
     return [request(str(n), prompt(n), **{"max_tokens": NUM_TOKENS} | params) for n in lengths]
 
@@ -115,6 +124,11 @@ def oracle(request, tmp_path_factory) -> Oracle:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Oracle:
     return make_oracle(tmp_path_factory.mktemp("qwen"), CLASSES[1])
+
+
+@pytest.fixture(scope="module")
+def long_dense(tmp_path_factory) -> Oracle:
+    return make_oracle(tmp_path_factory.mktemp("qwen"), CLASSES[1], max_position_embeddings=8192)
 
 
 def make_core(oracle: Oracle, **settings: Any) -> EngineCore:
@@ -165,6 +179,22 @@ def test_answers_that_end_one_after_another_are_those_of_each_alone(dense):
         dense.check_all(drain(core, *(requests(n, max_tokens=1 + 2 * n)[0] for n in range(1, count + 1))))
 
 
+@pytest.mark.parametrize("drafts", [0, 7])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_texts_end_where_the_context_does(dense, backend, drafts):
+    core = make_core(dense, linear_backend=backend, max_model_len=129, speculative_tokens=drafts)
+    core.scheduler.speculation._propose = lambda each, count: [7] * count
+    for length in (1, 64, 65, 127, 128):
+        for max_tokens in range(max(1, 128 - length), 130 - length):  # one token short of it, and all of it
+            found = answer(core, prompt(length), max_tokens=max_tokens)
+            assert len(found.token_ids) == max_tokens
+            dense.check(prompt(length), found.token_ids)
+        with pytest.raises(ContextLengthError):
+            core.add_request(request("long", prompt(length), max_tokens=130 - length))
+    check_scores(dense, prompt(129), answer(core, prompt(129), max_tokens=0, prompt_logprobs=1))
+    assert (core.stats().draft_tokens_total > 0) == (drafts > 0)
+
+
 # -- states that are left and taken up again ---------------------------------------------------------------------
 
 
@@ -173,6 +203,31 @@ def test_answers_after_preemption_are_those_of_transformers(oracle, backend):
     core = make_core(oracle, linear_backend=backend, num_kv_blocks=24, block_size=16, prefix_cache=False)
     oracle.check_all(drain(core, *requests(63, 64, 65, 128, max_tokens=40)))
     assert core.stats().preemptions_total > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_of_a_prompt_that_is_preempted_on_its_way_come_once(dense, backend):
+    """The answer before it grows into the last blocks."""
+    core = make_core(dense, linear_backend=backend, num_kv_blocks=12, block_size=16, max_num_batched_tokens=20)
+    answers = drain(core, *requests(63, 128, max_tokens=40, prompt_logprobs=1))
+    assert core.stats().preemptions_total > 0
+    dense.check_all(answers)
+    for length in (63, 128):
+        check_scores(dense, prompt(length), answers[str(length)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_request_that_needs_all_blocks_is_computed_once(dense, backend):
+    """Beside others, of which one falls for it; then one whose beginning the cache holds in blocks that are in its way."""
+    core = make_core(dense, linear_backend=backend, num_kv_blocks=20, block_size=16, max_model_len=320)
+    counts, (first, *others) = computed(core), requests(295, 1, 63, 64, max_tokens=24)
+    core.add_request(first)
+    assert core.step() == []
+    dense.check_all(drain(core, *others))
+    assert core.stats().preemptions_total > 0
+    assert sum(counts) <= 295 + 2 * (1 + 63 + 64) + 5 * 23
+    for text in (prompt(295), prompt(295)[:294] + prompt(16)):
+        dense.check(text, answer(core, text, max_tokens=4).token_ids)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -195,6 +250,18 @@ def test_cached_prompts_are_answered_as_transformers_answers_them(oracle, backen
         found = answer(core, text, max_tokens=NUM_TOKENS)
         assert found.num_cached_tokens >= at_least and (at_least or not found.num_cached_tokens)
         oracle.check(text, found.token_ids)
+
+
+@pytest.mark.parametrize(("shared", "at_least"), [(100, 64), (500, 384), (2000, 1536)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prompts_share_a_beginning_of_any_length(long_dense, backend, shared, at_least):
+    """Snapshots lie 64 tokens apart at least, and the last one before the parting has three quarters of a long one."""
+    core = make_core(long_dense, linear_backend=backend, snapshot_min_tokens=16, **LONG)
+    for own, fewest in [(90, 0), (91, at_least)]:
+        text = prompt(shared) + prompt(own)
+        found = answer(core, text, max_tokens=4)
+        assert fewest <= found.num_cached_tokens <= (shared if fewest else 0)
+        long_dense.check(text, found.token_ids)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -283,18 +350,19 @@ def test_the_best_drafts_and_the_worst_leave_the_answer_of_transformers(dense, b
 
 
 def check_drafts(oracle: Oracle, backend: str, drafter: Drafter) -> None:
-    """The same prompt three times, with the prefix cache and without."""
-    length = 60
-    core = make_core(oracle, linear_backend=backend, snapshot_min_tokens=8)
-    ids = answer(core, prompt(65), max_tokens=length).token_ids
+    """The same prompt three times, with the prefix cache and without, and the next turn of the chat; the same tokens
+    come from the cache as without drafts."""
+    settings, length = {"linear_backend": backend, "snapshot_min_tokens": 8}, 60
+    plain, core = make_core(oracle, **settings), make_core(oracle, **settings, speculative_tokens=7)
+    ids = answer(plain, prompt(65), max_tokens=length).token_ids
     oracle.check(prompt(65), ids)
-    core = make_core(oracle, linear_backend=backend, snapshot_min_tokens=8, speculative_tokens=7)
     known = lambda each: each.num_output_tokens - each.ends_in_unseen  # noqa: E731
     core.scheduler.speculation._propose = lambda each, count: drafter(ids, known(each), count) if count > 0 else []
-    for is_cached in (True, True, False):
+    for is_cached, num_cached in [(True, 0), (True, 64), (False, 0)]:
         found = answer(core, prompt(65), max_tokens=length, prefix_cache=is_cached)
-        assert found.token_ids == ids
-    assert found.num_cached_tokens == 0
+        assert (found.token_ids, found.num_cached_tokens) == (ids, num_cached)
+    turns = [answer(each, prompt(65) + ids + prompt(4), max_tokens=1) for each in (plain, core)]
+    assert turns[0] == turns[1] and turns[0].num_cached_tokens == 65 + length - 1
     stats = core.stats()
     assert stats.draft_tokens_total > 0
     assert (stats.accepted_tokens_total > 0) == (drafter is not always_wrong)
@@ -306,12 +374,11 @@ def check_drafts(oracle: Oracle, backend: str, drafter: Drafter) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_thousands_of_tokens_are_those_of_transformers(tmp_path, backend):
+def test_thousands_of_tokens_are_those_of_transformers(long_dense, backend):
     """A state kept in less than float32 drifts away in such a text."""
-    oracle = make_oracle(tmp_path, CLASSES[1], max_position_embeddings=8192)
-    core = make_core(oracle, linear_backend=backend, max_model_len=4200, cpu_memory_gb=0.2)
+    core = make_core(long_dense, linear_backend=backend, **LONG)
     found = drain(core, request("x", prompt(65), max_tokens=4096), max_steps=5000)["x"]
-    oracle.check(prompt(65), found.token_ids)
+    long_dense.check(prompt(65), found.token_ids)
 
 
 @pytest.mark.gpu
