@@ -218,7 +218,7 @@ def test_scores_of_a_prompt_that_is_preempted_on_its_way_come_once(dense, backen
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_request_that_needs_all_blocks_is_computed_once(dense, backend):
-    """Beside others, of which one falls for it; then one whose beginning the cache holds in blocks that are in its way."""
+    """Beside others, of which one falls for it; then one whose cached beginning lies in blocks that are in its way."""
     core = make_core(dense, linear_backend=backend, num_kv_blocks=20, block_size=16, max_model_len=320)
     counts, (first, *others) = computed(core), requests(295, 1, 63, 64, max_tokens=24)
     core.add_request(first)
