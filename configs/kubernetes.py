@@ -1,6 +1,6 @@
 """Variables that Kubernetes adds to a container's environment for each Service of its namespace.
 
-Those of a Service called `leyden`, or `leyden-...`, begin as settings do: LEYDEN_PORT=tcp://10.0.0.7:8000.
+Variables of a Service called `leyden`, or `leyden-...`, begin as settings do: LEYDEN_PORT=tcp://10.0.0.7:8000.
 """
 
 from __future__ import annotations
