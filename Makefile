@@ -30,7 +30,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 serve: install  ## serve the embedded model (ARGS="..." for anything `leyden serve` takes)
 	@exec $(BIN)/leyden serve $(ARGS)
 
-test: install  ## the test suite, about 12 minutes on two cores (ARGS="..." for pytest)
+test: install  ## the test suite, about 16 minutes on two cores (ARGS="..." for pytest)
 	$(BIN)/pytest $(ARGS)
 
 test-all: install  ## with the slow ones

@@ -251,8 +251,8 @@ QWEN = ("serving-qwen3.5-9b-h200", "serving-qwen3.5-35b-a3b-h200")
 # A table's name -> the page it is on, how it is made, and the recorded runs that it needs.
 TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     "serving-cpu": (PERFORMANCE, serving_table, ["serving-cpu"]),
-    "serving-offline-h200": (README, offline_table, ["vllm-0.23-h200", *OFFLINE]),
-    "serving-qwen-h200": (PERFORMANCE, offline_table, ["vllm-0.23-qwen-h200", *QWEN]),
+    "serving-offline-h200": (PERFORMANCE, offline_table, ["vllm-0.23-h200", *OFFLINE]),
+    "serving-qwen-h200": (README, offline_table, ["vllm-0.23-qwen-h200", *QWEN]),
     "serving-http-h200": (PERFORMANCE, serving_table, ["serving-http-h200"]),
     "prefix-cache-h200": (PERFORMANCE, prefix_cache_table, ["prefix-cache-dense-h200"]),
     "prefix-cache-pairs-h200": (PERFORMANCE, pairs_table, ["prefix-cache-pairs-dense-h200"]),
