@@ -57,14 +57,17 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> Any:
 
 def ids_without_token(folder: Path, vocab_size: int) -> list[int]:
     """The ids below `vocab_size` that have no token, increasing. A model may have more logits than its tokenizer has
-    tokens. Empty if the folder has no tokenizer.json."""
+    tokens. Empty if the folder has no tokenizer.json. Raises `CheckpointError` for a file without a vocabulary."""
     path = folder / TOKENIZER_FILE
     if not path.exists():
         return []
     file = read_json(path)  # six times as fast as loading the tokenizer
-    vocab = file["model"]["vocab"]  # token -> id, or a list of tokens by id
-    ids = set(vocab.values()) if isinstance(vocab, dict) else set(range(len(vocab)))
-    ids |= {token["id"] for token in file.get("added_tokens") or ()}
+    try:
+        vocab = file["model"]["vocab"]  # token -> id, or a list of tokens by id
+        ids = set(vocab.values()) if isinstance(vocab, dict) else set(range(len(vocab)))
+        ids |= {token["id"] for token in file.get("added_tokens") or ()}
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path} has no vocabulary (model.vocab) that can be read") from None
     return sorted(set(range(vocab_size)) - ids)
 
 

@@ -43,7 +43,7 @@ class DeltaState(NamedTuple):
     """What the slots hold of their sequences, as of the last token that does not wait in a ring."""
 
     state: Tensor  # [num_slots, Hv, V, K] in any float dtype
-    tail: Tensor  # [num_slots, TAPS, C]: raw values of the token at position t lie at place t % TAPS
+    tail: Tensor  # [num_slots, TAPS, C] in the inputs' dtype; raw values of the token at position t at place t % TAPS
 
 
 class DeltaRing(NamedTuple):
@@ -56,7 +56,7 @@ class DeltaRing(NamedTuple):
     key: Tensor  # [num_slots, Hk, N, K], k as it was used
     correction: Tensor  # [num_slots, Hv, N, V], u
     decay: Tensor  # [num_slots, Hv, N] float32, the sum of g since the last fold, the token's own included
-    raw: Tensor  # [num_slots, 1, N, C]
+    raw: Tensor  # [num_slots, 1, N, C] in the inputs' dtype
     num_pending: Tensor  # [B] int32, tokens that wait in each row's ring, 0 .. N, oldest first
 
 

@@ -16,13 +16,16 @@ BT = 32  # tokens of a program
 
 @triton.jit
 def _weighed(p_token, p_conv, o_c, mask, m_c, C: tl.constexpr, TAPS: tl.constexpr, J: tl.constexpr):
-    """Raw values of the tokens J before a program's, times their tap. p_token: offsets [BT, 1] or [BT] pointers."""
+    """Raw values of the tokens J before a program's, times their tap, [BT, BD] float32. p_token: [BT, 1] pointers."""
     b_raw = tl.load(p_token + o_c[None, :], mask=mask & m_c[None, :], other=0.0)
     b_tap = tl.load(p_conv + (TAPS - 1 - J) * C + o_c, mask=m_c, other=0.0)
     return b_raw.to(tl.float32) * b_tap[None, :]
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["p_slots", "p_contexts", "p_starts"])
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["p_slots", "p_continues", "p_contexts", "p_starts"],
+)
 def _convolve_kernel(
     p_raw,
     p_conv,

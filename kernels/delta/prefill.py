@@ -8,6 +8,7 @@ from ..bundles import Rows
 from .contract import DeltaInputs, DeltaState, DeltaWeights
 from .convolve import convolve
 from .prepare import prepare
+from .tiles import head_counts
 from .walk import walk
 
 
@@ -22,11 +23,9 @@ def prefill(
     out: Tensor,
 ) -> Tensor:
     """Contract: `Delta.prefill`."""
-    num_heads, V, K = pool.state.shape[1:]
-    key_heads = (inputs.raw.shape[1] - num_heads * V) // (2 * K)
     if out.shape[0] == 0 or rows.slots.shape[0] == 0:
         return out
-    dims = key_heads, num_heads, K, V
+    dims = head_counts(inputs, pool)
     x = convolve(inputs, weights, pool, rows, context_lens, dims)
     prepared = prepare(x, inputs, weights, rows, context_lens, dims)
     walk(x, prepared, inputs, pool, rows, context_lens, places, snapshots, out, dims)

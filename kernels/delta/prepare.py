@@ -29,7 +29,10 @@ class Prepared(NamedTuple):
     score: Tensor  # [T, Hv, CHUNK], P
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["p_slots", "p_contexts", "p_starts"])
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["p_slots", "p_continues", "p_contexts", "p_starts"],
+)
 def _prepare_kernel(
     p_x,
     p_step,

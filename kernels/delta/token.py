@@ -1,5 +1,5 @@
 # ruff: noqa: ANN201 device functions return registers
-"""One token at one value head: its convolution, its norms and gates, and the tile [BV, BK] of its state."""
+"""One token at one value head: its channels, its convolution, its norms, and the tile [BV, BK] of its state."""
 
 from __future__ import annotations
 

@@ -84,7 +84,10 @@ def _stops(p_places, num_places, i_b, BP: tl.constexpr):
     return tl.min(tl.where(is_own, o, BP), axis=0), tl.sum(is_own.to(tl.int32), axis=0)
 
 
-@triton.jit(do_not_specialize=["num_places"], do_not_specialize_on_alignment=["p_slots", "p_contexts", "p_starts"])
+@triton.jit(
+    do_not_specialize=["num_places"],
+    do_not_specialize_on_alignment=["p_slots", "p_continues", "p_contexts", "p_starts", "p_places"],
+)
 def _walk_kernel(
     p_raw,
     p_x,

@@ -33,7 +33,8 @@ def types_of(schema: Any, root: dict[str, Any]) -> frozenset[str]:
 
 
 def as_json(text: str, types: frozenset[str]) -> str:
-    """`text` as JSON of one of `types`, as written where it is that; else the JSON string of `text`."""
+    """`text` as JSON of one of `types`, as written where it is that; else the JSON string of `text`. A word for null is
+    null, unless the types are `STRING` alone."""
     word = text.strip()
     if types == STRING:
         return json.dumps(text, ensure_ascii=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from leyden.engine.errors import CheckpointError
 from leyden.engine.llm import LLM
 from leyden.engine.sampling_params import SamplingParams
 from leyden.engine.text.grammar import regex_grammar
@@ -65,3 +66,7 @@ def test_ids_without_a_token_are_told_by_the_tokenizers_file(tmp_path):
     assert ids_without_token(tmp_path, 100) == []
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": [["a", 0], ["b", 0]]}, "added_tokens": [{"id": 4}]}')
     assert ids_without_token(tmp_path, 6) == [2, 3, 5]
+    for broken in ('{"model": {}}', '{"model": {"vocab": null}}', '{"model": {"vocab": {}}, "added_tokens": [1]}'):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json has no vocabulary"):
+            ids_without_token(tmp_path, 6)
