@@ -85,7 +85,8 @@ class Service:
         self.app.state.draining = True
         open_requests = len(self.server.server_state.tasks)
         limit = self.settings.drain_seconds
-        logger.info("draining after %s: %d open requests may finish within %g s", name, open_requests, limit)
+        told = "draining after %s; open requests: %d, which may finish within %g s (a second signal stops at once)"
+        logger.info(told, name, open_requests, limit)
         self._draining = asyncio.create_task(self._drain(name))
 
     async def _drain(self, name: str) -> None:
@@ -96,8 +97,8 @@ class Service:
         while self.server.server_state.tasks and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         if open_requests := len(self.server.server_state.tasks):
-            logger.warning("drain_seconds (%g) are over: %d requests are cut off", limit, open_requests)
-            reason = f"{name}, and {open_requests} requests were cut off"
+            logger.warning("drain_seconds (%g) are over; requests cut off: %d", limit, open_requests)
+            reason = f"{name}; requests cut off: {open_requests}"
             self.client.end_streams(f"the server stopped before the answer was complete (drain_seconds = {limit:g})")
         self._stop(Ending(0, reason))
 

@@ -207,8 +207,8 @@ def check_num_chars(num_chars: int, state: ServerState, where: str) -> None:
     info, longest = state.llm.client.info, state.llm.tokenizer.max_token_chars
     if num_chars > info.max_model_len * longest:
         raise ContextLengthError(
-            f"{where} has {num_chars} characters; the context length is {info.max_model_len} tokens of at most "
-            f"{longest} characters. Shorten it.",
+            f"{where}: {num_chars} characters are too many; the context length is {info.max_model_len} tokens of at "
+            f"most {longest} characters",
             where,
         )
 
@@ -219,5 +219,5 @@ def check_prompt(ids: TokenIds, info: EngineInfo, where: str) -> None:
         raise RequestError(f"{where} must have at least one token", where)
     if len(ids) > info.max_model_len:
         raise ContextLengthError(
-            f"{where} has {len(ids)} tokens; the context length is {info.max_model_len}. Shorten it.", where
+            f"{where}: {len(ids)} tokens are too many; the context length is {info.max_model_len}", where
         )

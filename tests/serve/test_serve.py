@@ -168,7 +168,7 @@ def test_log_has_a_line_when_the_server_is_ready_drains_and_ends(serve, capfd):
     told = [json.loads(line)["message"] for line in capfd.readouterr().err.splitlines()]
     assert told[-3:] == [
         f"ready: tiny is served at {served.url}",
-        "draining after SIGTERM: 0 open requests may finish within 30 s",
+        "draining after SIGTERM; open requests: 0, which may finish within 30 s (a second signal stops at once)",
         "ended: SIGTERM, and every request was finished; exit code 0",
     ]
 
@@ -210,7 +210,7 @@ async def test_requests_open_at_the_end_of_the_drain_are_told_so(serve, capfd):
     for message in (error["message"], answer.json()["error"]["message"]):
         assert message == "the server stopped before the answer was complete (drain_seconds = 0.5)"
     log = capfd.readouterr().err
-    assert "2 requests are cut off" in log and "Traceback" not in log and "ERROR" not in log, log
+    assert "requests cut off: 2" in log and "Traceback" not in log and "ERROR" not in log, log
 
 
 def test_a_body_that_is_still_to_come_when_the_drain_is_over_is_answered_too(serve, capfd):
