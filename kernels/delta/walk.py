@@ -252,7 +252,7 @@ def walk(
         V=V,
         CHUNK=CHUNK,
         TAPS=TAPS,
-        BP=triton.next_power_of_2(num_places) if num_places else 0,
+        BP=max(16, triton.next_power_of_2(num_places)) if num_places else 0,  # few kinds to compile
         BK=padded(K),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         **tiles._asdict(),
