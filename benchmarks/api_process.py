@@ -127,7 +127,7 @@ class ScriptedClient(ProcessClient):
 
 
 class NoSessions:
-    """Nothing is saved, and nobody asks."""
+    """Nothing is saved, and no client asks."""
 
     def advance(self) -> list[SessionDone]:
         return []

@@ -195,7 +195,7 @@ def make_core(arguments: argparse.Namespace, prefix_cache: str, *, length: int, 
 
 
 def make_conversations(arguments: argparse.Namespace, core: EngineCore, seed: int) -> list[Conversation]:
-    """The same for the same seed; prompts of one seed share nothing with those of another."""
+    """The same for the same seed; prompts of two seeds share nothing."""
     rng = random.Random(seed)
     vocabulary = range(core.runner.served.spec.vocab_size)
     systems = [rng.choices(vocabulary, k=arguments.system_tokens) for _ in range(arguments.systems)]

@@ -78,7 +78,7 @@ def run(core: EngineCore, prompts: dict[str, list[int]]) -> None:
 
 
 class Watch:
-    """One run: what is sent when, and what the engine does meanwhile."""
+    """One run: the requests by their times, and the engine's steps meanwhile."""
 
     def __init__(self, core: EngineCore, arguments: argparse.Namespace) -> None:
         self.core = core

@@ -71,7 +71,7 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> dict[st
     expected, _ = answer(core, prompt + first + turn)
     device = core.info.device_name
     del core
-    gc.collect()  # its pools, before those of the next
+    gc.collect()  # its pools, before the next engine allocates
     core = start(arguments, model, folder)
     let_go(folder / f"{ID}.safetensors")
     rounds = [restore(core) for _ in range(1 + arguments.rounds)]
@@ -105,7 +105,7 @@ def start(arguments: argparse.Namespace, model: Path, folder: Path) -> EngineCor
         session_folder=folder,
     )
     core = EngineCore(config, progress=False)
-    answer(core, [1, 2, 3], session_id=None)  # what is compiled or allocated at first is no part of the figures
+    answer(core, [1, 2, 3], session_id=None)  # the first compilation and allocation are no part of the figures
     return core
 
 

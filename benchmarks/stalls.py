@@ -1,4 +1,4 @@
-"""How long everybody else waits while one client sends something large: the longest gap of a running stream and of
+"""How long other clients wait while one sends something large: the longest gap of a running stream and of
 /health.
 
     python -P benchmarks/stalls.py
@@ -54,7 +54,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 WORDS = "Once upon a time there was a river that ran from the mountains to the sea, past mills, inns and gardens. "
 
 
-# -- what is sent ---------------------------------------------------------------------------------------------
+# -- requests ---------------------------------------------------------------------------------------------
 
 
 def system_prompt(num_chars: int, number: int) -> dict[str, Any]:

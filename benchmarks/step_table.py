@@ -1,7 +1,7 @@
 """A profiled step as a table: time of each kind of operation beside its floor, for the models in `benchmarks/configs`.
 
 The floor of a kind is the time to move the bytes that must be moved once, at the speed of a copy, or to multiply at the
-rate of a large product, whichever is longer; both speeds are those of the recorded run of `kernels.py`. `tables.py`
+rate of a large product, whichever is longer; both speeds come from the recorded run of `kernels.py`. `tables.py`
 makes the tables with it; by itself it only says this.
 """
 

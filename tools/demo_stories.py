@@ -5,7 +5,7 @@
 demo_corpus/plots.txt holds hand-written plots: what the hero wants, what goes wrong, who helps and how it ends.
 demo_corpus/words.txt holds heroes, names, places, objects, morals, openings and the wordings of requests. A `Plan` is
 one choice from all of them; `tell` writes it out as a story and `ask` as a request that names some of what the plan
-holds. Everything a request can name is in the story, so whoever learns from the pairs learns to do as asked.
+holds. Everything a request can name is in the story, so a model that learns from the pairs learns to do as asked.
 
 In both files `[this|that]` is a choice, made alike wherever it has the same number, `[1:this|that]`, and `{slot}` is
 filled in: one of `Plan.slots`, or an entry of the list of that name, the same one all through a story. `{H}` and `{F}`
@@ -214,7 +214,7 @@ def draw_plan(rng: random.Random) -> Plan:
 
 
 def fill(text: str, slots: dict[str, str | None], rng: random.Random, told: dict[str, str]) -> str:
-    """Make the choices and fill the slots, in reading order; `told` keeps what has been said so far."""
+    """Make the choices and fill the slots, in reading order; `told` keeps the choices made so far."""
 
     def choice(match: re.Match[str]) -> str:
         number, options = match[1], match[2].split("|")

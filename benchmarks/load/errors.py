@@ -6,7 +6,7 @@ from ...engine.errors import LeydenError
 
 
 class BenchError(LeydenError):
-    """The measurement cannot be made. The message names what is missing and the remedy."""
+    """The measurement cannot be made. The message names the missing thing and the remedy."""
 
     is_failure = True
 

@@ -89,7 +89,7 @@ def _summary(profile: StepProfile) -> dict[str, Any]:
 def choose(
     given: dict[str, str], named: list[OfflineCase] | None, engine: dict[str, str], *, is_profiled: bool
 ) -> tuple[list[OfflineCase], dict[str, Any]]:
-    """The cases to measure, and the settings that give them room: those of `engine`, and what these leave open.
+    """The cases to measure, and settings that give them room: `engine`'s, and others that it leaves open.
 
     Raises `SettingsError` when a case that was named, or each of the default ones, exceeds the context.
     """
@@ -129,7 +129,7 @@ def _room_for(cases: list[OfflineCase], length: int, budget: int) -> dict[str, A
         "max_num_seqs": max(case.requests for case in cases),
         "max_model_len": length,
         "max_num_batched_tokens": budget,
-        "mixed_prefill_tokens": budget,  # nobody reads along
+        "mixed_prefill_tokens": budget,  # no client reads along
         "prefix_cache": False,  # its memory would be the batch's, and no prompt comes twice
     }
 

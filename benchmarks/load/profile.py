@@ -1,9 +1,9 @@
-"""Where the time of a step goes: traces of a few steady steps, and a table of what ran in them.
+"""Where the time of a step goes: traces of a few steady steps, and a table of their kernels.
 
-A profiler slows the host, so the wall time is that of as many steps just before, without it. The device's time is that
-of its kernels and copies, overlapping ones counted once; what the wall has beyond it the device was idle, waiting for
-the host or for the next launch. Kernels that a CUDA graph replays are recorded like any other. On a CPU the table holds
-PyTorch's operations, each without those that it called, and the wall is that of the profiled steps themselves.
+A profiler slows the host, so the wall time is taken from as many steps just before, without it. The device's time is
+the time in which a kernel or a copy ran. In the rest of the wall time the device was idle, waiting for the host or for
+the next launch. Kernels that a CUDA graph replays are recorded like any other. On a CPU the table holds PyTorch's
+operations, each without the operations that it called, and the wall time is taken from the profiled steps themselves.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Measured:
 
 
 def measured(results: Sequence[Result], bounds: Sequence[Bound]) -> Measured:
-    """Join the results of all workers for one case. `bounds` are those of goodput, possibly none."""
+    """Join the results of all workers for one case. `bounds`: of goodput, possibly none."""
     samples = [sample for result in results for sample in result.samples]
     answered = [sample for sample in samples if sample.error is None]
     seconds = max((sample.ended for sample in samples), default=0.0) - results[0].start
