@@ -111,7 +111,7 @@ class Decoder(nn.Module):
 
     @property
     def caches(self) -> list[CacheSpec]:
-        """What each layer keeps of a sequence, in the order of the layers."""
+        """The `CacheSpec` of each layer, in the order of the layers."""
         return [layer.mixer.cache for layer in self._layers()]
 
     def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
@@ -125,7 +125,7 @@ class Decoder(nn.Module):
     def fold_pending(self, caches: list[LayerCache], slots: Tensor, num_pending: Tensor, context_lens: Tensor) -> None:
         """Bring the tokens that wait in rings into the states of all layers, in place. slots: [N] int32, each once;
         num_pending: [N] int32, the tokens that wait in each; context_lens: [N] int32, the tokens of each slot's
-        sequence, those that wait included."""
+        sequence, waiting ones included."""
         for layer, cache in zip(self._layers(), caches, strict=True):
             layer.mixer.fold(cache, slots, num_pending, context_lens)
 
@@ -151,7 +151,7 @@ class Decoder(nn.Module):
             yield Target("lm_head.weight", self.lm_head)
 
     def ignored_names(self) -> set[str]:
-        """Tensors that a checkpoint may hold and the model does not want; the loader refuses any other strange one."""
+        """Canonical names of tensors that a checkpoint may hold and the model does not want."""
         return {"lm_head.weight"} if self.spec.tie_word_embeddings else set()
 
     def _layers(self) -> Iterator[DecoderLayer]:

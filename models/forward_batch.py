@@ -6,9 +6,9 @@ prefill row.
 
 The last of the prefill rows may be *verify rows*. A verify row continues a sequence; all of its tokens but the first
 are drafts, of which perhaps only the first few will be kept. Softmax attention treats verify rows as prefill rows. A
-lightning layer must not write into a state what may be rejected. It leaves their tokens in the slot's ring of C places,
-and the next `num_pending` says how many of them are kept. The host counts the tokens that wait; where a row may not
-meet waiting tokens, `Decoder.fold_pending` must have folded them before the step:
+linear layer must not write tokens into a state that may be rejected. It leaves them in the slot's ring of C places, and
+the next `num_pending` says how many of them are kept. The host counts the waiting tokens. Before a row that may not
+meet waiting tokens, `Decoder.fold_pending` must have folded them:
 
 | row of m tokens, p waiting | before the step | waiting afterwards |
 |---|---|---|
@@ -48,7 +48,7 @@ class RowsOfKind(NamedTuple):
 
 
 class Each(NamedTuple):
-    """What a step's tensor holds one entry for, and what an entry of padding holds.
+    """The axis of a step's tensor, and the value of its padding entries.
 
     axis: "token" [T], "row" [B], "start" [B + 1], "draw" [N] (a row of logits) or "snapshot" [S].
     per_step: added to a row's entry from one of its decode steps to the next.

@@ -1,4 +1,4 @@
-"""The normal form of a model: a `ModelSpec` says once per layer what any config.json says in its own fields.
+"""The normal form of a model: a `ModelSpec` describes each layer, in the same fields for every family.
 
 A field of a spec that changes the mathematics is an option of the module that the spec builds. An option needs two
 families that use it; a mixer that shares little with its neighbours gets a spec and a module of its own.
@@ -14,8 +14,8 @@ from typing import ClassVar, Literal
 class YarnSpec:
     """A rope stretched over a context `factor` times longer than the one of training (Peng et al. 2023).
 
-    Pairs that turn `beta_fast` times or more within `original_len` positions keep their frequency, those that turn
-    `beta_slow` times or less have it divided by `factor`, and between lies a ramp.
+    Pairs that turn `beta_fast` times or more within `original_len` positions keep their frequency. The frequency of
+    pairs that turn `beta_slow` times or less is divided by `factor`. Between them lies a ramp.
     """
 
     factor: float
@@ -27,7 +27,7 @@ class YarnSpec:
 
     @property
     def max_len(self) -> int:
-        """The context that it reaches."""
+        """The context length, in tokens, that the rope reaches."""
         return int(self.factor * self.original_len)
 
 
@@ -63,7 +63,7 @@ class LightningSpec:
     scale: float
     norm_eps: float  # of the RMS norm of all heads' outputs
     has_silu: bool = True  # of queries, keys and values
-    is_interleaved: bool = True  # rows of q, k, v: those of each head in turn; otherwise all q, all k, all v
+    is_interleaved: bool = True  # rows: q, k, v of each head in turn; otherwise all q, all k, all v
     norm_groups: int = 1  # equal parts of all heads' outputs, each with statistics of its own
     rope: RopeSpec | None = None  # of queries and keys
     qk_norm: NormSpec | None = None  # of each head's query and key before rope
@@ -179,7 +179,7 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Everything needed to build and run a model. `postnorm`: the residual is the normed tensor, not its input."""
+    """Everything needed to build and run a model. `postnorm`: the residual is the norm's output, not its input."""
 
     architecture: str
     vocab_size: int

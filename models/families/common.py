@@ -8,7 +8,7 @@ from ..errors import CheckpointError
 from ..specs import LayerSpec, ModelSpec, NormSpec, RopeSpec, SoftmaxSpec, YarnSpec
 from .fields import Fields
 
-# Fields whose other values change the mathematics of any family, and what is served of each.
+# Fields whose other values change the mathematics of any family, with the values that are served; () = absent only.
 SERVED = {"hidden_act": ("silu", "swish"), "sliding_window": ()}
 
 
@@ -35,7 +35,7 @@ def read_model(
 
 
 def read_head_dim(fields: Fields) -> int:
-    """head_dim, by default the hidden size by the number of heads."""
+    """The field head_dim; by default the hidden size divided by the number of heads."""
     if fields.has("head_dim"):
         return fields.positive("head_dim")
     return fields.positive("hidden_size") // fields.positive("num_attention_heads")
@@ -90,7 +90,7 @@ def _refuse_quantised(section: Fields) -> None:
 
 
 def _stretched_lens(layers: list[LayerSpec]) -> set[int]:
-    """Contexts that the layers' ropes were stretched to. A config.json gives the original one beside them."""
+    """Context lengths that the layers' ropes were stretched to. A config.json gives the original length beside them."""
     ropes = {layer.mixer.rope for layer in layers if isinstance(layer.mixer, SoftmaxSpec)}
     return {rope.yarn.max_len for rope in ropes if rope.yarn is not None}
 

@@ -28,7 +28,7 @@ from ..specs import (
 from .common import alibi_slopes, geometric_slopes, layer_factor, read_head_dim, read_model, read_rope
 from .fields import Fields
 
-# Hugging Face's in-memory models give the canonical names, released checkpoints have others.
+# Hugging Face's models in memory have the canonical names. Released checkpoints have others.
 NAMES = Names(
     renames=(
         Rename(re.compile(r"^model\."), ""),
@@ -58,13 +58,13 @@ DEFAULT_TOP_K = 2
 DEFAULT_ROPE_THETA = 1e6
 DEFAULT_EOS = 2  # in Hugging Face's class alone
 
-# The norm over all heads' outputs is built without an eps in both reference codes, so it is the class default,
-# whatever rms_norm_eps says.
+# Both reference codes build the norm over all heads' outputs without an eps. So its eps is the class default, for any
+# rms_norm_eps.
 INNER_NORM_EPS = 1e-6
 
 
 def names(spec: ModelSpec) -> Names:
-    """The spellings of all MiniMax checkpoints, whatever the model."""
+    """The spellings of MiniMax checkpoints; the same for every model."""
     return NAMES
 
 
@@ -120,7 +120,7 @@ def read_original(config: Mapping[str, Any], architecture: str) -> ModelSpec:
 
 
 def hf_layer_factor(i: int, num_layers: int) -> float:
-    """Hugging Face's spelling, with the 1e-5 inside the division too."""
+    """The slopes as Hugging Face's class computes them, with the 1e-5 inside the division too."""
     return 1.0 - i / (num_layers - 1 + 1e-5) + 1e-5
 
 

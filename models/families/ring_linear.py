@@ -31,8 +31,8 @@ from .common import alibi_slopes, layer_factor, read_head_dim, read_model, read_
 from .fields import Fields
 
 PLAIN = Residual(1.0, 1.0)
-# Fields whose other values would change the mathematics, and what is served of each. Sources disagree on linear_silu:
-# an activation of q, k and v, or of the gate.
+# Fields whose other values would change the mathematics, with the values that are served; () = absent only. Sources
+# disagree on linear_silu: an activation of q, k and v, or of the gate.
 SERVED: dict[str, tuple[Any, ...]] = {
     "linear_rope": (True,),
     "linear_silu": (False,),

@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
     def gated(self, x: Tensor, gate: Tensor, num_groups: int = 1, activation: GateActivation = "sigmoid") -> Tensor:
         """norm(x) * activation(gate), with statistics of each of `num_groups` equal parts of x. x, gate: [T, W]; the
-        norm's size is W, or that of one part."""
+        norm's size is W or W / num_groups."""
         return self.dense.gated_rms_norm(x, gate, self.weight, self.eps, num_groups, activation)
 
     def targets(self, name: str) -> Iterator[Target]:
@@ -64,7 +64,7 @@ def build_qk_norm(head_dim: int, spec: NormSpec | None, build: Build) -> QkNorm 
 
 
 def _weight(size: int, spec: NormSpec, build: Build) -> nn.Parameter:
-    """float32 where it is a sum with 1, since bfloat16 would round off half of the stored digits or more."""
+    """float32 for a weight that is a sum with 1: bfloat16 would round off half of the stored digits or more."""
     return build.parameter(size, dtype=torch.float32 if spec.is_zero_centred else None)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 class Shard:
     """Rank `rank` of `size` ranks that compute each layer together. Rank 0 of 1 is the whole model.
 
-    Modules of a rank have its share of the heads, or of the inner width, and no part knows that other ranks exist but
-    these: products whose input is split sum their outputs, and the head gathers its logits.
+    Modules of a rank have its share of the heads, or of the inner width. Two parts know that other ranks exist:
+    products whose input is split sum their outputs, and the head gathers its logits.
 
     Raises:
         NotImplementedError: for more than one rank.

@@ -1,7 +1,7 @@
 """Bytes of safetensors files -> tensors on a device, as fast as the disk gives them.
 
 A few threads each read a piece of a tensor into a staging buffer of their own and copy it to its place, so that reads
-and copies overlap. The buffers are all the host memory that loading takes, whatever the size of the model.
+and copies overlap. The buffers are all the host memory that loading takes, for a model of any size.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def fill(pairs: list[tuple[StoredTensor, Target]], device: torch.device, advance
             free.put(staging)
 
     with ThreadPoolExecutor(NUM_READERS, "weights", use_device, (device,)) as readers:
-        for num_bytes in readers.map(move, _pieces(pairs)):  # an error cancels what has not begun
+        for num_bytes in readers.map(move, _pieces(pairs)):  # an error cancels the pieces that have not begun
             advance(num_bytes)
 
 

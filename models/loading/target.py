@@ -1,4 +1,4 @@
-"""Where a checkpoint's tensor goes: what a module tells the loader."""
+"""A `Target` tells the loader where a tensor of the checkpoint goes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Cut:
     of: int
 
     def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The stored shape of which a part has this one."""
+        """The shape of a stored tensor whose part has shape `shape`."""
         return (*shape[: self.dim], shape[self.dim] * self.of, *shape[self.dim + 1 :])
 
     def part(self, whole: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ class Target:
 
     `name` is canonical (`Names`). `covers` lists the canonical names of the targets in whose place a fused tensor may
     come; a target without `covers` must be filled, by its own tensor or by one that covers it. `plus` is added to the
-    stored values in the view's dtype. `behind`, never with a cut, are views that take the stored rows behind those of
-    `view`, one after another: so rows that a file interleaves reach places that lie apart.
+    stored values in the view's dtype. `behind`, never with a cut, are more views: they take the stored rows after the
+    rows of `view`, one view after another. So rows that a file interleaves reach places that lie apart.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Target:
 
     @property
     def views(self) -> tuple[Tensor, ...]:
-        """All that the stored tensor fills, in the order of its rows."""
+        """All views that the stored tensor fills, in the order of its rows."""
         return (self.view, *self.behind)
 
     @property

@@ -1,4 +1,4 @@
-"""What a backend of linear layers promises, whatever their kind."""
+"""The contract of a backend of linear layers of any kind."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class LinearBackend(Protocol[Call]):
 
     `name` is the value of the setting. `ring_size` is the number of places in a slot's ring, 0 for none; without a ring
     there are no verify rows, and the engine refuses `speculative_tokens`. `replays` says that decode rows leave their
-    tokens in the ring too. The table in `models/forward_batch.py` has how many tokens wait in a ring after a step; the
-    i-th of them lies at place i, unchanged. The model folds them into the state (`Mixer.fold`) where the next row does
-    not read the ring.
+    tokens in the ring too. The table in `models/forward_batch.py` gives the number of tokens that wait in a ring after
+    a step. The i-th of them lies at place i, unchanged. The model folds them into the state (`Mixer.fold`) before a row
+    that does not read the ring.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a layer keeps of a sequence. Pools, memory plans, snapshots and sessions are made from `CacheSpec`s alone."""
+"""The tensors that a layer keeps of a sequence. Pools, plans, snapshots and sessions are made from `CacheSpec`s."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:  # plans are made without torch
 
 
 class Part(NamedTuple):
-    """One tensor of those that a layer keeps.
+    """One of the tensors that a layer keeps.
 
     `holds` tells its dtype. "state" is a recurrent state: the setting `state_dtype` in the pool, `snapshot_dtype` in a
-    snapshot. "activation" is what a token left: the model's own dtype everywhere. "float32" is float32 everywhere.
+    snapshot. "activation" is a value of a token: the model's own dtype everywhere. "float32" is float32 everywhere.
     """
 
     name: str  # unique in its layer; sessions' files tell parts apart by it
@@ -28,13 +28,13 @@ class Part(NamedTuple):
 
 
 class CacheSpec(NamedTuple):
-    """The parts of one layer, by what they grow with."""
+    """The parts of one layer: per slot, per waiting token, per token."""
 
-    slot: tuple[Part, ...] = ()  # of a sequence, whatever its length
+    slot: tuple[Part, ...] = ()  # of a sequence of any length
     ring: tuple[Part, ...] = ()  # of each token that waits in a ring; in the pool its places follow the first dim
     ring_size: int = 0  # places of the ring, 0 without one
     token: tuple[Part, ...] = ()  # of each token, in blocks
-    # A step can save what a slot holds on a prompt's way after multiples of so many tokens of the sequence.
+    # A step saves a slot's content on a prompt's way only after a multiple of so many tokens of the sequence.
     snapshot_every: int = 1
 
 
@@ -49,7 +49,7 @@ class LayerCache(NamedTuple):
 
 
 class ItemSizes(NamedTuple):
-    """Bytes of one element of a part, by what the part holds."""
+    """Bytes of one element, for each value of `Part.holds`."""
 
     state: int
     activation: int

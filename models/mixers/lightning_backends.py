@@ -22,7 +22,7 @@ def ring_of(cache: LayerCache, num_pending: Tensor) -> Ring:
 
 
 class LightningCall(NamedTuple):
-    """What a layer asks of its backend for a step."""
+    """The arguments of one layer for a step."""
 
     q: Tensor  # [T, H, K]
     k: Tensor  # [T, H, K]
@@ -91,11 +91,11 @@ class SegLaBackend:
 
 class ReplayBackend:
     """Decode that seldom writes the state: the last tokens wait in a ring per slot, and are folded into the state when
-    it is full. The fastest there is, for an eighth more memory per float32 state.
+    it is full. The fastest backend, for an eighth more memory per float32 state.
 
-    Prompts go to seg_la, but a few long ones of few heads to minimax: seg_la walks a row from end to end, so rows x
-    heads is all it has to fill a device with; minimax cuts long rows up, but reads keys and values twice. On an H100
-    (`docs/kernels.md`) they meet at about 40 long rows x heads.
+    Prompts go to seg_la, but a few long prompts of few heads go to minimax. seg_la walks a row from end to end, so it
+    fills a device with rows x heads alone. minimax cuts long rows up, but reads keys and values twice. On an H100
+    (`docs/kernels.md`) the two are equally fast at about 40 long rows x heads.
     """
 
     MIN_PARALLEL = 40  # long rows x heads

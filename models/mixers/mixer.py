@@ -1,4 +1,4 @@
-"""The contract of a mixer: the part of a layer that lets a token see those before it.
+"""The contract of a mixer: the part of a layer that lets a token see earlier tokens.
 
 To add one: a spec in `models.specs`, a module here that fills this class, its operations under kernels/<kind>/, and a
 line in `decoder.MIXERS`. Pools, memory plans, snapshots and sessions follow from `cache`.
@@ -20,12 +20,12 @@ from .cache import CacheSpec, LayerCache
 
 
 class MixerBuild(NamedTuple):
-    """What all mixers of one model are built with, beside a spec of their own."""
+    """The parts that all mixers of one model share. Each mixer has a spec of its own beside them."""
 
     hidden_size: int
     build: Build
     rotary: RotaryTables  # a mixer that rotates asks for its table here
-    linear_backends: LinearBackends  # a linear mixer takes that of its kind
+    linear_backends: LinearBackends  # a linear mixer takes the backend of its kind
 
 
 class Mixer(nn.Module):

@@ -57,7 +57,7 @@ class SoftmaxAttention(Mixer):
         return (q[:, 0::2], q[:, 1::2], k, v) if spec.has_gate else (q, None, k, v)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, batch: ForwardBatch) -> Tensor:
-        """Rotated q [T, H, D] against keys, values [num_blocks, block_size, H_kv, D], which hold this step's already
+        """Rotated q [T, H, D] against keys, values [num_blocks, block_size, H_kv, D] that hold this step's tokens
         -> [T, H, D]."""
         out = q.new_empty(q.shape)
         table, scale = batch.block_table, self.spec.scale
