@@ -1,4 +1,4 @@
-"""The gated delta rule with its short convolution: what lies between the projections of a gated delta net.
+"""The gated delta rule with its short convolution: all that lies between the projections of a gated delta net.
 
 Of one token at one value head, with S [V, K] the state that the tokens before it left:
 
@@ -24,7 +24,7 @@ CHUNK = 64  # tokens that a prompt's row is cut into, at multiples of 64 of its 
 
 
 class DeltaInputs(NamedTuple):
-    """What the projections made of each token, in float32, bfloat16 or float16."""
+    """The projections of each token, in float32, bfloat16 or float16."""
 
     raw: Tensor  # [T, C], C = 2 Hk K + Hv V: queries of all key heads, keys of all, values of all value heads
     step: Tensor  # [T, Hv]
@@ -40,7 +40,7 @@ class DeltaWeights(NamedTuple):
 
 
 class DeltaState(NamedTuple):
-    """What the slots hold of their sequences, as of the last token that does not wait in a ring."""
+    """The sequences' states in the slots, as of the last token that does not wait in a ring."""
 
     state: Tensor  # [num_slots, Hv, V, K] in any float dtype
     tail: Tensor  # [num_slots, TAPS, C] in the inputs' dtype; raw values of the token at position t at place t % TAPS
@@ -134,5 +134,5 @@ class Delta(Protocol):
         """Fold the waiting tokens of some slots into their states and tails, in place; afterwards none wait.
 
         slots: [B] int32, each once; ring.num_pending and context_lens belong to them. Slot -1 and slots where no token
-        waits are left alone, whatever they hold.
+        waits are left alone with any content.
         """

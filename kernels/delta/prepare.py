@@ -1,4 +1,4 @@
-"""Second launch of a prompt: what its chunks are without their states, all chunks in parallel.
+"""Second launch of a prompt: the part of each chunk that needs no state, all chunks in parallel.
 
 Of each chunk and value head: c, the sums of g from its start; A = (I + L)^{-1} diag(beta); P, the scores.
 `reference.py` has the formulas.
@@ -95,7 +95,7 @@ def prepare(
     context_lens: Tensor,
     dims: tuple[int, int, int, int],
 ) -> Prepared:
-    """x: what `convolve` made. dims: Hk, Hv, K, V. Tokens of padding rows are left as they are."""
+    """x: the result of `convolve`. dims: Hk, Hv, K, V. Tokens of padding rows are left as they are."""
     key_heads, num_heads, K, V = dims
     num_tokens, num_rows = x.shape[0], rows.slots.shape[0]
     decay = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=x.device)

@@ -158,7 +158,7 @@ def _verify_kernel(
     b_r = tl.dot(b_ko, b_us, tl.dot(b_k, b_s, input_precision=PRECISION) * b_in, input_precision=PRECISION)
     b_o = tl.dot(b_qo, b_us, tl.dot(b_q, b_s, input_precision=PRECISION) * b_in, input_precision=PRECISION)
     b_u = (b_v - b_r) * b_beta[:, None]
-    for r in range(1, n):  # row r's correction looks at those of the rows before it
+    for r in range(1, n):  # row r's correction looks at the corrections of the rows before it
         b_row = tl.sum(tl.where(o[:, None] == r, b_kk, 0.0), axis=0)
         b_seen = tl.sum(tl.where((o < r)[:, None], b_u, 0.0) * b_row[:, None], axis=0)
         b_u = tl.where(o[:, None] == r, b_u - b_seen[None, :], b_u)

@@ -225,7 +225,7 @@ def walk(
     out: Tensor,
     dims: tuple[int, int, int, int],
 ) -> None:
-    """x: what `convolve` made. dims: Hk, Hv, K, V. Writes `out`, states, tails and snapshots."""
+    """x: the result of `convolve`. dims: Hk, Hv, K, V. Writes `out`, states, tails and snapshots."""
     key_heads, num_heads, K, V = dims
     num_rows, num_places = rows.slots.shape[0], places.shape[0]
     tiles = walk_tiles(x, num_rows, num_heads, V)

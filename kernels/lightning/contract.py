@@ -114,5 +114,5 @@ class Lightning(Protocol):
         """Fold the waiting tokens of some slots into their states, in place; afterwards none wait.
 
         slots: [B] int32, each once; ring.num_pending belongs to them. Slot -1 and slots where no token waits are left
-        alone, whatever they hold.
+        alone with any content.
         """

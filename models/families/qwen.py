@@ -1,4 +1,4 @@
-"""What Qwen3-Next and Qwen3.5 have in common: groups of gated delta nets that each end in gated softmax attention.
+"""Shared by Qwen3-Next and Qwen3.5: groups of gated delta nets that each end in gated softmax attention.
 
 "Gated Delta Networks: Improving Mamba2 with Delta Rule" (Yang et al. 2024).
 """
@@ -27,7 +27,7 @@ from .fields import Fields
 
 PLAIN = Residual(1.0, 1.0)
 LINEAR, FULL = "linear_attention", "full_attention"
-# Fields whose other values would change the mathematics, and what is served of each.
+# Fields whose other values would change the mathematics, and the values that are served.
 SERVED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "layer_scale": (False,),

@@ -20,7 +20,7 @@ def ring_of(cache: LayerCache, num_pending: Tensor) -> DeltaRing:
 
 
 class DeltaCall(NamedTuple):
-    """What a layer asks of its backend for a step."""
+    """The arguments of one layer for a step."""
 
     inputs: DeltaInputs
     weights: DeltaWeights

@@ -26,8 +26,8 @@ class GatedDeltaNet(Mixer):
     """out_proj(norm(delta(q, k, v)) * activation(z)), with q, k and v of a convolution over the last tokens, and the
     norm of each value head's output.
 
-    Keeps a state and the last raw inputs of the convolution per sequence and, where the backend has a ring, what the
-    last tokens add to both.
+    Keeps a state and the last raw inputs of the convolution per sequence and, where the backend has a ring, the
+    additions of the last tokens to both.
     """
 
     def __init__(self, spec: GatedDeltaSpec, common: MixerBuild) -> None:

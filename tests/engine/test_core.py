@@ -56,7 +56,7 @@ def _nothing_is_left_behind(core):
         ([1], {"logit_bias": {-2: 1.0}}, "logit_bias"),
     ],
 )
-def test_what_can_never_be_served_is_refused_naming_the_field(core, prompt, params, param):
+def test_impossible_request_is_refused_by_its_field(core, prompt, params, param):
     with pytest.raises(RequestError) as refused:
         core.add_request(request("r", prompt, **params))
     assert refused.value.param == param
@@ -166,7 +166,7 @@ def test_prompt_logprobs_do_not_depend_on_the_chunks_and_equal_transformers(tiny
 
 
 @pytest.mark.parametrize("budget", [4, 64])
-def test_scores_of_a_prompt_are_sent_as_they_are_computed_and_no_message_has_many(tiny, monkeypatch, budget):
+def test_scores_of_a_prompt_are_sent_in_small_messages_as_computed(tiny, monkeypatch, budget):
     monkeypatch.setattr(collector, "SCORED_TOKENS", 10)
     core = make_core(tiny.folder, max_num_batched_tokens=budget)
     inbox, messages = [request("scored", PROMPT, max_tokens=2, prompt_logprobs=3), request("other", [1])], []
@@ -370,7 +370,7 @@ def test_the_backend_told_is_the_one_that_runs(tiny, setting):
     assert core.runner.served.ring.replays is (told == "replay")
 
 
-def test_backend_of_another_kind_of_layer_is_refused_with_those_that_this_model_has(tiny):
+def test_backend_of_another_kind_of_layer_is_refused_with_the_models_own(tiny):
     with pytest.raises(
         ConfigError,
         match=r"^linear_backend = chunk: .* lightning layers are computed by auto, minimax, seg_la or replay$",
@@ -423,7 +423,7 @@ def test_start_is_told_once_and_before_the_step_that_computes_it(tiny):
     assert events == [["a"], "launch", "launch", "launch", ["b"], "launch", "launch", "launch"]
 
 
-def test_those_whose_prompt_others_computed_tell_their_queue_time_too(tiny, monkeypatch):
+def test_siblings_tell_their_queue_time(tiny, monkeypatch):
     core, now = make_core(tiny.folder, snapshot_min_tokens=1), [0.0]
     drain(core, request("before", PROMPT, max_tokens=1))
 
@@ -442,7 +442,7 @@ def test_those_whose_prompt_others_computed_tell_their_queue_time_too(tiny, monk
     assert told == {"cached": (1.0, len(PROMPT) - 1), "leader": (1.0, 0), "sibling": (2.0, 0)}
 
 
-def test_info_tells_what_was_loaded(core, tiny):
+def test_info_tells_the_loaded_model(core, tiny):
     info = core.info
     assert (info.architecture, info.layer_counts) == ("MiniMaxForCausalLM", {"lightning": 1, "softmax": 1})
     assert (info.vocab_size, info.max_model_len, info.dtype, info.device) == (VOCAB, 256, "float32", "cpu")
@@ -460,7 +460,7 @@ def test_triton_on_a_cpu_is_refused_where_nothing_interprets_it(tiny, monkeypatc
 # -- waiting ----------------------------------------------------------------------------------------------------
 
 
-def test_who_waits_too_long_for_its_start_is_refused_and_who_has_started_is_not(tiny, monkeypatch):
+def test_long_wait_is_refused_before_the_start_and_not_after(tiny, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("leyden.engine.core.time.monotonic", lambda: clock[0])
     core = make_core(tiny.folder, max_num_seqs=1)
@@ -484,7 +484,7 @@ def test_who_waits_too_long_for_its_start_is_refused_and_who_has_started_is_not(
     assert {name: each.finish_reason for name, each in answers.items()} == {"running": "length", "patient": "length"}
 
 
-def test_who_waits_for_the_snapshot_of_a_prompt_under_way_is_not_late(tiny, monkeypatch):
+def test_wait_for_a_snapshot_under_way_does_not_expire(tiny, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("leyden.engine.core.time.monotonic", lambda: clock[0])
     core = make_core(tiny.folder, max_num_batched_tokens=5, snapshot_min_tokens=1)

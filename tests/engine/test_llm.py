@@ -95,7 +95,7 @@ def test_logprobs_belong_to_the_tokens(llm):
     assert [entry and entry.token_id for entry in got.prompt_logprobs] == [None, 2, 3]
 
 
-def test_prompts_share_what_is_cached_with_those_of_their_salt(tiny):
+def test_prompts_share_the_cache_within_their_salt(tiny):
     llm = LLM(str(tiny.folder), device="cpu", cpu_memory_gb=0.05, num_threads=1, snapshot_min_tokens=1)
     messages = [{"role": "user", "content": "x" * 40}]
     for ask in (
@@ -137,7 +137,7 @@ def test_wrong_prompt_is_refused_and_the_others_are_not_left_running(llm, bad):
         (lambda llm: llm.chat([{"role": "user", "content": "x"}], 5), "params must be SamplingParams.*got 5"),
     ],
 )
-def test_what_is_no_prompt_is_a_type_error_that_says_what_is_wanted(llm, caplog, ask, words):
+def test_value_that_is_no_prompt_is_a_type_error_with_the_wanted_type(llm, caplog, ask, words):
     with pytest.raises(TypeError, match=words):
         ask(llm)
     assert caplog.text == ""

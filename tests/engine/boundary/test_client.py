@@ -374,7 +374,7 @@ def test_engine_whose_parent_died_before_it_looked_leaves_too(short_folder):
         assert "the server is gone" in engine.stderr.read() and not folder.exists()
 
 
-async def test_nobody_else_can_enter_the_folder_of_the_socket(tiny):
+async def test_folder_of_the_socket_is_closed_to_other_users(tiny):
     async with running(ProcessClient(engine_config(tiny.folder, max_model_len=1024))) as client:
         assert os.stat(client._folder).st_mode & 0o777 == 0o700
         assert os.listdir(client._folder) == ["engine.sock"]

@@ -120,7 +120,7 @@ def test_a_step_sends_no_more_for_a_long_row_than_for_a_short_one():
 
 @torch.inference_mode()
 @every_path
-def test_what_an_engine_sends_does_not_grow_with_a_context(folder, graphs, monkeypatch):
+def test_bytes_of_a_step_do_not_grow_with_the_context(folder, graphs, monkeypatch):
     sent: list[int] = []
     upload = model_runner.upload
     monkeypatch.setattr(

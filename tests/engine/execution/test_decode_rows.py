@@ -69,7 +69,7 @@ def watch(core: EngineCore) -> dict[str, int]:
 @torch.inference_mode()
 @pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
 @pytest.mark.parametrize("backend", ["minimax", "replay"])
-def test_inputs_that_follow_are_those_made_anew(folder, backend, lags):
+def test_inputs_of_a_continuation_equal_inputs_made_anew(folder, backend, lags):
     core = with_graphs(folder, linear_backend=backend, async_scheduling=lags, max_model_len=128)
     counts = watch(core)
     rng = random.Random(4)
@@ -86,7 +86,7 @@ def test_inputs_that_follow_are_those_made_anew(folder, backend, lags):
 
 
 @torch.inference_mode()
-def test_what_a_step_reads_and_writes_is_touched_by_no_later_step_until_it_is_read(folder):
+def test_buffers_of_a_step_stay_untouched_until_they_are_read(folder):
     core = with_graphs(folder)
     core.add_request(request("a", random_prompt(5, 1), max_tokens=100))
     core.step()
@@ -147,7 +147,7 @@ def test_a_stop_token_ends_its_own_row(folder, lags):
 
 
 @torch.inference_mode()
-def test_who_is_aborted_while_a_step_runs_gets_nothing_of_it(folder):
+def test_request_aborted_during_a_step_gets_no_token_of_it(folder):
     core = with_graphs(folder, async_scheduling=True)
     for name in "abc":
         core.add_request(request(name, random_prompt(5, 1), max_tokens=50))

@@ -259,7 +259,7 @@ def test_shapes_with_prompts_grow_and_waste_little(most, tokens):
     [(PREFILL_ROWS, 40, 2), (1, 65, 2), (1, 40, 9), (0, 0, 2)],
     ids=["rows", "tokens", "decodes", "no prompt"],
 )
-def test_what_a_shape_does_not_hold(counts):
+def test_counts_that_a_shape_does_not_hold(counts):
     shape = GraphShape(8, 64)
     assert shape.holds(Counts(PREFILL_ROWS - 1, 64, 8, max_query_len=64))
     assert not shape.holds(Counts(*counts, max_query_len=counts[1] or 1))

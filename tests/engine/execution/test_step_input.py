@@ -54,13 +54,13 @@ def test_query_start_loc_bounds_every_row_and_extend_start_loc_the_prefill_rows(
     assert batch.extend_start_loc.tolist() == [0, 7, 8, 13]
 
 
-def test_context_decides_who_is_new_and_never_the_length_of_the_row():
+def test_context_and_not_the_rows_length_tells_a_new_row():
     batch = build(mixed())
     assert batch.context_lens.tolist() == [6, 0, 0, 2, 4]
     assert batch.has_initial_state.tolist() == [True, False, False, True, True]
 
 
-def test_slots_and_blocks_are_those_of_the_sequences():
+def test_slots_and_blocks_belong_to_the_sequences():
     batch = build(mixed())
     assert batch.state_indices.tolist() == [5, 0, 2, 1, 3]
     tables = batch.block_table[batch.state_indices]

@@ -58,9 +58,7 @@ def poison(core) -> None:
         ("lightning and gated delta", "lightning and gated_delta layers are computed by auto or replay"),
     ],
 )
-def test_backend_that_cannot_compute_every_linear_layer_is_refused_with_those_that_can(
-    monkeypatch, tmp_path, model, told
-):
+def test_backend_that_lacks_a_linear_layer_is_refused_with_the_complete_ones(monkeypatch, tmp_path, model, told):
     make_core = install(monkeypatch, tmp_path, MODELS[model][0])
     with pytest.raises(ConfigError, match=f"^linear_backend = seg_la: the model's {told}$"):
         make_core(linear_backend="seg_la")

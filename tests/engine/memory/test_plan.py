@@ -28,14 +28,14 @@ def test_slots_take_at_most_half():
     assert any("max_num_seqs clamped from 8 to 5" in note for note in got.notes)
 
 
-def test_blocks_take_what_slots_leave():
+def test_blocks_take_the_memory_that_slots_leave():
     got = plan(17_000)
     assert (got.num_state_slots, got.num_kv_blocks, got.notes) == (8, 32, [])
     assert plan(9_600 + 6_400, max_num_seqs=8).num_kv_blocks == 32
     assert plan(16_159, max_num_seqs=8, max_model_len=6400).num_kv_blocks == 50
 
 
-def test_context_is_clamped_to_what_the_cache_holds():
+def test_context_is_clamped_to_the_cache():
     got = plan(16_000, max_model_len=10_000)
     assert got.max_model_len == got.num_kv_blocks * 16 == 800
     assert any("max_model_len clamped from 10000 to 800" in note for note in got.notes)
@@ -60,12 +60,12 @@ def test_model_without_softmax_layers_needs_no_memory_for_blocks():
 
 
 @pytest.mark.parametrize("budget", [-5, 0, 999, 1999])
-def test_without_room_for_one_state_in_half_the_memory_it_says_what_to_change(budget):
+def test_plan_without_room_for_one_state_names_the_settings(budget):
     with pytest.raises(ConfigError, match="memory_fraction"):
         plan(budget)
 
 
-def test_without_room_for_one_block_it_says_what_to_change():
+def test_plan_without_room_for_one_block_names_the_settings():
     with pytest.raises(ConfigError, match="KV cache"):
         plan(2000, max_num_seqs=1, token=1000)
 

@@ -86,7 +86,7 @@ def test_no_two_layers_share_memory(caches):
 
 
 @pytest.mark.parametrize("caches", MODELS.values(), ids=MODELS)
-def test_bytes_that_are_planned_are_those_that_are_taken(caches):
+def test_planned_bytes_are_the_allocated_bytes(caches):
     states, kept, kv, _ = make(caches)
     assert states.nbytes == 5 * slot_bytes(caches, DTYPES.sizes)
     assert kv.nbytes == 7 * 4 * token_bytes(caches, DTYPES.sizes)

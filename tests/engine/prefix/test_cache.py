@@ -187,7 +187,7 @@ def test_a_snapshot_must_spare_enough():
 
 @pytest.mark.parametrize("block_size", [1, 3, 4, 16])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_trees_stay_whole_and_know_what_was_left(block_size, seed):
+def test_random_trees_stay_whole_and_know_their_entries(block_size, seed):
     rng = random.Random(seed)
     book = Book(blocks=60, block_size=block_size, num_snapshots=rng.choice([1, 4, 30]), num_host_snapshots=seed % 3)
     left: set[str] = set()
@@ -206,7 +206,7 @@ def test_random_trees_stay_whole_and_know_what_was_left(block_size, seed):
     assert book.blocks.num_free == 60 and book.cache.num_snapshots_used == 0
 
 
-def test_what_is_held_is_given_to_nobody():
+def test_leased_blocks_are_not_given_away():
     book = Book(blocks=4, num_snapshots=1, num_host_snapshots=1)
     book.leave("aaaa")
     found, ends, lease = book.cache.lease(book.cache.match(tokens("aaaa")).node, 2)
@@ -221,7 +221,7 @@ def test_what_is_held_is_given_to_nobody():
     assert book.blocks.num_free == 4 and book.leave("cccc") == (0, [])
 
 
-def test_what_was_held_is_what_was_used_last():
+def test_released_leases_count_as_used_last():
     book = Book(num_snapshots=2)
     book.leave("aaaa")
     book.leave("bbbb")
@@ -239,7 +239,7 @@ def test_a_rung_where_an_adopted_text_ends_becomes_a_snapshot_like_others():
     book.check()
 
 
-def test_what_was_taken_comes_into_the_tree_where_nothing_is():
+def test_taken_blocks_enter_the_tree_at_free_places():
     book = Book(num_snapshots=4)
     book.leave("the cat")
     lease, moves = book.cache.take(book.blocks.blocks_for(22), 2)
@@ -252,7 +252,7 @@ def test_what_was_taken_comes_into_the_tree_where_nothing_is():
     assert book.blocks.num_cached == 2 + 2 + 4, "of the blocks those that end in a node of their own are kept"
 
 
-def test_nothing_is_forgotten_for_what_could_never_fit():
+def test_request_that_never_fits_evicts_nothing():
     book = Book(blocks=4, num_snapshots=4)
     book.leave("aaaa")
     runner = sequence(8)
@@ -414,7 +414,7 @@ def test_a_conversation_computes_each_turn_alone(tiny, backend, lags):
 
 
 @pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
-def test_a_stop_token_is_part_of_what_is_kept_when_it_was_fed(tiny, lags):
+def test_stop_token_that_was_fed_is_kept(tiny, lags):
     core = make_core(tiny.folder, async_scheduling=lags)
     prompt = random_prompt(20, seed=2)
     ids = answer(core, prompt, max_tokens=10, prefix_cache=False).token_ids
@@ -502,7 +502,7 @@ def test_the_state_on_the_way_is_that_of_a_prompt_that_ends_there(tiny, backend)
             torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_who_opts_out_takes_nothing_and_leaves_nothing(tiny):
+def test_request_without_the_cache_takes_and_leaves_nothing(tiny):
     core = make_core(tiny.folder)
     prompt = random_prompt(30, seed=8)
     answer(core, prompt, max_tokens=4, prefix_cache=False)
@@ -532,7 +532,7 @@ def test_scores_of_a_prompt_are_computed(tiny):
     assert scored.prompt_logprobs is not None and len(scored.prompt_logprobs) == 30
 
 
-def test_penalties_count_what_was_cached_too(tiny):
+def test_penalties_count_cached_tokens(tiny):
     core = make_core(tiny.folder)
     plain = make_core(tiny.folder, prefix_cache=False)
     prompt = random_prompt(30, seed=9)

@@ -132,7 +132,7 @@ def test_rows_are_kept_by_the_list_of_the_batch_before():
 
 
 @pytest.mark.parametrize("max_tokens", [2, 1], ids=["sits out", "awaits its last token"])
-def test_nothing_follows_while_somebody_who_is_to_go_on_sits_out(max_tokens):
+def test_no_continuation_while_a_decoding_row_sits_out(max_tokens):
     continuation = Continuation(BlockManager(8, 4), lambda _: True)
     going = sequence(3, output=(7,), max_tokens=9, num_computed_tokens=3, status=Status.RUNNING)
     other = sequence(3, output=(7,), max_tokens=max_tokens, num_computed_tokens=3, status=Status.RUNNING)

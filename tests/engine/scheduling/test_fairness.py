@@ -165,7 +165,7 @@ def test_one_that_waits_for_blocks_keeps_none_waiting_for_which_it_has_no_use():
     assert scheduler.num_preemptions == 0
 
 
-def test_those_that_wait_for_blocks_are_looked_up_when_the_cache_has_more(monkeypatch):
+def test_prompts_that_wait_for_blocks_are_looked_up_again(monkeypatch):
     scheduler = roomy(blocks=100, block_size=64, budget=8192, snapshots=8)
     looked_up, match = [], scheduler.cache.match
     monkeypatch.setattr(scheduler.cache, "match", lambda *known: looked_up.append(known) or match(*known))
@@ -233,7 +233,7 @@ def test_a_short_prompt_is_seen_behind_many_long_ones_while_an_urgent_one_waits_
     assert rows(step(scheduler))[:2] == [("under way", 36), ("short", 3)]
 
 
-def test_who_shares_a_beginning_with_a_long_prompt_waits_for_no_more_than_that():
+def test_wait_for_a_long_prompt_ends_with_the_shared_part():
     scheduler = roomy(snapshots=8, budget=16, min_tokens=8)
     long = sequence([5] * 48 + [6] * 20_000, request_id="long", arrival=1, max_tokens=1, prefix_cache=True)
     scheduler.add(long)
@@ -246,7 +246,7 @@ def test_who_shares_a_beginning_with_a_long_prompt_waits_for_no_more_than_that()
     assert not middle.num_output_tokens
 
 
-def test_nobody_waits_for_a_prompt_of_lower_priority():
+def test_prompt_does_not_wait_for_one_of_lower_priority():
     scheduler = roomy(snapshots=8, budget=16, min_tokens=8)
     long = sequence([5] * 48 + [6] * 20_000, request_id="long", arrival=1, max_tokens=1, prefix_cache=True, priority=1)
     scheduler.add(long)

@@ -424,7 +424,7 @@ def test_lower_priority_value_runs_first_and_ties_run_in_order_of_arrival():
     assert order == ["p-1a3", "p0a1", "p0a4", "p5a0", "p5a2"]
 
 
-def test_preemption_takes_the_last_in_order_frees_all_it_holds_and_recomputes_it_from_its_tokens():
+def test_preemption_frees_the_last_in_order_which_is_recomputed():
     scheduler = make_scheduler(blocks=4, block_size=2, slots=2, budget=16)
     first = sequence(3, request_id="first", max_tokens=6, arrival=1)
     second = sequence(3, request_id="second", max_tokens=3, arrival=2)
@@ -483,7 +483,7 @@ def test_queue_is_bounded_by_max_waiting_beyond_the_free_slots():
     scheduler.add(sequence(1, request_id="fits", arrival=11))
 
 
-def test_request_that_can_never_fit_is_refused_at_once_and_the_largest_that_fits_is_served():
+def test_request_is_refused_at_once_exactly_where_it_never_fits():
     scheduler = make_scheduler(blocks=2, block_size=4)
     with pytest.raises(ContextLengthError, match="holds 8"):
         scheduler.add(sequence(5, request_id="big", max_tokens=5))
@@ -551,7 +551,7 @@ def run_alone(scheduler: Scheduler, each: Sequence) -> None:
         step(scheduler)
 
 
-def test_of_those_that_wait_the_one_goes_first_of_which_most_is_cached():
+def test_waiting_prompt_with_the_most_cached_tokens_goes_first():
     scheduler = make_scheduler(blocks=40, slots=1, budget=64, snapshots=8)
     run_alone(scheduler, cached([5] * 20, "warm", 0))
     scheduler.add(cached([9] * 20, "cold", 1))
@@ -565,7 +565,7 @@ def test_of_those_that_wait_the_one_goes_first_of_which_most_is_cached():
 
 
 @pytest.mark.parametrize("arrivals_per_step", [1, 3])
-def test_nobody_is_passed_over_for_ever(arrivals_per_step):
+def test_waiting_request_is_not_passed_over_for_ever(arrivals_per_step):
     """Hits keep coming, and a prompt that is not cached has its turn nevertheless."""
     scheduler = make_scheduler(blocks=60, slots=1, budget=64, snapshots=8, max_waiting=10_000)
     run_alone(scheduler, cached([5] * 20, "warm", 0))
@@ -583,7 +583,7 @@ def test_nobody_is_passed_over_for_ever(arrivals_per_step):
     assert passed == MAX_PASSED
 
 
-def test_who_shares_a_beginning_with_a_prompt_under_way_waits_for_it_and_nobody_else_does():
+def test_only_prompts_that_share_a_beginning_wait_for_one_under_way():
     scheduler = make_scheduler(blocks=60, slots=4, budget=8, snapshots=8)
     scheduler.add(cached([5] * 20 + [1, 2, 3], "first", 1))
     scheduler.add(cached([5] * 20 + [7, 8, 9], "second", 2))
@@ -622,7 +622,7 @@ def test_a_prompt_is_seen_behind_many_that_wait_for_another():
     assert rows(step(scheduler)) == [("under way", 12), ("other", 12)]
 
 
-def test_who_waits_for_one_that_is_aborted_goes_on_alone():
+def test_follower_of_an_aborted_prompt_goes_on_alone():
     scheduler = make_scheduler(blocks=60, slots=4, budget=8, snapshots=8)
     scheduler.add(cached([5] * 20 + [1, 2, 3], "first", 1))
     scheduler.add(cached([5] * 20 + [7, 8, 9], "second", 2))
@@ -633,7 +633,7 @@ def test_who_waits_for_one_that_is_aborted_goes_on_alone():
         step(scheduler)
 
 
-def test_a_sequence_does_not_keep_those_alive_that_it_has_waited_for():
+def test_sequence_keeps_no_leader_alive_after_its_wait():
     """Each of a long row of prompts waits for the one before it, which has waited itself."""
     scheduler = make_scheduler(blocks=200, slots=20, budget=8, snapshots=8)
     before = num_alive()
@@ -665,7 +665,7 @@ def long_scheduler(**fields) -> Scheduler:
 
 
 @pytest.mark.parametrize("beside", [0, 2], ids=["alone", "beside decoding rows"])
-def test_a_second_prompt_finds_three_quarters_of_what_it_shares_wherever_it_parts(beside):
+def test_second_prompt_finds_three_quarters_of_its_shared_tokens(beside):
     """The law of the state's distances, by pairs of random prompts whose parting is the first."""
     rng = random.Random(beside)
     for pair in range(12):
@@ -725,7 +725,7 @@ def test_where_places_are_scarce_the_rungs_that_stay_longest_get_them():
             assert cache.num_snapshots_used == 64
 
 
-def test_who_shares_nothing_by_salt_or_wish_finds_no_state_on_the_way_and_leaves_none():
+def test_prompt_of_another_salt_or_without_the_cache_has_no_rungs():
     for first, second in [({"cache_salt": "a"}, {}), ({"prefix_cache": False}, {}), ({}, {"prefix_cache": False})]:
         scheduler = long_scheduler()
         prompt = [1] * 4000
@@ -801,7 +801,7 @@ def common(a: tuple, b: tuple) -> int:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_requests_compute_what_lists_of_states_by_last_use_do_not_hold(seed):
+def test_requests_compute_the_tokens_that_an_lru_model_lacks(seed):
     rng = random.Random(seed)
     sizes = {"snapshots": rng.choice([2, 5, 12]), "on_host": rng.choice([0, 3]), "min_tokens": rng.choice([1, 4, 20])}
     scheduler = make_scheduler(blocks=5000, block_size=rng.choice([1, 4]), budget=rng.choice([7, 100]), **sizes)

@@ -42,7 +42,7 @@ def computed_tokens(core: EngineCore) -> list[int]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lags", [False, True], ids=["at once", "a step behind"])
 @pytest.mark.parametrize("length", [1, 2, 17, 37])
-def test_each_choice_is_what_it_would_be_alone(tiny, backend, lags, length):
+def test_choice_beside_others_is_the_choice_alone(tiny, backend, lags, length):
     core = make_core(tiny.folder, linear_backend=backend, async_scheduling=lags)
     prompt = random_prompt(length, seed=length)
     alone = [answer(core, prompt, temperature=1.0, max_tokens=12, seed=i).token_ids for i in range(N)]
@@ -122,7 +122,7 @@ def test_an_announced_sibling_that_never_comes_is_waited_for_a_while(tiny, monke
 
 
 @pytest.mark.parametrize("params", [{"prompt_logprobs": 2}, {"max_tokens": 0}, {"max_tokens": 0, "prompt_logprobs": 0}])
-def test_choices_that_compute_their_own_prompts_wait_for_nobody(tiny, params):
+def test_choices_with_prompts_of_their_own_do_not_wait(tiny, params):
     core = make_core(tiny.folder)
     alone = answer(core, PROMPT, **({"temperature": 1.0, "max_tokens": 12, "seed": 0} | params))
     assert drain(core, *choices(**params), max_steps=30)["c0"].token_ids == alone.token_ids
@@ -169,7 +169,7 @@ def test_choices_none_of_which_has_started_are_refused_together(tiny, monkeypatc
     [{"prompt": PROMPT[:-1]}, {"prompt_logprobs": 2}, {"sibling_of": "nobody"}],
     ids=["another prompt", "scores of its own", "no such request"],
 )
-def test_what_cannot_be_shared_is_computed(tiny, changes):
+def test_prompt_that_cannot_be_shared_is_computed(tiny, changes):
     core = make_core(tiny.folder)
     prompt = changes.pop("prompt", PROMPT)
     asked = {"temperature": 1.0, "max_tokens": 12, "seed": 1}
@@ -179,7 +179,7 @@ def test_what_cannot_be_shared_is_computed(tiny, changes):
     assert answers["c1"].token_ids == expected.token_ids
 
 
-def test_what_a_copy_leaves_out_is_garbage(tiny):
+def test_copy_leaves_the_rest_as_garbage(tiny):
     """Only the prompt's blocks and the state are copied: what else lies in the pools must not matter."""
     core = make_core(tiny.folder)
     expected = [answer(core, PROMPT, temperature=1.0, max_tokens=12, seed=i).token_ids for i in range(N)]

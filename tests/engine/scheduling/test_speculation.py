@@ -127,7 +127,7 @@ def test_a_stop_token_among_the_drafts_ends_the_text(tiny):
         assert core.stats().prefix_cache_hits_total - before >= len(prompt) + len(expected) - 1
 
 
-def test_who_asks_for_more_than_tokens_does_not_draft():
+def test_request_for_more_than_tokens_does_not_draft():
     plain = SamplingParams(temperature=0.7, top_p=0.9, seed=1, max_tokens=9)
     assert can_draft(plain)
     for more in (
@@ -225,7 +225,7 @@ def test_sampled_tokens_keep_their_distribution(tiny):
 
 
 @pytest.mark.parametrize("draft", [0, 1, 2])
-def test_accepting_what_was_drawn_keeps_any_distribution(draft):
+def test_accepted_drafts_keep_any_distribution(draft):
     """Chi-square of the token after a draft that is right with its own probability."""
     probabilities = np.array([0.5, 0.3, 0.2])
     rng = np.random.default_rng(0)

@@ -114,7 +114,7 @@ def test_the_next_turn_after_a_restart_computes_its_new_tokens_alone(make_core, 
     assert again.stats().prefix_cache_hits_total == num_known
 
 
-def test_what_is_restored_is_what_was_saved_bit_for_bit(make_core, tmp_path):
+def test_restored_session_is_the_saved_one_bit_for_bit(make_core, tmp_path):
     core = make_core()
     saved(core)
     first = path_of(core).read_bytes()
@@ -164,7 +164,7 @@ def test_salts_part_tenants_after_a_restart_too(make_core):
     assert hits == [False, False, True]
 
 
-def test_the_latest_turn_is_what_an_id_stands_for(make_core):
+def test_session_id_stands_for_the_latest_turn(make_core):
     core = make_core()
     first = saved(core)
     second = saved(core, prompt=first + MORE)
@@ -188,7 +188,7 @@ def test_an_answer_that_its_client_cuts_short_is_kept_as_far_as_it_was_computed(
     refused(core, "save", "session_not_found", "'b'", session_id="b")
 
 
-def test_what_is_still_in_the_cache_is_not_read_twice(make_core, monkeypatch):
+def test_cached_blocks_of_a_session_are_not_read_again(make_core, monkeypatch):
     core = make_core()
     saved(core)
     monkeypatch.setattr(session_copies.Carrier, "load", None)
@@ -330,7 +330,7 @@ def test_a_session_as_long_as_the_context_is_restored_and_a_longer_one_refused(m
     refused(make_core(max_model_len=num_known - 1), "restore", "session_mismatch", "raise max_model_len")
 
 
-def test_too_few_blocks_are_told_and_what_is_cached_stays(make_core):
+def test_too_few_blocks_leave_the_cache_whole(make_core):
     saved(make_core(), prompt=random_prompt(150, seed=3))
     core = make_core(num_kv_blocks=16)
     core.add_request(request("running", random_prompt(110, seed=4), max_tokens=30))
@@ -481,7 +481,7 @@ def test_a_file_is_private_and_whole_or_not_there(make_core, monkeypatch):
     assert [path.name for path in core.sessions.folder.iterdir()] == ["a.safetensors"]
 
 
-def test_what_a_killed_server_left_is_removed_at_the_next_start(make_core):
+def test_remains_of_a_killed_server_are_removed_at_the_next_start(make_core):
     core = make_core()
     saved(core)
     old, young = core.sessions.folder / ".a.x.part", core.sessions.folder / ".a.y.part"
@@ -617,7 +617,7 @@ async def test_a_session_outlives_its_engine(tiny, tmp_path, make):
         await client.call_session("list")
 
 
-async def test_who_waits_for_a_session_is_told_of_the_engines_death(tiny, tmp_path, monkeypatch):
+async def test_call_for_a_session_is_told_of_the_engines_death(tiny, tmp_path, monkeypatch):
     client = InProcessClient(engines.engine_config(tiny.folder, session_folder=tmp_path / "saved"))
     await client.start()
     monkeypatch.setattr(sessions.Sessions, "advance", lambda _: 1 / 0)

@@ -128,7 +128,7 @@ def device(monkeypatch) -> FakeDevice:
     return FakeDevice(monkeypatch)
 
 
-def test_a_gpus_share_is_less_what_others_and_the_largest_step_take(device, tiny):
+def test_share_of_a_gpu_leaves_out_other_processes_and_the_largest_step(device, tiny):
     _, plan, use = start(tiny.folder, memory_fraction=0.5, max_num_seqs=3, prefix_cache=False)
     assert use.total == 5 * 10**9
     assert use.workspace == 3_000_000 + measuring.FRAGMENTATION_BYTES
@@ -173,7 +173,7 @@ def test_a_gigabyte_of_the_host_is_a_thousand_million_bytes(gigabytes):
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize("num_kv_blocks", [None, 16, 37], ids=["every context", "16 blocks", "37 blocks"])
-def test_the_capacity_told_at_start_is_reached_and_nobody_is_preempted(tiny, num_kv_blocks, is_async):
+def test_capacity_told_at_start_is_reached_without_preemption(tiny, num_kv_blocks, is_async):
     settings = {
         "max_model_len": 1024,
         "async_scheduling": is_async,
@@ -409,7 +409,7 @@ def test_a_rope_table_that_does_not_fit(tiny, monkeypatch):
     refused(tiny, "position table of max_model_len = 256 (16,384 bytes)", "lower max_model_len", "memory_fraction")
 
 
-def test_a_share_without_room_for_one_sequence_says_what_takes_it(tiny):
+def test_share_without_room_for_one_sequence_lists_its_uses(tiny):
     with pytest.raises(ConfigError) as error:
         start(tiny.folder, cpu_memory_gb=1e-5)
     weights = start(tiny.folder).runner.served.weight_bytes
@@ -458,7 +458,7 @@ def test_graphs_that_do_not_fit(tiny, monkeypatch, error):
         measuring.capture(runner, [GraphShape(1), GraphShape(8)])
 
 
-def test_an_error_that_is_not_about_memory_stays_what_it_is(tiny, monkeypatch):
+def test_error_that_is_not_about_memory_passes_unchanged(tiny, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("an illegal instruction was encountered")
 
@@ -477,7 +477,7 @@ def test_graphs_that_take_more_than_measured_are_noted(tiny, monkeypatch):
     assert use.unassigned == -1000 and "memory_fraction is exceeded by 1,000 bytes" in plan.notes[-1]
 
 
-def test_the_allocators_bound_is_the_share_less_what_lies_outside(monkeypatch):
+def test_allocators_bound_is_the_share_less_memory_outside(monkeypatch):
     told: list[float] = []
     monkeypatch.setattr(device_memory, "ROUNDING_BYTES", 100)
     monkeypatch.setattr(device_memory, "free_memory", lambda device: (4000, 10_000))

@@ -154,7 +154,7 @@ def test_no_request_waits_for_a_compiler(folder, monkeypatch, backend, cuda_grap
     ],
     ids=["share", "step"],
 )
-def test_what_does_not_fit_names_the_setting(folder, settings, words):
+def test_pool_that_does_not_fit_names_the_setting(folder, settings, words):
     torch.cuda.set_per_process_memory_fraction(8e9 / torch.cuda.mem_get_info()[1])  # a small GPU
     with pytest.raises(ConfigError) as error:
         make(folder, **settings)

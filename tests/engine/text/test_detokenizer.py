@@ -85,7 +85,7 @@ def test_broken_bytes_do_not_hang_the_stream(tokenizer):
 
 @relaxed
 @given(data=st.binary(max_size=30))
-def test_any_bytes_give_what_python_decodes_up_to_the_broken_end(tokenizer, data):
+def test_bytes_decode_as_python_decodes_them_up_to_a_broken_end(tokenizer, data):
     ids = byte_ids(tokenizer, data)
     whole = data.decode("utf-8", errors="replace")
     detokenizer = IncrementalDetokenizer(tokenizer)

@@ -72,7 +72,7 @@ def test_a_grammar_of_rules(llm):
         assert re.fullmatch(r"\d+(\+\d+){1,3}", done.text), done.text
 
 
-def test_log_probabilities_stay_those_of_the_raw_logits(llm):
+def test_log_probabilities_come_from_the_raw_logits(llm):
     free = llm.generate("Once", SamplingParams(temperature=0.0, max_tokens=1, logprobs=5))[0]
     bound = llm.generate(
         "Once", SamplingParams(temperature=0.0, max_tokens=1, logprobs=5, grammar=choice_grammar(WORDS))
@@ -207,7 +207,7 @@ def test_a_tokenizer_that_suits_no_grammar_stops_only_requests_with_one(tiny, tm
     assert len(answers["good"].token_ids) == 8
 
 
-def test_a_grammar_is_compiled_once_for_all_who_ask_for_it_and_each_goes_its_own_way(tiny, monkeypatch):
+def test_grammar_is_compiled_once_for_all_its_requests(tiny, monkeypatch):
     compiled = []
     monkeypatch.setattr(
         grammar, "make_matcher", lambda text, vocabulary: compiled.append(text) or make(text, vocabulary)

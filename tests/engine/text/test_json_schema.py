@@ -38,7 +38,7 @@ WITHIN = {
 
 
 @pytest.mark.parametrize(("schema", "beginning"), WITHIN.values(), ids=WITHIN)
-def test_what_is_within_the_bound_can_be_parsed(schema, beginning):
+def test_schema_within_the_bounds_can_be_parsed(schema, beginning):
     pytest.importorskip("llguidance")
     from leyden.engine.text.grammar import json_grammar, make_matcher
     from llguidance.hf import from_tokenizer
@@ -65,7 +65,7 @@ BEYOND = {
 
 
 @pytest.mark.parametrize("schema", BEYOND.values(), ids=BEYOND)
-def test_what_is_beyond_is_refused_and_the_bound_named(schema):
+def test_schema_beyond_a_bound_is_refused_by_the_bound(schema):
     with pytest.raises(ValueError, match=str(MAX_OPEN_PROPERTIES)):
         check_schema(schema)
 
@@ -112,5 +112,5 @@ def test_a_long_chain_of_references_is_refused():
     ],
     ids=json.dumps,
 )
-def test_what_is_no_schema_is_left_to_who_compiles_it(schema):
+def test_value_that_is_no_schema_is_left_to_the_compiler(schema):
     check_schema(schema)

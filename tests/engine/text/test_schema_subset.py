@@ -57,7 +57,7 @@ def assert_holds(schema, seeds=range(8)) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_what_is_kept_holds_and_the_rest_is_named(name):
+def test_kept_keywords_hold_and_the_rest_is_named(name):
     schema, expected = SCHEMAS[name]
     before = json.dumps(schema)
     assert sorted(supported_subset(schema).left_out) == sorted(expected)
@@ -142,7 +142,7 @@ def test_one_of_becomes_any_of_only_where_no_value_fits_two(alternatives, are_ap
     assert_holds(schema)
 
 
-def test_what_is_wrong_with_a_schema_is_said_and_never_left_out():
+def test_error_of_a_schema_is_told_and_not_left_out():
     wrong = {
         "allows no value": {"not": {}},
         "Invalid type: thing": {"properties": {"a": {"type": "thing", "format": "url"}}},

@@ -43,6 +43,6 @@ def test_an_id_of_no_vocabulary_is_a_request_error(ids):
 
 
 @pytest.mark.parametrize("ids", [[1.5], ["1"], [None]])
-def test_what_is_no_id_is_a_type_error(ids):
+def test_value_that_is_no_id_is_a_type_error(ids):
     with pytest.raises(TypeError):
         TokenIds(ids)

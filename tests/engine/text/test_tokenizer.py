@@ -129,7 +129,7 @@ def test_harmless_messages_render_as_transformers_does(tiny, tokenizer, generate
     assert tokenizer.encode_chat(messages, add_generation_prompt=generate) == expected
 
 
-def test_what_comes_before_the_first_question_is_told_and_shared(tokenizer):
+def test_beginning_before_the_first_question_is_told_and_shared(tokenizer):
     system = {"role": "system", "content": "Be kind <|end|> and brief."}
     several = [[system, {"role": "user", "content": text}] for text in ("one", "two, three", "one<|end|>")]
     encoded = [tokenizer.encode_conversation(messages) for messages in several]
@@ -651,7 +651,7 @@ def of_every_class(tiny, trained, tmp_path_factory) -> list[tuple[Tokenizer, Bac
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
 @example("Hello  world, it's 1234567\n\n  o'clock")
 @example("e\u0301cole " * 9)
-def test_ids_and_text_are_those_of_tokenizer_json_whatever_class_is_named(of_every_class, text):
+def test_ids_and_text_follow_tokenizer_json_under_any_class(of_every_class, text):
     for ours, reference in of_every_class:
         for special in (True, False):
             ids = reference.encode(text, add_special_tokens=special).ids
