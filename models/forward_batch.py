@@ -92,7 +92,7 @@ class ForwardBatch:
     slot_mapping: Annotated[Tensor, Each("token", "int64", padding=-1, per_step=1)]
     # [N], the last token of each row whose next token is wanted.
     logits_indices: Annotated[Tensor, Each("draw", "int64")]
-    # [S, 3], (row, tokens, snapshot): states to save on the way; snapshot -1 = padding.
+    # [S, 3], (row, tokens, snapshot), sorted: states to save on the way; snapshot -1 = padding.
     snapshots: Annotated[Tensor, Each("snapshot", "int32", padding=-1)]
     block_table: Tensor  # [num_slots, M] int32, the KV blocks of each slot; no entry past a row's end is read
     num_prefills: int

@@ -49,7 +49,8 @@ class Move(NamedTuple):
 class StepSave(NamedTuple):
     """Save the state of a prefill row after the first `num_tokens` of the row's tokens to a snapshot.
 
-    The layers write it while they compute the row, so after all other operations of the step.
+    The layers write it while they compute the row, so after all other operations of the step. The saves of a step are
+    sorted by row and number of tokens.
     """
 
     row: int

@@ -156,7 +156,7 @@ class Reuse:
             self.stops[sequence] = ahead
 
     def leave_rungs(self, prefilling: Mapping[Sequence, int]) -> list[StepSave]:
-        """Make the rungs that the coming step's prompts pass, as far as the cache has room. Returns their saves.
+        """Make the rungs that the coming step's prompts pass, if the cache has room. Returns their saves, sorted.
 
         prefilling: the number of tokens of each prefill row, in order; the rows have their blocks already. No `match`
         may run before the step: it would find snapshots that are not written yet.
@@ -177,7 +177,7 @@ class Reuse:
             snapshot = self.cache.insert_rung(sequence.known_tokens(at), table, sequence.request.cache_salt, level)
             if snapshot is not None:
                 snapshots.append(StepSave(row, at - sequence.num_computed_tokens, snapshot))
-        return snapshots
+        return sorted(snapshots)  # kernels walk a row once, from place to place
 
     def save_answer(self, sequence: Sequence) -> None:
         """Save a sequence whose answer is complete. A session's answer is saved however few tokens that spares."""

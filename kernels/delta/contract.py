@@ -81,8 +81,8 @@ class Delta(Protocol):
         """Rows of any length, none of whose tokens wait in a ring.
 
         places: [S, 3] int32, each (b, n, c): what row b's slot would hold after the first n >= 1 of its tokens goes to
-        snapshots[c]; context_lens[b] + n is a multiple of CHUNK; c = -1 = padding. The places of a row lie together and
-        their n increase. `snapshots` may have another dtype than the pool.
+        snapshots[c]; context_lens[b] + n is a multiple of CHUNK; c = -1 = padding. The places are sorted by b and n, or
+        else states and outputs are wrong. `snapshots` may have another dtype than the pool.
         """
 
     def decode(

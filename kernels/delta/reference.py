@@ -95,6 +95,7 @@ def prefill(
 ) -> Tensor:
     """Row by row, chunk by chunk in float32. Contract: `Delta.prefill`."""
     wanted = {(b, n): c for b, n, c in places.tolist() if c >= 0}
+    assert [*wanted] == sorted(wanted), "places out of order"  # Triton's walk would save other states, and go wrong
     out.zero_()
     for b, row in _real(rows, context_lens):
         before = _before(pool, None, row)

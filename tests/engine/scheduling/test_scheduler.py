@@ -43,6 +43,7 @@ class Device:
             self.check(row)
             self.compute(row, count)
         assert len({snapshot.snapshot for snapshot in batch.snapshots}) == len(batch.snapshots), "written twice"
+        assert batch.snapshots == sorted(batch.snapshots), "kernels take the places of a row together, and in order"
         for row, count, snapshot in batch.snapshots:
             each = batch.sequences[row]
             assert row < batch.num_prefills and 0 < count <= batch.num_scheduled_tokens[row]
