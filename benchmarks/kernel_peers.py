@@ -18,6 +18,7 @@ from leyden.benchmarks.kernel_cases.base import Bound, Case, Implementation
 from leyden.benchmarks.kernel_cases.delta import DIM, HEADS, KEY_HEADS, DeltaCase, DeltaSet, layer_weights
 from leyden.benchmarks.kernel_cases.lightning import LightningCase, LightningInputs, returning
 from leyden.kernels.delta.convolve import convolve
+from leyden.kernels.delta.fla import gates
 from torch import Tensor
 
 PEERS = {"lightning_attn": "sglang minimax", "seg_la": "sglang seg_la", "fla": "fla"}  # module: its name here
@@ -157,8 +158,8 @@ def prepared_delta(x: DeltaSet) -> dict[str, Tensor]:
     flat = convolve(inputs, weights, x.pool, rows, x.context_lens, (KEY_HEADS, HEADS, DIM, DIM))
     parts = flat.split([KEY_HEADS * DIM, KEY_HEADS * DIM, HEADS * DIM], dim=-1)
     q, k, v = (part.unflatten(-1, (-1, DIM)) for part in parts)
-    g = -weights.decay.exp() * torch.nn.functional.softplus(inputs.step.float() + weights.step_bias)
-    named = {"q": q, "k": k, "v": v, "g": g, "beta": inputs.strength.float().sigmoid()}
+    g, beta = gates(inputs, weights)
+    named = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
     return {name: y.unflatten(0, (-1, num_steps)).transpose(0, 1).contiguous() for name, y in named.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-LinearBackendName = Literal["auto", "minimax", "seg_la", "chunk", "replay"]
+LinearBackendName = Literal["auto", "minimax", "seg_la", "chunk", "replay", "fla"]
 ToolCallParserName = Literal["auto", "none", "minimax", "hermes", "kimi_k2", "qwen3_coder"]
 ReasoningParserName = Literal["auto", "none", "think"]
 DEMO_MODEL = "demo"
@@ -59,8 +59,8 @@ class EngineConfig(_Numbers):
     linear_backend: LinearBackendName = Field(
         "auto",
         description="how linear layers are computed: lightning layers by minimax, seg_la or replay, gated delta nets "
-        "by chunk or replay; replay = decode that seldom writes states; auto = the fastest by measurement, today "
-        "replay",
+        "by chunk, replay or fla; replay = decode that seldom writes states; fla = the operations of the package "
+        "fla-core, to compare with; auto = the fastest by measurement, today replay",
     )
     kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto = triton on CUDA, torch elsewhere")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")

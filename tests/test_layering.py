@@ -86,7 +86,9 @@ def test_kernels_know_tensors_alone(path):
         "__future__",
         "collections",
         "dataclasses",
+        "fla",  # optional, by `kernels/delta/fla.py`
         "functools",
+        "itertools",
         "math",
         "os",
         "torch",

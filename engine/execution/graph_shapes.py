@@ -74,10 +74,10 @@ def graph_shapes(max_rows: int, max_tokens: int) -> list[GraphShape]:
     return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_rows))
 
 
-def shapes_for(config: EngineConfig, num_slots: int) -> list[GraphShape]:
-    """The shapes whose graphs serving captures, by increasing size."""
+def shapes_for(config: EngineConfig, num_slots: int, *, prompts: bool = True) -> list[GraphShape]:
+    """The shapes whose graphs serving captures, by increasing size. prompts: whether some hold prompts."""
     most_rows = min(num_slots, config.max_graph_rows)
-    shapes = graph_shapes(most_rows, config.max_num_batched_tokens)
+    shapes = graph_shapes(most_rows, config.max_num_batched_tokens if prompts else 0)
     if config.speculative_tokens:
         most = min(most_rows, config.speculative_max_rows, config.max_num_batched_tokens - 1)  # a draft needs room, too
         shapes += [GraphShape.of_drafts(rows) for rows in doubling(most)]

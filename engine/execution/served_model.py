@@ -32,6 +32,7 @@ class ServedModel:
     kernel_name: KernelName
     linear_backend: str
     ring: RingRule
+    prompts_in_graphs: bool  # whether CUDA graphs can hold steps with prompts
     unnamed: Tensor | None = None  # [U] int64, the ids that have no token; None: all have one
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

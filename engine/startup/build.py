@@ -98,7 +98,8 @@ def _with_graphs(built: Built, config: EngineConfig, *, progress: bool) -> Built
     """The same runner with CUDA graphs. Their measured memory replaces the estimate in `use`."""
     runner, plan, use = built
     before = free_memory(runner.device)[0]
-    graphs = capture(runner, shapes_for(config, plan.num_state_slots), progress=progress)
+    shapes = shapes_for(config, plan.num_state_slots, prompts=runner.served.prompts_in_graphs)
+    graphs = capture(runner, shapes, progress=progress)
     use = msgspec.structs.replace(use, graphs=before - free_memory(runner.device)[0])
     if use.unassigned < 0:
         note = f"CUDA graphs took more than measured: memory_fraction is exceeded by {-use.unassigned:,} bytes"

@@ -1,4 +1,5 @@
-"""The device, dtype and kernels that the settings `device`, `dtype` and `kernels` mean on this machine."""
+"""The device, dtype and kernels that the settings `device`, `dtype` and `kernels` mean on this machine, and whether the
+linear backend runs there."""
 
 from __future__ import annotations
 
@@ -36,6 +37,26 @@ def pick_kernels(name: Literal["auto", "torch", "triton"], device: torch.device)
             "kernels = triton does not compile for a CPU; use torch or auto (TRITON_INTERPRET=1 interprets, to debug)"
         )
     return name
+
+
+def check_linear_backend(name: str, device: torch.device) -> None:
+    """Raises `ConfigError` if the linear backend `fla` cannot run: on a CPU, or without its package."""
+    if name != "fla":
+        return
+    if device.type != "cuda":
+        raise ConfigError(
+            f"linear_backend = fla: the Triton kernels of fla-core need a GPU, and the device is {device.type}; take "
+            "chunk, replay or auto"
+        )
+    try:
+        from ...kernels.delta import fla
+
+        fla.load()
+    except ImportError as error:
+        raise ConfigError(
+            f"linear_backend = fla: fla-core cannot be used ({error}): pip install 'leyden[fla]', or take chunk, "
+            "replay or auto"
+        ) from None
 
 
 def pick_dtype(name: str, config: ModelSpec, device: torch.device) -> torch.dtype:

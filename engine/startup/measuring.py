@@ -89,7 +89,7 @@ def _measure_serving(served: ServedModel, config: EngineConfig, limits: StepLimi
         runner = ModelRunner(served, pools)
         served.model.reserve_positions(limits.longest_prompt + 1)
         workspace = _measure_steps(runner, limits)
-    shapes = shapes_for(config, limits.num_slots)
+    shapes = shapes_for(config, limits.num_slots, prompts=served.prompts_in_graphs)
     return workspace, _measure_graphs(runner, shapes) if wants_graphs(served, config) else 0
 
 

@@ -22,7 +22,7 @@ from ..memory.pools import DTypes
 from ..memory.ring import RingRule
 from ..text.tokenizer_files import ids_without_token
 from .cores import num_cores
-from .device import pick_device, pick_dtype, pick_kernels
+from .device import check_linear_backend, pick_device, pick_dtype, pick_kernels
 from .device_memory import refuse_out_of_memory
 
 
@@ -57,6 +57,8 @@ def place_model(config: EngineConfig, *, on_meta: bool = False) -> ServedModel:
     kernel_name = "torch" if on_meta else pick_kernels(config.kernels, device)
     kernels = load_kernels(kernel_name)
     backends = _linear_backends(config, spec, kernels)
+    if not on_meta:
+        check_linear_backend(backends.name, device)
     build = Build(kernels, torch.device("meta") if on_meta else device, dtype)
     return ServedModel(
         folder=folder,
@@ -69,6 +71,7 @@ def place_model(config: EngineConfig, *, on_meta: bool = False) -> ServedModel:
         kernel_name=kernel_name,
         linear_backend=backends.name,
         ring=RingRule(backends.ring_size, backends.replays),
+        prompts_in_graphs=backends.prompts_in_graphs,
     )
 
 

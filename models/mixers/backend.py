@@ -20,12 +20,14 @@ class LinearBackend(Protocol[Call]):
     there are no verify rows, and the engine refuses `speculative_tokens`. `replays` says that decode rows leave their
     tokens in the ring too. The table in `models/forward_batch.py` gives the number of tokens that wait in a ring after
     a step. The i-th of them lies at place i, unchanged. The model folds them into the state (`Mixer.fold`) before a row
-    that does not read the ring.
+    that does not read the ring. `prompts_in_graphs` is False if `forward` waits for the device in a step with prompts:
+    such steps have no CUDA graphs.
     """
 
     name: str
     ring_size: int
     replays: bool
+    prompts_in_graphs: bool
 
     def forward(self, call: Call) -> Tensor:
         """Fills and returns `call.out`, and updates the slots and rings of the batch's rows."""

@@ -36,6 +36,10 @@ class LinearBackends(NamedTuple):
     def replays(self) -> bool:
         return next(iter(self.by_kind.values())).replays
 
+    @property
+    def prompts_in_graphs(self) -> bool:
+        return all(backend.prompts_in_graphs for backend in self.by_kind.values())
+
 
 def linear_kinds(spec: ModelSpec) -> list[str]:
     """The kinds of the model's mixers that have backends, in the order of first appearance."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from ...kernels import Kernels
-from ...kernels.delta.contract import DeltaInputs, DeltaRing, DeltaState, DeltaWeights
+from ...kernels.delta.contract import Delta, DeltaInputs, DeltaRing, DeltaState, DeltaWeights
 from ..forward_batch import ForwardBatch, RowsOfKind
 from .backend import RING_SIZE, BackendFactory
 from .cache import LayerCache
+
+if TYPE_CHECKING:
+    from ...kernels.delta.fla import Fla
 
 
 def ring_of(cache: LayerCache, num_pending: Tensor) -> DeltaRing:
@@ -45,6 +49,7 @@ class ChunkBackend:
 
     name = "chunk"
     replays = False
+    prompts_in_graphs = True
 
     def __init__(self, kernels: Kernels, *, speculative: bool = False) -> None:
         self.delta = kernels.delta
@@ -53,12 +58,7 @@ class ChunkBackend:
     def forward(self, call: DeltaCall) -> Tensor:
         batch = call.batch
         if part := batch.prompts:
-            # The operation sees no token behind theirs: it sizes its launches by them.
-            inputs, out = call.tokens(slice(0, part.tokens.stop))
-            snapshots = DeltaState(*call.cache.snapshots)
-            self.delta.prefill(
-                inputs, call.weights, call.pool, part.rows, part.context_lens, batch.snapshots, snapshots, out
-            )
+            _prefill(self.delta, call, part)
         if part := batch.drafts:
             ring = call.ring(part)
             self.delta.verify(call.inputs, call.weights, call.pool, ring, part.rows, part.context_lens, call.out)
@@ -67,8 +67,7 @@ class ChunkBackend:
         return call.out
 
     def _decode(self, call: DeltaCall, part: RowsOfKind) -> None:
-        inputs, out = call.tokens(part.tokens)
-        self.delta.decode(inputs, call.weights, call.pool, part.rows, part.context_lens, out)
+        _decode(self.delta, call, part)
 
 
 class ReplayBackend(ChunkBackend):
@@ -86,8 +85,49 @@ class ReplayBackend(ChunkBackend):
         self.delta.replay(inputs, call.weights, call.pool, call.ring(part), part.rows, part.context_lens, out)
 
 
+class FlaBackend:
+    """Prompts and decode by fla-core: a second opinion about the other backends, and something to measure them against.
+
+    It has no ring, so drafts are refused. What it costs more is told in `kernels/delta/fla.py`.
+    """
+
+    name = "fla"
+    replays = False
+    prompts_in_graphs = False
+    ring_size = 0
+
+    def __init__(self, kernels: Kernels, *, speculative: bool = False) -> None:
+        """Needs no package and no GPU before the first `forward`."""
+
+    @functools.cached_property
+    def operations(self) -> Fla:
+        from ...kernels.delta import fla  # imports Triton
+
+        return fla.load()
+
+    def forward(self, call: DeltaCall) -> Tensor:
+        if part := call.batch.prompts:
+            _prefill(self.operations, call, part)
+        if part := call.batch.decodes:
+            _decode(self.operations, call, part)
+        return call.out
+
+
+def _prefill(operations: Delta | Fla, call: DeltaCall, part: RowsOfKind) -> None:
+    # The operation sees no token behind the rows': it sizes its launches by them.
+    inputs, out = call.tokens(slice(0, part.tokens.stop))
+    places, snapshots = call.batch.snapshots, DeltaState(*call.cache.snapshots)
+    operations.prefill(inputs, call.weights, call.pool, part.rows, part.context_lens, places, snapshots, out)
+
+
+def _decode(operations: Delta | Fla, call: DeltaCall, part: RowsOfKind) -> None:
+    inputs, out = call.tokens(part.tokens)
+    operations.decode(inputs, call.weights, call.pool, part.rows, part.context_lens, out)
+
+
 DELTA_BACKENDS: dict[str, BackendFactory[DeltaCall]] = {
     "auto": ReplayBackend,  # decode rows read more than they write, and so do drafts
     "chunk": ChunkBackend,
     "replay": ReplayBackend,
+    "fla": FlaBackend,
 }

@@ -50,6 +50,7 @@ class MinimaxBackend:
 
     name = "minimax"
     replays = False
+    prompts_in_graphs = True
 
     def __init__(self, kernels: Kernels, *, speculative: bool = False) -> None:
         self.lightning = kernels.lightning
@@ -71,6 +72,7 @@ class SegLaBackend:
 
     name = "seg_la"
     replays = False
+    prompts_in_graphs = True
 
     def __init__(self, kernels: Kernels, *, speculative: bool = False) -> None:
         self.lightning = kernels.lightning
@@ -102,6 +104,7 @@ class ReplayBackend:
     LONG_PROMPT = 1024  # tokens; shorter ones are over before a second launch would help
     name = "replay"
     replays = True
+    prompts_in_graphs = True
     ring_size = RING_SIZE
 
     def __init__(self, kernels: Kernels, *, speculative: bool = False) -> None:

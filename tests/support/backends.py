@@ -10,7 +10,7 @@ from torch import Tensor
 
 # `auto` is one of the others.
 BACKENDS = [name for name in LIGHTNING_BACKENDS if name != "auto"]
-OF_DELTA = [name for name in DELTA_BACKENDS if name != "auto"]
+OF_DELTA = [name for name in DELTA_BACKENDS if name not in ("auto", "fla")]  # fla runs on a GPU alone
 
 
 class PlainBackend:
@@ -18,6 +18,7 @@ class PlainBackend:
 
     name = "plain"
     replays = False
+    prompts_in_graphs = True
 
     def __init__(self, kernels: Kernels, *, speculative: bool = False) -> None:
         self._ops = kernels.lightning

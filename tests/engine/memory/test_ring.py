@@ -33,6 +33,8 @@ def test_a_verify_row_leaves_one_place_free():
 
 @pytest.mark.parametrize("kind", LINEAR_BACKENDS)
 def test_every_backend_has_room_for_the_most_drafts_that_the_settings_allow(kind):
-    for make in LINEAR_BACKENDS[kind].values():
+    for name, make in LINEAR_BACKENDS[kind].items():
+        if name == "fla":  # it refuses drafts
+            continue
         backend = make(load("torch"), speculative=True)
         assert RingRule(backend.ring_size, backend.replays).most_drafts >= MAX_DRAFTS

@@ -13,16 +13,15 @@ from typing import Any
 import engines
 import pytest
 import torch
+from backends import OF_DELTA
 from engines import answer, call_session, computed, drain, request
 from leyden.engine.core import EngineCore
 from leyden.engine.errors import ContextLengthError
-from leyden.models.mixers.delta_backends import DELTA_BACKENDS
 from qwen_models import DENSE, MOE, NEXT, ROPE, make_model, save_model, wrap
 from tiny_models import greedy, random_prompt
 
 NUM_TOKENS = 16
 LENGTHS = (1, 2, 3, 4, 63, 64, 65, 127, 128, 129)  # a convolution's tail, and chunks of 64, before and after they fill
-BACKENDS = [name for name in DELTA_BACKENDS if name != "auto"]
 LONG = {"max_model_len": 4200, "cpu_memory_gb": 0.2}  # settings for texts of thousands of tokens
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -140,7 +139,7 @@ def make_core(oracle: Oracle, **settings: Any) -> EngineCore:
 
 def test_answers_alone_are_those_of_transformers(variant):
     expected = {n: greedy(variant.model, prompt(n), NUM_TOKENS) for n in (1, 65)}
-    for backend in BACKENDS:
+    for backend in OF_DELTA:
         core = make_core(variant, linear_backend=backend, max_num_batched_tokens=256, prefix_cache=False)
         for n in LENGTHS:  # one after another: slots are reused, and dirty
             ids = answer(core, prompt(n), max_tokens=NUM_TOKENS).token_ids
@@ -149,14 +148,14 @@ def test_answers_alone_are_those_of_transformers(variant):
             assert ids == expected.get(n, ids)
 
 
-@pytest.mark.parametrize(("backend", "chunk"), [*product(BACKENDS, [7, 64]), ("replay", 257)])
+@pytest.mark.parametrize(("backend", "chunk"), [*product(OF_DELTA, [7, 64]), ("replay", 257)])
 def test_answers_in_ragged_mixed_batches_are_those_of_transformers(oracle, backend, chunk):
     core = make_core(oracle, linear_backend=backend, max_num_batched_tokens=chunk, max_num_seqs=7, prefix_cache=False)
     for _ in range(1 if chunk == 7 else 2):  # the second round finds every slot and block used
         oracle.check_all(drain(core, *requests(*LENGTHS)))
 
 
-@pytest.mark.parametrize(("backend", "chunk"), [*product(BACKENDS, [1, 2, 3])])
+@pytest.mark.parametrize(("backend", "chunk"), [*product(OF_DELTA, [1, 2, 3])])
 def test_prompt_fed_in_pieces_shorter_than_the_convolution(oracle, backend, chunk):
     core = make_core(oracle, linear_backend=backend, max_num_batched_tokens=chunk, max_num_seqs=1)
     oracle.check_all(drain(core, *requests(4, 65)))
@@ -180,7 +179,7 @@ def test_answers_that_end_one_after_another_are_those_of_each_alone(dense):
 
 
 @pytest.mark.parametrize("drafts", [0, 7])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_texts_end_where_the_context_does(dense, backend, drafts):
     core = make_core(dense, linear_backend=backend, max_model_len=129, speculative_tokens=drafts)
     core.scheduler.speculation._propose = lambda each, count: [7] * count
@@ -198,14 +197,14 @@ def test_texts_end_where_the_context_does(dense, backend, drafts):
 # -- states that are left and taken up again ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_answers_after_preemption_are_those_of_transformers(oracle, backend):
     core = make_core(oracle, linear_backend=backend, num_kv_blocks=24, block_size=16, prefix_cache=False)
     oracle.check_all(drain(core, *requests(63, 64, 65, 128, max_tokens=40)))
     assert core.stats().preemptions_total > 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_scores_of_a_prompt_that_is_preempted_on_its_way_come_once(dense, backend):
     """The answer before it grows into the last blocks."""
     core = make_core(dense, linear_backend=backend, num_kv_blocks=12, block_size=16, max_num_batched_tokens=20)
@@ -216,7 +215,7 @@ def test_scores_of_a_prompt_that_is_preempted_on_its_way_come_once(dense, backen
         check_scores(dense, prompt(length), answers[str(length)])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_request_that_needs_all_blocks_is_computed_once(dense, backend):
     """Beside others, of which one falls for it; then one whose cached beginning lies in blocks that are in its way."""
     core = make_core(dense, linear_backend=backend, num_kv_blocks=20, block_size=16, max_model_len=320)
@@ -230,7 +229,7 @@ def test_request_that_needs_all_blocks_is_computed_once(dense, backend):
         dense.check(text, answer(core, text, max_tokens=4).token_ids)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_slot_of_an_aborted_prompt_does_not_show(dense, backend):
     core = make_core(dense, linear_backend=backend, max_num_batched_tokens=33, max_num_seqs=1)
     for n in (129, 65):
@@ -241,7 +240,7 @@ def test_slot_of_an_aborted_prompt_does_not_show(dense, backend):
         dense.check_all(drain(core, *requests(n)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_cached_prompts_are_answered_as_transformers_answers_them(oracle, backend):
     """The whole prompt comes back from its last state; a prompt that parts from it, from one saved on the way."""
     core = make_core(oracle, linear_backend=backend, snapshot_min_tokens=8, max_num_batched_tokens=100)
@@ -253,7 +252,7 @@ def test_cached_prompts_are_answered_as_transformers_answers_them(oracle, backen
 
 
 @pytest.mark.parametrize(("shared", "at_least"), [(100, 64), (500, 384), (2000, 1536)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_prompts_share_a_beginning_of_any_length(long_dense, backend, shared, at_least):
     """Snapshots lie 64 tokens apart at least, and the last one before the parting has three quarters of a long one."""
     core = make_core(long_dense, linear_backend=backend, snapshot_min_tokens=16, **LONG)
@@ -264,7 +263,7 @@ def test_prompts_share_a_beginning_of_any_length(long_dense, backend, shared, at
         long_dense.check(text, found.token_ids)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_scores_after_a_hit_are_those_of_transformers(dense, backend):
     """The first tokens after a prompt that was computed, after the same one from the cache, and after one that parts
     from it behind a state that was saved on the way."""
@@ -278,7 +277,7 @@ def test_scores_after_a_hit_are_those_of_transformers(dense, backend):
             assert all(abs(logprob - float(row[token])) < 2e-4 for token, logprob in entry.top)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_session_goes_on_after_a_restart_as_transformers_would(oracle, backend, tmp_path):
     settings = {"linear_backend": backend, "session_folder": tmp_path}
     core = make_core(oracle, **settings)
@@ -293,7 +292,7 @@ def test_session_goes_on_after_a_restart_as_transformers_would(oracle, backend, 
 
 
 @pytest.mark.parametrize("dropped", [0, 5], ids=["history kept", "thoughts dropped"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_turns_of_a_chat_compute_what_is_new_in_them(dense, backend, dropped):
     """And at most 64 tokens more, where the template takes the thoughts out of an earlier answer."""
     core = make_core(dense, linear_backend=backend, snapshot_min_tokens=8)
@@ -310,7 +309,7 @@ def test_turns_of_a_chat_compute_what_is_new_in_them(dense, backend, dropped):
         assert num_computed <= len(new) - num_kept + (64 if dropped else 0), f"turn {turn}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_siblings_are_answered_as_transformers_answers_the_first(dense, backend):
     core = make_core(dense, linear_backend=backend, max_num_batched_tokens=32)
     first = request("0", prompt(65), num_siblings=2, max_tokens=NUM_TOKENS)
@@ -338,13 +337,13 @@ def now_and_then(ids: list[int], known: int, count: int) -> list[int]:
     return [token if (known + i) % 3 else (token + 1) % 250 for i, token in enumerate(drafts)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_drafts_leave_the_answer_of_transformers(oracle, backend):
     check_drafts(oracle, backend, now_and_then)
 
 
 @pytest.mark.parametrize("drafter", [always_right, always_wrong])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_the_best_drafts_and_the_worst_leave_the_answer_of_transformers(dense, backend, drafter):
     check_drafts(dense, backend, drafter)
 
@@ -373,7 +372,7 @@ def check_drafts(oracle: Oracle, backend: str, drafter: Drafter) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_thousands_of_tokens_are_those_of_transformers(long_dense, backend):
     """A state kept in less than float32 drifts away in such a text."""
     core = make_core(long_dense, linear_backend=backend, **LONG)
@@ -382,7 +381,7 @@ def test_thousands_of_tokens_are_those_of_transformers(long_dense, backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OF_DELTA)
 def test_answers_on_a_gpu_are_those_of_transformers(oracle, backend):
     core = make_core(oracle, device="cuda", linear_backend=backend, max_num_batched_tokens=100, max_num_seqs=7)
     for _ in range(2):  # the second round comes from the cache

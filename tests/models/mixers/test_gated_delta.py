@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from backends import OF_DELTA
+from fla_stand_in import stand_in
 from leyden.kernels import load
+from leyden.kernels.delta import fla
 from leyden.models.errors import CheckpointError
 from leyden.models.forward_batch import ForwardBatch
 from leyden.models.layers.build import Build
@@ -28,7 +31,6 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 HIDDEN, NUM_SLOTS, NUM_SNAPSHOTS, SNAPSHOT_EVERY = 24, 5, 3, 64
 EMPTY = torch.empty(0)
-BACKENDS = [name for name in DELTA_BACKENDS if name != "auto"]
 SHAPES = {"1 value head": (2, 2, 8, 16), "3 value heads": (2, 6, 8, 8), "4 value heads": (1, 4, 16, 16)}
 
 
@@ -196,7 +198,7 @@ class Driver:
         return Row(row.x, slot, num_tokens, outs=[torch.cat(row.outs)[:num_tokens]])
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=OF_DELTA)
 def backend(request) -> str:
     return request.param
 
@@ -371,3 +373,20 @@ def test_grouped_tensor_of_a_wrong_shape_is_refused_with_both_shapes(name, tmp_p
     told = re.escape(f"shape {[right[0] - 1, right[1]]}, the config asks for {right}")
     with pytest.raises(CheckpointError, match=told):
         fill(build(spec, "chunk"), tensors, tmp_path)
+
+
+def test_fla_computes_prompts_decode_rows_and_snapshots_without_a_ring(spec, module, tmp_path, monkeypatch):
+    monkeypatch.setattr(fla, "load", stand_in)
+    layer = build(spec, "fla")
+    fill(layer, module.state_dict(), tmp_path)
+    assert layer.cache.ring == () and not layer.backend.prompts_in_graphs
+    driver, rows = Driver(layer), [make_row(160, slot, seed=slot) for slot in range(3)]
+    driver.step([(rows[0], 10), (rows[1], 3)], [])
+    driver.step([(rows[2], 140), (rows[1], 70)], [rows[0]], snapshots=[(0, 64, 2), (0, 128, 0), (1, 61, 1)])
+    driver.step([], rows)
+    for row, snapshot, at in ((rows[2], 2, 64), (rows[2], 0, 128), (rows[1], 1, 64)):
+        resumed = driver.resume(row, snapshot, at, slot=4)
+        driver.step([(resumed, 2)], rows[:2])
+        driver.step([], [resumed])
+        check(module, resumed)
+    check(module, *rows)
