@@ -50,19 +50,15 @@ def _convolved(
 ):
     """silu of the convolution at channels o_c of a row's n tokens, [BT, BC] float32, and their raw values."""
     o = tl.arange(0, BT)
-    m = (o < n)[:, None] & m_c[None, :]
-    b_raw = tl.load(p_raw + o[:, None] * raw_t + o_c[None, :], mask=m, other=0.0)
-    b_x = b_raw.to(tl.float32) * tl.load(p_conv + (TAPS - 1) * C + o_c, mask=m_c, other=0.0)[None, :]
-    for j in tl.static_range(1, TAPS):
-        b_tap = tl.load(p_conv + (TAPS - 1 - j) * C + o_c, mask=m_c, other=0.0)
-        b_before = tl.load(p_raw + (o - j)[:, None] * raw_t + o_c[None, :], mask=m & (o >= j)[:, None], other=0.0)
-        b_x += b_before.to(tl.float32) * b_tap[None, :]
-        # The j-th token before a row's token r < j lies before the row: in the ring, or before that in the tail.
-        for r in tl.static_range(j):
-            i = j - r
-            p_old = tl.where(count >= i, p_ring + (count - i) * C, p_tail + (context - i + TAPS) % TAPS * C)
-            b_old = tl.load(p_old + o_c, mask=m_c & (context >= i), other=0.0).to(tl.float32)
-            b_x += tl.where((o == r)[:, None], (b_old * b_tap)[None, :], 0.0)
+    b_x = tl.zeros_like(o[:, None] + o_c[None, :]).to(tl.float32)
+    for j in tl.static_range(TAPS):
+        t = o - j  # counted from the row's first token; those before it wait in the ring, those before these do not
+        p_old = tl.where(count + t >= 0, p_ring + (count + t) * C, p_tail + (context + t + TAPS) % TAPS * C)
+        p_token = tl.where(t >= 0, p_raw + t * raw_t, p_old)
+        mask = ((o < n) & (context + t >= 0))[:, None] & m_c[None, :]
+        b_raw = tl.load(p_token[:, None] + o_c[None, :], mask=mask, other=0.0)
+        b_x += b_raw.to(tl.float32) * tl.load(p_conv + (TAPS - 1 - j) * C + o_c, mask=m_c, other=0.0)[None, :]
+    b_raw = tl.load(p_raw + o[:, None] * raw_t + o_c[None, :], mask=(o < n)[:, None] & m_c[None, :], other=0.0)
     return b_x * tl.sigmoid(b_x), b_raw
 
 
@@ -158,8 +154,7 @@ def _prepare_kernel(
     tl.store(p_new + c_q[None, :], b_raw.to(p_ring_raw.dtype.element_ty), mask=m_own)
     b_k, b_raw = _convolved(p_raw, p_ring_raw, p_tail, p_conv, context, count, n, raw_t, c_k, m_k, C, TAPS, BT)
     b_low = _unit(b_k).to(p_ring_key.dtype.element_ty)  # as the ring will have it
-    b_k = b_low.to(tl.float32)
-    tl.store(p_x + c_k[None, :], b_k, mask=m_own)
+    tl.store(p_x + c_k[None, :], b_low.to(tl.float32), mask=m_own)
     tl.store(p_new + c_k[None, :], b_raw.to(p_ring_raw.dtype.element_ty), mask=m_own)
     b_keys = tl.load(p_ring_key + o[:, None] * K + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
     tl.store(p_ring_key + (count + o)[:, None] * K + o_k[None, :], b_low, mask=m_own)
@@ -173,13 +168,15 @@ def _prepare_kernel(
     # [BT, BK] @ [BK, BT] -> [BT, BT]
     b_old = tl.where(m_n[None, :], tl.exp(tl.minimum(b_c[:, None] - b_sums[None, :], 0.0)), 0.0)
     b_new = tl.exp(tl.minimum(b_c[:, None] - b_c[None, :], 0.0))
-    b_keys = tl.trans(b_keys.to(tl.float32))
+    # Keys are in the ring's dtype; queries are rounded to it here alone.
+    b_q = b_q.to(b_low.dtype)
+    b_keys = tl.trans(b_keys)
     at = (start + o)[:, None] * (HV * BT) + i_h * BT + o[None, :]
-    tl.store(p_old_key + at, tl.dot(b_k, b_keys, input_precision=PRECISION) * b_old, mask=m[:, None])
+    tl.store(p_old_key + at, tl.dot(b_low, b_keys, input_precision=PRECISION) * b_old, mask=m[:, None])
     tl.store(p_old_query + at, tl.dot(b_q, b_keys, input_precision=PRECISION) * b_old, mask=m[:, None])
-    b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_new
+    b_qk = tl.dot(b_q, tl.trans(b_low), input_precision=PRECISION) * b_new
     tl.store(p_score + at, tl.where(o[:, None] >= o[None, :], b_qk, 0.0), mask=m[:, None])
-    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_new * b_beta[:, None]
+    b_kk = tl.dot(b_low, tl.trans(b_low), input_precision=PRECISION) * b_new * b_beta[:, None]
     b_a = _inverse(tl.where(o[:, None] > o[None, :], b_kk, 0.0), n, BT) * b_beta[None, :]
     tl.store(p_inverse + at, b_a, mask=m[:, None])
 
