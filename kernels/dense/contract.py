@@ -14,10 +14,10 @@ GateActivation = Literal["sigmoid", "silu"]
 
 class Dense(Protocol):
     def linear(self, x: Tensor, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
-        """x [T, K] @ weight [N, K]^T -> [T, N]; x contiguous and of the weight's dtype.
+        """x [T, K] @ weight [N, K]^T -> [T, N]; x contiguous, and of the weight's dtype if that is plain.
 
-        Sums are in float32. `dtype`: of the result; None = x's, float32 = the sums as they are. Raises
-        NotImplementedError for a matrix with a scale.
+        Items of a quantised weight may be rounded to x's dtype. Sums are in float32. `dtype`: of the result; None =
+        x's, float32 = the sums as they are.
         """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

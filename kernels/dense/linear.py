@@ -29,7 +29,8 @@ def _row_kernel(p_x, p_w, p_y, N, w_n, K: tl.constexpr, BN: tl.constexpr, BK: tl
 
 def linear(x: Tensor, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N]. Contract: `Dense.linear`."""
-    matrix, dtype = weight.plain(), dtype or x.dtype
+    # A quantised matrix is dequantised whole for each product, until kernels read its bytes.
+    matrix, dtype = weight.dequantised(x.dtype) if weight.scale is not None else weight.data, dtype or x.dtype
     if x.shape[0] != 1:
         return _many_rows(x, matrix, dtype)
     num_channels, size = matrix.shape

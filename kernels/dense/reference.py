@@ -13,7 +13,7 @@ from .contract import GateActivation
 def linear(x: Tensor, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N]. Contract: `Dense.linear`."""
     dtype = dtype or x.dtype
-    return F.linear(x.to(dtype), weight.plain().to(dtype))
+    return F.linear(x.to(dtype), weight.dequantised(x.dtype).to(dtype))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -34,5 +34,5 @@ class Experts(Protocol):
         """Sum over the chosen experts of weight * down(silu(gate x) * up x).
 
         x: [T, d]; gate_up: [E, 2F, d], gate rows first; down: [E, d, F]; weights: [T, k] float32; experts: [T, k]
-        int64. Returns [T, d] in x's dtype. Raises NotImplementedError for a matrix with a scale.
+        int64. Returns [T, d] in x's dtype. Quantised matrices as in `Dense.linear`; each has a format of its own.
         """

@@ -225,7 +225,8 @@ def combine(y: Tensor, top_k: int) -> Tensor:
 
 def moe(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, experts: Tensor) -> Tensor:
     """Contract: `Experts.moe`."""
-    w_gate_up, w_down = gate_up.plain(), down.plain()
+    # Quantised matrices are dequantised whole for each product, until kernels read their bytes.
+    w_gate_up, w_down = (w.data if w.scale is None else w.dequantised(x.dtype) for w in (gate_up, down))
     (num_tokens, top_k), num_experts = experts.shape, w_gate_up.shape[0]
     if num_tokens == 0:
         return torch.empty_like(x)

@@ -6,11 +6,10 @@ The number of tokens of each expert is read on the host, which costs nothing whe
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..bundles import Weight
-from ..dense.reference import silu_and_mul
+from ..dense.reference import linear, silu_and_mul
 
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -37,36 +36,35 @@ def route_groups(
 
 def moe(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, experts: Tensor) -> Tensor:
     """Each used expert once, over its tokens. Contract: `Experts.moe`."""
-    matrices = gate_up.plain(), down.plain()
     if x.shape[0] == 1:
-        return _moe_one_token(x, *matrices, weights, experts)
+        return _moe_one_token(x, gate_up, down, weights, experts)
     top_k = experts.shape[1]
     order = experts.flatten().argsort(stable=True)  # [T * k], pairs grouped by expert
-    counts = torch.bincount(experts.flatten(), minlength=len(matrices[0])).tolist()
+    counts = torch.bincount(experts.flatten(), minlength=gate_up.shape[0]).tolist()
     inputs = x.index_select(0, order // top_k)  # [T * k, d]
     outputs = torch.empty_like(inputs)
     start = 0
     for expert, count in enumerate(counts):
         if count:
             rows = slice(start, start + count)
-            outputs[rows] = _expert(inputs[rows], matrices[0][expert], matrices[1][expert])
+            outputs[rows] = _expert(inputs[rows], gate_up.expert(expert), down.expert(expert))
             start += count
     by_token = torch.empty_like(outputs).index_copy_(0, order, outputs).view(*experts.shape, x.shape[1])  # [T, k, d]
     # [T, 1, k] @ [T, k, d] -> [T, 1, d], summed in float32
     return torch.bmm(weights[:, None, :], by_token.float())[:, 0].to(x.dtype)
 
 
-def _expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _expert(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     """x [n, d], gate_up [2F, d], down [d, F] -> [n, d]."""
     # [n, d] @ [d, 2F] -> [n, 2F];  [n, F] @ [F, d] -> [n, d]
-    return F.linear(silu_and_mul(F.linear(x, gate_up)), down)
+    return linear(silu_and_mul(linear(x, gate_up)), down)
 
 
-def _moe_one_token(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+def _moe_one_token(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, experts: Tensor) -> Tensor:
     """x [1, d]: the chosen experts' matrices are used where they lie."""
     total = None
     for expert, weight in zip(experts[0].tolist(), weights[0].tolist(), strict=True):
-        y = _expert(x, gate_up[expert], down[expert]).float()
+        y = _expert(x, gate_up.expert(expert), down.expert(expert)).float()
         total = y.mul_(weight) if total is None else total.add_(y, alpha=weight)
     assert total is not None, "top_k is at least 1"
     return total.to(x.dtype)

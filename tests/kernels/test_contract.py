@@ -37,17 +37,6 @@ def test_the_torch_implementation_never_imports_triton():
 
 
 @every_implementation
-def test_a_matrix_with_a_scale_is_refused(name, device):
-    x, data, scale = torch.zeros(1, 16, device=device), torch.zeros(4, 16, device=device), torch.ones(4, device=device)
-    with pytest.raises(NotImplementedError, match="scale"):
-        kernels.load(name).dense.linear(x, Weight(data, scale))
-    experts = Weight(torch.zeros(2, 16, 16, device=device)), Weight(torch.zeros(2, 16, 8, device=device), scale)
-    pairs = torch.ones(1, 1, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device)
-    with pytest.raises(NotImplementedError, match="scale"):
-        kernels.load(name).experts.moe(x, *experts, *pairs)
-
-
-@every_implementation
 def test_a_step_without_tokens_is_harmless(name, device):
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, device=device)
