@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import quantised
+from .quantised import FP8, spread, unpack_int4
 
 
 class Rows(NamedTuple):
@@ -41,7 +41,7 @@ class HeadNorm(NamedTuple):
 
 
 WeightKind = Literal["plain", "fp8", "int8", "int4"]
-KINDS: dict[torch.dtype, WeightKind] = {quantised.FP8: "fp8", torch.int8: "int8", torch.int32: "int4"}
+KINDS: dict[torch.dtype, WeightKind] = {FP8: "fp8", torch.int8: "int8", torch.int32: "int4"}
 
 
 class Weight(NamedTuple):
@@ -102,7 +102,7 @@ class Weight(NamedTuple):
         """The matrix [.., N, K] in `dtype`; `data` itself where that is already so."""
         if self.scale is None:
             return self.data.to(dtype)
-        values = quantised.unpack_int4(self.data).float().sub_(8) if self.format == "int4" else self.data.float()
+        values = unpack_int4(self.data).float().sub_(8) if self.format == "int4" else self.data.float()
         if self.zero is not None:
-            values -= quantised.spread(self.zero.float(), self.block, values.shape)
-        return values.mul_(quantised.spread(self.scale.float(), self.block, values.shape)).to(dtype)
+            values -= spread(self.zero.float(), self.block, values.shape)
+        return values.mul_(spread(self.scale.float(), self.block, values.shape)).to(dtype)
