@@ -61,6 +61,11 @@ def names_of(spec: ModelSpec) -> Names:
 def _architecture(config: Mapping[str, Any]) -> str:
     """The first known architecture of a config.json. Raises `CheckpointError`, which lists the known ones."""
     names = config.get("architectures")
+    if not names:
+        raise CheckpointError(
+            "config.json: architectures is missing, which names the model's class; add it as the model's authors have "
+            f'it, such as "architectures": ["MiniMaxForCausalLM"]; supported: {", ".join(FAMILIES)}'
+        )
     for name in names if isinstance(names, list) else []:
         if isinstance(name, str) and name in FAMILIES:
             return name

@@ -24,7 +24,17 @@ CONFIG = {
 }
 
 
-@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], [], None, "LlamaForCausalLM", ["x", 5], [{"a": 1}], 7])
+@pytest.mark.parametrize("config", [{}, {"architectures": None}, {"architectures": []}], ids=str)
+def test_a_config_without_architectures_is_told_what_to_add(config):
+    rest = {key: value for key, value in CONFIG.items() if key != "architectures"}
+    with pytest.raises(
+        CheckpointError, match=r"^config\.json: architectures is missing.* add it .*\[\"MiniMax"
+    ) as error:
+        from_hf(rest | config)
+    assert all(name in str(error.value) for name in FAMILIES)
+
+
+@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], "LlamaForCausalLM", ["x", 5], [{"a": 1}], 7])
 def test_unknown_architecture_is_refused_with_the_supported_ones(architectures):
     with pytest.raises(CheckpointError) as error:
         from_hf(CONFIG | {"architectures": architectures})
