@@ -32,6 +32,7 @@ from ..wire.requests import ChatRequest
 from .events import Event
 from .logprobs import chat_logprobs, splice_chat_logprobs
 from .pieces import Splicer
+from .reader import AnswerReader
 from .writer import AnswerWriter
 
 
@@ -41,7 +42,7 @@ class ChatWriter(AnswerWriter[ChatRequest]):
     def __init__(self, state: ServerState, prepared: Prepared[ChatRequest]) -> None:
         super().__init__("chatcmpl-", state, prepared)
         self.prompt_token_ids = prepared.prompts[0].token_ids.tolist() if prepared.request.return_token_ids else []
-        self.parsers = [prepared.answer.parser() for _ in prepared.choices]
+        self.readers = [AnswerReader(prepared.answer.parser()) for _ in prepared.choices]
 
     def whole(self, outputs: list[Event]) -> list[bytes]:
         """The JSON of the answer in one object, from one merged output per choice."""
@@ -56,14 +57,16 @@ class ChatWriter(AnswerWriter[ChatRequest]):
     def render(self, event: Event) -> Iterator[ChatChunk]:
         """The chunks of one output: the role first, then the deltas, then the finish reason in a chunk of its own."""
         choice, output = event
-        self.usage.observe(choice, output)
-        usage = self.usage.of_chunk(choice, output.num_output_tokens)
+        reader = self.readers[choice.index]
+        deltas = reader.read(output)
+        self.usage.observe(choice, output, reader.num_reasoning_tokens)
+        usage = self.usage.of_chunk(choice, output.num_output_tokens, reader.num_reasoning_tokens)
         if self.begins(choice.index):
             yield self._role_chunk(choice)
-        for said in self._said(choice.index, output):
+        for said in self._said(choice.index, output, deltas):
             yield self._chunk([said], usage)
         if output.finish_reason is not None:
-            reason = finish_reason(self.parsers[choice.index], output)
+            reason = finish_reason(reader.parser, output)
             yield self._chunk([ChatChunkChoice(choice.index, ChatDelta(), finish_reason=reason)], usage)
 
     def render_end(self) -> Iterator[ChatChunk]:
@@ -77,13 +80,13 @@ class ChatWriter(AnswerWriter[ChatRequest]):
             chunk.prompt_token_ids = self.prompt_token_ids
         return chunk
 
-    def _said(self, index: int, output: RequestOutput) -> list[ChatChunkChoice]:
-        """The deltas of one output as chunks. Log-probabilities and token ids go with the first of them."""
+    def _said(self, index: int, output: RequestOutput, read: list[Delta]) -> list[ChatChunkChoice]:
+        """What was read in one output, as chunks. Log-probabilities and token ids go with the first of them."""
         logprobs: ChatLogprobs | None = None
         if self.request.logprobs and output.logprobs:
             logprobs = chat_logprobs(output.logprobs, self.request.top_logprobs, self.state.token_names)
         token_ids = output.token_ids if self.request.return_token_ids else UNSET
-        deltas = [chunk_delta(delta) for delta in read_deltas(self.parsers[index], output)]
+        deltas = [chunk_delta(delta) for delta in read]
         if not deltas and (logprobs or token_ids):
             deltas = [ChatDelta(content="")]
         choices = [ChatChunkChoice(index, delta) for delta in deltas]
@@ -92,26 +95,20 @@ class ChatWriter(AnswerWriter[ChatRequest]):
         return choices
 
     def _choice(self, choice: Choice, output: RequestOutput, splicer: Splicer) -> ChatChoice:
-        self.usage.observe(choice, output)
-        parser = self.parsers[choice.index]
-        message = whole_message(read_deltas(parser, output))
+        reader = self.readers[choice.index]
+        message = whole_message(reader.read(output))
+        self.usage.observe(choice, output, reader.num_reasoning_tokens)
         logprobs: ChatLogprobs | None = None
         if self.request.logprobs:
             entries, num_top = output.logprobs or [], self.request.top_logprobs
             logprobs = splice_chat_logprobs(splicer, entries, num_top, self.state.token_names)
-        written = ChatChoice(choice.index, message, logprobs, finish_reason(parser, output))
+        written = ChatChoice(choice.index, message, logprobs, finish_reason(reader.parser, output))
         if self.request.return_token_ids:
             written.token_ids = output.token_ids
         return written
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         return ChatChunk(self.id, "chat.completion.chunk", self.created, self.state.model_name, choices, usage)
-
-
-def read_deltas(parser: AnswerParser, output: RequestOutput) -> list[Delta]:
-    """The deltas that one output, or the merged output of a whole answer, adds to the answer."""
-    deltas = parser.push(output.text)
-    return deltas if output.finish_reason is None else [*deltas, *parser.finish()]
 
 
 def finish_reason(parser: AnswerParser, output: RequestOutput) -> ChatFinishReason:

@@ -117,16 +117,16 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
 async def collect(events: Events) -> list[Event]:
     """One event per choice, in order of index: all outputs of the choice merged into its first one, in place."""
     merged: dict[int, Event] = {}
-    texts: dict[int, list[str]] = {}
+    pieces: dict[int, list[str]] = {}
     async for event in events:
         index, output = event[0].index, event[1]
-        texts.setdefault(index, []).append(output.text)
+        pieces.setdefault(index, []).extend(output.pieces)
         if index in merged:
             merged[index][1].extend(output)
         else:
             merged[index] = event
     for index, (_, output) in merged.items():
-        output.text = "".join(texts[index])
+        output.text, output.pieces = "".join(pieces[index]), pieces[index]
     return [merged[index] for index in sorted(merged)]
 
 

@@ -22,7 +22,8 @@ class AnswerWriter(Generic[G]):
         self.created = int(time.time())
         self.state = state
         self.request = prepared.request
-        self.usage = UsageCounter(prepared.prompts, len(prepared.choices), prepared.request.stream_options)
+        options, thinks = prepared.request.stream_options, prepared.answer.thinks
+        self.usage = UsageCounter(prepared.prompts, len(prepared.choices), options, thinks=thinks)
         self._has_begun = [False] * len(prepared.choices)
 
     def begins(self, index: int) -> bool:

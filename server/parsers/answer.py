@@ -28,6 +28,11 @@ class AnswerParser:
         """Whether a thought is open."""
         return isinstance(self._parser, Thinking) and self._parser.is_open
 
+    @property
+    def may_think(self) -> bool:
+        """Whether a thought is open or may still come."""
+        return isinstance(self._parser, Thinking) and not self._parser.is_over
+
     def push(self, text: str) -> list[Delta]:
         return self._pass_on(self._parser.push(text))
 

@@ -47,6 +47,11 @@ class Sections:
         is_opening = self._has_begun and self._read == self._read_opening
         return is_opening or self._read in (self._read_thought, self._read_call)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the next text belongs to the answer, white space included."""
+        return self._read == self._read_answer
+
     def push(self, text: str) -> Pieces:
         """The pieces that `text` settles. A text that may still become a marker is held back."""
         self._text += text
@@ -128,6 +133,11 @@ class Thinking:
     def is_open(self) -> bool:
         """Whether the next text belongs to the thought, its closing marker included."""
         return self._sections.is_open
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no thought can come any more."""
+        return self._sections.is_over
 
     def push(self, text: str) -> list[Delta]:
         return merged(self._read(self._sections.push(text)))

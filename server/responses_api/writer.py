@@ -13,11 +13,12 @@ from ...engine.outputs import RequestOutput
 from ..answers.events import Event, Events
 from ..answers.generation import num_chars
 from ..answers.logprobs import TOKENS_AT_ONCE, chat_logprobs
+from ..answers.reader import AnswerReader
 from ..answers.writer import AnswerWriter
 from ..door.validation import Prepared
 from ..errors import ApiError
 from ..off_loop import off_loop
-from ..parsers.deltas import CallArguments, CallBegin, Content, Delta, Reasoning, merged
+from ..parsers.deltas import CallArguments, CallBegin, Content, Delta
 from ..state import ServerState
 from ..wire.requests import ChatRequest
 from .items import (
@@ -61,8 +62,7 @@ class ResponseWriter(AnswerWriter[ChatRequest]):
         )
         self._token_names = state.token_names
         self._num_top = asked.top_logprobs
-        self._num_reasoning_tokens = 0
-        self._parser = prepared.answer.parser()
+        self._reader = AnswerReader(prepared.answer.parser())
         self._custom_names = custom_names(asked.tools)
         self._growing: GrowingItem | None = None
         self._output: list[OutputItem] = []
@@ -101,7 +101,7 @@ class ResponseWriter(AnswerWriter[ChatRequest]):
         output = event[1]
         yield from self._begin()
         self._logprobs += chat_logprobs(output.logprobs or [], self._num_top, self._token_names).content
-        for delta in self._read(output):
+        for delta in self._reader.read(output):
             yield from self._take(delta)
         if output.finish_reason is not None:
             yield from self._finish(output)
@@ -110,18 +110,6 @@ class ResponseWriter(AnswerWriter[ChatRequest]):
         if self.begins(0):
             yield Created(response=self.response)
             yield InProgress(response=self.response)
-
-    def _read(self, output: RequestOutput) -> list[Delta]:
-        """The deltas of one output. It is read token by token, so that the tokens of a thought can be counted."""
-        deltas: list[Delta] = []
-        num_before = output.num_output_tokens - len(output.token_ids)
-        for number, piece in enumerate(output.pieces, start=1):
-            was_thinking = self._parser.is_thinking
-            read = self._parser.push(piece)
-            if was_thinking or self._parser.is_thinking or any(isinstance(delta, Reasoning) for delta in read):
-                self._num_reasoning_tokens = min(num_before + number, output.num_output_tokens)
-            deltas += read
-        return merged(deltas if output.finish_reason is None else [*deltas, *self._parser.finish()])
 
     def _take(self, delta: Delta) -> Iterator[ResponseEvent]:
         match delta:
@@ -202,6 +190,6 @@ class ResponseWriter(AnswerWriter[ChatRequest]):
             used.prompt_tokens,
             InputTokensDetails(used.prompt_tokens_details.cached_tokens),
             used.completion_tokens,
-            OutputTokensDetails(self._num_reasoning_tokens),
+            OutputTokensDetails(self._reader.num_reasoning_tokens),
             used.total_tokens,
         )

@@ -16,11 +16,16 @@ class PromptTokensDetails(Struct):
     cached_tokens: int  # found in the prefix cache
 
 
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int  # up to the end of the thought, its marker included
+
+
 class Usage(Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET  # where the answer is read for a thought
 
 
 class CompletionLogprobs(Struct):

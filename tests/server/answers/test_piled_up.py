@@ -130,13 +130,22 @@ async def test_the_same_in_a_chat(chat, chunks_of, piling, body):
     ids=["a thought and words", "an open thought", "words"],
 )
 async def test_reasoning_tokens_are_counted_however_many_pile_up(
-    make_client, engine, tokenizer, piling, reply, num_reasoning, num_piled
+    make_client, engine, tokenizer, piling, chunks_of, reply, num_reasoning, num_piled
 ):
     tokenizer.chat_template = "<think>"
     engine.reply = reply.encode()
     piling.num_piled = num_piled
-    answer = (await make_client().post("/v1/responses", json={"input": "Hi"})).json()
-    assert answer["usage"]["output_tokens_details"] == {"reasoning_tokens": num_reasoning}
+    client, expected = make_client(), {"reasoning_tokens": num_reasoning}
+    answer = (await client.post("/v1/responses", json={"input": "Hi"})).json()
+    assert answer["usage"]["output_tokens_details"] == expected
+    asked = {"messages": [{"role": "user", "content": "Hi"}]}
+    for n in (1, 2):  # choices, whose thoughts are counted together
+        answer = (await client.post("/v1/chat/completions", json=asked | {"n": n})).json()
+        assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": n * num_reasoning}
+    options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    chunks = chunks_of(await client.post("/v1/chat/completions", json=asked | options))
+    counts = [chunk["usage"]["completion_tokens_details"]["reasoning_tokens"] for chunk in chunks]
+    assert counts[0] == 0 and counts[-1] == num_reasoning and counts == sorted(counts)
 
 
 async def test_continuous_usage_counts_the_tokens_of_each_chunk(complete, chunks_of, piling):
