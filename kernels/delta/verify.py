@@ -112,7 +112,7 @@ def verify(
     if 0 in (num_heads, num_rows):
         return out
     prepared = prepare(inputs, weights, pool, ring, rows, context_lens, dims)
-    BV = min(padded(V), 32)
+    BV = min(padded(V), 64)
     _verify_kernel[(triton.cdiv(V, BV), num_heads, num_rows)](
         *prepared,
         pool.state,

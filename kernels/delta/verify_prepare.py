@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bundles import Rows
-from ..lightning.tile import padded
+from ..lightning.tile import num_processors, padded
 from .contract import TAPS, DeltaInputs, DeltaRing, DeltaState, DeltaWeights
 from .gates import decay_log, strength
 
@@ -224,6 +224,6 @@ def prepare(
         BK=padded(K),
         BV=padded(V),
         PRECISION="ieee" if is_float else "tf32",
-        num_warps=4,
+        num_warps=2 if num_heads * rows.slots.shape[0] >= 8 * num_processors(x.device) else 4,
     )
     return Prepared(x, decay, *matrices)

@@ -35,11 +35,17 @@ def linear(x: Tensor, weight: Weight, dtype: torch.dtype | None = None) -> Tenso
         return _many_rows(x, matrix, dtype)
     num_channels, size = matrix.shape
     y = torch.empty(1, num_channels, dtype=dtype, device=x.device)
-    BN, BK = 8, min(512, triton.next_power_of_2(size))
+    BN, BK, stages = _row_tile(size)
     _row_kernel[(triton.cdiv(num_channels, BN),)](
-        x, matrix, y, num_channels, matrix.stride(0), K=size, BN=BN, BK=BK, STAGES=3, num_warps=4
+        x, matrix, y, num_channels, matrix.stride(0), K=size, BN=BN, BK=BK, STAGES=stages, num_warps=4
     )
     return y
+
+
+def _row_tile(size: int) -> tuple[int, int, int]:
+    """BN, BK and stages for rows of `size`. A short one is loaded at once: many programs then hide each other's waits.
+    A long one passes through a pipeline."""
+    return (1, min(2048, triton.next_power_of_2(size)), 1) if size <= 8192 else (8, 512, 3)
 
 
 def _many_rows(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:

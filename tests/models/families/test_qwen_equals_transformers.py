@@ -389,6 +389,25 @@ def test_answers_on_a_gpu_are_those_of_transformers(oracle, backend):
 
 
 @pytest.mark.parametrize(
+    ("device", "length", "chunks"),
+    [("cpu", 1500, (512, 100)), pytest.param("cuda", 100_000, (8192, 1000), marks=pytest.mark.gpu)],
+)
+def test_a_long_prompt_is_answered_alike_whatever_its_chunks(tmp_path, device, length, chunks):
+    """States that chunks of several sizes leave differ by rounding alone, and so do the scores after them."""
+    folder = make_oracle(tmp_path, Variant(DENSE, {"max_position_embeddings": length + 8})).folder
+    text, found = random_prompt(length, seed=1), []
+    for chunk in chunks:
+        settings = {"max_num_batched_tokens": chunk, "max_model_len": length + 8, "max_num_seqs": 1}
+        core = engines.make_core(folder, device=device, cpu_memory_gb=0.2, **settings)
+        found.append(answer(core, text, max_tokens=8, logprobs=5))
+    one, other = found
+    assert one.token_ids == other.token_ids
+    for entry, twin in zip(one.logprobs, other.logprobs, strict=True):
+        (ids, scores), (other_ids, other_scores) = (zip(*each.top, strict=True) for each in (entry, twin))
+        assert ids == other_ids and scores == pytest.approx(other_scores, abs=1e-4)
+
+
+@pytest.mark.parametrize(
     ("architecture", "backend"),
     [
         (DENSE, "replay"),
