@@ -32,10 +32,11 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 def write_config(arguments: argparse.Namespace, folder: Path, num_tokens: int) -> None:
     """Write the config.json, with a context of at least so many tokens, into the folder, which must exist."""
-    fields = json.loads((arguments.config / "config.json").read_text())
+    config = json.loads((arguments.config / "config.json").read_text())
+    fields = config.get("text_config", config)  # the text's part of a model that sees
     if arguments.small:
         fields |= SMALL
-        if "attn_type_list" in fields:  # other families derive the kinds of layers from their number
-            fields["attn_type_list"] = fields["attn_type_list"][: SMALL["num_hidden_layers"]]
+        for kinds in {"attn_type_list", "layer_types"} & fields.keys():  # others derive them from the number of layers
+            fields[kinds] = fields[kinds][: SMALL["num_hidden_layers"]]
     fields["max_position_embeddings"] = max(fields["max_position_embeddings"], num_tokens)
-    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "config.json").write_text(json.dumps(config))
