@@ -71,6 +71,7 @@ TOOL_FORMATS = {
         CallLayout("", '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n", ""),
         in_template="<tool_call>",
         not_in_template=("<arg_key>", "<function="),  # GLM, Qwen3-Coder
+        ends_thought=("<tool_call>", "{", '"name"'),
     ),
     "kimi_k2": ToolFormat(
         lambda _: KimiCalls(),

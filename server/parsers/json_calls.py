@@ -16,6 +16,7 @@ import re
 from .deltas import CallArguments, CallBegin, Content, Delta, merged
 from .json_object import ObjectScanner, parse, parse_string
 from .markers import Markers, TrimmedText, skip_spaces
+from .reasoning import CLOSE
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 ARGUMENTS = ("arguments", "parameters")
@@ -28,7 +29,7 @@ class JsonCalls:
     def __init__(self, open_marker: str, close_marker: str) -> None:
         self._open, self._close = open_marker, close_marker
         self._markers = Markers(open_marker)
-        self._either = Markers(open_marker, close_marker)
+        self._after_calls = Markers(open_marker, close_marker, CLOSE)
         self._text = ""
         self._position = 0  # the text before it has been read
         self._read = self._read_prose
@@ -59,8 +60,9 @@ class JsonCalls:
     # One method per state. Each reads on, and returns whether reading can go on without more text.
 
     def _read_prose(self, deltas: list[Delta]) -> bool:
-        # A closing marker without its opening one, after a call, belongs to a call that was written badly.
-        markers = self._either if self._num_calls else self._markers
+        # An end without its beginning, after a call, belongs to a call that was written badly, or to the thought that
+        # the call has ended.
+        markers = self._after_calls if self._num_calls else self._markers
         end, marker = markers.find(self._text, self._position)
         deltas.append(Content(self._prose.write(self._text[self._position : end])))
         self._position = end + len(marker or "")

@@ -26,7 +26,8 @@ MAX_NESTED = 8  # alternatives within alternatives
 
 
 def xml_arguments(name: str, schema: dict[str, Any]) -> Arguments:
-    """The rule `name`: the parameters of a schema in its order, those that it does not require at will.
+    """The rule `name`: the parameters of a schema in its order, those that it does not require at will. Where it lists
+    some, there are no others.
 
     Keywords on the length and form of a text, and those that bind several parameters together, are left out.
     """
@@ -55,7 +56,9 @@ class _Writer:
             piece = f"{_quoted(PARAMETER + key + KEY_END)} ({self._value(part, f'properties.{key}')})"
             pieces.append(piece if key in required else f"({piece})?")
         others = self._schema.get("additionalProperties", not properties and "properties" not in self._schema)
-        if others is not False:
+        if properties and others is not False:
+            self._left_out.append("additionalProperties")  # such a name might be that of a property, given twice
+        elif others is not False:
             value = self._value(others, "additionalProperties")
             pieces.append(f"({_quoted(PARAMETER)} {OTHER_KEY} {_quoted(KEY_END)} ({value}))*")
         rule = f"{self._name}: {' '.join(pieces) or _quoted('')}"

@@ -196,7 +196,7 @@ def test_each_value_follows_its_own_schema(takes, values, is_right):
         ({}, {"any": "text"}, None),
         ({"type": "object", "properties": {}}, {}, {"any": "text"}),
         ({"additionalProperties": {"type": "integer"}}, {"a": "1", "b": "2"}, {"a": "one"}),
-        ({"properties": {"a": {}}, "additionalProperties": True}, {"a": "1", "b": "2"}, None),
+        ({"properties": {"a": {}}, "additionalProperties": True}, {"a": "1"}, {"a": "1", "b": "2"}),
         ({"allOf": [{"properties": {"a": {}}, "required": ["a"]}]}, {"a": "1"}, {}),
         ({"anyOf": [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {}}}]}, {"b": "1"}, {"c": "1"}),
         ({"properties": {"a": False, "b": True}}, {"b": "1"}, {"a": "1"}),
@@ -206,6 +206,17 @@ def test_parameters_are_those_of_the_schema(takes, parameters, good, bad):
     tools, _ = read_tools([{"type": "function", "function": {"name": "edit", "parameters": parameters}}])
     assert takes("qwen3_coder", edit(**good), tools=tools)
     assert bad is None or not takes("qwen3_coder", edit(**bad), tools=tools)
+
+
+def test_a_listed_parameter_is_given_once(takes):
+    """Twice would be the same key twice in JSON, the second of which need not follow the property's schema."""
+    parameters = {"properties": {"a": {"type": "integer"}}, "additionalProperties": {"type": "string"}}
+    tools, _ = read_tools([{"type": "function", "function": {"name": "edit", "parameters": parameters}}])
+    call, again = edit(a="1"), "<parameter=a>\none\n</parameter>\n</function>"
+    assert takes("qwen3_coder", call, tools=tools)
+    assert not takes("qwen3_coder", call.replace("</function>", again), tools=tools)
+    assert xml_arguments("x", parameters).left_out == ("additionalProperties",)
+    assert xml_arguments("x", {"additionalProperties": True}).left_out == ()
 
 
 def test_keywords_on_texts_and_on_several_parameters_are_told():

@@ -57,7 +57,8 @@ class Answer:
 
 def make(name: str | None, *, thinks: bool = True, is_thinking: bool = False, hidden=(), max_calls=None):
     parser = PlainText() if name is None else TOOL_FORMATS[name].make(SCHEMAS)
-    parser = Thinking(parser, has_begun=is_thinking) if thinks else parser
+    call = TOOL_FORMATS[name].ends_thought if name else ()
+    parser = Thinking(parser, has_begun=is_thinking, call=call) if thinks else parser
     return AnswerParser(parser, hidden=hidden, max_calls=max_calls)
 
 
@@ -298,6 +299,35 @@ def test_stop_strings_count_in_just_the_text_that_is_no_thought(pieces, is_think
         before, after = before + early, after + late
     assert before + after == text
     assert after == Answer.of(feed(make(None, is_thinking=is_thinking), [text])).content
+
+
+HERMES = write("hermes", ("f", '{"a": 1}'))
+
+
+@pytest.mark.parametrize("is_thinking", [False, True])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"a{HERMES}", ("", "a", 1)),
+        (f"a{HERMES}\n</think>\n\nb", ("b", "a", 1)),
+        (f"a{HERMES}\n</think>\n\nb{HERMES}", ("b", "a", 2)),
+        (f"a</think>b{HERMES}", ("b", "a", 1)),
+        (f"a <tool_call> b{HERMES}", ("", "a <tool_call> b", 1)),
+        ('a <tool_call>\n{"x": 1} b</think>c', ("c", 'a <tool_call>\n{"x": 1} b', 0)),
+        ("a <tool_call>\n{", ("", "a <tool_call>\n{", 0)),
+        ('a<tool_call>{ "name" : "f", "arguments": {}}</tool_call>', ("", "a", 1)),
+    ],
+)
+def test_a_hermes_call_ends_the_thought_and_no_stray_marker_is_content(is_thinking, text, expected):
+    text = text if is_thinking else f"<think>{text}"
+    answer = read("hermes", text, is_thinking=is_thinking, hidden=("</think>",))
+    assert (answer.content, answer.reasoning, len(answer.calls)) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if not TOOL_FORMATS[name].ends_thought])
+def test_a_call_of_another_format_belongs_to_the_thought(name):
+    call = write(name, ("f", "{}"))
+    assert read(name, f"<think>a{call}</think>b") == Answer("b", f"a{call}", [])
 
 
 def test_a_thought_that_the_prompt_has_closed_does_not_come_again():
