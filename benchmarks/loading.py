@@ -31,7 +31,8 @@ from leyden.kernels import load
 from leyden.models.decoder import Decoder
 from leyden.models.families.registry import names_of, read_config
 from leyden.models.layers.build import Build
-from leyden.models.loading.weights import INDEX_FILE, load_weights
+from leyden.models.loading.files import INDEX_FILE
+from leyden.models.loading.weights import load_weights
 from leyden.models.mixers.backends import build_backends
 from safetensors.torch import save_file
 

@@ -60,7 +60,6 @@ ANSWERS = {
     ),
     **dict.fromkeys(("data_parallel_size", "dp_size", "dp"), "start a server for each GPU, and a router before them"),
     **dict.fromkeys(("enable_lora", "lora_modules", "lora_paths"), "adapters are not implemented; merge them first"),
-    "quantization": "quantised weights are not implemented; {dtype} is the weights' type",
     "kv_cache_dtype": "keys and values have the dtype of the weights; {dtype} is the setting",
     "speculative_config": "drafts come from the text itself; {speculative_tokens} is how many",
     "swap_space": "preempted sequences are computed again; {host_snapshot_gb} keeps states on the host",

@@ -6,6 +6,7 @@ The engine reads `EngineConfig`, whose fields are also the keyword arguments of 
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 LinearBackendName = Literal["auto", "minimax", "seg_la", "chunk", "replay", "fla"]
 ToolCallParserName = Literal["auto", "none", "minimax", "hermes", "kimi_k2", "qwen3_coder"]
 ReasoningParserName = Literal["auto", "none", "think"]
+WeightPart = Literal["experts", "mixers", "mlp"]
+WeightKind = Literal["none", "fp8", "int8", "int4"]
+PUBLISHED = ("awq", "gptq", "gptq_marlin", "awq_marlin", "compressed-tensors", "modelopt", "modelopt_fp4")
 DEMO_MODEL = "demo"
 MAX_DRAFTS = 7  # of one sequence in one step
 MAX_CONNECTIONS = 1 << 16
@@ -66,6 +70,15 @@ class EngineConfig(_Numbers):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and activations; auto = the checkpoint's on CUDA, float32 on CPU"
+    )
+    quantization: dict[WeightPart, WeightKind] = Field(
+        default_factory=dict,
+        description="what weights are quantised to while they are read: none, fp8, int8 or int4 for all, or an object "
+        'by part, such as {"experts": "int4", "mixers": "int8", "mlp": "int8"}; a checkpoint\'s own format is read '
+        "without this setting",
+    )
+    quantization_group: int = Field(
+        128, description="weights in a row that share a scale in int8 and int4: 128, 64 or 32"
     )
     state_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="recurrent state; less than float32 drifts over thousands of tokens"
@@ -138,6 +151,37 @@ class EngineConfig(_Numbers):
     num_kv_blocks: int | None = Field(None, ge=1, description="fix the KV cache's size instead of measuring")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores but one")
     seed: int = Field(0, ge=0, description="seed of requests without a seed")
+
+    @property
+    def quantizes_all_alike(self) -> bool:
+        """Whether every part is quantised to the same, as one word for all parts says."""
+        return len(self.quantization) == len(get_args(WeightPart)) and len(set(self.quantization.values())) == 1
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _one_word_is_for_all_parts(cls, value: Any) -> Any:
+        """A word, or the text of a JSON object, as an object by part; null is none."""
+        if isinstance(value, str) and value.strip().startswith("{"):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"is not valid JSON: {error}") from None
+        if value is None or value == "none":
+            return {}
+        if isinstance(value, str):
+            kinds = get_args(WeightKind)
+            if value not in kinds:
+                hint = "; a checkpoint's own format is read without this setting" if value in PUBLISHED else ""
+                raise ValueError(f"must be {', '.join(kinds[:-1])} or {kinds[-1]}, or an object by part{hint}")
+            return dict.fromkeys(get_args(WeightPart), value)
+        return value
+
+    @field_validator("quantization_group")
+    @classmethod
+    def _group_is_served(cls, value: int) -> int:
+        if value not in (32, 64, 128):
+            raise ValueError("must be 128, 64 or 32")
+        return value
 
     @property
     def saved_state_dtype(self) -> str:

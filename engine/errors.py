@@ -3,7 +3,9 @@
 LeydenError
 ├── ConfigError            a setting is wrong                        exit code 2
 ├── CheckpointError        a model folder is wrong                   exit code 2
-│   (raised in `models.errors`, which this module re-exports)
+├── WeightFormatError      a setting asks for weights in a format
+│                          that the model cannot have                exit code 2
+│   (both are raised in `models.errors`, which this module re-exports)
 ├── RequestError           a request cannot be served                HTTP 400
 │   └── ContextLengthError     prompt and answer do not fit          HTTP 400, code context_length_exceeded
 ├── QueueFullError         too many requests wait                    HTTP 429
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ..models.errors import CheckpointError, LeydenError
+from ..models.errors import CheckpointError, LeydenError, WeightFormatError
 
 __all__ = [
     "CheckpointError",
@@ -31,6 +33,7 @@ __all__ = [
     "SessionError",
     "SessionErrorCode",
     "StoppingError",
+    "WeightFormatError",
 ]
 
 QUEUE_TIMEOUT = "the request waited too long for its start (setting max_queue_seconds); try again later"

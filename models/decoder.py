@@ -62,9 +62,9 @@ class DecoderLayer(nn.Module):
         self.mixer = mixer
         self.mlp: DenseMlp | SparseMoe
         if isinstance(spec.mlp, DenseSpec):
-            self.mlp = DenseMlp(model.hidden_size, spec.mlp.width, build)
+            self.mlp = DenseMlp(model.hidden_size, spec.mlp.width, build.within("mlp.", "mlp"))
         else:
-            self.mlp = SparseMoe(model.hidden_size, spec.mlp, build)
+            self.mlp = SparseMoe(model.hidden_size, spec.mlp, build.within("mlp.", "experts"))
         self.shared = SharedExpert(model.hidden_size, spec.shared, build) if spec.shared is not None else None
         self.input_norm = RMSNorm(model.hidden_size, model.norm, build)
         self.mlp_norm = RMSNorm(model.hidden_size, model.norm, build)
@@ -101,13 +101,16 @@ class Decoder(nn.Module):
         self.embedding = build.parameter(spec.vocab_size, spec.hidden_size)
         self.rotary = RotaryTables(build.device)
         common = MixerBuild(spec.hidden_size, build, self.rotary, linear_backends)
-        self.layers = nn.ModuleList(
-            DecoderLayer(spec, layer, MIXERS[type(layer.mixer)](layer.mixer, common), build) for layer in spec.layers
-        )
+        self.layers = nn.ModuleList(self._layer(layer, common, f"layers.{i}.") for i, layer in enumerate(spec.layers))
         self.norm = RMSNorm(spec.hidden_size, spec.norm, build)
         is_tied = spec.tie_word_embeddings
         self.lm_head = self.embedding if is_tied else build.parameter(spec.vocab_size, spec.hidden_size)
         self.head = Weight(self.lm_head)
+
+    def _layer(self, layer: LayerSpec, common: MixerBuild, name: str) -> DecoderLayer:
+        build = common.build.within(name)
+        mixer = MIXERS[type(layer.mixer)](layer.mixer, common._replace(build=build.within("self_attn.", "mixers")))
+        return DecoderLayer(self.spec, layer, mixer, build)
 
     @property
     def caches(self) -> list[CacheSpec]:

@@ -9,3 +9,7 @@ class LeydenError(Exception):
 
 class CheckpointError(LeydenError):
     """A checkpoint is missing, malformed, unsafe or of an unknown architecture."""
+
+
+class WeightFormatError(LeydenError):
+    """A setting asks for weights in a format that the model's matrices cannot have."""

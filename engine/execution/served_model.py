@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...kernels import KernelName, Kernels
 from ...models.decoder import Decoder
+from ...models.layers.build import matrices_of
 from ...models.mixers.cache import slot_bytes, token_bytes
 from ...models.specs import ModelSpec
 from ..memory.groups import snapshot_bytes
@@ -47,7 +48,12 @@ class ServedModel:
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """Numbers of the model, each once, whatever they are packed in."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        for _, weight in matrices_of(self.model):
+            held = sum(tensor.numel() for tensor in (weight.data, weight.scale, weight.zero) if tensor is not None)
+            total += math.prod(weight.shape) - held
+        return total
 
     @property
     def weight_bytes(self) -> int:

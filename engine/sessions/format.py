@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 import torch
 
-from ...models.loading.reader import DTYPES
+from ...models.loading.header import DTYPES
 from ...models.mixers.cache import CacheSpec, Part
 from ..memory.pools import DTypes
 

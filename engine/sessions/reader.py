@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...models.errors import CheckpointError
-from ...models.loading.reader import StoredTensor, read, read_header
+from ...models.loading.header import StoredTensor, read_header
+from ...models.loading.reader import read
 from ..errors import SessionError
 from .folder import not_found
 from .format import FORMAT, MAX_STATES, TOKENS, VERSION, Layout, Metadata, checksum

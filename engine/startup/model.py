@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -11,9 +12,12 @@ from ...kernels import Kernels, use_device
 from ...kernels import load as load_kernels
 from ...models.decoder import Decoder
 from ...models.families.registry import names_of, read_config
-from ...models.layers.build import Build
+from ...models.layers.build import Build, matrices_of
 from ...models.loading.checkpoint import resolve
-from ...models.loading.weights import check_weights, fill_with_noise, has_weights, load_weights
+from ...models.loading.formats.choice import Formats
+from ...models.loading.names import Names
+from ...models.loading.noise import fill_quantised_with_noise, fill_with_noise
+from ...models.loading.weights import check_weights, has_weights, load_weights
 from ...models.mixers.backends import LinearBackends, backend_names, build_backends, linear_kinds
 from ...models.specs import ModelSpec
 from ..errors import ConfigError
@@ -24,6 +28,7 @@ from ..text.tokenizer_files import ids_without_token
 from .cores import num_cores
 from .device import check_linear_backend, pick_device, pick_dtype, pick_kernels
 from .device_memory import refuse_out_of_memory
+from .quantization import check_quantization, wanted_formats
 
 
 def load_model(config: EngineConfig, *, progress: bool) -> ServedModel:
@@ -39,6 +44,8 @@ def load_model(config: EngineConfig, *, progress: bool) -> ServedModel:
         served = place_model(config)
         if config.load_format == "dummy":
             fill_with_noise(served.model.parameters())
+            for _, weight in matrices_of(served.model):
+                fill_quantised_with_noise(weight)
         else:
             model = served.model
             names, ignored = names_of(served.spec), model.ignored_names()
@@ -59,10 +66,12 @@ def place_model(config: EngineConfig, *, on_meta: bool = False) -> ServedModel:
     backends = _linear_backends(config, spec, kernels)
     if not on_meta:
         check_linear_backend(backends.name, device)
-    build = Build(kernels, torch.device("meta") if on_meta else device, dtype)
+    formats = _formats(config, folder, names_of(spec))
+    model = Decoder(spec, Build(kernels, torch.device("meta") if on_meta else device, dtype, formats=formats), backends)
+    check_quantization(config, model)
     return ServedModel(
         folder=folder,
-        model=Decoder(spec, build, backends),
+        model=model,
         device=device,
         dtype=dtype,
         dtypes=DTypes(getattr(torch, config.state_dtype), dtype),
@@ -73,6 +82,14 @@ def place_model(config: EngineConfig, *, on_meta: bool = False) -> ServedModel:
         ring=RingRule(backends.ring_size, backends.replays),
         prompts_in_graphs=backends.prompts_in_graphs,
     )
+
+
+def _formats(config: EngineConfig, folder: Path, names: Names) -> Formats:
+    """The format of each matrix: by the headers of the weights, or by config.json where none are read."""
+    wanted = wanted_formats(config)
+    if config.load_format == "dummy" or not has_weights(folder):
+        return Formats.of_config(folder, names, wanted)
+    return Formats.of_files(folder, names, wanted)
 
 
 def _linear_backends(config: EngineConfig, spec: ModelSpec, kernels: Kernels) -> LinearBackends:

@@ -17,7 +17,6 @@ def read_model(
 ) -> ModelSpec:
     """The spec of a model with these layers. Raises `CheckpointError`."""
     fields.must_all_be(SERVED)
-    _refuse_quantised(fields.section("quantization_config"))
     if all(isinstance(layer.mixer, SoftmaxSpec) for layer in layers):
         raise CheckpointError("config.json: no linear layer; Leyden serves hybrid linear-attention models")
     return ModelSpec(
@@ -78,15 +77,6 @@ def _read_yarn(rope: Fields, max_position_embeddings: int) -> YarnSpec:
         beta_slow=rope.above_zero("beta_slow", 1.0),
         is_rounded=rope.flag("truncate", True),
     )
-
-
-def _refuse_quantised(section: Fields) -> None:
-    if present := section.present():
-        method = section.text("quant_method")
-        raise CheckpointError(
-            f"config.json: quantization_config = {method or sorted(present)!r}: quantised weights are not supported; "
-            "take the checkpoint of this model in bfloat16, float16 or float32"
-        )
 
 
 def _stretched_lens(layers: list[LayerSpec]) -> set[int]:

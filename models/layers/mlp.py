@@ -37,7 +37,7 @@ class SharedExpert(nn.Module):
 
     def __init__(self, hidden_size: int, spec: SharedSpec, build: Build) -> None:
         super().__init__()
-        self.mlp = DenseMlp(hidden_size, spec.width, build)
+        self.mlp = DenseMlp(hidden_size, spec.width, build.within("shared_mlp.", "mlp"))
         self.dense = build.kernels.dense
         self.is_mixed = spec.joining == "mixed"
         self.coefficient = None if spec.joining == "added" else build.parameter(1, hidden_size, dtype=torch.float32)

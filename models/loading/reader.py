@@ -6,8 +6,6 @@ and copies overlap. The buffers are all the host memory that loading takes, for 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -15,59 +13,43 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...kernels import use_device
+from ...kernels.bundles import Weight
 from ..errors import CheckpointError
-from .checkpoint import refuse_pointer
-from .target import Cut, Target
+from .formats.encoded import Encoded
+from .header import StoredTensor
+from .matrices import MatrixPiece, matrix_pieces, store
+from .target import Cut, Place, Target
 
 NUM_READERS = 8
 BUFFER_BYTES = 16 << 20  # per reader, a multiple of every item's size; large enough for the cost of a call to vanish
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+ALIGNMENT = 16  # of tensors that share a buffer, in bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor in a file: `offset` is the byte where its row-major data begins."""
+class Match(NamedTuple):
+    """A stored tensor, or a quantised matrix, and its target."""
 
-    path: Path
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
+    stored: StoredTensor | Encoded
+    target: Target
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Bytes that `fill` reads: of a cut of rows its own alone, of columns all."""
+        if isinstance(self.stored, Encoded):
+            return sum(part.stored.nbytes for part in self.stored.tensors.values())
+        cut = self.target.cut
+        return self.stored.nbytes // cut.of if cut is not None and cut.dim == 0 else self.stored.nbytes
 
-    def rows(self, start: int, count: int) -> StoredTensor:
-        """`count` rows of the first dim from `start`: bytes in one piece."""
-        row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return replace(self, shape=(count, *self.shape[1:]), offset=self.offset + start * row)
-
-    def row(self, i: int) -> StoredTensor:
-        """One row of the first dim, without that dim."""
-        return replace(self.rows(i, 1), shape=self.shape[1:])
+    @property
+    def position(self) -> tuple[Path, int]:
+        """File and offset of the first byte."""
+        stored = self.stored.stored if isinstance(self.stored, Encoded) else self.stored
+        return stored.path, stored.offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,52 +62,10 @@ class Piece:
     plus: float = 0.0
 
 
-def read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of a file, by its header alone.
-
-    Raises `CheckpointError` for a malformed file. The safetensors library judges: in a header that it accepts sizes fit
-    dtypes and shapes, and tensors lie end to end from the header to the end of the file. Their order therefore gives
-    the offsets, which the library does not tell.
-    """
-    try:
-        refuse_pointer(path)
-        end = path.stat().st_size
-        with safe_open(path, framework="pt") as file:
-            names = file.offset_keys()
-            described = [(name, file.get_slice(name)) for name in names]
-            tensors = [(name, entry.get_dtype(), tuple(entry.get_shape())) for name, entry in described]
-    except (SafetensorError, OSError) as error:
-        cut = "; it ends too early, perhaps by an incomplete download: fetch it again" if _is_cut_off(path) else ""
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}{cut}") from None
-    found = []
-    for name, code, shape in reversed(tensors):
-        if code not in DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} is {code}; quantised weights are not supported, "
-                "use float32, bfloat16 or float16"
-            )
-        end -= math.prod(shape) * DTYPES[code].itemsize
-        found.append(StoredTensor(path, name, DTYPES[code], shape, end))
-    return found[::-1]
-
-
-def _is_cut_off(path: Path) -> bool:
-    """Whether an unreadable file is the beginning of a longer one: its header says where its data should end."""
-    malformed = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
-    with contextlib.suppress(OSError, *malformed), path.open("rb") as file:
-        size = path.stat().st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size <= 8 or (file.read(1) == b"{" and size < 8 + length):
-            return True
-        file.seek(8)
-        header: dict[str, Any] = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-        ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        return bool(size < 8 + length + max(ends))
-    return False
-
-
-def fill(pairs: list[tuple[StoredTensor, Target]], device: torch.device, advance: Callable[[int], object]) -> None:
+def fill(matches: list[Match], device: torch.device, advance: Callable[[int], object]) -> None:
     """Copy every stored tensor, or its cut, into the target's view, which lies on `device`, converting its dtype there.
+    Matrices are dequantised or quantised there, too, some million items at a time.
+
     `advance` is called with each number of bytes read. Raises `CheckpointError` when a file cannot be read."""
     stream = None
     if device.type == "cuda":
@@ -135,15 +75,15 @@ def fill(pairs: list[tuple[StoredTensor, Target]], device: torch.device, advance
     for _ in range(NUM_READERS):
         free.put(_Staging(stream))
 
-    def move(piece: Piece) -> int:
+    def move(piece: Piece | MatrixPiece) -> int:
         staging = free.get()
         try:
-            return staging.move(piece)
+            return staging.move_matrix(piece) if isinstance(piece, MatrixPiece) else staging.move(piece)
         finally:
             free.put(staging)
 
     with ThreadPoolExecutor(NUM_READERS, "weights", use_device, (device,)) as readers:
-        for num_bytes in readers.map(move, _pieces(pairs)):  # an error cancels the pieces that have not begun
+        for num_bytes in readers.map(move, _pieces(matches)):  # an error cancels the pieces that have not begun
             advance(num_bytes)
 
 
@@ -182,6 +122,31 @@ class _Staging:
             self.arrived.synchronize()
         return num_bytes
 
+    @torch.inference_mode()
+    def move_matrix(self, piece: MatrixPiece) -> int:
+        """Read the tensors of some rows of a matrix, and store what they encode. Returns the number of bytes read."""
+        stored = piece.tensors()
+        ends, total = {}, 0
+        for role, tensor in stored.items():
+            ends[role] = total + tensor.nbytes
+            total += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        # A matrix that is read whole may need more than a buffer.
+        host = self.buffer[:total] if total <= len(self.buffer) else torch.empty(total, dtype=torch.uint8)
+        for role, tensor in stored.items():
+            read(tensor.path, tensor.offset, host[ends[role] - tensor.nbytes : ends[role]])
+        with torch.cuda.stream(self.stream):
+            there = host.to(piece.device, non_blocking=True)
+            parts = {
+                role: there[ends[role] - tensor.nbytes : ends[role]].view(tensor.dtype).view(tensor.shape)
+                for role, tensor in stored.items()
+            }
+            store(piece, parts)
+            if self.arrived is not None:
+                self.arrived.record()
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return sum(tensor.nbytes for tensor in stored.values())
+
 
 def read(path: Path, offset: int, into: Tensor) -> None:
     """Fill a host tensor of bytes from byte `offset` of the file, without the interpreter's lock. Raises
@@ -198,15 +163,12 @@ def read(path: Path, offset: int, into: Tensor) -> None:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
-def read_bytes(stored: StoredTensor, target: Target) -> int:
-    """Bytes that `fill` reads for this target: of rows it reads its own alone, of columns all."""
-    cut = target.cut
-    return stored.nbytes // cut.of if cut is not None and cut.dim == 0 else stored.nbytes
-
-
-def _pieces(pairs: list[tuple[StoredTensor, Target]]) -> Iterator[Piece]:
+def _pieces(matches: list[Match]) -> Iterator[Piece | MatrixPiece]:
     """Pieces that fit a buffer, in the order of the files."""
-    for stored, target in sorted(pairs, key=lambda pair: (pair[0].path, pair[0].offset)):
+    for stored, target in sorted(matches, key=lambda match: match.position):
+        if isinstance(stored, Encoded):
+            yield from matrix_pieces(stored, target)
+            continue
         for rows, view in _blocks(stored, target):
             for piece in _split(rows, view, target.cut, BUFFER_BYTES // stored.dtype.itemsize):
                 yield replace(piece, plus=target.plus)
@@ -215,12 +177,17 @@ def _pieces(pairs: list[tuple[StoredTensor, Target]]) -> Iterator[Piece]:
 def _blocks(stored: StoredTensor, target: Target) -> Iterator[tuple[StoredTensor, Tensor]]:
     """The target's views, each with the stored rows that fill it."""
     if not target.behind:
-        yield stored, target.view
+        yield stored, _plain(target.view)
         return
     start = 0
-    for view in target.views:
+    for view in map(_plain, target.views):
         yield stored.rows(start, view.shape[0]), view
         start += view.shape[0]
+
+
+def _plain(view: Place) -> Tensor:
+    assert not isinstance(view, Weight), "a quantised matrix is filled from an `Encoded`"
+    return view
 
 
 def _split(stored: StoredTensor, view: Tensor, cut: Cut | None, limit: int) -> Iterator[Piece]:

@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...kernels.bundles import Weight
+
+# Where a stored matrix goes: the view of a plain parameter, or the views of a quantised matrix's parameters.
+Place = Tensor | Weight
+
+
+def place(weight: Weight) -> Place:
+    """The place of a model's matrix, or of some of its rows."""
+    return weight if weight.scale is not None else weight.data
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -27,23 +37,25 @@ class Cut:
 
 @dataclass(frozen=True)
 class Target:
-    """The view of a parameter that a stored tensor, or its `cut`, fills.
+    """The place that a stored tensor, or its `cut`, fills. A matrix that a file holds in several tensors counts as one
+    tensor of the matrix's shape.
 
     `name` is canonical (`Names`). `covers` lists the canonical names of the targets in whose place a fused tensor may
     come; a target without `covers` must be filled, by its own tensor or by one that covers it. `plus` is added to the
-    stored values in the view's dtype. `behind`, never with a cut, are more views: they take the stored rows after the
-    rows of `view`, one view after another. So rows that a file interleaves reach places that lie apart.
+    stored values in the view's dtype; no quantised matrix has one. `behind`, never with a cut, are more views: they
+    take the stored rows after the rows of `view`, one view after another. So rows that a file interleaves reach places
+    that lie apart.
     """
 
     name: str
-    view: Tensor
+    view: Place
     covers: tuple[str, ...] = ()
     cut: Cut | None = None  # None: the whole tensor
     plus: float = 0.0
-    behind: tuple[Tensor, ...] = ()
+    behind: tuple[Place, ...] = ()
 
     @property
-    def views(self) -> tuple[Tensor, ...]:
+    def views(self) -> tuple[Place, ...]:
         """All views that the stored tensor fills, in the order of its rows."""
         return (self.view, *self.behind)
 

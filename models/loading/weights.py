@@ -7,36 +7,21 @@ pieces that a file holds, and no tensor is ever held twice. Family-specific spel
 
 from __future__ import annotations
 
-import logging
-import re
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from ...kernels.bundles import Weight
 from ..errors import CheckpointError
-from .checkpoint import OTHER_WEIGHTS, read_json
+from .files import UNSAFE_SUFFIXES
+from .formats.encoded import StoredMatrix
+from .formats.published import Quantization
+from .header import StoredTensor
 from .names import Names
-from .reader import StoredTensor, fill, read_bytes, read_header
+from .reader import Match, fill
+from .stored import read_stored
 from .target import Target
-
-logger = logging.getLogger("leyden.models")
-
-INDEX_FILE = "model.safetensors.index.json"
-UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-MAIN_FILE = "model.safetensors"
-
-
-def fill_with_noise(parameters: Iterable[Tensor], std: float = 0.02) -> None:
-    """Random weights in place, the same each time, for measurements: matrices N(0, std), vectors (norms) 1."""
-    for seed, parameter in enumerate(parameters):
-        if parameter.ndim > 1:
-            parameter.normal_(0.0, std, generator=torch.Generator(parameter.device).manual_seed(seed))
-        else:
-            parameter.fill_(1.0)
 
 
 def load_weights(
@@ -48,11 +33,11 @@ def load_weights(
     `CheckpointError` for a missing, unexpected, repeated or wrongly shaped tensor, naming the tensor, the file and both
     shapes.
     """
-    pairs = _match(folder, targets, names, set(ignored))
-    device = pairs[0][1].view.device
-    num_bytes = sum(read_bytes(stored, target) for stored, target in pairs)
+    matches = _match(folder, targets, names, set(ignored))
+    device = matches[0].target.view.device
+    num_bytes = sum(match.nbytes for match in matches)
     with tqdm(total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
-        fill(pairs, device, bar.update)
+        fill(matches, device, bar.update)
 
 
 def check_weights(folder: Path, targets: Iterable[Target], names: Names, *, ignored: Iterable[str] = ()) -> None:
@@ -65,104 +50,51 @@ def has_weights(folder: Path) -> bool:
     return any(path.suffix in (".safetensors", *UNSAFE_SUFFIXES) for path in folder.iterdir())
 
 
-def _match(
-    folder: Path, targets: Iterable[Target], names: Names, ignored: set[str]
-) -> list[tuple[StoredTensor, Target]]:
-    """Every stored tensor that is wanted, with its target. Reads headers alone."""
+def _match(folder: Path, targets: Iterable[Target], names: Names, ignored: set[str]) -> list[Match]:
+    """Every stored tensor or matrix that is wanted, with its target. Reads headers alone."""
     wanted = {target.name: target for target in targets}
+    stored = read_stored(folder, names, ignored)
+    quantization = Quantization.of(folder) if stored.is_quantised else Quantization()
     found: dict[str, Path] = {}
-    pairs = []
-    present = []
-    left_out: Counter[str] = Counter()
-    for stored in (stored for path in find_files(folder) for stored in read_header(path)):
-        present.append(stored.name)
-        canonical = names.canonical(stored.name)
-        if names.is_ignored(canonical) or canonical in ignored:
-            continue
-        if part := names.part_left_out(canonical):
-            left_out[part] += 1
-            continue
-        target = wanted.get(canonical)
+    matches = []
+    for matrix in stored.matrices:
+        first = matrix.first
+        target = wanted.get(matrix.name)
         if target is None:
-            raise CheckpointError(f"{stored.path}: unexpected tensor {stored.name} of shape {list(stored.shape)}")
-        pieces = target.covers or (canonical,)
-        _check_new(stored, pieces, found)
-        _check_fits(stored, target)
-        found.update(dict.fromkeys(pieces, stored.path))
-        pairs.append((stored, target))
+            raise CheckpointError(f"{first.path}: unexpected tensor {first.name} of shape {list(first.shape)}")
+        pieces = target.covers or (matrix.name,)
+        _check_new(first, pieces, found)
+        match = _fitting(matrix, target, quantization)
+        found.update(dict.fromkeys(pieces, first.path))
+        matches.append(match)
     missing = sorted({name for name, target in wanted.items() if not target.covers} - found.keys())
     if missing:
+        present = stored.names
         shown = ", ".join(f"{names.as_spelt(name, present)} {list(wanted[name].stored_shape)}" for name in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise CheckpointError(f"{folder}: missing tensors: {shown}{more}")
-    if left_out:
-        counts = ", ".join(f"{count} of {part}" for part, count in left_out.items())
-        logger.info("%s: tensors left out, whose parts are not served: %s", folder, counts)
-    return pairs
+    stored.log_left_out()
+    return matches
 
 
-def find_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sharded or not. Pickle checkpoints are refused."""
-    index = folder / INDEX_FILE
-    present = sorted(folder.glob("*.safetensors"))
-    if index.exists():
-        files, reason = _files_of_index(folder, index), f"{INDEX_FILE} does not name them"
-    elif (folder / MAIN_FILE) in present:
-        files, reason = [folder / MAIN_FILE], f"the weights are in {MAIN_FILE}"
-    else:
-        files = [path for path in present if not any(path.match(pattern) for pattern in OTHER_WEIGHTS)]
-        reason = "they are of an adapter or an optimizer, or another format of the weights"
-    if not files:
-        raise CheckpointError(_no_files(folder, present))
-    unread = [path.name for path in present if path not in files]
-    if unread:
-        logger.info("%s: not read, since %s: %s", folder, reason, ", ".join(unread))
-    return files
-
-
-def _no_files(folder: Path, present: list[Path]) -> str:
-    """Why a folder has no weights."""
-    unsafe = sorted(path.name for path in folder.glob("*") if path.suffix in UNSAFE_SUFFIXES)
-    if present:
-        return (
-            f"{folder} holds no weights of a whole model, but {present[0].name}; merge an adapter into its model first"
+def _fitting(matrix: StoredMatrix, target: Target, quantization: Quantization) -> Match:
+    """The match, if the matrix fits its target. A plain tensor for a plain parameter is copied as it is. Raises
+    `CheckpointError`."""
+    first = matrix.first
+    encoded = quantization.encode(matrix)
+    if target.stored_shape != encoded.shape:
+        told = "" if matrix.is_plain else f", as a matrix {list(encoded.shape)}"
+        raise CheckpointError(
+            f"{first.path}: tensor {first.name} has shape {list(first.shape)}{told}, "
+            f"the config asks for {list(target.stored_shape)}"
         )
-    if unsafe:
-        return (
-            f"{folder} holds only pickle weights ({unsafe[0]}), which can run code when loaded and are refused; "
-            "convert them to safetensors"
-        )
-    return f"{folder} holds no .safetensors file"
-
-
-def _files_of_index(folder: Path, index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map is missing or empty")
-    for name in weight_map.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise CheckpointError(f"{index}: {name!r} is not a plain .safetensors file name")
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{index} names {name}, which is not in {folder}: an incomplete download, perhaps; fetch it"
-            )
-    return [folder / name for name in sorted(set(weight_map.values()))]
+    if not matrix.is_plain and (len(encoded.shape) < 2 or target.plus):
+        raise CheckpointError(f"{first.path}: tensor {first.name} of shape {list(first.shape)} must not be quantised")
+    is_plain = matrix.is_plain and not any(isinstance(view, Weight) for view in target.views)
+    return Match(first if is_plain else encoded, target)
 
 
 def _check_new(stored: StoredTensor, pieces: tuple[str, ...], found: dict[str, Path]) -> None:
     for piece in pieces:
         if piece in found:
             raise CheckpointError(f"{stored.path}: tensor {stored.name} repeats what {found[piece].name} already gave")
-
-
-def _check_fits(stored: StoredTensor, target: Target) -> None:
-    if target.stored_shape != stored.shape:
-        raise CheckpointError(
-            f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}, "
-            f"the config asks for {list(target.stored_shape)}"
-        )
-    if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
-        raise CheckpointError(
-            f"{stored.path}: tensor {stored.name} is {stored.dtype}; quantised weights are not supported, "
-            "use float32, bfloat16 or float16"
-        )

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ...kernels.delta.contract import CHUNK, TAPS, DeltaInputs, DeltaState, DeltaWeights
 from ..forward_batch import ForwardBatch
+from ..layers.build import Build
 from ..layers.norm import RMSNorm
-from ..layers.projection import Projection
-from ..loading.target import Target
+from ..layers.projection import Projection, stored_names
+from ..loading.target import Target, place
 from ..specs import GatedDeltaSpec, NormSpec
 from .backend import LinearBackend
 from .cache import CacheSpec, LayerCache, Part
@@ -38,8 +39,7 @@ class GatedDeltaNet(Mixer):
         self.delta = build.kernels.delta
         self.cache = _cache(spec, self.backend.ring_size)
         heads, channels, width = spec.num_value_heads, _channels(spec), spec.num_value_heads * spec.value_dim
-        pieces = {"in_proj_qkv": channels, "in_proj_z": width, "in_proj_b": heads, "in_proj_a": heads}
-        self.in_proj = Projection(hidden_size, pieces, build)
+        self.in_proj, self.gates = _projections(spec, hidden_size, build)
         self.conv = build.parameter(TAPS, channels, dtype=torch.float32)
         self.decay = build.parameter(heads, dtype=torch.float32)
         self.step_bias = build.parameter(heads, dtype=torch.float32)
@@ -49,7 +49,8 @@ class GatedDeltaNet(Mixer):
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: LayerCache) -> Tensor:
         spec = self.spec
-        raw, z, strength, step = self.in_proj(x).split(list(self.in_proj.pieces.values()), dim=-1)
+        products = self.in_proj.split(x) if self.gates is None else (*self.in_proj.split(x), *self.gates.split(x))
+        raw, z, strength, step = products
         out = x.new_empty(x.shape[0], spec.num_value_heads, spec.value_dim)
         inputs = DeltaInputs(raw, step, strength)
         self.backend.forward(DeltaCall(inputs, self.weights, cache, batch, out))
@@ -60,7 +61,11 @@ class GatedDeltaNet(Mixer):
             self.delta.fold(DeltaState(*cache.slot), ring_of(cache, num_pending), slots, context_lens)
 
     def targets(self, prefix: str) -> Iterator[Target]:
-        yield from self._grouped(prefix) if self.spec.is_grouped else self.in_proj.targets(prefix)
+        if self.spec.is_grouped:
+            yield from self._grouped(prefix)
+        else:
+            for projection in filter(None, (self.in_proj, self.gates)):
+                yield from projection.targets(prefix)
         yield Target(f"{prefix}conv1d.weight", self.conv.t()[:, None])  # [C, 1, TAPS]
         yield Target(f"{prefix}A_log", self.decay)
         yield Target(f"{prefix}dt_bias", self.step_bias)
@@ -69,19 +74,52 @@ class GatedDeltaNet(Mixer):
 
     def _grouped(self, prefix: str) -> Iterator[Target]:
         """The rows of each key head in turn: its q and k, the v and z of its value heads; its b and a."""
-        spec = self.spec
-        keys, values = spec.num_key_heads * spec.key_dim, spec.num_value_heads * spec.value_dim
-        sizes = {"q": keys, "k": keys, "v": values, "z": values, "b": spec.num_value_heads, "a": spec.num_value_heads}
-        parts = self.in_proj.weight.split(list(sizes.values()))
-        of_head = dict(zip(sizes, (part.chunk(spec.num_key_heads) for part in parts), strict=True))
-        for names in ("qkvz", "ba"):
-            first, *rest = (of_head[name][head] for head in range(spec.num_key_heads) for name in names)
+        num_heads, runs = self.spec.num_key_heads, _runs(self.spec)
+        start = 0
+        for names, projection in (("qkvz", self.in_proj), ("ba", self.gates or self.in_proj)):
+            starts = {}
+            start = 0 if projection is self.gates else start
+            for name in names:
+                starts[name] = start
+                start += num_heads * runs[name]
+            first, *rest = (
+                place(projection.matrix.rows(starts[name] + head * runs[name], runs[name]))
+                for head in range(num_heads)
+                for name in names
+            )
             yield Target(f"{prefix}in_proj_{names}.weight", first, behind=tuple(rest))
 
 
 def _channels(spec: GatedDeltaSpec) -> int:
     """C: queries of all key heads, keys of all, values of all value heads."""
     return 2 * spec.num_key_heads * spec.key_dim + spec.num_value_heads * spec.value_dim
+
+
+def _runs(spec: GatedDeltaSpec) -> dict[str, int]:
+    """Rows of one key head, or of its value heads, in each part of the projections."""
+    num_values = spec.num_value_heads // spec.num_key_heads
+    values = num_values * spec.value_dim
+    return {"q": spec.key_dim, "k": spec.key_dim, "v": values, "z": values, "b": num_values, "a": num_values}
+
+
+def _projections(spec: GatedDeltaSpec, hidden_size: int, build: Build) -> tuple[Projection, Projection | None]:
+    """q, k, v and z, and the gates b and a, which stay plain. Beside plain projections the gates are rows of the same
+    product, and the second projection is None."""
+    heads = spec.num_value_heads
+    main = {"in_proj_qkv": _channels(spec), "in_proj_z": heads * spec.value_dim}
+    gates = {"in_proj_b": heads, "in_proj_a": heads}
+    runs = _runs(spec)
+    if spec.is_grouped:
+        names, pieces = ["in_proj_qkvz"], [runs[name] for name in "qkvz"] * spec.num_key_heads
+    else:
+        names, pieces = list(main), list(main.values())
+    format = build.format(stored_names(names), pieces, hidden_size)
+    if format.kind == "plain":
+        return Projection(hidden_size, main | gates, build, format=format), None
+    return (
+        Projection(hidden_size, main, build, format=format),
+        Projection(hidden_size, gates, build, dtype=build.dtype),
+    )
 
 
 def _cache(spec: GatedDeltaSpec, ring_size: int) -> CacheSpec:

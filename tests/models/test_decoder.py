@@ -16,7 +16,7 @@ from leyden.kernels import load
 from leyden.models.decoder import Decoder
 from leyden.models.forward_batch import ForwardBatch
 from leyden.models.layers.build import Build
-from leyden.models.loading.weights import fill_with_noise
+from leyden.models.loading.noise import fill_with_noise
 from leyden.models.mixers.backends import build_backends
 from leyden.models.mixers.cache import CacheSpec, ItemSizes, LayerCache, Part, slot_bytes, token_bytes
 from leyden.models.specs import (

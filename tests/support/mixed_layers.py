@@ -17,7 +17,7 @@ from leyden.engine.startup import model as startup_model
 from leyden.engine.text import tokenizer
 from leyden.models import decoder
 from leyden.models.forward_batch import ForwardBatch
-from leyden.models.loading.weights import fill_with_noise
+from leyden.models.loading.noise import fill_with_noise
 from leyden.models.mixers.cache import LayerCache, Part
 from leyden.models.mixers.lightning import LightningAttention
 from leyden.models.mixers.mixer import MixerBuild

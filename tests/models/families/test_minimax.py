@@ -391,7 +391,6 @@ def test_wrong_field_is_named(field, value):
     [
         ("hidden_act", "gelu"),
         ("sliding_window", 4096),
-        ("quantization_config", {"quant_method": "gptq"}),
         ("rope_scaling", {"type": "yarn", "factor": 4}),
         ("shared_moe_mode", "mean"),
     ],

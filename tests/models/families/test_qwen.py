@@ -220,10 +220,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 0.0}}, "factor must be positive"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling = "),
     ({"text_config": [1]}, "text_config must be an object"),
-    (
-        {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["x"] * 999}},
-        "quantization_config = 'fp8': quantised weights are not supported; take the checkpoint of this model",
-    ),
 ]
 
 
@@ -232,12 +228,6 @@ def test_what_cannot_be_honoured_is_refused_by_name(changes, words):
     with pytest.raises(CheckpointError, match=re.escape(words)) as error:
         from_hf(tiny(**changes))
     assert len(str(error.value)) < 300
-
-
-def test_quantised_weights_are_refused_where_the_vision_model_says_so():
-    config = {"architectures": [WRAPPED], "text_config": tiny(), "quantization_config": {"quant_method": "gptq"}}
-    with pytest.raises(CheckpointError, match="quantization_config = 'gptq'"):
-        from_hf(config)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from leyden.models.layers.experts import SparseMoe
 from leyden.models.layers.mlp import DenseMlp
 from leyden.models.layers.projection import Projection
 from leyden.models.layers.shard import Shard
+from leyden.models.loading.noise import fill_with_noise
 from leyden.models.loading.target import Cut
-from leyden.models.loading.weights import fill_with_noise
 from leyden.models.specs import ExpertsSpec, SoftmaxRoute
 from torch import Tensor, nn
 

@@ -16,7 +16,8 @@ from leyden.models.errors import CheckpointError
 from leyden.models.families.registry import names_of, read_config
 from leyden.models.layers.build import Build
 from leyden.models.loading.checkpoint import resolve
-from leyden.models.loading.weights import INDEX_FILE, load_weights
+from leyden.models.loading.files import INDEX_FILE
+from leyden.models.loading.weights import load_weights
 from leyden.models.mixers.backends import build_backends
 from safetensors.torch import load_file, save_file
 from tiny_models import greedy, save_minimax
@@ -279,9 +280,9 @@ def test_experts_both_fused_and_apart_are_refused(folder, tensors):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.bool])
-def test_quantised_tensor_is_refused_naming_its_type(folder, tensors, dtype):
+def test_quantised_tensor_is_refused_where_no_config_tells_its_format(folder, tensors, dtype):
     write(folder, tensors | {"lm_head.weight": torch.zeros(320, 32).to(dtype)})
-    refused(folder, "lm_head.weight", str(dtype), "quantised")
+    refused(folder, "lm_head.weight", "[320, 32]", "quantised", "quantization_config")
 
 
 # -- hostile or broken files ----------------------------------------------------------------------------------
