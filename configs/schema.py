@@ -75,7 +75,7 @@ class EngineConfig(_Numbers):
         default_factory=dict,
         description="what weights are quantised to while they are read: none, fp8, int8 or int4 for all, or an object "
         'by part, such as {"experts": "int4", "mixers": "int8", "mlp": "int8"}; a checkpoint\'s own format is read '
-        "without this setting",
+        "without this setting; default: none",
     )
     quantization_group: int = Field(
         128, description="weights in a row that share a scale in int8 and int4: 128, 64 or 32"

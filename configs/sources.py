@@ -135,11 +135,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 def _describe(error: Any, sources: dict[str, str]) -> str:
     key = str(error["loc"][0]) if error["loc"] else "?"
+    name = key if error["loc"][-1:] == ("[key]",) else ".".join(map(str, error["loc"])) or key
     allowed = _allowed_values(key)
     tail = f"; allowed: {allowed}" if allowed else ""
     message = error["msg"].removeprefix("Value error, ")
     value = "(hidden)" if key == "api_key" else repr(error["input"])
-    return f"{key} = {value} ({sources.get(key, 'default')}): {message}{tail}"
+    return f"{name} = {value} ({sources.get(key, 'default')}): {message}{tail}"
 
 
 def _allowed_values(key: str) -> str:

@@ -117,6 +117,7 @@ class EngineInfo(msgspec.Struct, tag="ready", kw_only=True):
     speculative_tokens: int = 0  # most drafts of a sequence in a step; 0 = speculative decoding is off
     speculative_max_rows: int = 0  # most sequences of a step with drafts
     weight_bytes: int
+    quantised_bytes: dict[str, int] = {}  # the part of weight_bytes that is quantised, by kind: `int4 experts`
     memory: MemoryUse
     state_bytes_per_slot: int
     kv_bytes_per_token: int

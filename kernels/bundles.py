@@ -75,6 +75,15 @@ class Weight(NamedTuple):
     def device(self) -> torch.device:
         return self.data.device
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """`data`, and those of `scale` and `zero` that there are."""
+        return [tensor for tensor in (self.data, self.scale, self.zero) if tensor is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
     def plain(self) -> Tensor:
         """`data`, for a kernel that knows no number format.
 

@@ -57,6 +57,7 @@ def measure_offline(
         "software": software(),
         "linear_backend": info.linear_backend,
         "dtype": info.dtype,
+        "quantised_bytes": info.quantised_bytes,
         "state_dtype": info.state_dtype,
         "engine": settings,
         "engine_startup_s": round(startup, 2),

@@ -51,13 +51,22 @@ class ServedModel:
         """Numbers of the model, each once, whatever they are packed in."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         for _, weight in matrices_of(self.model):
-            held = sum(tensor.numel() for tensor in (weight.data, weight.scale, weight.zero) if tensor is not None)
-            total += math.prod(weight.shape) - held
+            total += math.prod(weight.shape) - sum(tensor.numel() for tensor in weight.tensors)
         return total
 
     @property
     def weight_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    @property
+    def quantised_bytes(self) -> dict[str, int]:
+        """Bytes of the weights that are not plain, by format and part of the model: `int4 experts`."""
+        found: dict[str, int] = {}
+        for part, weight in matrices_of(self.model):
+            if weight.format != "plain":
+                found.setdefault(f"{weight.format} {part}", 0)
+                found[f"{weight.format} {part}"] += weight.nbytes
+        return found
 
     @property
     def state_bytes_per_slot(self) -> int:

@@ -36,6 +36,7 @@ def engine_info(config: EngineConfig, built: Built) -> EngineInfo:
         speculative_tokens=config.speculative_tokens,
         speculative_max_rows=config.speculative_max_rows if config.speculative_tokens else 0,
         weight_bytes=served.weight_bytes,
+        quantised_bytes=served.quantised_bytes,
         memory=built.use,
         state_bytes_per_slot=served.state_bytes_per_slot,
         kv_bytes_per_token=served.kv_bytes_per_token,

@@ -43,6 +43,10 @@ class MatrixPiece:
     def device(self) -> torch.device:
         return self.stretches[0].place.device
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
     def tensors(self) -> dict[str, StoredTensor]:
         """The rows to read of each of the matrix's tensors, by role."""
         return {role: part.cut(self.start, self.count) for role, part in self.encoded.tensors.items()}

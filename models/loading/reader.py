@@ -1,13 +1,16 @@
 """Bytes of safetensors files -> tensors on a device, as fast as the disk gives them.
 
 A few threads each read a piece of a tensor into a staging buffer of their own and copy it to its place, so that reads
-and copies overlap. The buffers are all the host memory that loading takes, for a model of any size.
+and copies overlap. The buffers are all the host memory that loading takes, for a model of any size. Only a matrix that
+must be read whole takes more where it is larger than a buffer, and such matrices are read one at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -46,6 +49,11 @@ class Match(NamedTuple):
         return self.stored.nbytes // cut.of if cut is not None and cut.dim == 0 else self.stored.nbytes
 
     @property
+    def is_dequantised(self) -> bool:
+        """Whether a quantised matrix becomes a plain parameter."""
+        return isinstance(self.stored, Encoded) and not isinstance(self.target.view, Weight)
+
+    @property
     def position(self) -> tuple[Path, int]:
         """File and offset of the first byte."""
         stored = self.stored.stored if isinstance(self.stored, Encoded) else self.stored
@@ -64,7 +72,8 @@ class Piece:
 
 def fill(matches: list[Match], device: torch.device, advance: Callable[[int], object]) -> None:
     """Copy every stored tensor, or its cut, into the target's view, which lies on `device`, converting its dtype there.
-    Matrices are dequantised or quantised there, too, some million items at a time.
+    Matrices are dequantised or quantised there, too, some million items at a time, or whole where their layout asks
+    for that.
 
     `advance` is called with each number of bytes read. Raises `CheckpointError` when a file cannot be read."""
     stream = None
@@ -75,10 +84,15 @@ def fill(matches: list[Match], device: torch.device, advance: Callable[[int], ob
     for _ in range(NUM_READERS):
         free.put(_Staging(stream))
 
+    whole = threading.Lock()  # of matrices that no buffer holds, so that one at a time takes memory of its size
+
     def move(piece: Piece | MatrixPiece) -> int:
         staging = free.get()
         try:
-            return staging.move_matrix(piece) if isinstance(piece, MatrixPiece) else staging.move(piece)
+            if not isinstance(piece, MatrixPiece):
+                return staging.move(piece)
+            with whole if piece.nbytes > BUFFER_BYTES else contextlib.nullcontext():
+                return staging.move_matrix(piece)
         finally:
             free.put(staging)
 
@@ -130,7 +144,6 @@ class _Staging:
         for role, tensor in stored.items():
             ends[role] = total + tensor.nbytes
             total += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        # A matrix that is read whole may need more than a buffer.
         host = self.buffer[:total] if total <= len(self.buffer) else torch.empty(total, dtype=torch.uint8)
         for role, tensor in stored.items():
             read(tensor.path, tensor.offset, host[ends[role] - tensor.nbytes : ends[role]])
@@ -145,7 +158,7 @@ class _Staging:
                 self.arrived.record()
         if self.arrived is not None:
             self.arrived.synchronize()
-        return sum(tensor.nbytes for tensor in stored.values())
+        return piece.nbytes
 
 
 def read(path: Path, offset: int, into: Tensor) -> None:

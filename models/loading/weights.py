@@ -7,6 +7,7 @@ pieces that a file holds, and no tensor is ever held twice. Family-specific spel
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from .names import Names
 from .reader import Match, fill
 from .stored import read_stored
 from .target import Target
+
+logger = logging.getLogger("leyden.models")
 
 
 def load_weights(
@@ -74,7 +77,16 @@ def _match(folder: Path, targets: Iterable[Target], names: Names, ignored: set[s
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise CheckpointError(f"{folder}: missing tensors: {shown}{more}")
     stored.log_left_out()
+    _log_dequantised(folder, matches)
     return matches
+
+
+def _log_dequantised(folder: Path, matches: list[Match]) -> None:
+    count = sum(match.is_dequantised for match in matches)
+    if count:
+        logger.info(
+            "%s: dequantised, since no format in memory holds them as the model needs: %d matrices", folder, count
+        )
 
 
 def _fitting(matrix: StoredMatrix, target: Target, quantization: Quantization) -> Match:

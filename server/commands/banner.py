@@ -36,7 +36,7 @@ def banner(
         f"Leyden serves {name} ({info.architecture}, {count(info.num_parameters)} parameters)",
         f"  layers    {layers(info.layer_counts)}",
         f"  backend   {info.linear_backend} ({info.kernels} kernels) on {info.device} ({info.device_name})",
-        f"  numbers   {info.dtype} weights, {info.state_dtype} state",
+        f"  numbers   {weights(info.dtype, info.weight_bytes, info.quantised_bytes)}, {info.state_dtype} state",
         f"  memory    {split(info.memory)}",
         f"  capacity  {info.num_state_slots} sequences at once, {kv_tokens:,} tokens of KV cache, "
         f"context {info.max_model_len:,}",
@@ -72,6 +72,14 @@ def _example(name: str, address: str, *, needs_key: bool, can_chat: bool) -> lis
 def layers(counts: dict[str, int]) -> str:
     """'6 lightning, 2 softmax', of the numbers by kind."""
     return ", ".join(f"{number} {kind}" for kind, number in counts.items())
+
+
+def weights(dtype: str, num_bytes: int, quantised: dict[str, int]) -> str:
+    """'bfloat16 weights', or the bytes of each quantised kind and of the rest."""
+    if not quantised:
+        return f"{dtype} weights"
+    kinds = [f"{kind} ({size(held)})" for kind, held in quantised.items()]
+    return f"{', '.join(kinds)}, other weights {dtype} ({size(num_bytes - sum(quantised.values()))})"
 
 
 def snapshots(num: int, num_on_host: int, num_bytes: int) -> str:

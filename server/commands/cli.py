@@ -153,7 +153,7 @@ def _help(name: str, schema: type[BaseModel]) -> str:
     allowed = getattr(field.annotation, "__args__", ())
     choices = f" [{' | '.join(allowed)}]" if allowed and all(isinstance(a, str) for a in allowed) else ""
     default = field.get_default(call_default_factory=True, validated_data={})
-    return f"{field.description}{choices}" + (f" (default: {default})" if default not in (None, []) else "")
+    return f"{field.description}{choices}" + (f" (default: {default})" if default not in (None, [], {}) else "")
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

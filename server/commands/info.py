@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...configs.schema import EngineConfig
-from .banner import count, drafts, layers, replaced, size, snapshots, split
+from .banner import count, drafts, layers, replaced, size, snapshots, split, weights
 
 if TYPE_CHECKING:
     from ...engine.startup.forecast import Forecast
@@ -18,13 +18,13 @@ def describe_model(config: EngineConfig, memory_gb: float | None) -> str:
 
     told = forecast(config, memory_gb)
     served, spec = told.served, told.served.spec
+    dtype, held = str(served.dtype).removeprefix("torch."), (served.weight_bytes, served.quantised_bytes)
     lines = [
         f"{served.folder}",
         *replaced(config, 18),
         f"  architecture       {spec.architecture}",
         f"  layers             {layers(spec.layer_counts)}",
-        f"  parameters         {count(served.num_parameters)} ({size(served.weight_bytes)} in "
-        f"{str(served.dtype).removeprefix('torch.')})",
+        f"  parameters         {count(served.num_parameters)}, {size(served.weight_bytes)}: {weights(dtype, *held)}",
         f"  context            {spec.max_model_len:,} tokens",
         f"  state per sequence {size(served.state_bytes_per_slot)} in {config.state_dtype}, whatever its length",
         f"  KV cache per token {size(served.kv_bytes_per_token)}",

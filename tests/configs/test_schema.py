@@ -99,3 +99,45 @@ def test_every_setting_has_a_help_text():
 
 def test_the_engine_settings_keep_which_fields_were_set():
     assert load_settings({"max_num_seqs": "8", "port": "1"}, environ={}).engine().model_fields_set == {"max_num_seqs"}
+
+
+ALIKE = {"experts": "int8", "mixers": "int8", "mlp": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("int8", ALIKE),
+        ("none", {}),
+        (None, {}),
+        ('{"experts": "int4", "mixers": "none"}', {"experts": "int4", "mixers": "none"}),
+        ({"mlp": "fp8"}, {"mlp": "fp8"}),
+    ],
+)
+def test_quantization_is_a_word_for_all_parts_or_an_object_by_part(value, expected, tmp_path):
+    assert load({"quantization": value}).quantization == expected
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump({"quantization": value}))
+    assert load_settings({}, path, {}).quantization == expected
+    if isinstance(value, str):
+        assert load_settings({}, environ={"LEYDEN_QUANTIZATION": value}).quantization == expected
+    assert load({"quantization": value}).quantizes_all_alike == (value == "int8")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("int3", "quantization = 'int3' (command line): must be none, fp8, int8 or int4, or an object by part"),
+        ("gptq", "a checkpoint's own format is read without this setting"),
+        ('{"experts": ', "is not valid JSON"),
+        ({"experts": "int3"}, "quantization.experts = 'int3' (command line): Input should be 'none', 'fp8'"),
+        ({"heads": "int8"}, "quantization = 'heads' (command line): Input should be 'experts', 'mixers' or 'mlp'"),
+    ],
+)
+def test_wrong_quantization_is_refused_with_what_is_allowed(value, words):
+    refused(words, flags={"quantization": value})
+
+
+def test_quantization_groups_are_those_that_kernels_have():
+    assert load({"quantization_group": "64"}).quantization_group == 64
+    refused("quantization_group = 48", "must be 128, 64 or 32", flags={"quantization_group": 48})

@@ -63,11 +63,11 @@ def _decode_fp4(tensors: Tensors, *, group: int, divides: bool) -> Weight:
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
     """Unsigned items of `bits` bits, 4 or 8, of which an int32 word holds the first in its lowest bits. The words lie
     along `dim`; items take their place there. uint8."""
-    per_word = 32 // bits
-    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
-    words = words.movedim(dim, -1)
-    items = (words[..., None] >> shifts) & ((1 << bits) - 1)
-    return items.to(torch.uint8).reshape(*words.shape[:-1], words.shape[-1] * per_word).movedim(-1, dim)
+    words = words.movedim(dim, -1).clone(memory_format=torch.contiguous_format)
+    items = words.view(torch.uint8)  # byte b of a word has its items of the bits from 8 b on
+    if bits == 4:
+        items = torch.stack((items & 15, items >> 4), dim=-1).flatten(-2)
+    return items.movedim(-1, dim)
 
 
 def integers(items: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Weight:

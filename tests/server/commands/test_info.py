@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 from engines import engine_config, make_core
-from leyden.engine.errors import CheckpointError, ConfigError
+from leyden.engine.errors import CheckpointError, ConfigError, WeightFormatError
 from leyden.models.loading.checkpoint import DEMO_FOLDER
 from leyden.server.commands.banner import banner
 from leyden.server.commands.cli import main
@@ -200,3 +200,19 @@ def test_a_config_alone_is_described(tmp_path):
     save_minimax(tmp_path, heads=2, layer_types=(LINEAR, FULL))
     (tmp_path / "model.safetensors").unlink()
     assert "sequences that fit" in describe_model(engine_config(tmp_path), None)
+
+
+def test_bytes_of_quantised_weights_are_told_by_part(tmp_path):
+    save_minimax(tmp_path, heads=4, layer_types=(LINEAR, FULL))
+    settings = {"quantization": {"experts": "int8", "mixers": "int4"}, "quantization_group": 64}
+    with pytest.raises(WeightFormatError, match="48 columns do not divide into groups of 64; take fp8 or none"):
+        describe_model(engine_config(tmp_path, **settings), None)
+    settings = {"quantization": {"mixers": "int4"}, "quantization_group": 32}
+    info = make_core(tmp_path, **settings).info
+    # Of each mixer 64 x 64 numbers per projection: 8 (q, k, v, gate and out), and 2 + 1 + 1 / 2 + 1 / 2 of the softmax.
+    numbers = 64 * (5 * 64 + 2 * 64 + 2 * 32)
+    assert info.quantised_bytes == {"int4 mixers": numbers // 2 + 2 * numbers // 32}
+    told = banner(info, name="tiny", address="http://x", needs_key=False, can_chat=True)
+    planned = describe_model(engine_config(tmp_path, **settings), None)
+    words = f"int4 mixers ({numbers * 9 / 16 / 1000:.3g} KB), other weights float32 ("
+    assert words in memory_line(planned, "parameters") and words in memory_line(told, "numbers")
