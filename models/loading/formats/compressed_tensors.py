@@ -3,7 +3,7 @@
 | format | tensors beside `x.` |
 |---|---|
 | pack-quantized | `weight_packed` int32 [N, K b/32], value + 2^(b - 1), lowest bits first; `weight_scale` [N, K / g] |
-| int-quantized, float-quantized, naive-quantized | `weight` int8 or float8_e4m3fn; `weight_scale` |
+| int-quantized, float-quantized, naive-quantized, mxfp8-quantized | `weight` int8 or float8_e4m3fn; `weight_scale` |
 | nvfp4-pack-quantized | `weight_packed` uint8 [N, K / 2]; `weight_scale` [N, K / 16], over `weight_global_scale` |
 | mxfp4-pack-quantized | `weight_packed` uint8 [N, K / 2]; `weight_scale` [N, K / 32], exponents of 2 |
 
