@@ -1,5 +1,8 @@
 """x W^T. The bytes of W bound the product of one row, and this kernel reads them faster than cuBLAS does
-(`docs/kernels.md`). More rows are left to cuBLAS."""
+(`docs/kernels.md`). More rows are left to cuBLAS.
+
+A matrix in 8 or 4 bits is read as it is for up to four rows. For more it becomes a plain one first.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bundles import Weight
+from .dequantise import dequantise
+from .quantised_rows import MAX_PRODUCTS, reads, rows
 
 
 @triton.jit
@@ -29,8 +34,10 @@ def _row_kernel(p_x, p_w, p_y, N, w_n, K: tl.constexpr, BN: tl.constexpr, BK: tl
 
 def linear(x: Tensor, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N]. Contract: `Dense.linear`."""
-    # A quantised matrix is dequantised whole for each product, until kernels read its bytes.
-    matrix, dtype = weight.dequantised(x.dtype) if weight.scale is not None else weight.data, dtype or x.dtype
+    dtype = dtype or x.dtype
+    if 0 < x.shape[0] <= MAX_PRODUCTS and reads(weight):
+        return rows(x, weight, dtype)
+    matrix = dequantise(weight, x.dtype)
     if x.shape[0] != 1:
         return _many_rows(x, matrix, dtype)
     num_channels, size = matrix.shape

@@ -15,7 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bundles import Weight
-from ..dense.activation import silu
+from ..dense.activation import silu, silu_and_mul
+from ..dense.dequantise import dequantise
+from ..dense.quantised_rows import reads, rows
 from .few import is_few, moe_few
 from .routing import SortedPairs, sort_pairs
 
@@ -225,14 +227,23 @@ def combine(y: Tensor, top_k: int) -> Tensor:
 
 def moe(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, experts: Tensor) -> Tensor:
     """Contract: `Experts.moe`."""
-    # Quantised matrices are dequantised whole for each product, until kernels read their bytes.
-    w_gate_up, w_down = (w.data if w.scale is None else w.dequantised(x.dtype) for w in (gate_up, down))
-    (num_tokens, top_k), num_experts = experts.shape, w_gate_up.shape[0]
+    (num_tokens, top_k), num_experts = experts.shape, gate_up.shape[0]
     if num_tokens == 0:
         return torch.empty_like(x)
+    if num_tokens * top_k <= num_experts and reads(gate_up) and reads(down):
+        return _moe_by_pairs(x, gate_up, down, weights, experts)
+    w_gate_up, w_down = (dequantise(weight, x.dtype) for weight in (gate_up, down))
     if is_few(num_tokens, top_k, num_experts):
         return moe_few(x, w_gate_up, w_down, weights, experts)
     tile = choose_tile(num_tokens * top_k / num_experts, x.dtype)
     pairs = sort_pairs(experts, num_experts, tile.rows)
     hidden = gate_up_product(x, w_gate_up, weights, top_k, pairs, tile)
     return combine(down_product(hidden, w_down, pairs, tile), top_k)
+
+
+def _moe_by_pairs(x: Tensor, gate_up: Weight, down: Weight, weights: Tensor, experts: Tensor) -> Tensor:
+    """Of quantised experts: every pair reads the bytes of its expert by itself. Up to as many pairs as experts that is
+    less than all experts take on the way to plain matrices."""
+    by_pair = experts.flatten()
+    hidden = silu_and_mul(rows(x, gate_up, torch.float32, by_pair)) * weights.reshape(-1, 1)
+    return combine(rows(hidden.to(x.dtype), down, x.dtype, by_pair), experts.shape[1])

@@ -121,10 +121,11 @@ def test_int4_takes_a_scale_no_worse_than_the_largest_item_would(rng):
 
 @every_implementation
 @every_kind
-@pytest.mark.parametrize("num_tokens", [1, 3])
-def test_product_takes_the_dequantised_matrix(name, kind, num_tokens, device, rng, assert_close):
-    weight = random_weight(kind, (48, 128), rng)
-    x = torch.randn(num_tokens, 128, generator=rng)
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 33])
+@pytest.mark.parametrize("shape", [(48, 128), (133, 2368)])
+def test_product_takes_the_dequantised_matrix(name, kind, num_tokens, shape, device, rng, assert_close):
+    weight = random_weight(kind, shape, rng)
+    x = torch.randn(num_tokens, shape[1], generator=rng)
     on_device = Weight(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in weight))
     y = load(name).dense.linear(x.to(device), on_device)
     assert_close("y", y, x.double() @ weight.dequantised(torch.float32).double().T, 1e-6)
@@ -132,7 +133,7 @@ def test_product_takes_the_dequantised_matrix(name, kind, num_tokens, device, rn
 
 @every_implementation
 @pytest.mark.parametrize(("gate_up", "down"), [("int4", "int8"), ("fp8", "int4 with zeros"), ("fp8 by channel", "fp8")])
-@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize("num_tokens", [1, 2, 5])
 def test_experts_take_their_dequantised_matrices(name, gate_up, down, num_tokens, device, rng, assert_close):
     shapes = {gate_up: (4, 2 * 64, 64), down: (4, 64, 64)}
     weights = [random_weight(kind, shape, rng) for kind, shape in shapes.items()]
