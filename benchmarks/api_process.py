@@ -188,7 +188,7 @@ def run_engine(step_ms: str, address: str, parent: str, *_how_to_log: str) -> No
     kinds = {"state_dtype": "float32", "linear_backend": "auto", "kernels": "torch", "eos_token_ids": [0], "notes": []}
     kinds |= {"memory": MemoryUse(total=1), "has_sessions": False, "layer_counts": {"lightning": 1}}
     bounds = {"vocab_size": 10**6, "max_model_len": 4096, "num_state_slots": 4096, "max_waiting": 4096}
-    link.send(EngineInfo(**(sizes | names | kinds | bounds)))
+    link.send(EngineInfo(**(sizes | names | kinds | bounds | {"quantised_bytes": {}})))
     run_loop(core, link.receive, send)
     link.close()
 

@@ -97,6 +97,25 @@ def cases_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def formats_table(*reports: dict[str, Any]) -> str:
+    """Runs of one model whose weights are in several formats: milliseconds per step of each case."""
+    first = reports[0]
+    names = [report["engine"]["quantization"] for report in reports]
+    lines = [
+        f"{first['model'].rpartition('/')[2]}, {first['hardware']}; {versions(first['software'])}.",
+        "",
+        f"| requests x prompt x answer | {' | '.join(names)} |",
+        f"|---|{'---:|' * len(names)}",
+    ]
+    weights = [f"{report['memory_bytes']['weights'] / 1e9:.1f} GB" for report in reports]
+    lines.append(f"| weights | {' | '.join(weights)} |")
+    for cases in zip(*(report["cases"] for report in reports), strict=True):
+        label = " x ".join(str(cases[0][name]) for name in ("requests", "prompt", "answer"))
+        times = [f"{case['ms_per_step']:,.1f} ms per step" for case in cases]
+        lines.append(f"| {label} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
 def case_of(report: dict[str, Any], label: str) -> dict[str, Any] | None:
     """The case "REQUESTSxPROMPTxANSWER" of an offline run; None where it did not run."""
     sizes = tuple(map(int, label.split("x")))
@@ -210,16 +229,18 @@ def responsiveness_table(report: dict[str, Any]) -> str:
     )
 
 
-def prompt_lookup_table(dense: dict[str, Any], moe: dict[str, Any]) -> str:
-    """Tokens per second of one stream, with drafts and without."""
+def prompt_lookup_table(*reports: dict[str, Any]) -> str:
+    """Tokens per second of one stream, with drafts and without, of each model."""
+    first = reports[0]
     lines = [
-        f"{dense['hardware']}; {versions(dense['software'])}; one stream, greedy, up to {dense['speculative_tokens']} "
+        f"{first['hardware']}; {versions(first['software'])}; one stream, greedy, up to {first['speculative_tokens']} "
         "drafts a step.",
         "",
         "| model | task | without drafts | with drafts | | tokens per step | drafts that were right |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for name, report in (("dense", dense), ("moe", moe)):
+    for report in reports:
+        name = report["model"].rpartition("/")[2]
         for task, runs in report["tasks"].items():
             off, on = runs["off"]["tokens_per_s"], runs["on"]["tokens_per_s"]
             share = runs["on"]["accepted_share"]
@@ -245,7 +266,8 @@ def sessions_table(report: dict[str, Any]) -> str:
 
 
 README, PERFORMANCE, KERNELS = "README.md", "docs/performance.md", "docs/kernels.md"
-RELIABILITY = "docs/reliability.md"
+RELIABILITY, QUANTIZATION = "docs/reliability.md", "docs/quantization.md"
+QUANTISED = [f"serving-qwen3.5-9b-{name}-h200" for name in ("fp8", "int8", "int4")]
 OFFLINE = ("serving-dense-h200", "serving-moe-h200", "serving-dense-bf16-h200", "serving-moe-bf16-h200")
 QWEN = ("serving-qwen3.5-9b-h200", "serving-qwen3.5-35b-a3b-h200")
 # A table's name -> the page it is on, how it is made, and the recorded runs that it needs.
@@ -263,7 +285,11 @@ TABLES: dict[str, tuple[str, Callable[..., str], list[str]]] = {
     ),
     "responsiveness-h200": (PERFORMANCE, responsiveness_table, ["responsiveness-h200"]),
     "prompt-lookup-h200": (PERFORMANCE, prompt_lookup_table, ["prompt-lookup-dense-h200", "prompt-lookup-moe-h200"]),
+    "prompt-lookup-qwen-h200": (PERFORMANCE, prompt_lookup_table, ["prompt-lookup-qwen3.5-9b-h200"]),
+    "prefix-cache-qwen-h200": (PERFORMANCE, prefix_cache_table, ["prefix-cache-qwen3.5-9b-h200"]),
     "sessions-h200": (PERFORMANCE, sessions_table, ["sessions-h200"]),
+    "sessions-qwen-h200": (PERFORMANCE, sessions_table, ["sessions-qwen3.5-9b-h200"]),
+    "quantised-h200": (QUANTIZATION, formats_table, QUANTISED),
     "api-process-cpu": (PERFORMANCE, api_process_table, ["api-process-cpu"]),
     "stalls-cpu": (RELIABILITY, stalls_table, ["stalls-cpu"]),
     "kernels-h100": (KERNELS, kernels_table, ["kernels-h100"]),

@@ -46,7 +46,7 @@ def test_the_configurations_to_measure_are_what_they_say(name, parameters, state
     from leyden.server.commands.info import describe_model
 
     told = describe_model(EngineConfig(model=str(ROOT / "benchmarks" / "configs" / name), device="cpu"), None)
-    assert f"parameters         {parameters} " in told
+    assert f"parameters         {parameters}, " in told
     assert f"state per sequence {state} in float32" in told
 
 

@@ -95,10 +95,22 @@ def test_what_drafts_bring_is_shown_by_model_and_task(tables):
         }
 
     report = {"hardware": "a GPU", "software": {}, "speculative_tokens": 7}
-    dense = report | {"tasks": {"edit": task(100, 250, 0.8), "random": task(100, 99, None)}}
-    text = tables.prompt_lookup_table(dense, report | {"tasks": {}})
+    tasks = {"edit": task(100, 250, 0.8), "random": task(100, 99, None)}
+    named = [report | {"model": f"configs/{name}", "tasks": each} for name, each in (("dense", tasks), ("moe", {}))]
+    text = tables.prompt_lookup_table(*named)
     assert "| dense | edit | 100 tokens/s | 250 tokens/s | 2.50x | 3.21 | 80% |" in text
     assert "| dense | random | 100 tokens/s | 99 tokens/s | 0.99x | 3.21 | none were made |" in text
+
+
+def test_formats_of_weights_are_columns_of_the_same_cases(tables):
+    def run(name: str, ms: float, weights: int) -> dict:
+        case = {"requests": 1, "prompt": 128, "answer": 64, "ms_per_step": ms}
+        named = {"model": "configs/dense", "hardware": "a GPU", "software": {}, "engine": {"quantization": name}}
+        return named | {"memory_bytes": {"weights": weights}, "cases": [case]}
+
+    text = tables.formats_table(run("fp8", 3.99, 11 * 10**9), run("int4", 3.5, 77 * 10**8))
+    assert "| requests x prompt x answer | fp8 | int4 |" in text and "| weights | 11.0 GB | 7.7 GB |" in text
+    assert "| 1 x 128 x 64 | 4.0 ms per step | 3.5 ms per step |" in text
 
 
 def test_a_session_is_shown_beside_computing_it(tables):
