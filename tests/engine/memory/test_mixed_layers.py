@@ -54,7 +54,7 @@ def poison(core) -> None:
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ("gated delta", "gated_delta layers are computed by auto, chunk or replay"),
+        ("gated delta", "gated_delta layers are computed by auto, chunk, replay or fla"),
         ("lightning and gated delta", "lightning and gated_delta layers are computed by auto or replay"),
     ],
 )
